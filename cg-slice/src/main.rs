@@ -1,0 +1,5 @@
+//! See the library: cg-slice is its whole.
+
+fn main() -> std::process::ExitCode {
+    cg_slice::main()
+}

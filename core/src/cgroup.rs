@@ -1,0 +1,108 @@
+//! The cgroup v2 tree; see Documentation/admin-guide/cgroup-v2.rst.
+//!
+//! Cgroups are named by their path below the root, without a leading slash: `qemu.slice/100.scope`.
+
+use std::fs;
+use std::io;
+
+use crate::error::{Error, Result};
+use crate::knob::TaskId;
+use crate::sysroot::Sysroot;
+
+/// Where the unified hierarchy is mounted on every host with systemd.
+const ROOT: &str = "sys/fs/cgroup";
+
+/// A cgroup's folder, below the sysroot.
+pub fn path(cgroup: &str) -> String {
+    format!("{ROOT}/{}", cgroup.trim_start_matches('/'))
+}
+
+/// A file of a cgroup, below the sysroot.
+pub fn file(cgroup: &str, name: &str) -> String {
+    format!("{}/{name}", path(cgroup).trim_end_matches('/'))
+}
+
+/// Makes sure that the host has the unified hierarchy with the cpuset controller.
+///
+/// # Errors
+/// [`Error::Unusable`] that says what is missing.
+pub fn check_unified(root: &Sysroot) -> Result<()> {
+    let controllers = file("", "cgroup.controllers");
+    let why = match root.read_value(&controllers)? {
+        Some(text) if text.split_whitespace().any(|name| name == "cpuset") => return Ok(()),
+        Some(_) => "this kernel has no cpuset controller",
+        None => "no unified cgroup hierarchy (v2) here; boot without systemd.unified_cgroup_hierarchy=0",
+    };
+    Err(Error::unusable(root.path(controllers).display().to_string(), why))
+}
+
+/// The children of a cgroup, sorted.
+///
+/// # Errors
+/// Where the cgroup cannot be listed.
+pub fn children(root: &Sysroot, cgroup: &str) -> Result<Vec<String>> {
+    let mut names = root.names(path(cgroup))?;
+    names.retain(|name| root.path(file(cgroup, name)).is_dir());
+    Ok(names)
+}
+
+/// The processes in a cgroup.
+///
+/// # Errors
+/// Where the cgroup cannot be read.
+pub fn processes(root: &Sysroot, cgroup: &str) -> Result<Vec<i32>> {
+    let procs = root.read(file(cgroup, "cgroup.procs"))?;
+    Ok(procs.lines().filter_map(|pid| pid.trim().parse().ok()).collect())
+}
+
+/// Reads the unified hierarchy's line of /proc/PID/cgroup: `0::/qemu.slice/100.scope`.
+pub fn parse_proc_cgroup(text: &str) -> Option<&str> {
+    text.lines().find_map(|line| line.strip_prefix("0::"))
+}
+
+/// The cgroup a process is in, with its leading slash.
+///
+/// # Errors
+/// One that [is gone](Error::is_gone) where the process has ended.
+pub fn of_process(root: &Sysroot, pid: i32) -> Result<String> {
+    let path = format!("proc/{pid}/cgroup");
+    let text = root.read(&path)?;
+    let cgroup = parse_proc_cgroup(&text).ok_or_else(|| Error::malformed(&path, "it has no 0:: line"))?;
+    Ok(cgroup.to_owned())
+}
+
+/// Makes a cgroup or removes it. One that is as wanted already is no error.
+pub(crate) fn make_or_remove(root: &Sysroot, cgroup: &str, make: bool) -> io::Result<()> {
+    let path = root.path(path(cgroup));
+    let (done, settled) = match make {
+        true => (fs::create_dir(path), io::ErrorKind::AlreadyExists),
+        false => (fs::remove_dir(path), io::ErrorKind::NotFound),
+    };
+    done.or_else(|error| if error.kind() == settled { Ok(()) } else { Err(error) })
+}
+
+/// Moves a process with all its threads.
+pub(crate) fn move_process(root: &Sysroot, task: &TaskId, cgroup: &str) -> io::Result<()> {
+    root.write(file(cgroup, "cgroup.procs"), &task.pid.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_unified_line() {
+        assert_eq!(parse_proc_cgroup("0::/qemu.slice/100.scope\n"), Some("/qemu.slice/100.scope"));
+        assert_eq!(parse_proc_cgroup("12:cpuset:/a\n0::/b\n"), Some("/b"));
+        assert_eq!(parse_proc_cgroup("0::/"), Some("/"));
+        assert_eq!(parse_proc_cgroup(""), None);
+        assert_eq!(parse_proc_cgroup("1::/x"), None);
+    }
+
+    #[test]
+    fn paths() {
+        assert_eq!(path("/qemu.slice/100.scope"), "sys/fs/cgroup/qemu.slice/100.scope");
+        assert_eq!(file("", "cgroup.controllers"), "sys/fs/cgroup/cgroup.controllers");
+        assert_eq!(file("/", "cgroup.procs"), "sys/fs/cgroup/cgroup.procs");
+    }
+}

@@ -1,0 +1,208 @@
+//! A mutation is data: what is wanted, computed first, and the one place that carries it out.
+
+use std::fmt;
+use std::io;
+
+use serde::Serialize;
+
+use crate::error::{is_gone, os_text};
+use crate::knob::{Answer, Knob};
+use crate::sysroot::Sysroot;
+
+/// A knob as it was found on the host: what a tool lists, and what a change is made from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Object {
+    /// What would be set.
+    pub knob: Knob,
+    /// Its name for people: `IRQ 24 (nvme0q1)`.
+    pub label: String,
+    /// What it holds, in the knob's canonical form.
+    pub found: String,
+}
+
+impl Object {
+    /// A knob with its label and value.
+    pub fn new(knob: Knob, label: impl Into<String>, found: impl Into<String>) -> Self {
+        Self { knob, label: label.into(), found: found.into() }
+    }
+
+    /// The change that brings the object to `wanted`.
+    pub fn want(self, wanted: impl Into<String>) -> Change {
+        Change { knob: self.knob, label: self.label, found: self.found, wanted: wanted.into() }
+    }
+}
+
+/// One thing to be set: the object, the value found and the value wanted. Where they are equal there is nothing to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Change {
+    /// What is set.
+    pub knob: Knob,
+    /// Its name for people.
+    pub label: String,
+    /// What it holds.
+    pub found: String,
+    /// What it shall hold.
+    pub wanted: String,
+}
+
+impl Change {
+    /// Whether there is nothing to do.
+    pub fn is_noop(&self) -> bool {
+        self.found == self.wanted
+    }
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shown = |value: &str| if value.is_empty() { "unset".to_owned() } else { value.to_owned() };
+        match &self.knob {
+            Knob::Trigger(_) => write!(f, "{}: {}", self.label, self.wanted),
+            _ => write!(f, "{}: {} -> {}", self.label, shown(&self.found), shown(&self.wanted)),
+        }
+    }
+}
+
+/// What became of a change.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case", tag = "outcome", content = "message")]
+pub enum Outcome {
+    /// Dry run: it would be made.
+    Planned,
+    /// Made.
+    Changed,
+    /// There was nothing to do.
+    Already,
+    /// The object vanished meanwhile: a thread ended, a device went.
+    Gone,
+    /// Never allowed by the kernel, which is no failure: a managed IRQ, a per-CPU kthread.
+    Refused(String),
+    /// It belongs to somebody else by now, and was left as it is.
+    Left(String),
+    /// Tried and failed, in the system's words.
+    Failed(String),
+}
+
+/// A change and what became of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Done {
+    /// The change.
+    pub change: Change,
+    /// What became of it.
+    pub outcome: Outcome,
+}
+
+impl fmt::Display for Done {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Change { label, found, wanted, .. } = &self.change;
+        match &self.outcome {
+            Outcome::Planned | Outcome::Changed => self.change.fmt(f),
+            Outcome::Already => write!(f, "{label}: already {}", if found.is_empty() { "unset" } else { found }),
+            Outcome::Gone => write!(f, "{label}: gone"),
+            Outcome::Refused(why) => write!(f, "{label}: refused: {why}"),
+            Outcome::Left(why) => write!(f, "{label}: left as it is: {why}"),
+            Outcome::Failed(why) => {
+                write!(f, "{label}: set to {}: {why}", if wanted.is_empty() { "unset" } else { wanted })
+            }
+        }
+    }
+}
+
+/// Carries out one change. Everything that Pinfold writes to a kernel goes through here.
+///
+/// The caller has saved what must come back before ([`crate::save`], [`crate::store`]).
+pub fn apply_one(root: &Sysroot, change: Change) -> Done {
+    let outcome = if change.is_noop() {
+        Outcome::Already
+    } else {
+        match change.knob.write(root, &change.wanted) {
+            Ok(Answer::Taken(Some(kept))) if kept != change.wanted => Outcome::Failed(format!(
+                "the kernel took the value and kept {}",
+                if kept.is_empty() { "nothing" } else { &kept }
+            )),
+            Ok(Answer::Taken(_)) => Outcome::Changed,
+            Ok(Answer::Refused(why)) => Outcome::Refused(why),
+            Err(error) if is_gone(&error) && !must_exist(&change.knob) => Outcome::Gone,
+            Err(error) => Outcome::Failed(why(&change.knob, &error)),
+        }
+    };
+    Done { change, outcome }
+}
+
+/// Carries out changes in their order; one that fails does not stop the others.
+pub fn apply(root: &Sysroot, changes: Vec<Change>) -> Vec<Done> {
+    changes.into_iter().map(|change| apply_one(root, change)).collect()
+}
+
+/// Objects that do not come and go by themselves: when their file is missing, that is an error.
+fn must_exist(knob: &Knob) -> bool {
+    matches!(knob, Knob::DefaultIrq | Knob::Workqueues | Knob::Sysctl(_) | Knob::Trigger(_))
+}
+
+/// The system's words, and the next step where one is known.
+fn why(knob: &Knob, error: &io::Error) -> String {
+    let text = os_text(error);
+    match (knob, error.raw_os_error()) {
+        (_, Some(nix::libc::EPERM | nix::libc::EACCES)) if !nix::unistd::geteuid().is_root() => {
+            format!("{text}; this needs root")
+        }
+        (Knob::Thread(_), Some(nix::libc::EINVAL)) => {
+            format!("{text}; its cgroup allows none of these CPUs, or none of them is online")
+        }
+        (Knob::CgroupCpus(_), Some(nix::libc::EBUSY)) => format!("{text}; a process in it would be left without a CPU"),
+        _ => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    fn tree() -> (tempfile::TempDir, Sysroot) {
+        let dir = tempfile::tempdir().unwrap();
+        let irq = dir.path().join("proc/irq/24");
+        fs::create_dir_all(&irq).unwrap();
+        fs::write(irq.join("smp_affinity_list"), "0-23\n").unwrap();
+        let root = Sysroot::new(dir.path());
+        (dir, root)
+    }
+
+    fn change(knob: Knob, found: &str, wanted: &str) -> Change {
+        let label = knob.to_string();
+        Object::new(knob, label, found).want(wanted)
+    }
+
+    #[test]
+    fn a_change_is_made_once_and_reads_back() {
+        let (_dir, root) = tree();
+        let wanted = change(Knob::Irq(24), "0-23", "0-5");
+        let done = apply(&root, vec![wanted]);
+        assert_eq!(done[0].outcome, Outcome::Changed);
+        assert_eq!(done[0].to_string(), "IRQ 24: 0-23 -> 0-5");
+        assert_eq!(Knob::Irq(24).read(&root).unwrap().unwrap(), "0-5");
+        let again = apply(&root, vec![change(Knob::Irq(24), "0-5", "0-5")]);
+        assert_eq!(again[0].outcome, Outcome::Already);
+    }
+
+    #[test]
+    fn what_went_is_gone_and_what_must_be_there_failed() {
+        let (_dir, root) = tree();
+        let done = apply(
+            &root,
+            vec![
+                change(Knob::Irq(99), "0-23", "0-5"),
+                change(Knob::DefaultIrq, "0-23", "0-5"),
+                change(Knob::Irq(24), "0-23", "3"),
+            ],
+        );
+        assert_eq!(done[0].outcome, Outcome::Gone);
+        assert_eq!(done[1].to_string(), "default IRQ mask: set to 0-5: No such file or directory");
+        assert_eq!(done[2].outcome, Outcome::Changed, "a failure does not stop the rest");
+    }
+
+    #[test]
+    fn unset_values_have_a_word() {
+        assert_eq!(change(Knob::UnitCpus("system.slice".into()), "", "0-5").to_string(), "system.slice: unset -> 0-5");
+        assert_eq!(change(Knob::Trigger("vm/drop_caches".into()), "", "3").to_string(), "vm.drop_caches: 3");
+    }
+}

@@ -1,0 +1,165 @@
+//! The options that every tool has, and the run from the command line to the exit code.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::change::{Change, Done, Outcome, apply_one};
+use crate::report::{Exit, Report, Table, Verbosity, err};
+use crate::save::{self, Entry};
+use crate::sysroot::Sysroot;
+
+/// The options that every tool has.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Common {
+    /// Show what is now and change nothing
+    #[arg(long, conflicts_with_all = ["dry_run", "save", "restore"])]
+    pub list: bool,
+
+    /// Show what would be changed and change nothing
+    #[arg(short = 'n', long, conflicts_with = "save")]
+    pub dry_run: bool,
+
+    /// Save the values before they are changed, in a new file
+    #[arg(long, value_name = "FILE", conflicts_with = "restore")]
+    pub save: Option<PathBuf>,
+
+    /// Put back the values saved in a file, which is removed when all is back; what others have set meanwhile is left
+    #[arg(long, value_name = "FILE")]
+    pub restore: Option<PathBuf>,
+
+    /// How much is told, and where the host's files are
+    #[command(flatten)]
+    pub output: Output,
+}
+
+/// How much is told, and where the host's files are.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Output {
+    /// Print JSON, for programs
+    #[arg(long)]
+    pub json: bool,
+
+    /// Name also what is left alone, and why
+    #[arg(short, long)]
+    pub verbose: bool,
+
+    /// Print nothing but errors
+    #[arg(short, long, conflicts_with = "verbose")]
+    pub quiet: bool,
+
+    /// Look for the host's files (sys, proc, etc, run) below this folder
+    #[arg(long, value_name = "DIR", default_value = "/")]
+    pub sysroot: PathBuf,
+}
+
+impl Output {
+    /// The root of the host's files.
+    pub fn root(&self) -> Sysroot {
+        Sysroot::new(&self.sysroot)
+    }
+
+    /// The report that these options ask for.
+    pub fn report(&self, tool: &'static str) -> Report {
+        let verbosity = match (self.quiet, self.verbose) {
+            (true, _) => Verbosity::Quiet,
+            (_, true) => Verbosity::Verbose,
+            _ => Verbosity::Normal,
+        };
+        Report::new(tool, verbosity, self.json)
+    }
+}
+
+impl Common {
+    /// Carries changes out as the options say: shows them, or saves what they change, makes them and reports.
+    ///
+    /// # Errors
+    /// Where the values cannot be saved; nothing has been changed then.
+    pub fn carry_out(
+        &self,
+        root: &Sysroot,
+        report: &mut Report,
+        tool: &str,
+        changes: Vec<Change>,
+    ) -> anyhow::Result<Exit> {
+        let mut entries = Vec::new();
+        if self.save.is_some() {
+            entries.extend(changes.iter().filter(|change| !change.is_noop()).map(Entry::from));
+        }
+        self.carry_out_saving(root, report, tool, changes, entries)
+    }
+
+    /// As [`carry_out`](Self::carry_out), where what comes back is not just what the changes set.
+    ///
+    /// # Errors
+    /// Where the values cannot be saved; nothing has been changed then.
+    pub fn carry_out_saving(
+        &self,
+        root: &Sysroot,
+        report: &mut Report,
+        tool: &str,
+        changes: Vec<Change>,
+        entries: Vec<Entry>,
+    ) -> anyhow::Result<Exit> {
+        if let Some(path) = self.save.as_ref().filter(|_| !self.dry_run) {
+            save::write(path, tool, entries)?;
+        }
+        for change in changes {
+            let done = if self.dry_run && !change.is_noop() {
+                Done { change, outcome: Outcome::Planned }
+            } else {
+                apply_one(root, change)
+            };
+            report.changes(&[done]);
+        }
+        Ok(report.finish())
+    }
+
+    /// Does what `--restore` asks for; `None` where it was not given.
+    ///
+    /// # Errors
+    /// Where the file is none that this tool saved, or cannot be removed at the end.
+    pub fn restore(&self, root: &Sysroot, report: &mut Report, tool: &str) -> anyhow::Result<Option<Exit>> {
+        let Some(path) = &self.restore else { return Ok(None) };
+        let dones = save::restore(root, save::read(path, tool)?, self.dry_run);
+        report.changes(&dones);
+        if report.failures() == 0 && !self.dry_run {
+            std::fs::remove_file(path).map_err(|source| crate::Error::io(path, "remove", source))?;
+        }
+        Ok(Some(report.finish()))
+    }
+}
+
+/// Prints a `--list` and what could not be seen.
+pub fn listed(report: &mut Report, table: &Table) -> Exit {
+    report.table(table);
+    Exit::Done
+}
+
+/// A tool's run: reads the command line, does it, prints what went wrong once, and gives the exit code.
+pub fn main<A: Parser>(tool: &str, run: impl FnOnce(A) -> anyhow::Result<Exit>) -> ExitCode {
+    let args = match A::try_parse() {
+        Ok(args) => args,
+        Err(error) => {
+            // Help and version come this way too; a closed pipe is no reason to fail.
+            let _ = error.print();
+            return if error.use_stderr() { Exit::Usage.into() } else { Exit::Done.into() };
+        }
+    };
+    match run(args) {
+        Ok(exit) => exit.into(),
+        Err(error) => {
+            err(&format!("{tool}: {error:#}\n"));
+            Exit::Failed.into()
+        }
+    }
+}
+
+/// The part of the help that every tool ends with.
+pub const EXIT_CODES: &str = "\
+Exit codes:
+  0   done, or nothing to do
+  1   failed
+  2   the command line is wrong
+  64  some items failed and some were done";

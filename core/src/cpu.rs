@@ -1,0 +1,67 @@
+//! CPUs: which there are, and which are online; see Documentation/core-api/cpu_hotplug.rst and
+//! Documentation/admin-guide/cputopology.rst.
+
+use crate::cpuset::CpuSet;
+use crate::error::{Error, Result};
+use crate::knob::cpu_list;
+use crate::sysroot::Sysroot;
+
+const CPUS: &str = "sys/devices/system/cpu";
+
+fn list(root: &Sysroot, file: &str) -> Result<CpuSet> {
+    let path = format!("{CPUS}/{file}");
+    cpu_list(&path, &root.read_record(&path)?)
+}
+
+/// The CPUs that are in the machine.
+///
+/// # Errors
+/// Where the kernel's list cannot be read.
+pub fn present(root: &Sysroot) -> Result<CpuSet> {
+    list(root, "present")
+}
+
+/// The CPUs that are online.
+///
+/// # Errors
+/// Where the kernel's list cannot be read.
+pub fn online(root: &Sysroot) -> Result<CpuSet> {
+    list(root, "online")
+}
+
+/// The SMT siblings of a CPU, itself among them; just itself where the kernel does not say (offline).
+///
+/// # Errors
+/// Where the kernel's list cannot be understood.
+pub fn siblings(root: &Sysroot, cpu: usize) -> Result<CpuSet> {
+    let path = format!("{CPUS}/cpu{cpu}/topology/thread_siblings_list");
+    match root.read_value(&path)? {
+        Some(text) if !text.is_empty() => cpu_list(&path, &text),
+        _ => Ok([cpu].into_iter().collect()),
+    }
+}
+
+/// Makes sure that all CPUs exist.
+///
+/// # Errors
+/// [`Error::Unusable`] naming those that do not, and those there are.
+pub fn check_present(root: &Sysroot, cpus: &CpuSet) -> Result<()> {
+    check_among(cpus, &present(root)?, "no such CPU", "this host has")
+}
+
+/// Makes sure that all CPUs are online.
+///
+/// # Errors
+/// [`Error::Unusable`] naming those that are not, and those that are.
+pub fn check_online(root: &Sysroot, cpus: &CpuSet) -> Result<()> {
+    check_present(root, cpus)?;
+    check_among(cpus, &online(root)?, "offline", "online are")
+}
+
+fn check_among(cpus: &CpuSet, among: &CpuSet, fault: &str, there_are: &str) -> Result<()> {
+    let others = cpus - among;
+    if others.is_empty() {
+        return Ok(());
+    }
+    Err(Error::unusable(format!("CPU {others}"), format!("{fault}; {there_are} {among}")))
+}

@@ -1,0 +1,63 @@
+//! cpufreq policies and their governors; see Documentation/admin-guide/pm/cpufreq.rst.
+
+use crate::change::Object;
+use crate::cpuset::CpuSet;
+use crate::error::Result;
+use crate::knob::{Knob, cpu_list};
+use crate::sysroot::Sysroot;
+
+const POLICIES: &str = "sys/devices/system/cpu/cpufreq";
+
+/// One cpufreq policy: the CPUs that share a clock, and what governs it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Policy {
+    /// The folder's name, `policy6`.
+    pub name: String,
+    /// The CPUs it sets the pace of, those offline included.
+    pub cpus: CpuSet,
+    /// The governor in force; empty while all of its CPUs are offline.
+    pub governor: String,
+    /// The governors it can have.
+    pub available: Vec<String>,
+}
+
+impl Policy {
+    /// The policy's governor, as an object to change.
+    pub fn object(&self) -> Object {
+        Object::new(Knob::Governor(self.name.clone()), format!("{} (CPU {})", self.name, self.cpus), &*self.governor)
+    }
+}
+
+/// All policies by number; none where the machine has no cpufreq driver.
+///
+/// # Errors
+/// Where one of the files cannot be read or understood.
+pub fn policies(root: &Sysroot) -> Result<Vec<Policy>> {
+    let names = match root.names(POLICIES) {
+        Ok(names) => names,
+        Err(error) if error.is_gone() => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let mut policies = Vec::new();
+    for name in names.into_iter().filter(|name| name.starts_with("policy")) {
+        let value = |file: &str| root.read_value(format!("{POLICIES}/{name}/{file}"));
+        let (Some(cpus), Some(governor), Some(available)) =
+            (value("related_cpus")?, value("scaling_governor")?, value("scaling_available_governors")?)
+        else {
+            // The policy went while it was read: its last CPU was taken offline.
+            continue;
+        };
+        let cpus = CpuSet::from_words(&name, &cpus)?;
+        let available = available.split_whitespace().map(str::to_owned).collect();
+        policies.push(Policy { cpus, governor, available, name });
+    }
+    policies.sort_by_key(|policy| policy.cpus.first());
+    Ok(policies)
+}
+
+impl CpuSet {
+    /// cpufreq writes its CPUs as numbers with spaces between.
+    fn from_words(object: &str, text: &str) -> Result<Self> {
+        cpu_list(object, &text.split_whitespace().collect::<Vec<_>>().join(","))
+    }
+}

@@ -1,0 +1,409 @@
+//! A set of CPUs by logical number, in the kernel's two spellings.
+//!
+//! The list form (`0-5,12-17`) and the mask form (`00fff03f`, 32-bit groups joined by commas) are
+//! those of the kernel's `bitmap_parselist` and `bitmap_parse` (lib/bitmap-str.c) and of cpuset(7).
+
+use std::fmt;
+use std::ops::{BitAnd, BitOr, Sub};
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// The largest CPU number accepted: the kernel's biggest NR_CPUS (x86 MAXSMP) is 8192.
+pub const MAX_CPU: usize = 8191;
+
+/// Why a text is no CPU set. Each message names the offending token.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CpuSetError {
+    /// Nothing between the commas, or an empty text where CPUs were asked for.
+    #[error("\"{0}\" is an empty CPU list; write CPUs as in 0-5,12")]
+    Empty(String),
+    /// A token that is neither a number nor a range.
+    #[error("\"{token}\" in \"{text}\" is no CPU number or range; write CPUs as in 0-5,12")]
+    Token {
+        /// The part that could not be read.
+        token: String,
+        /// The whole text.
+        text: String,
+    },
+    /// A range that runs down.
+    #[error("\"{token}\" in \"{text}\" runs backwards; did you mean {last}-{first}?")]
+    Backwards {
+        /// The range as written.
+        token: String,
+        /// The whole text.
+        text: String,
+        /// The number before the dash.
+        first: usize,
+        /// The number behind it.
+        last: usize,
+    },
+    /// A number beyond [`MAX_CPU`].
+    #[error("CPU {0} is beyond {MAX_CPU}, the largest CPU number the kernel knows")]
+    TooLarge(String),
+    /// A mask that is not hexadecimal groups of at most 32 bits.
+    #[error("\"{0}\" is no CPU mask; the kernel writes them as in 00fff03f or ff,ffffffff")]
+    Mask(String),
+}
+
+/// A set of CPUs by logical number.
+///
+/// `FromStr` reads the kernel's list form and refuses an empty one; `Display` prints it canonical
+/// (`0-5,12-17`, ascending, nothing for the empty set).
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct CpuSet {
+    /// Bit `n % 64` of word `n / 64` is CPU `n`. The last word is never zero, so equal sets are equal.
+    words: Vec<u64>,
+}
+
+impl CpuSet {
+    /// The empty set.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// All CPUs from `first` up to `last`, both included.
+    pub fn range(first: usize, last: usize) -> Self {
+        (first..=last).collect()
+    }
+
+    /// Reads what a kernel file holds in list form, where empty means no CPU.
+    ///
+    /// # Errors
+    /// As `FromStr`, but for the empty text.
+    pub fn from_kernel_list(text: &str) -> Result<Self, CpuSetError> {
+        match text.trim() {
+            "" => Ok(Self::new()),
+            list => list.parse(),
+        }
+    }
+
+    /// Reads the kernel's mask form: hexadecimal, most significant first, 32-bit groups joined by commas.
+    ///
+    /// # Errors
+    /// [`CpuSetError::Mask`] for anything else, [`CpuSetError::TooLarge`] for bits beyond [`MAX_CPU`].
+    pub fn from_mask(text: &str) -> Result<Self, CpuSetError> {
+        let bad = || CpuSetError::Mask(text.to_owned());
+        let digits = text.trim();
+        let mut set = Self::new();
+        for (index, group) in digits.rsplit(',').enumerate() {
+            if group.is_empty() || group.len() > 8 || !group.bytes().all(|b| b.is_ascii_hexdigit()) {
+                return Err(bad());
+            }
+            let bits = u32::from_str_radix(group, 16).map_err(|_| bad())?;
+            for bit in (0..32).filter(|bit| bits & (1 << bit) != 0) {
+                let cpu = index * 32 + bit;
+                if cpu > MAX_CPU {
+                    return Err(CpuSetError::TooLarge(cpu.to_string()));
+                }
+                set.insert(cpu);
+            }
+        }
+        Ok(set)
+    }
+
+    /// The mask form, in 32-bit groups of eight digits, as the kernel prints it.
+    pub fn to_mask(&self) -> String {
+        let mut groups: Vec<String> = self
+            .words
+            .iter()
+            .flat_map(|word| [word & 0xffff_ffff, word >> 32])
+            .map(|group| format!("{group:08x}"))
+            .collect();
+        while groups.len() > 1 && groups.last().is_some_and(|group| group == "00000000") {
+            groups.pop();
+        }
+        if groups.is_empty() {
+            groups.push("00000000".into());
+        }
+        groups.reverse();
+        groups.join(",")
+    }
+
+    /// Puts a CPU in.
+    pub fn insert(&mut self, cpu: usize) {
+        let word = cpu / 64;
+        if self.words.len() <= word {
+            self.words.resize(word + 1, 0);
+        }
+        self.words[word] |= 1 << (cpu % 64);
+    }
+
+    /// Whether the CPU is in the set.
+    pub fn contains(&self, cpu: usize) -> bool {
+        self.words.get(cpu / 64).is_some_and(|word| word & (1 << (cpu % 64)) != 0)
+    }
+
+    /// Whether the set has no CPU.
+    pub fn is_empty(&self) -> bool {
+        self.words.is_empty()
+    }
+
+    /// How many CPUs the set has.
+    pub fn len(&self) -> usize {
+        self.words.iter().map(|word| word.count_ones() as usize).sum()
+    }
+
+    /// The CPUs, ascending.
+    pub fn iter(&self) -> impl Iterator<Item = usize> + '_ {
+        self.words.iter().enumerate().flat_map(|(index, word)| {
+            (0..64).filter(move |bit| word & (1 << bit) != 0).map(move |bit| index * 64 + bit)
+        })
+    }
+
+    /// The lowest CPU.
+    pub fn first(&self) -> Option<usize> {
+        self.iter().next()
+    }
+
+    /// The highest CPU.
+    pub fn last(&self) -> Option<usize> {
+        let word = *self.words.last()?;
+        Some(self.words.len() * 64 - 1 - word.leading_zeros() as usize)
+    }
+
+    /// Whether every CPU of this set is in `other`.
+    pub fn is_subset(&self, other: &Self) -> bool {
+        (self - other).is_empty()
+    }
+
+    /// Whether the sets share a CPU.
+    pub fn intersects(&self, other: &Self) -> bool {
+        !(self & other).is_empty()
+    }
+
+    /// This set held to `fence`: their intersection, or the whole of `fence` where they share nothing.
+    ///
+    /// So a mask that somebody had narrowed before is never widened by it.
+    pub fn held_to(&self, fence: &Self) -> Self {
+        let inside = self & fence;
+        if inside.is_empty() { fence.clone() } else { inside }
+    }
+
+    fn trimmed(mut words: Vec<u64>) -> Self {
+        while words.last() == Some(&0) {
+            words.pop();
+        }
+        Self { words }
+    }
+}
+
+impl FromIterator<usize> for CpuSet {
+    fn from_iter<I: IntoIterator<Item = usize>>(cpus: I) -> Self {
+        let mut set = Self::new();
+        for cpu in cpus {
+            set.insert(cpu);
+        }
+        set
+    }
+}
+
+impl BitAnd for &CpuSet {
+    type Output = CpuSet;
+    fn bitand(self, other: Self) -> CpuSet {
+        CpuSet::trimmed(self.words.iter().zip(&other.words).map(|(a, b)| a & b).collect())
+    }
+}
+
+impl BitOr for &CpuSet {
+    type Output = CpuSet;
+    fn bitor(self, other: Self) -> CpuSet {
+        let (long, short) = if self.words.len() >= other.words.len() { (self, other) } else { (other, self) };
+        let mut words = long.words.clone();
+        for (word, more) in words.iter_mut().zip(&short.words) {
+            *word |= more;
+        }
+        CpuSet { words }
+    }
+}
+
+impl Sub for &CpuSet {
+    type Output = CpuSet;
+    fn sub(self, other: Self) -> CpuSet {
+        let take = other.words.iter().copied().chain(std::iter::repeat(0));
+        CpuSet::trimmed(self.words.iter().zip(take).map(|(a, b)| a & !b).collect())
+    }
+}
+
+impl FromStr for CpuSet {
+    type Err = CpuSetError;
+
+    fn from_str(text: &str) -> Result<Self, CpuSetError> {
+        let text = text.trim();
+        if text.is_empty() {
+            return Err(CpuSetError::Empty(text.to_owned()));
+        }
+        let mut set = Self::new();
+        for token in text.split(',') {
+            let token = token.trim();
+            let bad = || CpuSetError::Token { token: token.to_owned(), text: text.to_owned() };
+            let number = |digits: &str| {
+                if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
+                    return Err(bad());
+                }
+                match digits.parse::<usize>() {
+                    Ok(cpu) if cpu <= MAX_CPU => Ok(cpu),
+                    _ => Err(CpuSetError::TooLarge(digits.to_owned())),
+                }
+            };
+            let (first, last) = match token.split_once('-') {
+                Some((first, last)) => (number(first)?, number(last)?),
+                None => {
+                    let cpu = number(token)?;
+                    (cpu, cpu)
+                }
+            };
+            if first > last {
+                return Err(CpuSetError::Backwards { token: token.to_owned(), text: text.to_owned(), first, last });
+            }
+            for cpu in first..=last {
+                set.insert(cpu);
+            }
+        }
+        Ok(set)
+    }
+}
+
+impl fmt::Display for CpuSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut cpus = self.iter().peekable();
+        let mut comma = "";
+        while let Some(first) = cpus.next() {
+            let mut last = first;
+            while cpus.next_if_eq(&(last + 1)).is_some() {
+                last += 1;
+            }
+            if first == last {
+                write!(f, "{comma}{first}")?;
+            } else {
+                write!(f, "{comma}{first}-{last}")?;
+            }
+            comma = ",";
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for CpuSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "CpuSet({self})")
+    }
+}
+
+impl Serialize for CpuSet {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for CpuSet {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        Self::from_kernel_list(&text).map_err(serde::de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn set(text: &str) -> CpuSet {
+        CpuSet::from_kernel_list(text).unwrap()
+    }
+
+    #[test]
+    fn lists_are_read_and_printed_canonical() {
+        for (text, canonical) in [
+            ("0", "0"),
+            ("0-5,12-17", "0-5,12-17"),
+            ("5,4,3", "3-5"),
+            ("3,1-2\n", "1-3"),
+            ("1,1,1", "1"),
+            (" 7 , 9 ", "7,9"),
+            ("63-64", "63-64"),
+            ("8191", "8191"),
+        ] {
+            assert_eq!(text.parse::<CpuSet>().unwrap().to_string(), canonical, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn bad_lists_name_the_token() {
+        for (text, message) in [
+            ("", "\"\" is an empty CPU list; write CPUs as in 0-5,12"),
+            ("  \n", "\"\" is an empty CPU list; write CPUs as in 0-5,12"),
+            ("5-3", "\"5-3\" in \"5-3\" runs backwards; did you mean 3-5?"),
+            ("1,,2", "\"\" in \"1,,2\" is no CPU number or range; write CPUs as in 0-5,12"),
+            ("1,x", "\"x\" in \"1,x\" is no CPU number or range; write CPUs as in 0-5,12"),
+            ("-1", "\"-1\" in \"-1\" is no CPU number or range; write CPUs as in 0-5,12"),
+            ("1-2-3", "\"1-2-3\" in \"1-2-3\" is no CPU number or range; write CPUs as in 0-5,12"),
+            ("+1", "\"+1\" in \"+1\" is no CPU number or range; write CPUs as in 0-5,12"),
+            ("8192", "CPU 8192 is beyond 8191, the largest CPU number the kernel knows"),
+            (
+                "0-99999999999999999999",
+                "CPU 99999999999999999999 is beyond 8191, the largest CPU number the kernel knows",
+            ),
+        ] {
+            assert_eq!(text.parse::<CpuSet>().unwrap_err().to_string(), message, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn masks_are_read_and_printed_as_the_kernel_does() {
+        for (mask, list) in [
+            ("00fff03f", "0-5,12-23"),
+            ("ff,ffffffff", "0-39"),
+            ("1\n", "0"),
+            ("00000000", ""),
+            ("80000000,00000000", "63"),
+        ] {
+            assert_eq!(CpuSet::from_mask(mask).unwrap(), set(list), "{mask}");
+        }
+        assert_eq!(set("0-5,12-17").to_mask(), "0003f03f");
+        assert_eq!(set("32").to_mask(), "00000001,00000000");
+        assert_eq!(set("").to_mask(), "00000000");
+        for mask in ["", "g", "123456789", "1,,1", "-1", "0x1"] {
+            assert!(CpuSet::from_mask(mask).is_err(), "{mask:?}");
+        }
+    }
+
+    #[test]
+    fn held_to_narrows_and_never_widens() {
+        let housekeeping = set("0-5,12-17");
+        assert_eq!(set("0-23").held_to(&housekeeping), housekeeping);
+        assert_eq!(set("4-7").held_to(&housekeeping), set("4-5"));
+        assert_eq!(set("6-7").held_to(&housekeeping), housekeeping);
+    }
+
+    fn any_set() -> impl Strategy<Value = CpuSet> {
+        prop::collection::vec(0..=MAX_CPU, 0..40).prop_map(|cpus| cpus.into_iter().collect())
+    }
+
+    proptest! {
+        #[test]
+        fn list_round_trip(cpus in any_set()) {
+            prop_assert_eq!(CpuSet::from_kernel_list(&cpus.to_string()).unwrap(), cpus);
+        }
+
+        #[test]
+        fn mask_round_trip(cpus in any_set()) {
+            prop_assert_eq!(CpuSet::from_mask(&cpus.to_mask()).unwrap(), cpus);
+        }
+
+        #[test]
+        fn algebra(a in any_set(), b in any_set()) {
+            prop_assert_eq!((&a | &b).len() + (&a & &b).len(), a.len() + b.len());
+            prop_assert_eq!(&(&a - &b) | &(&a & &b), a.clone());
+            prop_assert_eq!(a.iter().collect::<CpuSet>(), a.clone());
+            prop_assert_eq!(a.iter().last(), a.last());
+            prop_assert!(a.is_subset(&(&a | &b)));
+        }
+
+        #[test]
+        fn no_text_panics(text in "\\PC*") {
+            let _ = text.parse::<CpuSet>();
+            let _ = CpuSet::from_mask(&text);
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! Threads and kernel threads, read from /proc with the procfs crate's parsers; see proc_pid_stat(5).
+
+use std::io;
+
+use procfs::FromRead;
+use procfs::process::{Stat, StatFlags};
+
+use crate::cpuset::CpuSet;
+use crate::error::{Error, Result};
+use crate::knob::{TaskId, cpu_list};
+use crate::sysroot::Sysroot;
+
+/// The pid of kthreadd, the parent of every kernel thread, whose CPUs a new one starts with.
+pub const KTHREADD: i32 = 2;
+
+/// One thread as /proc/PID/task/TID/stat tells it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Task {
+    /// Which thread, for good.
+    pub id: TaskId,
+    /// Its name, 15 bytes at most.
+    pub name: String,
+    /// Whether it is a kernel thread (PF_KTHREAD).
+    pub kernel: bool,
+    /// Whether the kernel refuses to move it (PF_NO_SETAFFINITY).
+    pub bound: bool,
+    /// The CPU it ran on last.
+    pub last_cpu: usize,
+}
+
+/// Parses a /proc/PID/stat line. `pid` is the process the thread belongs to.
+///
+/// # Errors
+/// [`Error::Malformed`] where the line is none.
+pub fn parse_stat(pid: i32, line: &str) -> Result<Task> {
+    let malformed = |why: String| Error::malformed(format!("stat of process {pid}"), why);
+    // The crate indexes fields it has not counted; a line cut short must not bring a tool down.
+    if line.rfind(')').is_none_or(|end| line[end..].split_whitespace().count() < 40) {
+        return Err(malformed(format!("{:?} is no stat line", line.trim_end())));
+    }
+    let stat = Stat::from_read(line.as_bytes()).map_err(|error| malformed(error.to_string()))?;
+    let flags = StatFlags::from_bits_retain(stat.flags);
+    Ok(Task {
+        id: TaskId { pid, tid: stat.pid, start: stat.starttime },
+        name: stat.comm,
+        kernel: flags.contains(StatFlags::PF_KTHREAD),
+        bound: flags.contains(StatFlags::PF_NO_SETAFFINITY),
+        last_cpu: stat.processor.and_then(|cpu| usize::try_from(cpu).ok()).unwrap_or(0),
+    })
+}
+
+/// One thread.
+///
+/// # Errors
+/// One that [is gone](Error::is_gone) where the thread has ended.
+pub fn task(root: &Sysroot, pid: i32, tid: i32) -> Result<Task> {
+    parse_stat(pid, &root.read_record(format!("proc/{pid}/task/{tid}/stat"))?)
+}
+
+/// A process's threads; those that end meanwhile are left out.
+///
+/// # Errors
+/// One that [is gone](Error::is_gone) where the process has ended.
+pub fn tasks(root: &Sysroot, pid: i32) -> Result<Vec<Task>> {
+    let tids = root.names(format!("proc/{pid}/task"))?;
+    tids.iter()
+        .filter_map(|tid| tid.parse().ok())
+        .map(|tid| task(root, pid, tid))
+        .filter(|task| !matches!(task, Err(error) if error.is_gone()))
+        .collect()
+}
+
+/// The ids of all processes, kernel threads included.
+///
+/// # Errors
+/// [`Error::Io`] where /proc cannot be listed.
+pub fn pids(root: &Sysroot) -> Result<Vec<i32>> {
+    Ok(root.names("proc")?.iter().filter_map(|name| name.parse().ok()).collect())
+}
+
+/// All kernel threads, kthreadd included; those that end meanwhile are left out.
+///
+/// # Errors
+/// [`Error::Io`] where /proc cannot be read, [`Error::Malformed`] where a line of it cannot.
+pub fn kthreads(root: &Sysroot) -> Result<Vec<Task>> {
+    // One read lists every child of kthreadd, where the kernel has CONFIG_PROC_CHILDREN.
+    let pids = match root.read(format!("proc/{KTHREADD}/task/{KTHREADD}/children")) {
+        Ok(children) => {
+            let children = children.split_whitespace().filter_map(|pid| pid.parse().ok());
+            std::iter::once(KTHREADD).chain(children).collect()
+        }
+        Err(error) if error.is_gone() => pids(root)?,
+        Err(error) => return Err(error),
+    };
+    let mut kthreads = Vec::with_capacity(pids.len());
+    for pid in pids {
+        match root.read_record(format!("proc/{pid}/stat")).and_then(|line| parse_stat(pid, &line)) {
+            Ok(task) if task.kernel => kthreads.push(task),
+            Ok(_) => {}
+            Err(error) if error.is_gone() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(kthreads)
+}
+
+/// Makes sure that a number still means the thread it meant: its start time is the same.
+///
+/// # Errors
+/// One that [is gone](Error::is_gone) where it is not.
+pub fn check_start(root: &Sysroot, task: &TaskId) -> Result<()> {
+    let path = stat_path(task);
+    if parse_stat(task.pid, &root.read_record(&path)?)?.id.start == task.start {
+        Ok(())
+    } else {
+        Err(Error::io(root.path(path), "check the start time", io::Error::from_raw_os_error(nix::libc::ESRCH)))
+    }
+}
+
+/// Whether the thread is one that the kernel never lets user space move; no if it is gone.
+pub fn is_bound(root: &Sysroot, task: &TaskId) -> bool {
+    let line = root.read_record(stat_path(task));
+    line.and_then(|line| parse_stat(task.pid, &line)).is_ok_and(|task| task.bound)
+}
+
+fn stat_path(task: &TaskId) -> String {
+    if task.pid == task.tid {
+        format!("proc/{}/stat", task.pid)
+    } else {
+        format!("proc/{}/task/{}/stat", task.pid, task.tid)
+    }
+}
+
+/// The CPUs a thread may run on: sched_getaffinity(2), or Cpus_allowed_list of a captured tree.
+///
+/// # Errors
+/// One that [is gone](Error::is_gone) where the thread has ended.
+pub fn affinity(root: &Sysroot, task: &TaskId) -> Result<CpuSet> {
+    let path = || format!("proc/{}/task/{}/status", task.pid, task.tid);
+    if root.is_live() {
+        let set = nix::sched::sched_getaffinity(nix::unistd::Pid::from_raw(task.tid))
+            .map_err(|errno| Error::io(root.path(path()), "sched_getaffinity", errno.into()))?;
+        return Ok((0..nix::sched::CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap_or(false)).collect());
+    }
+    let status = root.read(path())?;
+    let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+    cpu_list(&path(), list.ok_or_else(|| Error::malformed(path(), "it has no Cpus_allowed_list line"))?)
+}
+
+/// The set as sched_setaffinity(2) takes it.
+///
+/// # Errors
+/// Where a CPU is beyond what the nix crate's set can hold, 1024 CPUs.
+pub(crate) fn to_nix(cpus: &CpuSet) -> io::Result<nix::sched::CpuSet> {
+    let mut set = nix::sched::CpuSet::new();
+    for cpu in cpus.iter() {
+        set.set(cpu).map_err(|_| {
+            let last = nix::sched::CpuSet::count() - 1;
+            io::Error::other(format!("CPU {cpu} is beyond {last}, the last that threads can be pinned to"))
+        })?;
+    }
+    Ok(set)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(comm: &str, flags: u32) -> String {
+        format!(
+            "17 ({comm}) S 2 0 0 0 -1 {flags} 0 0 0 0 0 5 0 0 20 0 1 0 42 0 0 18446744073709551615 0 0 0 0 0 0 0 \
+             2147483647 0 0 0 0 17 9 0 0 0 0 0 0 0 0 0 0 0 0 0\n"
+        )
+    }
+
+    #[test]
+    fn stat_lines_with_hostile_names() {
+        for name in ["kcompactd0", "a) b (c", ") S 2 0", "", "((", "kworker/u48:1-ev"] {
+            let task = parse_stat(17, &line(name, 0x0020_8040)).unwrap();
+            assert_eq!((task.name.as_str(), task.id.start, task.last_cpu), (name, 42, 9));
+            assert!(task.kernel && !task.bound);
+        }
+        assert!(parse_stat(17, &line("kworker/3:0", 0x0420_8060)).unwrap().bound);
+        assert!(!parse_stat(17, &line("bash", 0x0040_0000)).unwrap().kernel);
+    }
+
+    #[test]
+    fn garbage_is_an_error() {
+        for text in ["", "\n", "17", "17 (bash", "17 (bash) S 2", ")", "x (y) z", &"(".repeat(5000), "17 (a) é"] {
+            assert!(parse_stat(17, text).is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn own_threads_are_read() {
+        let root = Sysroot::default();
+        let pid = std::process::id().cast_signed();
+        let tasks = tasks(&root, pid).unwrap();
+        let main = tasks.iter().find(|task| task.id.tid == pid).unwrap();
+        assert!(check_start(&root, &main.id).is_ok());
+        assert!(!affinity(&root, &main.id).unwrap().is_empty());
+        let other = TaskId { start: main.id.start + 1, ..main.id };
+        assert!(check_start(&root, &other).unwrap_err().is_gone());
+    }
+}

@@ -1,0 +1,263 @@
+//! The face of every tool: what goes to stdout and stderr, as text or JSON, and the exit code.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use serde_json::{Map, Value, json};
+
+use crate::change::{Done, Outcome};
+
+/// The exit codes, the same in every tool (as util-linux's chcpu).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Exit {
+    /// Done, or nothing to do.
+    Done = 0,
+    /// Nothing was done, or what was done was taken back.
+    Failed = 1,
+    /// The command line is wrong.
+    Usage = 2,
+    /// Some items failed and some were done.
+    Some = 64,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit as u8)
+    }
+}
+
+/// How much is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Verbosity {
+    /// Errors only.
+    Quiet,
+    /// A line per changed object.
+    Normal,
+    /// A line per object, with those left alone and why.
+    Verbose,
+}
+
+/// A list of what is, for `--list`: columns for people, an array of objects for programs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Table {
+    columns: Vec<&'static str>,
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    /// A table without rows. The columns' names, lower case, are the JSON keys too.
+    pub fn new(columns: &[&'static str]) -> Self {
+        Self { columns: columns.to_vec(), rows: Vec::new() }
+    }
+
+    /// Adds a row, a cell per column.
+    pub fn row<const N: usize>(&mut self, cells: [String; N]) {
+        debug_assert_eq!(N, self.columns.len());
+        self.rows.push(cells.into());
+    }
+
+    /// The rows, aligned under upper-case heads, as lsirq and lscpu print them.
+    pub fn to_text(&self) -> String {
+        let width = |column: usize| {
+            let cells = self.rows.iter().map(|row| row[column].chars().count());
+            cells.chain([self.columns[column].len()]).max().unwrap_or(0)
+        };
+        let widths: Vec<usize> = (0..self.columns.len()).map(width).collect();
+        let heads: Vec<String> = self.columns.iter().map(|name| name.to_uppercase()).collect();
+        let mut text = String::new();
+        for row in std::iter::once(&heads).chain(&self.rows) {
+            let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+            text.push_str(cells.join("  ").trim_end());
+            text.push('\n');
+        }
+        text
+    }
+
+    /// The rows as an array of objects.
+    pub fn to_json(&self) -> Value {
+        let object = |row: &Vec<String>| -> Map<String, Value> {
+            let keys = self.columns.iter().map(|name| name.replace([' ', '-'], "_"));
+            keys.zip(row.iter().map(|cell| Value::from(cell.as_str()))).collect()
+        };
+        self.rows.iter().map(|row| Value::Object(object(row))).collect()
+    }
+}
+
+/// What a tool says, and what became of its changes.
+#[derive(Debug)]
+pub struct Report {
+    tool: &'static str,
+    verbosity: Verbosity,
+    json: bool,
+    changes: Vec<Value>,
+    notes: Vec<String>,
+    done: usize,
+    failed: usize,
+    refused: usize,
+}
+
+impl Report {
+    /// A report for `tool`; with `json` nothing is printed before [`finish`](Self::finish).
+    pub fn new(tool: &'static str, verbosity: Verbosity, json: bool) -> Self {
+        Self { tool, verbosity, json, changes: Vec::new(), notes: Vec::new(), done: 0, failed: 0, refused: 0 }
+    }
+
+    /// A line of the result, to stdout; none with `-q` or `--json`.
+    pub fn line(&self, text: &str) {
+        if !self.json && self.verbosity > Verbosity::Quiet {
+            out(&format!("{text}\n"));
+        }
+    }
+
+    /// A line that only `-v` shows.
+    pub fn detail(&self, text: &str) {
+        if self.verbosity == Verbosity::Verbose {
+            self.line(text);
+        }
+    }
+
+    /// A remark that is no error, to stderr; none with `-q`.
+    pub fn note(&mut self, text: &str) {
+        if self.verbosity > Verbosity::Quiet {
+            err(&format!("{}: {text}\n", self.tool));
+        }
+        self.notes.push(text.to_owned());
+    }
+
+    /// Something that failed, to stderr whatever was asked for; the exit code tells too.
+    pub fn error(&mut self, text: &str) {
+        err(&format!("{}: {text}\n", self.tool));
+        self.notes.push(text.to_owned());
+        self.failed += 1;
+    }
+
+    /// A table, to stdout.
+    pub fn table(&self, table: &Table) {
+        if self.json {
+            out(&format!("{:#}\n", table.to_json()));
+        } else {
+            out(&table.to_text());
+        }
+    }
+
+    /// Something that was done and is no change of a knob (a VM started), for the exit code.
+    pub fn did(&mut self, text: &str) {
+        self.done += 1;
+        self.line(text);
+    }
+
+    /// What became of changes: a line each, failures to stderr.
+    pub fn changes(&mut self, dones: &[Done]) {
+        for done in dones {
+            self.change(done);
+        }
+    }
+
+    fn change(&mut self, done: &Done) {
+        match &done.outcome {
+            Outcome::Planned | Outcome::Changed => {
+                self.done += 1;
+                self.line(&done.to_string());
+            }
+            Outcome::Already => {
+                self.done += 1;
+                self.detail(&done.to_string());
+            }
+            Outcome::Gone => self.detail(&done.to_string()),
+            Outcome::Refused(_) => {
+                self.refused += 1;
+                self.detail(&done.to_string());
+            }
+            Outcome::Left(_) => {
+                self.done += 1;
+                self.note(&done.to_string());
+            }
+            Outcome::Failed(_) => self.error(&done.to_string()),
+        }
+        if self.json {
+            let change = &done.change;
+            let mut entry = json!({
+                "object": change.label, "knob": change.knob, "found": change.found, "wanted": change.wanted,
+            });
+            if let (Some(entry), Ok(Value::Object(outcome))) =
+                (entry.as_object_mut(), serde_json::to_value(&done.outcome))
+            {
+                entry.extend(outcome);
+            }
+            self.changes.push(entry);
+        }
+    }
+
+    /// Prints what is left to print (the count of refusals, the JSON) and gives the exit code.
+    pub fn finish(&mut self) -> Exit {
+        if self.refused > 0 && self.verbosity == Verbosity::Normal && !self.json {
+            err(&format!("{}: {} left where the kernel holds them (-v names them)\n", self.tool, self.refused));
+        }
+        let exit = match (self.failed, self.done) {
+            (0, _) => Exit::Done,
+            (_, 0) => Exit::Failed,
+            _ => Exit::Some,
+        };
+        if self.json {
+            let report = json!({
+                "tool": self.tool, "changes": self.changes, "notes": self.notes,
+                "refused": self.refused, "failed": self.failed, "exit_code": exit as u8,
+            });
+            out(&format!("{report:#}\n"));
+        }
+        exit
+    }
+
+    /// How many failures there were so far.
+    pub fn failures(&self) -> usize {
+        self.failed
+    }
+}
+
+/// Writes to stdout. A reader that has gone (`| head`) is no reason to die half way through the host's changes.
+pub fn out(text: &str) {
+    let mut stdout = io::stdout().lock();
+    let _ = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+}
+
+/// Writes to stderr, likewise.
+pub fn err(text: &str) {
+    let _ = io::stderr().lock().write_all(text.as_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::change::Object;
+    use crate::knob::Knob;
+
+    fn done(outcome: Outcome) -> Done {
+        Done { change: Object::new(Knob::Irq(1), "IRQ 1", "0").want("1"), outcome }
+    }
+
+    #[test]
+    fn exit_codes() {
+        for (outcomes, exit) in [
+            (vec![], Exit::Done),
+            (vec![Outcome::Refused(String::new()), Outcome::Gone], Exit::Done),
+            (vec![Outcome::Changed, Outcome::Left(String::new())], Exit::Done),
+            (vec![Outcome::Failed("EIO".into())], Exit::Failed),
+            (vec![Outcome::Failed("EIO".into()), Outcome::Changed], Exit::Some),
+        ] {
+            let mut report = Report::new("test", Verbosity::Quiet, false);
+            report.changes(&outcomes.into_iter().map(done).collect::<Vec<_>>());
+            assert_eq!(report.finish(), exit);
+        }
+    }
+
+    #[test]
+    fn tables_align_and_are_objects() {
+        let mut table = Table::new(&["irq", "name", "last cpu"]);
+        table.row(["4".into(), "ttyS0".into(), "1".into()]);
+        table.row(["128".into(), String::new(), "2".into()]);
+        assert_eq!(table.to_text(), "IRQ  NAME   LAST CPU\n4    ttyS0  1\n128         2\n");
+        assert_eq!(table.to_json()[1]["irq"], "128");
+        assert_eq!(table.to_json()[1]["last_cpu"], "2");
+    }
+}

@@ -1,0 +1,173 @@
+//! What a single tool changed, kept in a file of the user's (`--save`), and put back from it (`--restore`).
+
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::change::{Change, Done, Outcome, apply_one};
+use crate::error::{Error, Result};
+use crate::knob::Knob;
+use crate::sysroot::Sysroot;
+
+/// The layout of the file; another number is refused.
+const VERSION: u32 = 1;
+
+/// One knob as it was before, and what it was set to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Entry {
+    /// The knob.
+    pub knob: Knob,
+    /// Its name for people.
+    pub label: String,
+    /// What it held.
+    pub before: String,
+    /// What it was set to.
+    pub set: String,
+}
+
+impl From<&Change> for Entry {
+    fn from(change: &Change) -> Self {
+        Self {
+            knob: change.knob.clone(),
+            label: change.label.clone(),
+            before: change.found.clone(),
+            set: change.wanted.clone(),
+        }
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    version: u32,
+    tool: String,
+    entries: Vec<Entry>,
+}
+
+/// Writes the file, before the first change is made. It must be new: the values of an earlier run are not written over.
+///
+/// # Errors
+/// [`Error::Unusable`] where the file is there already, [`Error::Io`] where it cannot be written.
+pub fn write(path: &Path, tool: &str, entries: Vec<Entry>) -> Result<()> {
+    let io = |tried: &str, source| Error::io(path, tried, source);
+    let mut file = match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+            let why = "save: it holds the values of an earlier run; --restore it first, or name another file";
+            return Err(Error::unusable(path.display().to_string(), why));
+        }
+        other => other.map_err(|source| io("save", source))?,
+    };
+    let saved = Saved { version: VERSION, tool: tool.to_owned(), entries };
+    let text = serde_json::to_vec_pretty(&saved)
+        .map_err(|error| Error::malformed(path.display().to_string(), error.to_string()))?;
+    file.write_all(&text).and_then(|()| file.sync_all()).map_err(|source| io("save", source))
+}
+
+/// Reads the file that `tool` wrote.
+///
+/// # Errors
+/// [`Error::Io`] where it cannot be read, [`Error::Malformed`] where it is not such a file.
+pub fn read(path: &Path, tool: &str) -> Result<Vec<Entry>> {
+    let text = fs::read_to_string(path).map_err(|source| Error::io(path, "restore", source))?;
+    parse(&text, tool).map_err(|why| Error::malformed(path.display().to_string(), why))
+}
+
+/// Reads the file's text.
+///
+/// # Errors
+/// Why it is none that `tool` wrote.
+pub fn parse(text: &str, tool: &str) -> std::result::Result<Vec<Entry>, String> {
+    let saved: Saved = serde_json::from_str(text).map_err(|error| format!("no file of --save: {error}"))?;
+    if saved.version != VERSION {
+        return Err(format!("version {} of the file; this is for version {VERSION}", saved.version));
+    }
+    if saved.tool != tool {
+        return Err(format!("saved by {0}; restore it with {0}", saved.tool));
+    }
+    for entry in &saved.entries {
+        entry.knob.check().map_err(|error| error.to_string())?;
+    }
+    Ok(saved.entries)
+}
+
+/// Puts the values back, last change first. One that was set by somebody else meanwhile is left.
+pub fn restore(root: &Sysroot, entries: Vec<Entry>, dry_run: bool) -> Vec<Done> {
+    entries.into_iter().rev().map(|entry| restore_one(root, entry, dry_run)).collect()
+}
+
+fn restore_one(root: &Sysroot, entry: Entry, dry_run: bool) -> Done {
+    let Entry { knob, label, before, set } = entry;
+    let found = knob.read(root);
+    let change = |found: String| Change { knob, label, found, wanted: before };
+    match found {
+        Err(error) => Done { change: change(String::new()), outcome: Outcome::Failed(error.to_string()) },
+        Ok(None) => Done { change: change(String::new()), outcome: Outcome::Gone },
+        Ok(Some(found)) => {
+            let change = change(found);
+            if change.found != set && !change.is_noop() {
+                let outcome = Outcome::Left(format!("it was set to {set} and holds {} now", change.found));
+                Done { change, outcome }
+            } else if dry_run && !change.is_noop() {
+                Done { change, outcome: Outcome::Planned }
+            } else {
+                apply_one(root, change)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn back_and_forth() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Sysroot::new(dir.path());
+        for (irq, value) in [(1, "0-5"), (2, "0-5"), (3, "7"), (4, "0-23")] {
+            let folder = dir.path().join(format!("proc/irq/{irq}"));
+            fs::create_dir_all(&folder).unwrap();
+            fs::write(folder.join("smp_affinity_list"), value).unwrap();
+        }
+        let entry =
+            |irq| Entry { knob: Knob::Irq(irq), label: format!("IRQ {irq}"), before: "0-23".into(), set: "0-5".into() };
+        let file = dir.path().join("saved");
+        write(&file, "pin-irqs", [1, 2, 3, 4, 9].map(entry).into()).unwrap();
+        assert!(write(&file, "pin-irqs", vec![]).unwrap_err().to_string().contains("earlier run"));
+        assert!(read(&file, "governor").unwrap_err().to_string().contains("saved by pin-irqs"));
+
+        let texts = |dry_run| -> Vec<String> {
+            restore(&root, read(&file, "pin-irqs").unwrap(), dry_run).iter().map(ToString::to_string).collect()
+        };
+        let expected = [
+            "IRQ 9: gone",
+            "IRQ 4: already 0-23",
+            "IRQ 3: left as it is: it was set to 0-5 and holds 7 now",
+            "IRQ 2: 0-5 -> 0-23",
+            "IRQ 1: 0-5 -> 0-23",
+        ];
+        assert_eq!(texts(true), expected);
+        assert_eq!(texts(false), expected);
+        assert_eq!(texts(false)[3], "IRQ 2: already 0-23");
+    }
+
+    #[test]
+    fn what_is_no_such_file_is_refused() {
+        for text in [
+            "",
+            "{}",
+            "[]",
+            "{\"version\":2,\"tool\":\"t\",\"entries\":[]}",
+            "{\"version\":1,\"tool\":\"x\",\"entries\":[]}",
+        ] {
+            assert!(parse(text, "t").is_err(), "{text}");
+        }
+        let leaving =
+            r#"{"version":1,"tool":"t","entries":[{"knob":{"sysctl":"../x"},"label":"","before":"","set":""}]}"#;
+        assert!(parse(leaving, "t").unwrap_err().contains("leaves its folder"));
+    }
+}

@@ -1,0 +1,493 @@
+//! What hook keeps under /run/pinfold: reservations and one baseline, behind one lock.
+//!
+//! The *baseline* holds, for every knob that was ever touched, the value before the first touch and the values set
+//! since. It is on disk before the write that it covers, so a run that is killed at any point leaves enough behind for
+//! the next one to mend the host. It lives in /run: it goes with the boot, as the kernel's own state does.
+
+use std::collections::BTreeMap;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{Flock, FlockArg};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::change::{Change, Done, Object, Outcome, apply_one};
+use crate::error::{Error, Result};
+use crate::knob::Knob;
+use crate::sysroot::Sysroot;
+
+/// The folder, below the sysroot.
+const FOLDER: &str = "run/pinfold";
+/// The layout of the state file; another number is refused.
+const VERSION: u32 = 1;
+/// How often a lock that is held is tried again.
+const LOCK_INTERVAL: Duration = Duration::from_millis(10);
+
+/// One knob of the baseline.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Entry {
+    knob: Knob,
+    label: String,
+    /// The value before the first touch.
+    before: String,
+    /// The value last set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    last: Option<String>,
+    /// The value that was about to be set when the file was written. After a crash the knob may hold it or not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pending: Option<String>,
+}
+
+/// The value of every touched knob before the first touch, and what it was set to since.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Baseline {
+    entries: BTreeMap<Knob, Entry>,
+    /// Knobs that held, when this run began, what neither we nor anyone before us had set.
+    foreign: BTreeMap<Knob, String>,
+}
+
+impl Baseline {
+    /// Puts an object in, with the value it had before the first touch. One that is in already stays as it is.
+    pub fn adopt(&mut self, object: &Object, before: &str) {
+        self.entries.entry(object.knob.clone()).or_insert_with(|| Entry {
+            knob: object.knob.clone(),
+            label: object.label.clone(),
+            before: before.to_owned(),
+            last: None,
+            pending: None,
+        });
+    }
+
+    /// Whether a knob is in.
+    pub fn has(&self, knob: &Knob) -> bool {
+        self.entries.contains_key(knob)
+    }
+
+    /// The value of a knob before the first touch.
+    pub fn before(&self, knob: &Knob) -> Option<&str> {
+        self.entries.get(knob).map(|entry| entry.before.as_str())
+    }
+
+    /// The value a knob was last set to.
+    pub fn last(&self, knob: &Knob) -> Option<&str> {
+        self.entries.get(knob).and_then(|entry| entry.pending.as_deref().or(entry.last.as_deref()))
+    }
+
+    /// All knobs with their labels and values before the first touch.
+    pub fn knobs(&self) -> impl Iterator<Item = (&Knob, &str, &str)> {
+        self.entries.values().map(|entry| (&entry.knob, entry.label.as_str(), entry.before.as_str()))
+    }
+
+    /// Looks which knobs hold a value that is neither theirs from before nor one we set: they belong to somebody else
+    /// now, and [`plan`](Self::plan) leaves them. To be called once, before a run changes anything.
+    pub fn look(&mut self, root: &Sysroot) {
+        self.foreign.clear();
+        for entry in self.entries.values() {
+            if entry.last.is_none() && entry.pending.is_none() {
+                continue;
+            }
+            if let Ok(Some(found)) = entry.knob.read(root) {
+                let ours = [Some(&entry.before), entry.last.as_ref(), entry.pending.as_ref()];
+                if !ours.contains(&Some(&found)) {
+                    self.foreign.insert(entry.knob.clone(), found);
+                }
+            }
+        }
+    }
+
+    /// The changes that bring objects to what they should hold, which is computed from each one's value before the
+    /// first touch. Objects that are not in the baseline yet are put in with the value found. What is to be set is
+    /// noted as pending: save the state before applying.
+    pub fn plan(&mut self, objects: Vec<Object>, wanted: impl Fn(&Knob, &str) -> String) -> Vec<Planned> {
+        let mut plan = Vec::with_capacity(objects.len());
+        for object in objects {
+            self.adopt(&object, &object.found.clone());
+            let Some(entry) = self.entries.get_mut(&object.knob) else { continue };
+            let wanted = wanted(&object.knob, &entry.before);
+            if let Some(now) = self.foreign.get(&object.knob) {
+                let why = format!("somebody else has set it to {now}");
+                plan.push(Planned { left: Some(why), change: object.want(wanted) });
+                continue;
+            }
+            let change = object.want(wanted);
+            if change.is_noop() {
+                entry.last = Some(change.wanted.clone());
+                entry.pending = None;
+            } else {
+                entry.pending = Some(change.wanted.clone());
+            }
+            plan.push(Planned { left: None, change });
+        }
+        plan
+    }
+
+    /// Notes what became of a change.
+    fn settle(&mut self, done: &Done) {
+        let Some(entry) = self.entries.get_mut(&done.change.knob) else { return };
+        match done.outcome {
+            Outcome::Changed => {
+                entry.last = entry.pending.take();
+            }
+            Outcome::Refused(_) => entry.pending = None,
+            Outcome::Gone => {
+                self.entries.remove(&done.change.knob);
+            }
+            // A write that failed may have taken effect all the same: both values stay ours.
+            _ => {}
+        }
+    }
+
+    /// Takes a knob out: it is back to what it was, or belongs to somebody else.
+    pub fn forget(&mut self, knob: &Knob) {
+        self.entries.remove(knob);
+    }
+}
+
+/// A change of a plan, or why its object is left alone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Planned {
+    /// The change.
+    pub change: Change,
+    /// Why it is not to be made: the object is somebody else's now.
+    pub left: Option<String>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OnDisk<R> {
+    version: u32,
+    reservations: BTreeMap<u32, R>,
+    baseline: Vec<Entry>,
+}
+
+/// The state, held under its lock. `R` is what is kept per VM, by its number.
+#[derive(Debug)]
+pub struct Store<R> {
+    root: Sysroot,
+    folder: PathBuf,
+    _lock: Flock<File>,
+    /// What is kept per VM.
+    pub reservations: BTreeMap<u32, R>,
+    /// What every touched knob held before.
+    pub baseline: Baseline,
+}
+
+impl<R: Serialize + DeserializeOwned> Store<R> {
+    /// Takes the lock, waiting for another hook to end, and reads the state; empty where there is none.
+    ///
+    /// # Errors
+    /// [`Error::Unusable`] where the lock is not to be had in time, the folder is not ours alone, or the state file cannot
+    /// be trusted; the text says what to do.
+    pub fn open(root: &Sysroot, deadline: Duration) -> Result<Self> {
+        let folder = root.path(FOLDER);
+        if let Err(source) = DirBuilder::new().mode(0o700).create(&folder)
+            && source.kind() != io::ErrorKind::AlreadyExists
+        {
+            return Err(Error::io(folder, "make the folder", source));
+        }
+        check_private(&folder)?;
+        let lock = take_lock(&folder, deadline)?;
+        let on_disk = read_state::<R>(&folder)?;
+        let entries = on_disk.baseline.into_iter().map(|entry| (entry.knob.clone(), entry)).collect();
+        Ok(Self {
+            root: root.clone(),
+            folder,
+            _lock: lock,
+            reservations: on_disk.reservations,
+            baseline: Baseline { entries, foreign: BTreeMap::new() },
+        })
+    }
+
+    /// Reads the state without the lock, for looking only; `None` where there is none.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), less the lock.
+    pub fn peek(root: &Sysroot) -> Result<Option<BTreeMap<u32, R>>> {
+        let folder = root.path(FOLDER);
+        match fs::symlink_metadata(folder.join("state.json")) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            _ => Ok(Some(read_state::<R>(&folder)?.reservations)),
+        }
+    }
+
+    /// Writes the state, whole or not at all. With no reservation and no baseline left the file goes.
+    ///
+    /// # Errors
+    /// [`Error::Io`] with the path.
+    pub fn save(&self) -> Result<()>
+    where
+        R: Clone,
+    {
+        let path = self.folder.join("state.json");
+        if self.reservations.is_empty() && self.baseline.entries.is_empty() {
+            return match fs::remove_file(&path) {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::io(path, "remove", source)),
+                _ => Ok(()),
+            };
+        }
+        let on_disk = OnDisk {
+            version: VERSION,
+            reservations: self.reservations.clone(),
+            baseline: self.baseline.entries.values().cloned().collect(),
+        };
+        let new = self.folder.join("state.json.new");
+        let write = || -> io::Result<()> {
+            let text = serde_json::to_vec(&on_disk)?;
+            // A leftover of a run that was killed while it wrote.
+            if let Err(error) = fs::remove_file(&new)
+                && error.kind() != io::ErrorKind::NotFound
+            {
+                return Err(error);
+            }
+            OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?.write_all(&text)?;
+            fs::rename(&new, &path)
+        };
+        write().map_err(|source| Error::io(&path, "save", source))
+    }
+
+    /// Saves the state, then makes the planned changes one by one, each told to `progress`.
+    ///
+    /// # Errors
+    /// Where the state cannot be saved; nothing has been changed then.
+    pub fn carry_out(&mut self, plan: Vec<Planned>, mut progress: impl FnMut(&Done)) -> Result<()>
+    where
+        R: Clone,
+    {
+        if plan.iter().any(|planned| planned.left.is_none() && !planned.change.is_noop()) {
+            self.save()?;
+        }
+        for Planned { change, left } in plan {
+            let done = match left {
+                Some(why) => Done { change, outcome: Outcome::Left(why) },
+                None => apply_one(&self.root, change),
+            };
+            self.baseline.settle(&done);
+            progress(&done);
+        }
+        Ok(())
+    }
+}
+
+/// Removes a state that cannot be read, under the lock; what it covered is not put back.
+///
+/// # Errors
+/// Where the lock is not to be had or the file cannot be removed.
+pub fn discard(root: &Sysroot, deadline: Duration) -> Result<bool> {
+    let folder = root.path(FOLDER);
+    if !folder.exists() {
+        return Ok(false);
+    }
+    check_private(&folder)?;
+    let _lock = take_lock(&folder, deadline)?;
+    let path = folder.join("state.json");
+    match fs::remove_file(&path) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(source) => Err(Error::io(path, "remove", source)),
+    }
+}
+
+/// The folder must be a real one, ours, and closed to others: whoever can write the state can write the kernel.
+fn check_private(folder: &Path) -> Result<()> {
+    let meta = fs::symlink_metadata(folder).map_err(|source| Error::io(folder, "look at", source))?;
+    let fault = if !meta.is_dir() {
+        "it is no folder"
+    } else if meta.uid() != nix::unistd::geteuid().as_raw() {
+        "it belongs to somebody else"
+    } else if meta.mode() & 0o077 != 0 {
+        "others can look into it or write there"
+    } else {
+        return Ok(());
+    };
+    let why = format!("{fault}; look who made it, then remove it and run `hook recover`");
+    Err(Error::unusable(folder.display().to_string(), why))
+}
+
+fn take_lock(folder: &Path, deadline: Duration) -> Result<Flock<File>> {
+    let path = folder.join("lock");
+    let open = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(nix::libc::O_NOFOLLOW)
+        .open(&path);
+    let mut file = open.map_err(|source| Error::io(&path, "open", source))?;
+    let until = Instant::now() + deadline;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((back, nix::errno::Errno::EWOULDBLOCK)) if Instant::now() < until => file = back,
+            Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
+                let why = format!("another hook has held it for {} s; see `ps -C hook`", deadline.as_secs());
+                return Err(Error::unusable(path.display().to_string(), why));
+            }
+            Err((_, errno)) => return Err(Error::io(path, "lock", errno.into())),
+        }
+        std::thread::sleep(LOCK_INTERVAL);
+    }
+}
+
+fn read_state<R: DeserializeOwned>(folder: &Path) -> Result<OnDisk<R>> {
+    let path = folder.join("state.json");
+    let bad = |why: String| {
+        let why = format!(
+            "{why}; it cannot be trusted. `hook recover --discard` removes it and leaves the host as it is now"
+        );
+        Error::unusable(path.display().to_string(), why)
+    };
+    let text = match OpenOptions::new().read(true).custom_flags(nix::libc::O_NOFOLLOW).open(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Ok(OnDisk { version: VERSION, reservations: BTreeMap::new(), baseline: Vec::new() });
+        }
+        Err(source) if source.raw_os_error() == Some(nix::libc::ELOOP) => {
+            return Err(bad("it is a symbolic link".into()));
+        }
+        Err(source) => return Err(Error::io(path, "read", source)),
+        Ok(mut file) => {
+            let meta = file.metadata().map_err(|source| Error::io(&path, "look at", source))?;
+            if meta.uid() != nix::unistd::geteuid().as_raw() || meta.mode() & 0o077 != 0 {
+                return Err(bad("it is not ours alone".into()));
+            }
+            let mut text = String::new();
+            io::Read::read_to_string(&mut file, &mut text).map_err(|source| Error::io(&path, "read", source))?;
+            text
+        }
+    };
+    parse_state(&text).map_err(bad)
+}
+
+fn parse_state<R: DeserializeOwned>(text: &str) -> std::result::Result<OnDisk<R>, String> {
+    let state: OnDisk<R> = serde_json::from_str(text).map_err(|error| format!("it is no state of hook's: {error}"))?;
+    if state.version != VERSION {
+        return Err(format!("it has version {}, this hook knows version {VERSION}", state.version));
+    }
+    for entry in &state.baseline {
+        entry.knob.check().map_err(|error| error.to_string())?;
+    }
+    Ok(state)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SOON: Duration = Duration::from_secs(5);
+
+    fn host() -> (tempfile::TempDir, Sysroot) {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("run")).unwrap();
+        for irq in [1, 2] {
+            let folder = dir.path().join(format!("proc/irq/{irq}"));
+            fs::create_dir_all(&folder).unwrap();
+            fs::write(folder.join("smp_affinity_list"), "0-3\n").unwrap();
+        }
+        let root = Sysroot::new(dir.path());
+        (dir, root)
+    }
+
+    fn objects(root: &Sysroot) -> Vec<Object> {
+        [1, 2]
+            .map(|irq| Object::new(Knob::Irq(irq), format!("IRQ {irq}"), Knob::Irq(irq).read(root).unwrap().unwrap()))
+            .into()
+    }
+
+    fn set(store: &mut Store<String>, root: &Sysroot, value: Option<&str>) -> Vec<String> {
+        store.baseline.look(root);
+        let plan = store.baseline.plan(objects(root), |_, before| value.unwrap_or(before).to_owned());
+        let mut told = Vec::new();
+        store.carry_out(plan, |done| told.push(done.to_string())).unwrap();
+        store.save().unwrap();
+        told
+    }
+
+    #[test]
+    fn the_baseline_comes_back_across_runs() {
+        let (_dir, root) = host();
+        let mut store: Store<String> = Store::open(&root, SOON).unwrap();
+        store.reservations.insert(100, "a".into());
+        assert_eq!(set(&mut store, &root, Some("0")), ["IRQ 1: 0-3 -> 0", "IRQ 2: 0-3 -> 0"]);
+        drop(store);
+        let mut store: Store<String> = Store::open(&root, SOON).unwrap();
+        assert_eq!(store.reservations[&100], "a");
+        assert_eq!(set(&mut store, &root, Some("1"))[0], "IRQ 1: 0 -> 1");
+        assert_eq!(set(&mut store, &root, None), ["IRQ 1: 1 -> 0-3", "IRQ 2: 1 -> 0-3"]);
+        store.reservations.clear();
+        store.baseline.forget(&Knob::Irq(1));
+        store.baseline.forget(&Knob::Irq(2));
+        store.save().unwrap();
+        assert!(!root.exists("run/pinfold/state.json"));
+    }
+
+    #[test]
+    fn what_somebody_else_set_is_left() {
+        let (dir, root) = host();
+        let mut store: Store<String> = Store::open(&root, SOON).unwrap();
+        set(&mut store, &root, Some("0"));
+        fs::write(dir.path().join("proc/irq/1/smp_affinity_list"), "2").unwrap();
+        assert_eq!(
+            set(&mut store, &root, None),
+            ["IRQ 1: left as it is: somebody else has set it to 2", "IRQ 2: 0 -> 0-3"]
+        );
+    }
+
+    #[test]
+    fn killed_between_save_and_write_both_values_are_ours() {
+        let (_dir, root) = host();
+        let mut store: Store<String> = Store::open(&root, SOON).unwrap();
+        let plan = store.baseline.plan(objects(&root), |_, _| "0".into());
+        store.save().unwrap();
+        // Killed after the first of two writes.
+        apply_one(&root, plan[0].change.clone());
+        drop(store);
+        let mut store: Store<String> = Store::open(&root, SOON).unwrap();
+        assert_eq!(set(&mut store, &root, None), ["IRQ 1: 0 -> 0-3", "IRQ 2: already 0-3"]);
+    }
+
+    #[test]
+    fn a_state_that_is_not_ours_is_refused_with_a_way_out() {
+        let (dir, root) = host();
+        drop(Store::<String>::open(&root, SOON).unwrap());
+        let path = dir.path().join("run/pinfold/state.json");
+        let refused = |why: &str| {
+            let error = Store::<String>::open(&root, SOON).unwrap_err().to_string();
+            assert!(error.contains(why) && error.contains("recover --discard"), "{error}");
+        };
+        for text in ["", "{", "{\"version\":9,\"reservations\":{},\"baseline\":[]}", "[]"] {
+            let _ = fs::remove_file(&path);
+            OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(&path)
+                .unwrap()
+                .write_all(text.as_bytes())
+                .unwrap();
+            refused("it cannot be trusted");
+        }
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, "{}").unwrap();
+        refused("not ours alone");
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", &path).unwrap();
+        refused("symbolic link");
+        assert!(discard(&root, SOON).unwrap());
+        Store::<String>::open(&root, SOON).unwrap();
+    }
+
+    #[test]
+    fn one_hook_at_a_time() {
+        let (_dir, root) = host();
+        let first = Store::<String>::open(&root, SOON).unwrap();
+        let error = Store::<String>::open(&root, Duration::from_millis(30)).unwrap_err().to_string();
+        assert!(error.contains("another hook has held it"), "{error}");
+        drop(first);
+        Store::<String>::open(&root, SOON).unwrap();
+    }
+}

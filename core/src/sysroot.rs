@@ -1,0 +1,194 @@
+//! The one way to the kernel's files.
+//!
+//! Paths are given relative to the root (`proc/irq/24/smp_affinity_list`), so that a captured tree
+//! can stand in for a host (`--sysroot DIR`, as lscpu and lsmem have).
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+
+/// Where the host's files are: `/`, or a captured tree.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sysroot {
+    root: PathBuf,
+}
+
+impl Default for Sysroot {
+    fn default() -> Self {
+        Self::new("/")
+    }
+}
+
+impl Sysroot {
+    /// A root at `root`.
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    /// Whether this is the running host, where system calls speak of the same things as the files.
+    pub fn is_live(&self) -> bool {
+        self.root == Path::new("/")
+    }
+
+    /// The full path of `path`; a leading slash counts for nothing, so links read from the host fit too.
+    pub fn path(&self, path: impl AsRef<Path>) -> PathBuf {
+        let path = path.as_ref();
+        self.root.join(path.strip_prefix("/").unwrap_or(path))
+    }
+
+    /// Whether anything is at `path`.
+    pub fn exists(&self, path: impl AsRef<Path>) -> bool {
+        self.path(path).exists()
+    }
+
+    /// A whole file as text. Bytes that are no UTF-8 (a thread may be named anything) become U+FFFD.
+    ///
+    /// # Errors
+    /// [`Error::Io`] with the path.
+    pub fn read(&self, path: impl AsRef<Path>) -> Result<String> {
+        self.read_until(path.as_ref(), false)
+    }
+
+    /// A file that the kernel hands out in one piece (a sysfs attribute, /proc/PID/stat): one read, no second
+    /// one to see the end.
+    ///
+    /// # Errors
+    /// [`Error::Io`] with the path.
+    pub fn read_record(&self, path: impl AsRef<Path>) -> Result<String> {
+        self.read_until(path.as_ref(), true)
+    }
+
+    /// As [`read_record`](Self::read_record), less the line's end; `None` where there is no such file.
+    ///
+    /// # Errors
+    /// [`Error::Io`] with the path, for anything but a file that is not there.
+    pub fn read_value(&self, path: impl AsRef<Path>) -> Result<Option<String>> {
+        match self.read_record(path) {
+            Ok(text) => Ok(Some(text.trim_end().to_owned())),
+            Err(error) if error.is_gone() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn read_until(&self, path: &Path, short_read_ends: bool) -> Result<String> {
+        let path = self.path(path);
+        let inner = || -> io::Result<Vec<u8>> {
+            let mut file = File::open(&path)?;
+            let mut bytes = vec![0; 4096];
+            let mut used = 0;
+            loop {
+                let n = file.read(&mut bytes[used..])?;
+                used += n;
+                if n == 0 || (short_read_ends && used < bytes.len()) {
+                    bytes.truncate(used);
+                    return Ok(bytes);
+                }
+                if used == bytes.len() {
+                    bytes.resize(used * 2, 0);
+                }
+            }
+        };
+        match inner() {
+            Ok(bytes) => Ok(match String::from_utf8(bytes) {
+                Ok(text) => text,
+                Err(error) => String::from_utf8_lossy(error.as_bytes()).into_owned(),
+            }),
+            Err(source) => Err(Error::io(path.clone(), "read", source)),
+        }
+    }
+
+    /// The names in a folder, sorted; numbers by their value (`2` before `10`).
+    ///
+    /// # Errors
+    /// [`Error::Io`] with the path.
+    pub fn names(&self, path: impl AsRef<Path>) -> Result<Vec<String>> {
+        let path = self.path(path);
+        let list = || -> io::Result<Vec<String>> {
+            fs::read_dir(&path)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+        };
+        let mut names = list().map_err(|source| Error::io(path.clone(), "list", source))?;
+        names.sort_by_cached_key(|name| (name.parse::<u64>().unwrap_or(u64::MAX), name.clone()));
+        Ok(names)
+    }
+
+    /// The last component a symbolic link points at (`driver`, `iommu_group`); `None` where there is no link.
+    pub fn link_name(&self, path: impl AsRef<Path>) -> Option<String> {
+        let target = fs::read_link(self.path(path)).ok()?;
+        Some(target.file_name()?.to_string_lossy().into_owned())
+    }
+
+    /// Writes a kernel file, which must be there already. Only [`crate::knob`] calls it, for [`crate::apply()`].
+    pub(crate) fn write(&self, path: impl AsRef<Path>, text: &str) -> io::Result<()> {
+        // Plain files, unlike the kernel's, keep what is behind the new text: truncate serves captured trees.
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(false)
+            .truncate(!self.is_live())
+            .custom_flags(nix::libc::O_NOFOLLOW)
+            .open(self.path(path))?;
+        write_whole(&mut file, text)
+    }
+
+    /// As [`write`](Self::write), and what the same open file says afterwards, less the line's end: the kernel
+    /// may take a value and keep another.
+    pub(crate) fn write_and_read_back(&self, path: impl AsRef<Path>, text: &str) -> io::Result<String> {
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(false)
+            .truncate(!self.is_live())
+            .custom_flags(nix::libc::O_NOFOLLOW)
+            .open(self.path(path))?;
+        write_whole(&mut file, text)?;
+        let mut bytes = [0; 4096];
+        let used = file.read_at(&mut bytes, 0)?;
+        Ok(String::from_utf8_lossy(&bytes[..used]).trim_end().to_owned())
+    }
+}
+
+/// One write call: the kernel takes a value whole or not at all.
+fn write_whole(file: &mut File, text: &str) -> io::Result<()> {
+    let written = file.write(text.as_bytes())?;
+    if written < text.len() { Err(io::Error::from(io::ErrorKind::WriteZero)) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_sort_by_number() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["10", "2", "default_smp_affinity"] {
+            fs::write(dir.path().join(name), "").unwrap();
+        }
+        assert_eq!(Sysroot::new(dir.path()).names("").unwrap(), ["2", "10", "default_smp_affinity"]);
+    }
+
+    #[test]
+    fn a_missing_kernel_file_is_an_error_and_never_a_new_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Sysroot::new(dir.path());
+        assert!(root.write("online", "0").is_err());
+        assert!(!root.exists("online"));
+        let error = root.read("online").unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            format!("{}: read: No such file or directory", dir.path().join("online").display())
+        );
+    }
+
+    #[test]
+    fn long_files_and_odd_bytes_are_read_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Sysroot::new(dir.path());
+        fs::write(dir.path().join("long"), "x".repeat(10_000)).unwrap();
+        assert_eq!(root.read("long").unwrap().len(), 10_000);
+        assert_eq!(root.read_record("/long").unwrap().len(), 10_000);
+        fs::write(dir.path().join("odd"), b"a\xffb\n").unwrap();
+        assert_eq!(root.read_value("odd").unwrap().unwrap(), "a\u{fffd}b");
+    }
+}

@@ -1,0 +1,85 @@
+//! Units' AllowedCPUs=, by systemctl; see systemd.resource-control(5).
+
+use std::collections::BTreeMap;
+use std::io;
+use std::time::Duration;
+
+use crate::command;
+use crate::cpuset::CpuSet;
+use crate::error::{Error, Result};
+use crate::knob::cpu_list;
+use crate::sysroot::Sysroot;
+
+/// How long systemd may take for one unit.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Whether a cgroup's name is one that systemd gives its units.
+pub fn is_unit_name(name: &str) -> bool {
+    [".slice", ".scope", ".service"].iter().any(|suffix| name.ends_with(suffix))
+}
+
+/// Reads `systemctl show -p Id -p LoadState -p AllowedCPUs UNIT…`: each loaded unit's CPUs, empty where unset.
+///
+/// # Errors
+/// [`Error::Cpus`] where a list cannot be read.
+pub fn parse_show(text: &str) -> Result<BTreeMap<String, CpuSet>> {
+    let mut units = BTreeMap::new();
+    for block in text.split("\n\n") {
+        let value = |key: &str| block.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+        let (Some(unit), Some("loaded")) = (value("Id"), value("LoadState")) else { continue };
+        // systemd puts spaces between ranges.
+        let list = value("AllowedCPUs").unwrap_or_default().split_whitespace().collect::<Vec<_>>().join(",");
+        units.insert(unit.to_owned(), cpu_list(&format!("{unit}: AllowedCPUs"), &list)?);
+    }
+    Ok(units)
+}
+
+/// The AllowedCPUs= of units, empty where unset; units that systemd does not know are left out.
+///
+/// # Errors
+/// Where systemctl cannot be run or understood.
+pub fn allowed_cpus_of(root: &Sysroot, units: &[String]) -> Result<BTreeMap<String, CpuSet>> {
+    if units.is_empty() || !root.is_live() {
+        return Ok(BTreeMap::new());
+    }
+    let mut args = vec!["show", "-p", "Id", "-p", "LoadState", "-p", "AllowedCPUs", "--"];
+    args.extend(units.iter().map(String::as_str));
+    let text =
+        command::run("systemctl", &args, DEADLINE).map_err(|error| Error::unusable("systemd", error.to_string()))?;
+    parse_show(&text)
+}
+
+/// One unit's AllowedCPUs=; `None` where there is no such unit.
+///
+/// # Errors
+/// As [`allowed_cpus_of`].
+pub fn allowed_cpus(root: &Sysroot, unit: &str) -> Result<Option<String>> {
+    let mut units = allowed_cpus_of(root, &[unit.to_owned()])?;
+    Ok(units.remove(unit).map(|cpus| cpus.to_string()))
+}
+
+/// Sets a unit's AllowedCPUs= until the next boot.
+pub(crate) fn set_allowed_cpus(root: &Sysroot, unit: &str, cpus: &str) -> io::Result<()> {
+    if !root.is_live() {
+        return Err(io::Error::other("units can be set on the running host only, not under --sysroot"));
+    }
+    let property = format!("AllowedCPUs={cpus}");
+    command::run("systemctl", &["set-property", "--runtime", "--", unit, &property], DEADLINE).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units_as_systemctl_shows_them() {
+        let text = "Id=system.slice\nAllowedCPUs=0-5 12-17\nLoadState=loaded\n\n\
+                    Id=user.slice\nAllowedCPUs=\nLoadState=loaded\n\nId=x.slice\nAllowedCPUs=\nLoadState=not-found\n";
+        let units = parse_show(text).unwrap();
+        assert_eq!(units["system.slice"].to_string(), "0-5,12-17");
+        assert!(units["user.slice"].is_empty());
+        assert_eq!(units.len(), 2);
+        assert!(parse_show("").unwrap().is_empty());
+        assert!(parse_show("Id=a\nLoadState=loaded\nAllowedCPUs=x").is_err());
+    }
+}

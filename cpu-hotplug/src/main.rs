@@ -1,0 +1,5 @@
+//! See the library: cpu-hotplug is its whole.
+
+fn main() -> std::process::ExitCode {
+    cpu_hotplug::main()
+}

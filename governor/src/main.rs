@@ -1,0 +1,5 @@
+//! See the library: governor is its whole.
+
+fn main() -> std::process::ExitCode {
+    governor::main()
+}

@@ -1,0 +1,6 @@
+//! hook.
+
+/// Being written.
+pub fn main() -> std::process::ExitCode {
+    std::process::ExitCode::FAILURE
+}

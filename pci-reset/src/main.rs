@@ -1,0 +1,5 @@
+//! See the library: pci-reset is its whole.
+
+fn main() -> std::process::ExitCode {
+    pci_reset::main()
+}

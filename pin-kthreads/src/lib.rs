@@ -1,0 +1,6 @@
+//! Move kernel threads and unbound workqueues to a set of CPUs.
+
+/// Being written.
+pub fn main() -> std::process::ExitCode {
+    std::process::ExitCode::FAILURE
+}

@@ -1,0 +1,5 @@
+//! See the library: pin-kthreads is its whole.
+
+fn main() -> std::process::ExitCode {
+    pin_kthreads::main()
+}

@@ -1,0 +1,5 @@
+//! See the library: pin-vcpu is its whole.
+
+fn main() -> std::process::ExitCode {
+    pin_vcpu::main()
+}
