@@ -1,1 +1,346 @@
-//! Being written.
+//! Proxmox VE's files about a VM: its settings, the PCI devices reserved, the cluster's PCI mappings.
+//!
+//! The grammar is that of qemu-server's `PVE::QemuServer::parse_vm_config`, `PVE::QemuServer::PCI` and
+//! pve-guest-common's `PVE::Mapping::PCI`.
+
+use crate::error::{Error, Result};
+use crate::pci::{PciAddress, PciSelector};
+use crate::vm::VmId;
+
+/// The number of hostpci entries that a VM may have.
+const MAX_HOSTPCI: u32 = 16;
+
+/// What Pinfold needs of a VM's settings: those of the running VM, neither pending ones nor a snapshot's.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct VmConf {
+    /// The VM's name.
+    pub name: Option<String>,
+    /// CPU sockets; Proxmox VE takes 1 where it is not set.
+    pub sockets: Option<u32>,
+    /// Cores per socket; Proxmox VE takes 1 where it is not set.
+    pub cores: Option<u32>,
+    /// vCPUs that the VM starts with, where not all.
+    pub vcpus: Option<u32>,
+    /// Proxmox VE's own pinning of the whole process, as it is written: a CPU list.
+    pub affinity: Option<String>,
+    /// The huge pages' size: `2`, `1024` or `any`.
+    pub hugepages: Option<String>,
+    /// The host's PCI devices that are passed through, by index.
+    pub hostpci: Vec<HostPci>,
+    /// Whether it is a template, which never runs.
+    pub template: bool,
+    /// The volume of the hook script: `local:snippets/hook`.
+    pub hookscript: Option<String>,
+}
+
+/// One `hostpciN` entry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostPci {
+    /// The N of `hostpciN`.
+    pub index: u32,
+    /// Which devices.
+    pub devices: HostDevices,
+    /// Whether only a slice of the device is passed through (`mdev=`), so that others use it too.
+    pub shared: bool,
+}
+
+/// How a `hostpciN` entry names its devices.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HostDevices {
+    /// By their addresses.
+    Addresses(Vec<PciSelector>),
+    /// By the id of a mapping of the cluster, of whose devices one is chosen when the VM starts.
+    Mapping(String),
+}
+
+impl VmConf {
+    /// Parses VMID.conf. Keys that Pinfold has no use for are passed over, as is what is no `key: value` line.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] with the key and the value.
+    pub fn parse(text: &str) -> Result<Self> {
+        let mut conf = Self::default();
+        for (key, value) in text.lines().take_while(|line| !is_section(line)).filter_map(key_and_value) {
+            let text = || Some(value.to_owned());
+            let count = || match value.parse::<u32>() {
+                Ok(count @ 1..) => Ok(Some(count)),
+                _ => Err(Error::malformed(key, format!("{value:?} is no count"))),
+            };
+            match key {
+                "name" => conf.name = text(),
+                "sockets" => conf.sockets = count()?,
+                "cores" => conf.cores = count()?,
+                "vcpus" => conf.vcpus = count()?,
+                "affinity" => conf.affinity = text(),
+                "hugepages" => conf.hugepages = text(),
+                "hookscript" => conf.hookscript = text(),
+                "template" => conf.template = matches!(value, "1" | "on" | "yes" | "true"),
+                _ => {
+                    if let Some(index) = key.strip_prefix("hostpci").and_then(hostpci_index) {
+                        let entry = parse_hostpci(index, value)?;
+                        conf.hostpci.retain(|other| other.index != index);
+                        conf.hostpci.push(entry);
+                    }
+                }
+            }
+        }
+        conf.hostpci.sort_by_key(|entry| entry.index);
+        Ok(conf)
+    }
+
+    /// The number of vCPUs that the VM starts with.
+    pub fn vcpus(&self) -> u32 {
+        self.vcpus.unwrap_or_else(|| self.sockets.unwrap_or(1).saturating_mul(self.cores.unwrap_or(1)))
+    }
+}
+
+/// Whether the line opens `[PENDING]`, `[special:…]` or a snapshot, with which the running VM's settings end.
+fn is_section(line: &str) -> bool {
+    line.starts_with('[')
+}
+
+/// A setting; `None` for the description (`#`), empty lines and anything else.
+fn key_and_value(line: &str) -> Option<(&str, &str)> {
+    let (key, value) = line.split_once(':')?;
+    let letters = key.trim_end_matches(|c: char| c.is_ascii_digit());
+    let named = letters.starts_with(|c: char| c.is_ascii_lowercase())
+        && letters.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
+    let value = value.trim();
+    (named && !value.is_empty()).then_some((key, value))
+}
+
+fn hostpci_index(digits: &str) -> Option<u32> {
+    let index: u32 = digits.parse().ok().filter(|index| *index < MAX_HOSTPCI)?;
+    // `hostpci00` is no key of Proxmox VE's.
+    (digits == index.to_string()).then_some(index)
+}
+
+/// Parses the value of a `hostpciN` key: `[host=]ADDRESS[;ADDRESS…]` or `mapping=ID`, and options.
+fn parse_hostpci(index: u32, value: &str) -> Result<HostPci> {
+    let bad = |why: &str| Error::malformed(format!("hostpci{index}"), format!("{why} in {value:?}"));
+    let (mut host, mut mapping, mut shared) = (None, None, false);
+    for part in value.split(',').map(str::trim).filter(|part| !part.is_empty()) {
+        match part.split_once('=') {
+            None => host = Some(part),
+            Some(("host", addresses)) => host = Some(addresses),
+            Some(("mapping", id)) => mapping = Some(id),
+            Some(("mdev", _)) => shared = true,
+            Some(_) => {}
+        }
+    }
+    let devices = match (host, mapping) {
+        (Some(addresses), None) => HostDevices::Addresses(selectors(addresses).ok_or_else(|| bad("no PCI address"))?),
+        (None, Some(id)) if is_mapping_id(id) => HostDevices::Mapping(id.to_owned()),
+        (None, Some(_)) => return Err(bad("no mapping's name")),
+        (Some(_), Some(_)) => return Err(bad("both host and mapping")),
+        (None, None) => return Err(bad("neither host nor mapping")),
+    };
+    Ok(HostPci { index, devices, shared })
+}
+
+/// Addresses with `;` between them.
+fn selectors(text: &str) -> Option<Vec<PciSelector>> {
+    text.split(';').map(|address| address.parse().ok()).collect()
+}
+
+/// Whether the text is a name as Proxmox VE takes it for sections (`pve-configid`).
+fn is_mapping_id(id: &str) -> bool {
+    id.len() >= 2
+        && id.starts_with(|c: char| c.is_ascii_alphabetic())
+        && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+}
+
+/// A line of /run/qemu-server/pci-id-reservations: a PCI function that a VM holds or is about to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PciReservation {
+    /// The function.
+    pub address: PciAddress,
+    /// Whose it is.
+    pub vmid: VmId,
+    /// What the reservation lives by.
+    pub holder: PciHolder,
+}
+
+/// What a PCI reservation lives by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PciHolder {
+    /// A running QEMU, by its process id.
+    Pid(i32),
+    /// A VM that is being started: until this time, in seconds since 1970.
+    Until(u64),
+}
+
+/// Parses /run/qemu-server/pci-id-reservations (`ADDRESS VMID pid:N` or `ADDRESS VMID time:N`).
+///
+/// Lines of another form are passed over, as Proxmox VE does.
+pub fn parse_pci_reservations(text: &str) -> Vec<PciReservation> {
+    let reservation = |line: &str| {
+        let [address, vmid, holder] = line.split_whitespace().collect::<Vec<_>>().try_into().ok()?;
+        let holder = match holder.split_once(':')? {
+            ("pid", pid) => PciHolder::Pid(pid.parse().ok()?),
+            ("time", time) => PciHolder::Until(time.parse().ok()?),
+            _ => return None,
+        };
+        Some(PciReservation { address: address.parse().ok()?, vmid: vmid.parse().ok()?, holder })
+    };
+    text.lines().filter_map(reservation).collect()
+}
+
+/// The devices that a mapping offers on a node, from /etc/pve/mapping/pci.cfg; of them one is chosen at the VM's start.
+///
+/// `None` where there is no such mapping. A device may be several functions (`path=A;B`).
+pub fn parse_pci_mapping(text: &str, id: &str, node: &str) -> Option<Vec<Vec<PciSelector>>> {
+    let mut lines = text.lines().skip_while(|line| line.trim_end() != id);
+    lines.next()?;
+    let devices = lines
+        .take_while(|line| line.starts_with([' ', '\t']))
+        .filter_map(|line| line.trim().strip_prefix("map"))
+        .filter(|map| map.starts_with([' ', '\t']))
+        .filter_map(|map| {
+            let value =
+                |key: &str| map.trim().split(',').find_map(|part| part.trim().strip_prefix(key)?.strip_prefix('='));
+            if value("node")? == node { selectors(value("path")?) } else { None }
+        });
+    Some(devices.collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn hostpci(value: &str) -> Result<Vec<String>> {
+        let conf = VmConf::parse(&format!("hostpci0: {value}\n"))?;
+        Ok(conf
+            .hostpci
+            .iter()
+            .flat_map(|entry| match &entry.devices {
+                HostDevices::Addresses(devices) => devices.iter().map(ToString::to_string).collect(),
+                HostDevices::Mapping(id) => vec![format!("mapping {id}")],
+            })
+            .collect())
+    }
+
+    #[test]
+    fn the_running_vm_ends_at_the_first_section() {
+        let conf = VmConf::parse(
+            "#cores: 99\n#hostpci0%3A 09:00\naffinity: 6-11,18-23\ncores: 6\nhookscript: local:snippets/hook\n\
+             hostpci0: 0000:01:00,pcie=1,x-vga=1\nhugepages: 1024\nmemory: 16384\nname: gaming\nsockets: 2\n\n\
+             [PENDING]\ncores: 8\n\n[special:cloudinit]\nname: x\n\n[before]\n#snapshot\nhostpci1: 02:00\nvcpus: 1\n",
+        )
+        .unwrap();
+        assert_eq!(
+            (conf.name.as_deref(), conf.cores, conf.sockets, conf.vcpus),
+            (Some("gaming"), Some(6), Some(2), None)
+        );
+        assert_eq!(conf.vcpus(), 12);
+        assert_eq!(conf.affinity.as_deref(), Some("6-11,18-23"));
+        assert_eq!(conf.hugepages.as_deref(), Some("1024"));
+        assert_eq!(conf.hookscript.as_deref(), Some("local:snippets/hook"));
+        assert_eq!(conf.hostpci.len(), 1);
+        assert!(!conf.template);
+    }
+
+    #[test]
+    fn settings_are_read_as_proxmox_reads_them() {
+        for (text, vcpus) in [
+            ("", 1),
+            ("\n", 1),
+            ("garbage\nmore : garbage\n: x\n1cores: 5\nCores: 5\n cores: 5\n", 1),
+            ("cores: 4", 4),
+            ("cores:4\r\n", 4),
+            ("cores:   4   \n", 4),
+            ("cores: 2\ncores: 3\n", 3),
+            ("cores: 4\nsockets: 2\nvcpus: 3\n", 3),
+            ("cores: 4294967295\nsockets: 4294967295\n", u32::MAX),
+            ("cores:\n", 1),
+        ] {
+            assert_eq!(VmConf::parse(text).unwrap().vcpus(), vcpus, "{text:?}");
+        }
+        assert!(VmConf::parse("template: 1\n").unwrap().template);
+        assert!(!VmConf::parse("template: 0\n").unwrap().template);
+        for (text, message) in [
+            ("cores: x", "cores: \"x\" is no count"),
+            ("cores: 0", "cores: \"0\" is no count"),
+            ("vcpus: -1", "vcpus: \"-1\" is no count"),
+            ("sockets: 99999999999", "sockets: \"99999999999\" is no count"),
+        ] {
+            assert_eq!(VmConf::parse(text).unwrap_err().to_string(), message);
+        }
+    }
+
+    #[test]
+    fn hostpci_has_all_of_its_grammar() {
+        for (value, devices) in [
+            ("01:00.0", &["0000:01:00.0"] as &[&str]),
+            ("0000:01:00", &["0000:01:00"]),
+            ("host=01:00,pcie=1", &["0000:01:00"]),
+            ("pcie=1,host=0A:00.1,x-vga=on,romfile=a=b.rom", &["0000:0a:00.1"]),
+            ("01:00.0;01:00.1;10000:02:00", &["0000:01:00.0", "0000:01:00.1", "10000:02:00"]),
+            ("mapping=gpu-1,pcie=1", &["mapping gpu-1"]),
+        ] {
+            assert_eq!(hostpci(value).unwrap(), devices, "{value:?}");
+        }
+        for (value, message) in [
+            ("pcie=1", "hostpci0: neither host nor mapping in \"pcie=1\""),
+            (",", "hostpci0: neither host nor mapping in \",\""),
+            ("host=", "hostpci0: no PCI address in \"host=\""),
+            ("01:00.0;", "hostpci0: no PCI address in \"01:00.0;\""),
+            ("../../x", "hostpci0: no PCI address in \"../../x\""),
+            ("mapping=../x", "hostpci0: no mapping's name in \"mapping=../x\""),
+            ("01:00,mapping=gpu", "hostpci0: both host and mapping in \"01:00,mapping=gpu\""),
+        ] {
+            assert_eq!(hostpci(value).unwrap_err().to_string(), message);
+        }
+        let conf =
+            VmConf::parse("hostpci10: 05:00\nhostpci2: 03:00,mdev=nvidia-63\nhostpci16: 09:00\nhostpci01: 08:00\n")
+                .unwrap();
+        let entries: Vec<_> = conf.hostpci.iter().map(|entry| (entry.index, entry.shared)).collect();
+        assert_eq!(entries, [(2, true), (10, false)]);
+    }
+
+    #[test]
+    fn reservations_are_read() {
+        let text = "0000:01:00.0 100 pid:4711\n0000:01:00.1 101 time:1700000000\n\
+                    garbage\n0000:02:00.0 100 pid:x\n0000:02:00.0 ../x pid:1\n0000:02:00.0 100\n0000:02:00.0 100 pid:1 x\n\n";
+        let found = parse_pci_reservations(text);
+        assert_eq!(found.len(), 2, "{found:?}");
+        assert_eq!(found[0].holder, PciHolder::Pid(4711));
+        assert_eq!(found[1].holder, PciHolder::Until(1_700_000_000));
+        assert_eq!(
+            (found[1].address.to_string().as_str(), found[1].vmid.to_string().as_str()),
+            ("0000:01:00.1", "101")
+        );
+        assert!(parse_pci_reservations("").is_empty());
+    }
+
+    #[test]
+    fn mappings_are_read() {
+        let text = "nic\n\tmap id=8086:1521,node=pve1,path=0000:05:00.0\n\ngpu\n\tdescription map node=pve1\n\tmdev 0\n\
+                    \tmap id=10de:2204,iommugroup=2,node=pve1,path=0000:01:00,subsystem-id=1:2\n\
+                    \tmap id=10de:2204,node=pve2,path=0000:41:00\n\tmap node=pve1,path=0000:02:00.0;0000:02:00.1\n\
+                    \tmap node=pve1,path=garbage\n\tmap\n\nother\n\tmap node=pve1,path=0000:09:00\n";
+        let shown = |id: &str, node: &str| {
+            parse_pci_mapping(text, id, node).map(|devices| {
+                let show =
+                    |device: &Vec<PciSelector>| device.iter().map(ToString::to_string).collect::<Vec<_>>().join(";");
+                devices.iter().map(show).collect::<Vec<_>>()
+            })
+        };
+        assert_eq!(shown("gpu", "pve1").unwrap(), ["0000:01:00", "0000:02:00.0;0000:02:00.1"]);
+        assert_eq!(shown("gpu", "pve2").unwrap(), ["0000:41:00"]);
+        assert_eq!(shown("gpu", "pve3").unwrap(), [""; 0]);
+        assert_eq!(shown("none", "pve1"), None);
+        assert_eq!(parse_pci_mapping("", "gpu", "pve1"), None);
+        assert_eq!(parse_pci_mapping("gpu", "gpu", "pve1"), Some(vec![]));
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_panics(text in "(hostpci[0-9]*|cores|gpu|\tmap|\\PC)[:= ]\\PC*\n?\\PC*") {
+            let _ = VmConf::parse(&text);
+            let _ = parse_pci_reservations(&text);
+            let _ = parse_pci_mapping(&text, "gpu", "pve1");
+        }
+    }
+}
