@@ -54,11 +54,20 @@ impl Change {
 
 impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let shown = |value: &str| if value.is_empty() { "unset".to_owned() } else { value.to_owned() };
         match &self.knob {
             Knob::Trigger(_) => write!(f, "{}: {}", self.label, self.wanted),
-            _ => write!(f, "{}: {} -> {}", self.label, shown(&self.found), shown(&self.wanted)),
+            knob => write!(f, "{}: {} -> {}", self.label, shown(knob, &self.found), shown(knob, &self.wanted)),
         }
+    }
+}
+
+/// A knob's value in words, where it has some.
+fn shown<'a>(knob: &Knob, value: &'a str) -> &'a str {
+    match (knob, value) {
+        (_, "") => "unset",
+        (Knob::CpuOnline(_), "0") => "offline",
+        (Knob::CpuOnline(_), "1") => "online",
+        _ => value,
     }
 }
 
@@ -93,16 +102,14 @@ pub struct Done {
 
 impl fmt::Display for Done {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Change { label, found, wanted, .. } = &self.change;
+        let Change { label, found, wanted, knob } = &self.change;
         match &self.outcome {
             Outcome::Planned | Outcome::Changed => self.change.fmt(f),
-            Outcome::Already => write!(f, "{label}: already {}", if found.is_empty() { "unset" } else { found }),
+            Outcome::Already => write!(f, "{label}: already {}", shown(knob, found)),
             Outcome::Gone => write!(f, "{label}: gone"),
             Outcome::Refused(why) => write!(f, "{label}: refused: {why}"),
             Outcome::Left(why) => write!(f, "{label}: left as it is: {why}"),
-            Outcome::Failed(why) => {
-                write!(f, "{label}: set to {}: {why}", if wanted.is_empty() { "unset" } else { wanted })
-            }
+            Outcome::Failed(why) => write!(f, "{label}: set to {}: {why}", shown(knob, wanted)),
         }
     }
 }
@@ -203,6 +210,7 @@ mod tests {
     #[test]
     fn unset_values_have_a_word() {
         assert_eq!(change(Knob::UnitCpus("system.slice".into()), "", "0-5").to_string(), "system.slice: unset -> 0-5");
+        assert_eq!(change(Knob::CpuOnline(6), "1", "0").to_string(), "CPU 6: online -> offline");
         assert_eq!(change(Knob::Trigger("vm/drop_caches".into()), "", "3").to_string(), "vm.drop_caches: 3");
     }
 }

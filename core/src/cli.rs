@@ -102,6 +102,26 @@ impl Common {
         changes: Vec<Change>,
         entries: Vec<Entry>,
     ) -> anyhow::Result<Exit> {
+        self.make(root, report, tool, changes, entries)?;
+        Ok(report.finish())
+    }
+
+    /// As [`carry_out_saving`](Self::carry_out_saving), less the report's end: for a tool that looks at the host once
+    /// more afterwards.
+    ///
+    /// # Errors
+    /// Where the values cannot be saved; nothing has been changed then.
+    pub fn make(
+        &self,
+        root: &Sysroot,
+        report: &mut Report,
+        tool: &str,
+        changes: Vec<Change>,
+        entries: Vec<Entry>,
+    ) -> anyhow::Result<()> {
+        if !self.dry_run {
+            check_root(root)?;
+        }
         if let Some(path) = self.save.as_ref().filter(|_| !self.dry_run) {
             save::write(path, tool, entries)?;
         }
@@ -113,7 +133,7 @@ impl Common {
             };
             report.changes(&[done]);
         }
-        Ok(report.finish())
+        Ok(())
     }
 
     /// Does what `--restore` asks for; `None` where it was not given.
@@ -122,13 +142,29 @@ impl Common {
     /// Where the file is none that this tool saved, or cannot be removed at the end.
     pub fn restore(&self, root: &Sysroot, report: &mut Report, tool: &str) -> anyhow::Result<Option<Exit>> {
         let Some(path) = &self.restore else { return Ok(None) };
-        let dones = save::restore(root, save::read(path, tool)?, self.dry_run);
+        let entries = save::read(path, tool)?;
+        if !self.dry_run {
+            check_root(root)?;
+        }
+        let dones = save::restore(root, entries, self.dry_run);
         report.changes(&dones);
         if report.failures() == 0 && !self.dry_run {
             std::fs::remove_file(path).map_err(|source| crate::Error::io(path, "remove", source))?;
         }
         Ok(Some(report.finish()))
     }
+}
+
+/// Makes sure that the running host may be changed at all, so that this is said once and not for every object.
+///
+/// # Errors
+/// Where we are not root; under `--sysroot` the files' own permissions decide.
+pub fn check_root(root: &Sysroot) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        !root.is_live() || nix::unistd::geteuid().is_root(),
+        "changing the host needs root; --list and --dry-run do not"
+    );
+    Ok(())
 }
 
 /// Prints a `--list` and what could not be seen.

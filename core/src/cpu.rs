@@ -58,6 +58,20 @@ pub fn check_online(root: &Sysroot, cpus: &CpuSet) -> Result<()> {
     check_among(cpus, &online(root)?, "offline", "online are")
 }
 
+/// Makes sure that all CPUs exist and something can run on them.
+///
+/// # Errors
+/// [`Error::Unusable`] naming those that do not exist, or all of them where none is online.
+pub fn check_usable(root: &Sysroot, cpus: &CpuSet) -> Result<()> {
+    check_present(root, cpus)?;
+    let online = online(root)?;
+    if cpus.intersects(&online) {
+        return Ok(());
+    }
+    let all = if cpus.len() == 1 { "offline" } else { "all offline" };
+    Err(Error::unusable(format!("CPU {cpus}"), format!("{all}; online are {online}")))
+}
+
 fn check_among(cpus: &CpuSet, among: &CpuSet, fault: &str, there_are: &str) -> Result<()> {
     let others = cpus - among;
     if others.is_empty() {

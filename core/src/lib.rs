@@ -19,6 +19,7 @@ pub mod process;
 pub mod qmp;
 pub mod report;
 pub mod save;
+pub mod select;
 pub mod store;
 mod sysroot;
 pub mod systemd;

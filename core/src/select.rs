@@ -1,0 +1,165 @@
+//! Which of its objects a tool handles: the options `--only` and `--except`.
+
+use std::str::FromStr;
+
+use regex::Regex;
+
+use crate::error::{Error, Result};
+
+/// The options that choose among a tool's objects; without any of them all are taken.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Select {
+    /// Only what has this number, or a name that this regular expression matches; may be repeated
+    #[arg(long, value_name = "PATTERN")]
+    only: Vec<Pattern>,
+
+    /// All but what has this number, or a name that this regular expression matches; may be repeated
+    #[arg(long, value_name = "PATTERN")]
+    except: Vec<Pattern>,
+}
+
+/// A number as it stands, or a regular expression on a name, unanchored as grep's.
+#[derive(Debug, Clone)]
+pub struct Pattern {
+    text: String,
+    kind: Kind,
+}
+
+#[derive(Debug, Clone)]
+enum Kind {
+    Number(u64),
+    Name(Regex),
+}
+
+impl FromStr for Pattern {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let kind = if text.is_empty() {
+            return Err("an empty pattern would match everything; leave the option out for that".into());
+        } else if text.bytes().all(|byte| byte.is_ascii_digit()) {
+            Kind::Number(text.parse().map_err(|_| format!("{text} is too large a number"))?)
+        } else {
+            // The crate's message draws the pattern over several lines; its last one has the reason.
+            let name = Regex::new(text).map_err(|error| {
+                let error = error.to_string();
+                let reason = error.lines().last().unwrap_or_default().trim_start_matches("error: ");
+                format!("\"{text}\" is no regular expression: {reason}")
+            })?;
+            Kind::Name(name)
+        };
+        Ok(Self { text: text.to_owned(), kind })
+    }
+}
+
+impl Pattern {
+    fn matches(&self, number: u64, name: &str) -> bool {
+        match &self.kind {
+            Kind::Number(wanted) => *wanted == number,
+            Kind::Name(regex) => regex.is_match(name),
+        }
+    }
+}
+
+impl Select {
+    /// Starts to choose.
+    pub fn choice(&self) -> Choice<'_> {
+        Choice { select: self, used: vec![false; self.only.len()] }
+    }
+}
+
+/// A choice under way, which knows the patterns of `--only` that have matched something.
+#[derive(Debug)]
+pub struct Choice<'a> {
+    select: &'a Select,
+    used: Vec<bool>,
+}
+
+impl Choice<'_> {
+    /// Whether to take the object with this number (IRQ, pid) and name.
+    pub fn takes(&mut self, number: u64, name: &str) -> bool {
+        self.decide(|pattern| pattern.matches(number, name))
+    }
+
+    /// Whether to take the one object that goes by this very word: the default IRQ mask as `default`.
+    ///
+    /// Patterns do not reach it, so that `--only .` means the numbered ones.
+    pub fn takes_word(&mut self, word: &str) -> bool {
+        self.decide(|pattern| pattern.text == word)
+    }
+
+    fn decide(&mut self, matches: impl Fn(&Pattern) -> bool) -> bool {
+        let mut asked = self.select.only.is_empty();
+        // All of them are looked at, to know those that match nothing at all.
+        for (pattern, used) in self.select.only.iter().zip(&mut self.used) {
+            if matches(pattern) {
+                *used = true;
+                asked = true;
+            }
+        }
+        asked && !self.select.except.iter().any(matches)
+    }
+
+    /// Makes sure that every `--only` has matched something: one that has not is a slip of the pen.
+    ///
+    /// # Errors
+    /// [`Error::Unusable`] naming the first that has not; `what` are the objects (`IRQ`).
+    pub fn check(self, what: &str) -> Result<()> {
+        match self.select.only.iter().zip(self.used).find(|(_, used)| !used) {
+            None => Ok(()),
+            Some((pattern, _)) => {
+                Err(Error::unusable(format!("--only {}", pattern.text), format!("no such {what}; see --list")))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const IRQS: [(u64, &str); 4] = [(1, "i8042"), (24, "nvme0q1"), (124, "nvme0q24"), (9, "")];
+
+    fn taken(only: &[&str], except: &[&str]) -> std::result::Result<String, String> {
+        let patterns = |texts: &[&str]| texts.iter().map(|text| text.parse()).collect::<std::result::Result<_, _>>();
+        let select = Select { only: patterns(only)?, except: patterns(except)? };
+        let mut choice = select.choice();
+        let mut taken: Vec<String> =
+            IRQS.iter().filter(|(number, name)| choice.takes(*number, name)).map(|irq| irq.0.to_string()).collect();
+        if choice.takes_word("default") {
+            taken.push("default".into());
+        }
+        choice.check("IRQ").map_err(|error| error.to_string())?;
+        Ok(taken.join(" "))
+    }
+
+    #[test]
+    fn numbers_names_and_words() {
+        for (only, except, expected) in [
+            (&[][..], &[][..], "1 24 124 9 default"),
+            (&["24"], &[], "24"),
+            (&["nvme"], &[], "24 124"),
+            (&["^nvme0q1$", "9"], &[], "24 9"),
+            (&["."], &[], "1 24 124"),
+            (&["nvme", "default"], &["124"], "24 default"),
+            (&[], &["nvme"], "1 9 default"),
+            (&[], &["default", "^$"], "1 24 124"),
+            (&["24"], &["24"], ""),
+        ] {
+            assert_eq!(taken(only, except).as_deref(), Ok(expected), "only {only:?} except {except:?}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_meant_is_refused() {
+        for (only, message) in [
+            ("nmve", "--only nmve: no such IRQ; see --list"),
+            ("2", "--only 2: no such IRQ; see --list"),
+            ("(", "\"(\" is no regular expression: unclosed group"),
+            ("", "an empty pattern would match everything; leave the option out for that"),
+            ("99999999999999999999", "99999999999999999999 is too large a number"),
+        ] {
+            assert_eq!(taken(&["1", only], &[]), Err(message.to_owned()));
+        }
+    }
+}
