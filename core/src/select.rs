@@ -1,12 +1,15 @@
-//! Which of its objects a tool handles: the options `--only` and `--except`.
+//! Which of its objects a tool moves, and how far: the options `--only`, `--except` and `--narrow`.
 
 use std::str::FromStr;
 
 use regex::Regex;
 
+use crate::change::{Change, Object};
+use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
+use crate::knob::cpu_list;
 
-/// The options that choose among a tool's objects; without any of them all are taken.
+/// The options that choose among a tool's objects; without any of them all are taken, and go to all of the CPUs.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct Select {
     /// Only what has this number, or a name that this regular expression matches; may be repeated
@@ -16,6 +19,10 @@ pub struct Select {
     /// All but what has this number, or a name that this regular expression matches; may be repeated
     #[arg(long, value_name = "PATTERN")]
     except: Vec<Pattern>,
+
+    /// Keep what each had of CPUS before; only one that had none of them gets them all
+    #[arg(long, conflicts_with_all = ["list", "restore"])]
+    narrow: bool,
 }
 
 /// A number as it stands, or a regular expression on a name, unanchored as grep's.
@@ -65,6 +72,18 @@ impl Select {
     /// Starts to choose.
     pub fn choice(&self) -> Choice<'_> {
         Choice { select: self, used: vec![false; self.only.len()] }
+    }
+
+    /// The change that takes an object to `cpus`, or with `--narrow` holds it to them.
+    ///
+    /// # Errors
+    /// Where what it holds is no CPU list.
+    pub fn change(&self, object: Object, cpus: &CpuSet) -> Result<Change> {
+        let wanted = match self.narrow {
+            true => cpu_list(&object.label, &object.found)?.held_to(cpus).to_string(),
+            false => cpus.to_string(),
+        };
+        Ok(object.want(wanted))
     }
 }
 
@@ -122,7 +141,7 @@ mod tests {
 
     fn taken(only: &[&str], except: &[&str]) -> std::result::Result<String, String> {
         let patterns = |texts: &[&str]| texts.iter().map(|text| text.parse()).collect::<std::result::Result<_, _>>();
-        let select = Select { only: patterns(only)?, except: patterns(except)? };
+        let select = Select { only: patterns(only)?, except: patterns(except)?, narrow: false };
         let mut choice = select.choice();
         let mut taken: Vec<String> =
             IRQS.iter().filter(|(number, name)| choice.takes(*number, name)).map(|irq| irq.0.to_string()).collect();
@@ -148,6 +167,18 @@ mod tests {
         ] {
             assert_eq!(taken(only, except).as_deref(), Ok(expected), "only {only:?} except {except:?}");
         }
+    }
+
+    #[test]
+    fn to_all_or_within() {
+        let wanted = |narrow, found: &str| {
+            let select = Select { narrow, ..Select::default() };
+            let object = Object::new(crate::Knob::Irq(24), "IRQ 24", found);
+            select.change(object, &CpuSet::range(0, 5)).unwrap().wanted
+        };
+        assert_eq!(wanted(false, "4-7"), "0-5");
+        assert_eq!(wanted(true, "4-7"), "4-5");
+        assert_eq!(wanted(true, "6-7"), "0-5");
     }
 
     #[test]

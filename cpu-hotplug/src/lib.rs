@@ -1,6 +1,116 @@
-//! Take CPUs offline and online.
+//! cpu-hotplug: takes CPUs offline, which throws every task, timer and unbound worker off them, and online again.
 
-/// Being written.
-pub fn main() -> std::process::ExitCode {
-    std::process::ExitCode::FAILURE
+mod checks;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use pinfold_core::cli::{self, Common};
+use pinfold_core::{CpuSet, Exit, Knob, Object, Result, Sysroot, Table, cpu};
+
+pub use checks::{bound_tasks, check_offline, check_partitions, check_possible};
+
+const TOOL: &str = "cpu-hotplug";
+
+/// Take CPUs offline and online
+#[derive(Debug, Parser)]
+#[command(name = TOOL, version, after_help = cli::EXIT_CODES)]
+#[command(arg_required_else_help = true, mut_args(|arg| arg.global(true)))]
+pub struct Args {
+    #[command(subcommand)]
+    verb: Option<Verb>,
+
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Take CPUs offline
+    Offline {
+        /// CPUs by logical number, as in 6-11,18-23
+        cpus: CpuSet,
+
+        /// Even where that leaves a cpuset partition without CPUs, which it does not get over
+        #[arg(long)]
+        force: bool,
+    },
+    /// Bring CPUs online
+    Online {
+        /// CPUs by logical number, as in 6-11,18-23
+        cpus: CpuSet,
+    },
+}
+
+/// The command's whole run.
+pub fn main() -> ExitCode {
+    cli::main(TOOL, run)
+}
+
+fn run(args: Args) -> anyhow::Result<Exit> {
+    let root = args.common.output.root();
+    let mut report = args.common.output.report(TOOL);
+    if args.common.list {
+        return Ok(cli::listed(&mut report, &list(&root)?));
+    }
+    if let Some(exit) = args.common.restore(&root, &mut report, TOOL)? {
+        return Ok(exit);
+    }
+    let (cpus, online) = match args.verb {
+        None => anyhow::bail!("nothing to do: say offline CPUS or online CPUS, or --list or --restore FILE"),
+        Some(Verb::Offline { cpus, force }) => {
+            check_possible(&root, &cpus)?;
+            if !force {
+                check_partitions(&root, &cpus)?;
+            }
+            for note in bound_tasks(&root, &cpus)? {
+                report.note(&note);
+            }
+            (cpus, false)
+        }
+        Some(Verb::Online { cpus }) => {
+            cpu::check_present(&root, &cpus)?;
+            (cpus, true)
+        }
+    };
+    let wanted = if online { "1" } else { "0" };
+    let changes = objects(&root, &cpus)?.into_iter().map(|object| object.want(wanted)).collect();
+    args.common.carry_out(&root, &mut report, TOOL, changes)
+}
+
+/// The CPUs among these that can go offline and online, with the state they are in. CPU 0 mostly cannot.
+///
+/// # Errors
+/// Where a CPU does not exist, or sysfs cannot be read.
+pub fn objects(root: &Sysroot, cpus: &CpuSet) -> Result<Vec<Object>> {
+    cpu::check_present(root, cpus)?;
+    cpus.iter()
+        .map(Knob::CpuOnline)
+        .filter_map(|knob| match knob.read(root) {
+            Ok(found) => found.map(|found| Ok(Object::new(knob.clone(), knob.to_string(), found))),
+            Err(error) => Some(Err(error)),
+        })
+        .collect()
+}
+
+fn list(root: &Sysroot) -> Result<Table> {
+    let online = cpu::online(root)?;
+    let mut table = Table::new(&["cpu", "state", "can go offline"]);
+    for cpu in cpu::present(root)?.iter() {
+        let state = if online.contains(cpu) { "online" } else { "offline" };
+        let removable = if checks::can_go(root, cpu) { "yes" } else { "no" };
+        table.row([cpu.to_string(), state.into(), removable.into()]);
+    }
+    Ok(table)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_holds_together() {
+        Args::command().debug_assert();
+    }
 }

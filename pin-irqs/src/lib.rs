@@ -1,6 +1,163 @@
-//! Move interrupts to a set of CPUs.
+//! pin-irqs: moves interrupts to a set of CPUs, and the mask that new ones start with.
+//!
+//! Some the kernel never lets user space move: managed queues (NVMe, virtio-blk) and timers. They are no failures.
 
-/// Being written.
-pub fn main() -> std::process::ExitCode {
-    std::process::ExitCode::FAILURE
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::MetadataExt;
+use std::process::ExitCode;
+
+use clap::Parser;
+use pinfold_core::cli::{self, Common};
+use pinfold_core::select::Select;
+use pinfold_core::{CpuSet, Error, Exit, Knob, Object, Result, Sysroot, Table, cpu, irq};
+
+const TOOL: &str = "pin-irqs";
+
+/// What --only and --except call the default mask.
+const DEFAULT: &str = "default";
+
+/// Move interrupts to a set of CPUs
+///
+/// Sets the CPUs of every interrupt that can be moved, and the default that new ones start with, which --only and
+/// --except call `default`. Those that the kernel holds in place (managed queues, timers) are counted and left.
+#[derive(Debug, Parser)]
+#[command(name = TOOL, version, after_help = cli::EXIT_CODES)]
+pub struct Args {
+    /// CPUs by logical number, as in 0-5,12-17
+    #[arg(required_unless_present_any = ["list", "restore"], conflicts_with_all = ["list", "restore"])]
+    cpus: Option<CpuSet>,
+
+    #[command(flatten)]
+    select: Select,
+
+    #[command(flatten)]
+    common: Common,
+}
+
+/// The command's whole run.
+pub fn main() -> ExitCode {
+    cli::main(TOOL, run)
+}
+
+fn run(args: Args) -> anyhow::Result<Exit> {
+    let root = args.common.output.root();
+    let mut report = args.common.output.report(TOOL);
+    if args.common.list {
+        let held = held(&root)?;
+        if held.is_none() {
+            report.note("this kernel does not show which interrupts can be moved; it tells when they are tried");
+        }
+        return Ok(cli::listed(&mut report, &list(&root, &args.select, held.as_ref())?));
+    }
+    if let Some(exit) = args.common.restore(&root, &mut report, TOOL)? {
+        return Ok(exit);
+    }
+    let cpus = args.cpus.unwrap_or_default();
+    cpu::check_usable(&root, &cpus)?;
+    let changes = chosen(&root, &args.select, &irq::names(&root)?)?
+        .into_iter()
+        .map(|object| args.select.change(object, &cpus))
+        .collect::<Result<_>>()?;
+    args.common.carry_out(&root, &mut report, TOOL, changes)
+}
+
+/// The default mask and every IRQ, in this order: one that is born meanwhile starts where it should.
+///
+/// # Errors
+/// Where /proc/irq cannot be read.
+pub fn objects(root: &Sysroot) -> Result<Vec<Object>> {
+    let irqs = irq::irqs(root)?;
+    Ok(irq::default_mask(root)?.into_iter().chain(irqs).collect())
+}
+
+/// The IRQs that the kernel does not let user space move, known without trying; `None` where it does not show them.
+///
+/// Since Linux 6.12 it makes their smp_affinity files read-only (register_irq_proc in kernel/irq/proc.c). Nothing else
+/// tells, and where no file is read-only this kernel may be an older one.
+///
+/// # Errors
+/// Where /proc/irq cannot be listed.
+pub fn held(root: &Sysroot) -> Result<Option<BTreeSet<u32>>> {
+    const OWNER_MAY_WRITE: u32 = 0o200;
+    let mut held = BTreeSet::new();
+    for number in root.names("proc/irq")?.iter().filter_map(|name| name.parse().ok()) {
+        let path = root.path(format!("proc/irq/{number}/smp_affinity_list"));
+        match path.metadata().map_err(|source| Error::io(path, "look at", source)) {
+            Ok(file) if file.mode() & OWNER_MAY_WRITE == 0 => {
+                held.insert(number);
+            }
+            Err(error) if !error.is_gone() => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(Some(held).filter(|held| !held.is_empty()))
+}
+
+/// The objects that the options choose.
+fn chosen(root: &Sysroot, select: &Select, names: &BTreeMap<u32, String>) -> Result<Vec<Object>> {
+    let mut choice = select.choice();
+    let mut objects = objects(root)?;
+    objects.retain(|object| match object.knob {
+        Knob::Irq(number) => choice.takes(number.into(), name(names, number)),
+        _ => choice.takes_word(DEFAULT),
+    });
+    choice.check("interrupt")?;
+    Ok(objects)
+}
+
+fn name(names: &BTreeMap<u32, String>, number: u32) -> &str {
+    names.get(&number).map_or("", String::as_str)
+}
+
+fn list(root: &Sysroot, select: &Select, held: Option<&BTreeSet<u32>>) -> Result<Table> {
+    let names = irq::names(root)?;
+    let mut table = Table::new(&["irq", "name", "cpus", "effective", "movable"]);
+    for object in chosen(root, select, &names)? {
+        let Knob::Irq(number) = object.knob else {
+            table.row([DEFAULT.into(), String::new(), object.found, String::new(), "yes".into()]);
+            continue;
+        };
+        let movable = match held {
+            None => "unknown",
+            Some(held) if held.contains(&number) => "no",
+            Some(_) => "yes",
+        };
+        let effective = irq::effective(root, number)?.to_string();
+        table.row([number.to_string(), name(&names, number).into(), object.found, effective, movable.into()]);
+    }
+    Ok(table)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn the_command_line_holds_together() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn a_read_only_file_tells_who_is_held() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Sysroot::new(dir.path());
+        for number in [1, 24] {
+            let irq = dir.path().join(format!("proc/irq/{number}"));
+            fs::create_dir_all(&irq).unwrap();
+            fs::write(irq.join("smp_affinity_list"), "0-3\n").unwrap();
+        }
+        fs::write(dir.path().join("proc/interrupts"), "CPU0\n").unwrap();
+        fs::write(dir.path().join("proc/irq/default_smp_affinity"), "f\n").unwrap();
+        let movable = || -> Vec<String> {
+            let table = list(&root, &Select::default(), held(&root).unwrap().as_ref()).unwrap().to_json();
+            table.as_array().unwrap().iter().map(|row| row["movable"].as_str().unwrap().to_owned()).collect()
+        };
+        assert_eq!(movable(), ["yes", "unknown", "unknown"]);
+        let file = dir.path().join("proc/irq/24/smp_affinity_list");
+        fs::set_permissions(file, Permissions::from_mode(0o444)).unwrap();
+        assert_eq!(movable(), ["yes", "yes", "no"]);
+    }
 }
