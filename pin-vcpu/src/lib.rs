@@ -1,6 +1,121 @@
-//! Pin a VM's vCPU threads one to one, its iothreads and emulator threads.
+//! pin-vcpu: pins the threads of a VM's QEMU by their roles.
+//!
+//! A vCPU thread that stays on one CPU keeps that CPU's caches, and where the guest's cores lie on the host's, its
+//! scheduler's choices hold. Iothreads and emulator threads go elsewhere, so that they never stand in a vCPU's way.
 
-/// Being written.
-pub fn main() -> std::process::ExitCode {
-    std::process::ExitCode::FAILURE
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{ArgGroup, Parser};
+use pinfold_core::cli::{self, Common};
+use pinfold_core::vm::{self, Qemu, VmId};
+use pinfold_core::{CpuSet, Exit, Sysroot, Table, cpu};
+
+mod pins;
+
+pub use pins::{IothreadPin, Pins, VcpuPin, object, plan};
+
+const TOOL: &str = "pin-vcpu";
+
+/// How long QEMU's monitor is waited for, with all tries; then names from /proc have to do.
+const MONITOR_BUDGET: Duration = Duration::from_secs(5);
+
+/// Pin a VM's threads by their roles: vCPUs, iothreads, emulator
+///
+/// Which thread is which is asked of QEMU's monitor. Where that does not answer, the threads' names tell the vCPUs, and
+/// this is said.
+#[derive(Debug, Parser)]
+#[command(name = TOOL, version, after_help = cli::EXIT_CODES)]
+#[command(group(ArgGroup::new("what").required(true).multiple(true).args(["vcpu", "iothread", "emulator", "list", "restore"])))]
+pub struct Args {
+    /// The VM's number
+    #[arg(required_unless_present_any = ["pid", "restore"])]
+    vmid: Option<VmId>,
+
+    /// The process id of a QEMU that Proxmox VE did not start, instead of VMID
+    #[arg(long, conflicts_with = "vmid", value_parser = clap::value_parser!(i32).range(1..))]
+    pid: Option<i32>,
+
+    /// Pin vCPU number N to CPUs, as in 0=6 or 0=6,18; may be repeated
+    #[arg(long, value_name = "N=CPUS")]
+    vcpu: Vec<VcpuPin>,
+
+    /// Pin iothreads to CPUs: the one with this id, or all that are not named; may be repeated
+    #[arg(long, value_name = "[ID=]CPUS")]
+    iothread: Vec<IothreadPin>,
+
+    /// Pin all other threads to CPUs
+    #[arg(long, value_name = "CPUS")]
+    emulator: Option<CpuSet>,
+
+    #[command(flatten)]
+    common: Common,
+}
+
+/// The command's whole run.
+pub fn main() -> ExitCode {
+    cli::main(TOOL, run)
+}
+
+fn run(args: Args) -> anyhow::Result<Exit> {
+    let Args { vmid, pid, vcpu, iothread, emulator, common } = args;
+    let root = common.output.root();
+    let mut report = common.output.report(TOOL);
+    if let Some(exit) = common.restore(&root, &mut report, TOOL)? {
+        return Ok(exit);
+    }
+    let pins = match Pins::new(vcpu, iothread, emulator) {
+        Ok(pins) => pins,
+        Err(why) => {
+            report.error(&why);
+            return Ok(Exit::Usage);
+        }
+    };
+    for cpus in pins.cpus() {
+        cpu::check_online(&root, cpus)?;
+    }
+    let qemu = find(&root, vmid, pid)?;
+    let found = vm::threads(&root, &qemu, MONITOR_BUDGET)?;
+    for note in &found.notes {
+        report.note(note);
+    }
+    if common.list {
+        return Ok(cli::listed(&mut report, &list(&found.threads)));
+    }
+    let changes = plan(&found.threads, &pins)?;
+    common.carry_out(&root, &mut report, TOOL, changes)
+}
+
+fn find(root: &Sysroot, vmid: Option<VmId>, pid: Option<i32>) -> anyhow::Result<Qemu> {
+    Ok(match (vmid, pid) {
+        (Some(vmid), _) => vm::running(root, vmid)?,
+        (None, Some(pid)) => vm::by_pid(root, pid)?,
+        (None, None) => anyhow::bail!("no VM: give its number, or --pid"),
+    })
+}
+
+fn list(threads: &[vm::QemuThread]) -> Table {
+    let mut threads: Vec<_> = threads.iter().collect();
+    threads.sort_by_key(|thread| (&thread.role, thread.id.tid));
+    let mut table = Table::new(&["thread", "role", "name", "cpus", "last cpu"]);
+    for thread in threads {
+        table.row([
+            thread.id.tid.to_string(),
+            thread.role.to_string(),
+            thread.name.clone(),
+            thread.allowed.to_string(),
+            thread.last_cpu.to_string(),
+        ]);
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        super::Args::command().debug_assert();
+    }
 }
