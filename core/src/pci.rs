@@ -67,7 +67,10 @@ impl PciSelector {
     pub fn functions(&self, root: &Sysroot) -> Result<Vec<PciAddress>> {
         let found: Vec<_> = addresses(root)?.into_iter().filter(|address| self.matches(address)).collect();
         if found.is_empty() {
-            return Err(Error::unusable(format!("PCI {self}"), "no such device on this host; lspci -D lists them"));
+            return Err(Error::unusable(
+                format!("PCI {self}"),
+                "no such device on this host; lspci -D lists those there are",
+            ));
         }
         Ok(found)
     }
@@ -217,15 +220,16 @@ pub fn guards(root: &Sysroot, address: &PciAddress) -> Result<Vec<String>> {
     for behind in behind(root, address)? {
         let set =
             |name: &str| root.read_value(file(&behind, name)).map(|value| value.is_some_and(|value| value != "0"));
+        let it = if behind == *address { "it".to_owned() } else { behind.to_string() };
         if set("boot_vga")? {
-            reasons.push(format!("{behind} is the boot display"));
+            reasons.push(format!("{it} is the boot display"));
         }
         // The PF makes its VFs: no rescan finds a VF again, and none is left when its PF goes.
         if root.exists(file(&behind, "physfn")) {
-            reasons.push(format!("{behind} is a virtual function, which a rescan does not bring back"));
+            reasons.push(format!("{it} is a virtual function, which a rescan does not bring back"));
         }
         if set("sriov_numvfs")? {
-            reasons.push(format!("{behind} has virtual functions, which a rescan does not bring back"));
+            reasons.push(format!("{it} has virtual functions, which a rescan does not bring back"));
         }
     }
     Ok(reasons)
@@ -582,7 +586,7 @@ mod tests {
         assert_eq!(guards("0000:01:00.0"), ["dm-0 is mounted on /", "dm-1 is swap"]);
         assert_eq!(guards("0000:00:01.0"), guards("0000:01:00.0"), "a bridge takes along what is behind it");
         assert_eq!(guards("0000:00:02.0"), ["network interface eth0 is up"]);
-        assert_eq!(guards("0000:00:03.0"), ["0000:00:03.0 is the boot display"]);
+        assert_eq!(guards("0000:00:03.0"), ["it is the boot display"]);
         assert!(guards("0000:00:04.0").is_empty());
     }
 
@@ -653,7 +657,7 @@ mod tests {
         let none: PciSelector = "00:09".parse().unwrap();
         assert_eq!(
             none.functions(&root).unwrap_err().to_string(),
-            "PCI 0000:00:09: no such device on this host; lspci -D lists them"
+            "PCI 0000:00:09: no such device on this host; lspci -D lists those there are"
         );
     }
 

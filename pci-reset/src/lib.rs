@@ -1,6 +1,130 @@
-//! Remove and rescan PCI functions.
+//! pci-reset: removes PCI functions and has the bus rescanned, which resets devices that offer no better way.
+//!
+//! Some devices, graphics cards above all, are not fit for a second guest until the host has found them anew.
 
-/// Being written.
-pub fn main() -> std::process::ExitCode {
-    std::process::ExitCode::FAILURE
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{ArgGroup, Parser};
+use pinfold_core::cli::{self, Common};
+use pinfold_core::pci::{self, PciAddress, PciSelector};
+use pinfold_core::save::{self, Entry};
+use pinfold_core::vm::VmId;
+use pinfold_core::{Done, Exit, Outcome, Report, Result, Sysroot, Table};
+
+mod devices;
+mod reset;
+
+pub use devices::{expand, functions_of_vm};
+pub use reset::{check, plan, reset};
+
+const TOOL: &str = "pci-reset";
+
+/// Remove PCI functions and have the bus rescanned, which resets them
+///
+/// A function is left alone where the host would lose something with it: a mounted filesystem, swap, a network interface
+/// that is up, the boot display, or a VM that runs with it. All of them are back, or missed by name, at the end.
+#[derive(Debug, Parser)]
+#[command(name = TOOL, version, after_help = cli::EXIT_CODES)]
+#[command(group(ArgGroup::new("what").required(true).multiple(true).args(["vmid", "device", "list", "restore"])))]
+pub struct Args {
+    /// The VM whose hostpci devices are meant
+    vmid: Option<VmId>,
+
+    /// Devices instead, as in 0000:01:00.0, or 01:00 for all functions of one
+    #[arg(long, value_name = "ADDR", num_args = 1.., conflicts_with = "vmid")]
+    device: Vec<PciSelector>,
+
+    /// Remove also what the host would lose something with
+    #[arg(long)]
+    force: bool,
+
+    /// How long functions may take to go, and then to come back
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    deadline: u64,
+
+    #[command(flatten)]
+    common: Common,
+}
+
+/// The command's whole run.
+pub fn main() -> ExitCode {
+    cli::main(TOOL, run)
+}
+
+fn run(args: Args) -> anyhow::Result<Exit> {
+    let Args { vmid, device, force, deadline, common } = args;
+    let root = common.output.root();
+    let mut report = common.output.report(TOOL);
+    if let Some(exit) = common.restore(&root, &mut report, TOOL)? {
+        return Ok(exit);
+    }
+    let functions = match vmid {
+        Some(vmid) => functions_of_vm(&root, vmid)?,
+        None if device.is_empty() => pci::addresses(&root)?,
+        None => expand(&root, &device)?,
+    };
+    if common.list {
+        if cli::check_root(&root).is_err() {
+            report.note("without root, disks that ZFS and others hold for themselves are not seen");
+        }
+        return Ok(cli::listed(&mut report, &list(&root, &functions)?));
+    }
+    if let (Some(vmid), []) = (vmid, functions.as_slice()) {
+        report.note(&format!("VM {vmid}: it has no PCI device to itself; nothing to do"));
+    }
+    if common.dry_run {
+        if !force {
+            check(&root, &functions)?;
+        }
+        return Ok(dry_run(&root, &functions, &mut report));
+    }
+    cli::check_root(&root)?;
+    if let Some(path) = &common.save {
+        save::write(path, TOOL, plan(&root, &functions).iter().map(Entry::from).collect())?;
+    }
+    let done = reset(&root, &functions, force, Duration::from_secs(deadline), &mut report);
+    // What failed has been printed, function by function.
+    match done {
+        Err(error) if report.failures() == 0 => Err(error.into()),
+        _ => Ok(report.finish()),
+    }
+}
+
+fn dry_run(root: &Sysroot, functions: &[PciAddress], report: &mut Report) -> Exit {
+    let planned = |change| Done { change, outcome: Outcome::Planned };
+    let removals: Vec<_> = plan(root, functions).into_iter().map(planned).collect();
+    let returns: Vec<_> = removals.iter().rev().map(|done| planned(reset::back(&done.change))).collect();
+    report.changes(&removals);
+    report.changes(&returns);
+    report.finish()
+}
+
+fn list(root: &Sysroot, functions: &[PciAddress]) -> Result<Table> {
+    let mut table = Table::new(&["address", "class", "id", "driver", "guarded by"]);
+    for address in functions {
+        let found = match pci::function(root, *address) {
+            Ok(found) => found,
+            Err(error) if error.is_gone() => continue,
+            Err(error) => return Err(error),
+        };
+        table.row([
+            address.to_string(),
+            format!("{:06x}", found.class),
+            format!("{:04x}:{:04x}", found.vendor, found.device),
+            found.driver.unwrap_or_default(),
+            reset::guards(root, address)?.join("; "),
+        ]);
+    }
+    Ok(table)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        super::Args::command().debug_assert();
+    }
 }
