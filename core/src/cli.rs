@@ -83,11 +83,8 @@ impl Common {
         tool: &str,
         changes: Vec<Change>,
     ) -> anyhow::Result<Exit> {
-        let mut entries = Vec::new();
-        if self.save.is_some() {
-            entries.extend(changes.iter().filter(|change| !change.is_noop()).map(Entry::from));
-        }
-        self.carry_out_saving(root, report, tool, changes, entries)
+        self.make(root, report, tool, changes)?;
+        Ok(report.finish())
     }
 
     /// As [`carry_out`](Self::carry_out), where what comes back is not just what the changes set.
@@ -102,16 +99,23 @@ impl Common {
         changes: Vec<Change>,
         entries: Vec<Entry>,
     ) -> anyhow::Result<Exit> {
-        self.make(root, report, tool, changes, entries)?;
+        self.make_saving(root, report, tool, changes, entries)?;
         Ok(report.finish())
     }
 
-    /// As [`carry_out_saving`](Self::carry_out_saving), less the report's end: for a tool that looks at the host once
-    /// more afterwards.
+    /// As [`carry_out`](Self::carry_out), less the report's end: for a tool that looks at the host once more afterwards.
     ///
     /// # Errors
     /// Where the values cannot be saved; nothing has been changed then.
-    pub fn make(
+    pub fn make(&self, root: &Sysroot, report: &mut Report, tool: &str, changes: Vec<Change>) -> anyhow::Result<()> {
+        let mut entries = Vec::new();
+        if self.save.is_some() {
+            entries.extend(changes.iter().filter(|change| !change.is_noop()).map(Entry::from));
+        }
+        self.make_saving(root, report, tool, changes, entries)
+    }
+
+    fn make_saving(
         &self,
         root: &Sysroot,
         report: &mut Report,

@@ -131,20 +131,17 @@ fn stat_path(task: &TaskId) -> String {
     }
 }
 
-/// The CPUs a thread may run on: sched_getaffinity(2), or Cpus_allowed_list of a captured tree.
+/// The CPUs a thread may run on, those that are offline now among them: Cpus_allowed_list of proc_pid_status(5).
+///
+/// sched_getaffinity(2) leaves the offline ones out, and a value saved from it would take them away from the thread.
 ///
 /// # Errors
 /// One that [is gone](Error::is_gone) where the thread has ended.
 pub fn affinity(root: &Sysroot, task: &TaskId) -> Result<CpuSet> {
-    let path = || format!("proc/{}/task/{}/status", task.pid, task.tid);
-    if root.is_live() {
-        let set = nix::sched::sched_getaffinity(nix::unistd::Pid::from_raw(task.tid))
-            .map_err(|errno| Error::io(root.path(path()), "sched_getaffinity", errno.into()))?;
-        return Ok((0..nix::sched::CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap_or(false)).collect());
-    }
-    let status = root.read(path())?;
+    let path = format!("proc/{}/task/{}/status", task.pid, task.tid);
+    let status = root.read_record(&path)?;
     let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
-    cpu_list(&path(), list.ok_or_else(|| Error::malformed(path(), "it has no Cpus_allowed_list line"))?)
+    cpu_list(&path, list.ok_or_else(|| Error::malformed(&path, "it has no Cpus_allowed_list line"))?)
 }
 
 /// The set as sched_setaffinity(2) takes it.
