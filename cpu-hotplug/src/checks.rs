@@ -85,7 +85,7 @@ pub fn bound_tasks(root: &Sysroot, cpus: &CpuSet) -> Result<Vec<String>> {
     for pid in process::pids(root)? {
         let Ok(tids) = root.names(format!("proc/{pid}/task")) else { continue };
         for tid in tids.iter().filter_map(|tid| tid.parse().ok()) {
-            // Its start time matters to nobody here, and one call per thread does.
+            // Its start time matters to nobody here, and one file less per thread does.
             let id = TaskId { pid, tid, start: 0 };
             let allowed = match process::affinity(root, &id) {
                 Err(error) if error.is_gone() => continue,
@@ -95,7 +95,8 @@ pub fn bound_tasks(root: &Sysroot, cpus: &CpuSet) -> Result<Vec<String>> {
                 continue;
             }
             match process::task(root, pid, tid) {
-                Ok(task) if task.kernel && task.bound => {}
+                // An IRQ's thread goes with its IRQ, which the kernel moves by itself.
+                Ok(task) if task.kernel && (task.bound || task.name.starts_with("irq/")) => {}
                 Ok(task) => {
                     let thread = if task.kernel { Knob::Kthread(task.id) } else { Knob::Thread(task.id) };
                     notes.push(format!(

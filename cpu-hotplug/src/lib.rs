@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use pinfold_core::cli::{self, Common};
-use pinfold_core::{CpuSet, Exit, Knob, Object, Result, Sysroot, Table, cpu};
+use pinfold_core::{Change, CpuSet, Exit, Knob, Object, Result, Sysroot, Table, cpu};
 
 pub use checks::{bound_tasks, check_offline, check_partitions, check_possible};
 
@@ -57,7 +57,10 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         return Ok(exit);
     }
     let (cpus, online) = match args.verb {
-        None => anyhow::bail!("nothing to do: say offline CPUS or online CPUS, or --list or --restore FILE"),
+        None => {
+            report.error("nothing to do: say offline CPUS or online CPUS, or --list or --restore FILE");
+            return Ok(Exit::Usage);
+        }
         Some(Verb::Offline { cpus, force }) => {
             check_possible(&root, &cpus)?;
             if !force {
@@ -74,8 +77,22 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         }
     };
     let wanted = if online { "1" } else { "0" };
-    let changes = objects(&root, &cpus)?.into_iter().map(|object| object.want(wanted)).collect();
-    args.common.carry_out(&root, &mut report, TOOL, changes)
+    let changes: Vec<Change> = objects(&root, &cpus)?.into_iter().map(|object| object.want(wanted)).collect();
+    args.common.make(&root, &mut report, TOOL, changes)?;
+    // A tree of files has nobody who keeps the list of those online.
+    if root.is_live() && !args.common.dry_run {
+        let other = in_between(&cpus, &cpu::online(&root)?, online);
+        // Each failed write has been told; this is about a kernel that says yes and does not do it.
+        if other.len() > report.failures() {
+            report.error(&format!("CPU {other}: still {} after all", if online { "offline" } else { "online" }));
+        }
+    }
+    Ok(report.finish())
+}
+
+/// The CPUs of these that are not as they were asked to be.
+fn in_between(cpus: &CpuSet, online_now: &CpuSet, wanted_online: bool) -> CpuSet {
+    if wanted_online { cpus - online_now } else { cpus & online_now }
 }
 
 /// The CPUs among these that can go offline and online, with the state they are in. CPU 0 mostly cannot.
@@ -112,5 +129,13 @@ mod tests {
     #[test]
     fn the_command_line_holds_together() {
         Args::command().debug_assert();
+    }
+
+    #[test]
+    fn what_is_not_as_asked() {
+        let set = |text: &str| CpuSet::from_kernel_list(text).unwrap();
+        assert_eq!(in_between(&set("2-3"), &set("0-2"), false), set("2"));
+        assert_eq!(in_between(&set("2-3"), &set("0-2"), true), set("3"));
+        assert_eq!(in_between(&set("2-3"), &set("0-1"), false), set(""));
     }
 }

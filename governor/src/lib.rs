@@ -53,7 +53,8 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         return Ok(exit);
     }
     let Some(Verb::Set { name, cpus }) = args.verb else {
-        anyhow::bail!("nothing to do: say set NAME CPUS, or --list or --restore FILE");
+        report.error("nothing to do: say set NAME CPUS, or --list or --restore FILE");
+        return Ok(Exit::Usage);
     };
     for note in check(&root, &name, &cpus)? {
         report.note(&note);

@@ -60,6 +60,14 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     }
     let cpus = args.cpus.unwrap_or_default();
     cpu::check_usable(&root, &cpus)?;
+    let offline = &cpus - &cpu::online(&root)?;
+    if !offline.is_empty() {
+        report.note(&format!(
+            "CPU {offline}: offline and left out; kernel threads will not use it when it is online again"
+        ));
+    }
+    // Older kernels leave them out by themselves, so what was set would not be what reads back.
+    let cpus = &cpus - &offline;
     let Kthreads { movable, bound } = chosen(&root, &args.select)?;
     let changes = movable.into_iter().map(|object| args.select.change(object, &cpus)).collect::<Result<_>>()?;
     for task in bound {
