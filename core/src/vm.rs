@@ -374,7 +374,9 @@ fn role_by_name(name: &str) -> Role {
             .or_else(|| name.strip_prefix("CPU ")?.strip_suffix("/TCG"))?;
         digits.bytes().all(|b| b.is_ascii_digit()).then(|| digits.parse().ok())?
     };
-    match (number(), name.strip_prefix("IO ")) {
+    // QEMU's own iothread for the monitor, which QMP does not list either.
+    let id = name.strip_prefix("IO ").filter(|id| *id != "mon_iothread");
+    match (number(), id) {
         (Some(number), _) => Role::Vcpu(number),
         (None, Some(id)) => Role::Iothread(id.to_owned()),
         (None, None) => Role::Emulator,
@@ -471,6 +473,7 @@ mod tests {
             ("CPU 11/TCG", Role::Vcpu(11)),
             ("IO io1", Role::Iothread("io1".into())),
             ("kvm", Role::Emulator),
+            ("IO mon_iothread", Role::Emulator),
             ("vhost-1234", Role::Emulator),
             ("", Role::Emulator),
             ("CPU /KVM", Role::Emulator),
