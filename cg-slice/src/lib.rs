@@ -1,6 +1,228 @@
-//! Hold slices to a set of CPUs and take a VM out of its slice.
+//! cg-slice: holds the host's slices to a set of CPUs, and takes a VM out of its slice and back.
+//!
+//! To a thread, a cgroup's cpuset is the outer bound: while qemu.slice is held to the housekeeping CPUs, no thread of a VM
+//! in it can be pinned elsewhere. So a VM that is to run on isolated CPUs is *decoupled*: moved, with every process of
+//! its scope, to a cgroup of its own at the top of the tree, which allows all CPUs.
 
-/// Being written.
-pub fn main() -> std::process::ExitCode {
-    std::process::ExitCode::FAILURE
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use pinfold_core::cli::{self, Common};
+use pinfold_core::knob::{ABSENT, PRESENT};
+use pinfold_core::vm::VmId;
+use pinfold_core::{Change, CpuSet, Error, Exit, Knob, Object, Sysroot, Table, cgroup, cpu, process, systemd, vm};
+
+const TOOL: &str = "cg-slice";
+
+/// The slice that PVE puts its VMs' scopes in.
+pub const VM_SLICE: &str = "qemu.slice";
+
+/// Where decoupled VMs live, at the top of the cgroup tree.
+///
+/// To systemd this name means a child of qemu.slice, so `systemctl set-property` never reaches the folder.
+pub const DECOUPLED: &str = "qemu-decoupled.slice";
+
+/// Hold slices and other top cgroups to CPUs; take a VM out of qemu.slice and put it back
+#[derive(Debug, Parser)]
+#[command(name = TOOL, version, after_help = cli::EXIT_CODES, subcommand_negates_reqs = true)]
+pub struct Args {
+    #[command(subcommand)]
+    verb: Option<Verb>,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Allow slices, scopes and other top cgroups these CPUs only
+    Allow {
+        /// CPUs by logical number, as in 0-5,12-17
+        cpus: CpuSet,
+        /// Units or top cgroups; without any, all children of the root cgroup but the VMs'
+        units: Vec<String>,
+    },
+    /// Move a VM with every process of its scope to a cgroup of its own that allows all CPUs
+    Decouple {
+        /// The VM's number
+        vmid: VmId,
+    },
+    /// Move a decoupled VM back to its scope in qemu.slice
+    Couple {
+        /// The VM's number
+        vmid: VmId,
+    },
+}
+
+/// The command's whole run.
+pub fn main() -> ExitCode {
+    cli::main(TOOL, run)
+}
+
+fn run(args: Args) -> anyhow::Result<Exit> {
+    let root = args.common.output.root();
+    let mut report = args.common.output.report(TOOL);
+    if args.common.list {
+        return Ok(cli::listed(&mut report, &list(&root)?));
+    }
+    if let Some(exit) = args.common.restore(&root, &mut report, TOOL)? {
+        return Ok(exit);
+    }
+    let changes = match args.verb {
+        None => anyhow::bail!("nothing to do: say allow, decouple or couple, or --list or --restore FILE"),
+        Some(Verb::Allow { cpus, units }) => plan_allow(&root, &cpus, units)?,
+        Some(Verb::Decouple { vmid }) => plan_decouple(&root, vmid)?,
+        Some(Verb::Couple { vmid }) => plan_couple(&root, vmid)?,
+    };
+    args.common.carry_out(&root, &mut report, TOOL, changes)
+}
+
+/// The top cgroups that everything but the VMs lives in, those of `units` or all: systemd's units with their AllowedCPUs=,
+/// the others (PVE's /lxc) with their cpuset.cpus. Units come first: they make systemd enable the cpuset controller.
+///
+/// # Errors
+/// Where the tree cannot be read, systemd does not answer, or one of `units` is neither a unit nor a top cgroup.
+pub fn objects(root: &Sysroot, units: Vec<String>) -> pinfold_core::Result<Vec<Object>> {
+    cgroup::check_unified(root)?;
+    let asked = !units.is_empty();
+    let names = if asked {
+        units
+    } else {
+        let mut names = cgroup::children(root, "")?;
+        names.retain(|name| name != VM_SLICE && name != DECOUPLED);
+        names
+    };
+    let unit_names: Vec<String> = names.iter().filter(|name| systemd::is_unit_name(name)).cloned().collect();
+    let known = systemd::allowed_cpus_of(root, &unit_names)?;
+    let mut objects = Vec::with_capacity(names.len());
+    let mut raw = Vec::new();
+    for name in names {
+        if let Some(cpus) = known.get(&name) {
+            objects.push(Object::new(Knob::UnitCpus(name.clone()), name, cpus.to_string()));
+            continue;
+        }
+        let knob = Knob::CgroupCpus(name.trim_start_matches('/').to_owned());
+        knob.check()?;
+        match knob.read(root)? {
+            Some(found) => raw.push(Object::new(knob.clone(), knob.to_string(), found)),
+            None if asked => {
+                let why =
+                    "neither a unit that systemd has loaded nor a cgroup; see `systemctl list-units -t slice,scope`";
+                return Err(Error::unusable(name, why));
+            }
+            None => {}
+        }
+    }
+    objects.extend(raw);
+    Ok(objects)
+}
+
+fn plan_allow(root: &Sysroot, cpus: &CpuSet, units: Vec<String>) -> pinfold_core::Result<Vec<Change>> {
+    cpu::check_present(root, cpus)?;
+    let online = &cpu::online(root)? & cpus;
+    if online.is_empty() {
+        return Err(Error::unusable(format!("CPU {cpus}"), "all offline; nothing could run"));
+    }
+    Ok(objects(root, units)?.into_iter().map(|object| object.want(cpus.to_string())).collect())
+}
+
+/// The cgroup of a decoupled VM, below the root of the tree.
+pub fn decoupled_cgroup(vmid: VmId) -> String {
+    format!("{DECOUPLED}/{vmid}.scope")
+}
+
+/// The changes that take a VM out of its scope: two cgroups made, every process of the scope moved. None where the VM is
+/// out already.
+///
+/// # Errors
+/// Where the VM does not run or the tree cannot be read.
+pub fn plan_decouple(root: &Sysroot, vmid: VmId) -> pinfold_core::Result<Vec<Change>> {
+    cgroup::check_unified(root)?;
+    let qemu = vm::running(root, vmid)?;
+    let from = cgroup::of_process(root, qemu.id.pid)?;
+    let to = decoupled_cgroup(vmid);
+    let mut changes: Vec<Change> = [DECOUPLED, &to].into_iter().map(|path| folder(root, path, PRESENT)).collect();
+    changes.extend(moves(root, vmid, qemu.id.pid, &from, &format!("/{to}"))?);
+    Ok(changes)
+}
+
+/// The changes that bring a decoupled VM back to qemu.slice/VMID.scope, which systemd is asked for where it has gone.
+///
+/// # Errors
+/// Where the VM does not run or the tree cannot be read.
+pub fn plan_couple(root: &Sysroot, vmid: VmId) -> pinfold_core::Result<Vec<Change>> {
+    let qemu = vm::running(root, vmid)?;
+    let from = cgroup::of_process(root, qemu.id.pid)?;
+    let mut changes = moves(root, vmid, qemu.id.pid, &from, &format!("/{VM_SLICE}/{vmid}.scope"))?;
+    changes.extend(plan_remove(root, vmid));
+    Ok(changes)
+}
+
+/// The changes that remove what is left of a decoupled VM: its cgroup, and the slice with the last one.
+pub fn plan_remove(root: &Sysroot, vmid: VmId) -> Vec<Change> {
+    let own = decoupled_cgroup(vmid);
+    let others =
+        cgroup::children(root, DECOUPLED).unwrap_or_default().iter().any(|name| *name != format!("{vmid}.scope"));
+    let mut changes = vec![folder(root, &own, ABSENT)];
+    if !others {
+        changes.push(folder(root, DECOUPLED, ABSENT));
+    }
+    changes
+}
+
+fn folder(root: &Sysroot, path: &str, wanted: &str) -> Change {
+    let knob = Knob::Cgroup(path.to_owned());
+    let found = if root.exists(cgroup::path(path)) { PRESENT } else { ABSENT };
+    Object::new(knob.clone(), knob.to_string(), found).want(wanted)
+}
+
+/// QEMU first, then what else is in its scope (swtpm, virtiofsd). Where QEMU is in no scope of its own, it goes alone.
+fn moves(root: &Sysroot, vmid: VmId, qemu: i32, from: &str, to: &str) -> pinfold_core::Result<Vec<Change>> {
+    let mut pids = vec![qemu];
+    if from.ends_with(&format!("/{vmid}.scope")) {
+        pids.extend(cgroup::processes(root, from)?.into_iter().filter(|pid| *pid != qemu));
+    }
+    let mut changes = Vec::with_capacity(pids.len());
+    for pid in pids {
+        match process::task(root, pid, pid) {
+            Ok(task) => {
+                let label = format!("process {pid} ({})", task.name);
+                changes.push(Object::new(Knob::CgroupOf(task.id), label, from).want(to));
+            }
+            Err(error) if error.is_gone() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(changes)
+}
+
+fn list(root: &Sysroot) -> anyhow::Result<Table> {
+    let mut table = Table::new(&["cgroup", "kind", "allowed cpus", "effective cpus"]);
+    let mut names = cgroup::children(root, "")?;
+    names.extend([VM_SLICE, DECOUPLED].iter().flat_map(|slice| {
+        cgroup::children(root, slice).unwrap_or_default().into_iter().map(move |name| format!("{slice}/{name}"))
+    }));
+    let units: Vec<String> = names.iter().filter_map(|name| name.rsplit('/').next()).map(str::to_owned).collect();
+    let known = systemd::allowed_cpus_of(root, &units)?;
+    names.sort();
+    for name in names {
+        let unit = name.rsplit('/').next().unwrap_or(&name);
+        let decoupled = name.starts_with(DECOUPLED);
+        let (kind, allowed) = match known.get(unit).filter(|_| !decoupled) {
+            Some(cpus) => ("unit", cpus.to_string()),
+            None => ("cgroup", Knob::CgroupCpus(name.clone()).read(root)?.unwrap_or_default()),
+        };
+        let effective = root.read_value(cgroup::file(&name, "cpuset.cpus.effective"))?.unwrap_or_default();
+        table.row([name, kind.to_owned(), allowed, effective]);
+    }
+    Ok(table)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        super::Args::command().debug_assert();
+    }
 }

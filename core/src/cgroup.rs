@@ -4,13 +4,19 @@
 
 use std::fs;
 use std::io;
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::knob::TaskId;
+use crate::knob::{TaskId, into_io};
 use crate::sysroot::Sysroot;
+use crate::systemd;
 
 /// Where the unified hierarchy is mounted on every host with systemd.
 const ROOT: &str = "sys/fs/cgroup";
+
+/// How long systemd may take to move a process into a scope that it has made, and how often we look.
+const MOVED_DEADLINE: Duration = Duration::from_secs(10);
+const MOVED_INTERVAL: Duration = Duration::from_millis(10);
 
 /// A cgroup's folder, below the sysroot.
 pub fn path(cgroup: &str) -> String {
@@ -81,9 +87,33 @@ pub(crate) fn make_or_remove(root: &Sysroot, cgroup: &str, make: bool) -> io::Re
     done.or_else(|error| if error.kind() == settled { Ok(()) } else { Err(error) })
 }
 
-/// Moves a process with all its threads.
+/// Moves a process with all its threads. A scope that systemd has dropped, because it was empty, is asked for anew.
 pub(crate) fn move_process(root: &Sysroot, task: &TaskId, cgroup: &str) -> io::Result<()> {
-    root.write(file(cgroup, "cgroup.procs"), &task.pid.to_string())
+    match root.write(file(cgroup, "cgroup.procs"), &task.pid.to_string()) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound && cgroup.ends_with(".scope") => {
+            let mut path = cgroup.rsplit('/');
+            match (path.next(), path.next()) {
+                (Some(scope), Some(slice)) if slice.ends_with(".slice") => {
+                    systemd::start_scope(scope, slice, task.pid)?
+                }
+                _ => return Err(error),
+            }
+            wait_until_in(root, task.pid, cgroup)
+        }
+        other => other,
+    }
+}
+
+/// systemd answers before it has moved the process.
+fn wait_until_in(root: &Sysroot, pid: i32, cgroup: &str) -> io::Result<()> {
+    let until = Instant::now() + MOVED_DEADLINE;
+    while of_process(root, pid).map_err(into_io)?.trim_start_matches('/') != cgroup.trim_start_matches('/') {
+        if Instant::now() >= until {
+            return Err(io::Error::other(format!("systemd made the scope and did not move process {pid} into it")));
+        }
+        std::thread::sleep(MOVED_INTERVAL);
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -63,6 +63,11 @@ impl Error {
         Self::Unusable { object: object.into(), why: why.into() }
     }
 
+    /// Whether the user may not do it.
+    pub fn is_denied(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied)
+    }
+
     /// Whether the object is not there (any more): ENOENT for files, ESRCH for processes, ENODEV for devices.
     pub fn is_gone(&self) -> bool {
         matches!(self, Self::Io { source, .. } if is_gone(source))

@@ -93,9 +93,12 @@ impl Knob {
             Self::Irq(_) | Self::CpuOnline(_) | Self::Governor(_) | Self::Sysctl(_) => {
                 return root.read_value(self.file());
             }
-            Self::CgroupCpus(_) => root
-                .read_value(self.file())
-                .and_then(|text| text.map(|text| Ok(cpu_list(&self.file(), &text)?.to_string())).transpose()),
+            // Without the controller there is no file, which is as good as an empty one.
+            Self::CgroupCpus(path) => match root.read_value(self.file()) {
+                Ok(Some(text)) => cpu_list(&self.file(), &text).map(|cpus| Some(cpus.to_string())),
+                Ok(None) => Ok(root.exists(cgroup::path(path)).then(String::new)),
+                Err(error) => Err(error),
+            },
             Self::DefaultIrq | Self::Workqueues => root.read_value(self.file()).and_then(|mask| {
                 mask.map(|mask| match CpuSet::from_mask(&mask) {
                     Ok(cpus) => Ok(cpus.to_string()),

@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::time::Instant;
 
 use serde_json::{Map, Value, json};
 
@@ -90,6 +91,9 @@ pub struct Report {
     tool: &'static str,
     verbosity: Verbosity,
     json: bool,
+    step: Option<&'static str>,
+    /// When each step began, in order.
+    steps: Vec<(&'static str, Instant)>,
     changes: Vec<Value>,
     notes: Vec<String>,
     done: usize,
@@ -100,7 +104,18 @@ pub struct Report {
 impl Report {
     /// A report for `tool`; with `json` nothing is printed before [`finish`](Self::finish).
     pub fn new(tool: &'static str, verbosity: Verbosity, json: bool) -> Self {
-        Self { tool, verbosity, json, changes: Vec::new(), notes: Vec::new(), done: 0, failed: 0, refused: 0 }
+        Self {
+            tool,
+            verbosity,
+            json,
+            step: None,
+            steps: Vec::new(),
+            changes: Vec::new(),
+            notes: Vec::new(),
+            done: 0,
+            failed: 0,
+            refused: 0,
+        }
     }
 
     /// A line of the result, to stdout; none with `-q` or `--json`.
@@ -132,6 +147,20 @@ impl Report {
         self.failed += 1;
     }
 
+    /// Names the step that the changes to come belong to. One line per step is told then, by
+    /// [`summary`](Self::summary), and one per change with `-v` only.
+    pub fn step(&mut self, step: &'static str) {
+        self.step = Some(step);
+        self.steps.push((step, Instant::now()));
+    }
+
+    /// A line about a whole step; with `-v` its changes stand there already.
+    pub fn summary(&self, text: &str) {
+        if self.verbosity == Verbosity::Normal {
+            self.line(text);
+        }
+    }
+
     /// A table, to stdout.
     pub fn table(&self, table: &Table) {
         if self.json {
@@ -158,7 +187,10 @@ impl Report {
         match &done.outcome {
             Outcome::Planned | Outcome::Changed => {
                 self.done += 1;
-                self.line(&done.to_string());
+                match self.step {
+                    Some(step) => self.detail(&format!("{step}: {done}")),
+                    None => self.line(&done.to_string()),
+                }
             }
             Outcome::Already => {
                 self.done += 1;
@@ -178,6 +210,7 @@ impl Report {
         if self.json {
             let change = &done.change;
             let mut entry = json!({
+                "step": self.step,
                 "object": change.label, "knob": change.knob, "found": change.found, "wanted": change.wanted,
             });
             if let (Some(entry), Ok(Value::Object(outcome))) =
@@ -200,8 +233,12 @@ impl Report {
             _ => Exit::Some,
         };
         if self.json {
+            let ends = self.steps.iter().skip(1).map(|(_, began)| *began).chain([Instant::now()]);
+            let steps: Vec<Value> = (self.steps.iter().zip(ends))
+                .map(|((step, began), end)| json!({"step": step, "seconds": (end - *began).as_secs_f64()}))
+                .collect();
             let report = json!({
-                "tool": self.tool, "changes": self.changes, "notes": self.notes,
+                "tool": self.tool, "steps": steps, "changes": self.changes, "notes": self.notes,
                 "refused": self.refused, "failed": self.failed, "exit_code": exit as u8,
             });
             out(&format!("{report:#}\n"));

@@ -52,6 +52,11 @@ pub struct Baseline {
 }
 
 impl Baseline {
+    fn from_entries(entries: Vec<Entry>) -> Self {
+        let entries = entries.into_iter().map(|entry| (entry.knob.clone(), entry)).collect();
+        Self { entries, foreign: BTreeMap::new() }
+    }
+
     /// Puts an object in, with the value it had before the first touch. One that is in already stays as it is.
     pub fn adopt(&mut self, object: &Object, before: &str) {
         self.entries.entry(object.knob.clone()).or_insert_with(|| Entry {
@@ -193,13 +198,12 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
         check_private(&folder)?;
         let lock = take_lock(&folder, deadline)?;
         let on_disk = read_state::<R>(&folder)?;
-        let entries = on_disk.baseline.into_iter().map(|entry| (entry.knob.clone(), entry)).collect();
         Ok(Self {
             root: root.clone(),
             folder,
             _lock: lock,
             reservations: on_disk.reservations,
-            baseline: Baseline { entries, foreign: BTreeMap::new() },
+            baseline: Baseline::from_entries(on_disk.baseline),
         })
     }
 
@@ -207,11 +211,15 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
     ///
     /// # Errors
     /// As [`open`](Self::open), less the lock.
-    pub fn peek(root: &Sysroot) -> Result<Option<BTreeMap<u32, R>>> {
+    pub fn peek(root: &Sysroot) -> Result<Option<(BTreeMap<u32, R>, Baseline)>> {
         let folder = root.path(FOLDER);
         match fs::symlink_metadata(folder.join("state.json")) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            _ => Ok(Some(read_state::<R>(&folder)?.reservations)),
+            Err(source) => Err(Error::io(folder, "look into", source)),
+            Ok(_) => {
+                let on_disk = read_state::<R>(&folder)?;
+                Ok(Some((on_disk.reservations, Baseline::from_entries(on_disk.baseline))))
+            }
         }
     }
 

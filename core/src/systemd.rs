@@ -67,6 +67,21 @@ pub(crate) fn set_allowed_cpus(root: &Sysroot, unit: &str, cpus: &str) -> io::Re
     command::run("systemctl", &["set-property", "--runtime", "--", unit, &property], DEADLINE).map(drop)
 }
 
+/// Makes a scope around a running process, with what PVE gives its VMs' scopes (PVE/QemuServer.pm, `vm_start`):
+/// stopping it signals QEMU alone and never kills.
+pub(crate) fn start_scope(scope: &str, slice: &str, pid: i32) -> io::Result<()> {
+    let pid = pid.to_string();
+    #[rustfmt::skip]
+    let args = [
+        "call", "--quiet", "org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager",
+        "StartTransientUnit", "ssa(sv)a(sa(sv))", scope, "fail",
+        "5", "PIDs", "au", "1", &pid, "Slice", "s", slice, "KillMode", "s", "process", "SendSIGKILL", "b", "false",
+        "TimeoutStopUSec", "t", "18446744073709551615",
+        "0",
+    ];
+    command::run("busctl", &args, DEADLINE).map(drop)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -2,6 +2,7 @@
 
 mod checks;
 
+use std::collections::BTreeMap;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -111,10 +112,16 @@ pub fn objects(root: &Sysroot, cpus: &CpuSet) -> Result<Vec<Object>> {
 }
 
 fn list(root: &Sysroot) -> Result<Table> {
-    let online = cpu::online(root)?;
+    let present = cpu::present(root)?;
+    let states: BTreeMap<Knob, String> =
+        objects(root, &present)?.into_iter().map(|object| (object.knob, object.found)).collect();
     let mut table = Table::new(&["cpu", "state", "can go offline"]);
-    for cpu in cpu::present(root)?.iter() {
-        let state = if online.contains(cpu) { "online" } else { "offline" };
+    for cpu in present.iter() {
+        let state = match states.get(&Knob::CpuOnline(cpu)).map(String::as_str) {
+            Some("0") => "offline",
+            // Without the file it cannot be anything else.
+            _ => "online",
+        };
         let removable = if checks::can_go(root, cpu) { "yes" } else { "no" };
         table.row([cpu.to_string(), state.into(), removable.into()]);
     }

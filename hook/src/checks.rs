@@ -1,0 +1,158 @@
+//! What pre-start checks: everything that could fail later.
+
+use std::collections::BTreeMap;
+
+use pinfold_core::vm::VmId;
+use pinfold_core::vmconf::VmConf;
+use pinfold_core::{CpuSet, Error, Result, Sysroot, cgroup, cpu, cpufreq, process};
+
+use crate::reservation::Reservation;
+use crate::settings::{Method, Settings};
+
+/// Checks the settings against the host and the VM. Returns what does not stop the start and should be known.
+///
+/// # Errors
+/// [`Error::Unusable`] that names the setting, the host's side of it, and the next step.
+pub(crate) fn before_start(root: &Sysroot, vmid: VmId, conf: &VmConf, settings: &Settings) -> Result<Vec<String>> {
+    let isolated = &settings.isolated;
+    let wrong = |why: String| Error::unusable(&settings.source, why);
+    cpu::check_online(root, isolated).map_err(|error| wrong(format!("isolated: {error}")))?;
+    if isolated.contains(0) {
+        return Err(wrong("isolated: CPU 0 cannot be isolated, the kernel needs it for itself; choose others".into()));
+    }
+    let housekeeping = &cpu::online(root)? - isolated;
+    if housekeeping.len() < settings.min_housekeeping {
+        return Err(wrong(format!(
+            "isolated: {isolated} leaves {} housekeeping CPUs, fewer than min_housekeeping = {}",
+            housekeeping.len(),
+            settings.min_housekeeping
+        )));
+    }
+    for (key, cpus) in settings
+        .emulator
+        .iter()
+        .map(|cpus| ("emulator", cpus))
+        .chain(settings.iothreads.iter().map(|cpus| ("iothreads", cpus)))
+    {
+        cpu::check_online(root, cpus).map_err(|error| wrong(format!("{key}: {error}")))?;
+    }
+    if let Some(cpus) = settings.emulator.as_ref().filter(|cpus| cpus.intersects(isolated)) {
+        return Err(wrong(format!("emulator: CPU {} is isolated; emulator threads belong on others", cpus & isolated)));
+    }
+    let vcpus: CpuSet = (0..conf.vcpus() as usize).collect();
+    pins_suffice(settings, &vcpus)?;
+    match settings.method {
+        Method::Hotplug => check_hotplug(root, isolated)?,
+    }
+    if let Some(governor) = &settings.governor {
+        check_governor(root, isolated, governor).map_err(wrong)?;
+    }
+    notes(root, vmid, conf, isolated)
+}
+
+/// Every vCPU needs a pin.
+///
+/// # Errors
+/// [`Error::Unusable`] with both counts.
+pub(crate) fn pins_suffice(settings: &Settings, vcpus: &CpuSet) -> Result<()> {
+    let pins = settings.pins.len();
+    if vcpus.last().is_none_or(|last| last < pins) {
+        return Ok(());
+    }
+    let why = format!("the VM has {} vCPUs and there are pins for {pins}; add pins or take vCPUs away", vcpus.len());
+    Err(Error::unusable(&settings.source, why))
+}
+
+/// No CPU for two VMs.
+///
+/// # Errors
+/// [`Error::Unusable`] that names the other VM and the CPUs.
+pub(crate) fn no_overlap(reservations: &BTreeMap<u32, Reservation>, vmid: VmId, settings: &Settings) -> Result<()> {
+    for (other, reservation) in reservations.iter().filter(|(other, _)| **other != u32::from(vmid)) {
+        let shared = &reservation.settings.isolated & &settings.isolated;
+        if !shared.is_empty() {
+            let why = format!("isolated: CPU {shared} belongs to VM {other} while that runs; stop it or choose others");
+            return Err(Error::unusable(&settings.source, why));
+        }
+    }
+    let all = reservations.iter().filter(|(other, _)| **other != u32::from(vmid));
+    let taken = all.fold(settings.isolated.clone(), |taken, (_, reservation)| &taken | &reservation.settings.isolated);
+    for reservation in reservations.values() {
+        if let Some(emulator) = reservation.settings.emulator.as_ref().filter(|cpus| cpus.is_subset(&taken)) {
+            let why = format!("isolated: it would take CPU {emulator}, all that another VM's emulator threads have");
+            return Err(Error::unusable(&settings.source, why));
+        }
+    }
+    Ok(())
+}
+
+fn check_hotplug(root: &Sysroot, isolated: &CpuSet) -> Result<()> {
+    cgroup::check_unified(root)?;
+    match cpu_hotplug::objects(root, isolated) {
+        Ok(objects) if objects.len() == isolated.len() => Ok(()),
+        Ok(_) => Err(Error::unusable(format!("CPU {isolated}"), "this kernel cannot take all of them offline")),
+        Err(error) => Err(error),
+    }
+}
+
+fn check_governor(root: &Sysroot, isolated: &CpuSet, governor: &str) -> std::result::Result<(), String> {
+    let policies = cpufreq::policies(root).map_err(|error| error.to_string())?;
+    // A host without cpufreq (a VM, a BIOS that keeps it) has nothing to set, which is no reason to stay off.
+    for policy in policies.iter().filter(|policy| policy.cpus.intersects(isolated)) {
+        if !policy.available.iter().any(|name| name == governor) {
+            return Err(format!(
+                "governor: no {governor:?} for CPU {}; there is {}",
+                policy.cpus,
+                policy.available.join(", ")
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// What may go wrong with others meanwhile.
+fn notes(root: &Sysroot, vmid: VmId, conf: &VmConf, isolated: &CpuSet) -> Result<Vec<String>> {
+    let mut notes = Vec::new();
+    if let Some(affinity) = &conf.affinity {
+        notes.push(format!(
+            "VM {vmid}: `affinity: {affinity}` is set as well; the pins win. Remove it: qm set {vmid} --delete affinity"
+        ));
+    }
+    for name in root.names("etc/pve/qemu-server").unwrap_or_default() {
+        let Some(other) =
+            name.strip_suffix(".conf").and_then(|id| id.parse::<VmId>().ok()).filter(|other| *other != vmid)
+        else {
+            continue;
+        };
+        let text = root.read(format!("etc/pve/qemu-server/{name}"));
+        let Some(affinity) = text.ok().and_then(|text| VmConf::parse(&text).ok()).and_then(|conf| conf.affinity) else {
+            continue;
+        };
+        if affinity.parse::<CpuSet>().is_ok_and(|cpus| cpus.is_subset(isolated)) {
+            notes.push(format!(
+                "VM {other} has `affinity: {affinity}`, all of it isolated now: it cannot start while VM {vmid} runs"
+            ));
+        }
+    }
+    for pid in process::pids(root)? {
+        // Kernel threads have no business here, and those that have ended neither.
+        if root.read_value(format!("proc/{pid}/comm")).ok().flatten().as_deref() == Some("irqbalance") {
+            notes.push(format!(
+                "irqbalance (process {pid}) moves IRQs back within 10 s; stop it, or set IRQBALANCE_BANNED_CPULIST={isolated}"
+            ));
+        }
+    }
+    if !siblings_inside(root, isolated)? {
+        notes.push(format!("CPU {isolated} leaves SMT siblings outside: what runs there slows the VM's cores"));
+    }
+    Ok(notes)
+}
+
+fn siblings_inside(root: &Sysroot, isolated: &CpuSet) -> Result<bool> {
+    for cpu in isolated.iter() {
+        if !cpu::siblings(root, cpu)?.is_subset(isolated) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}

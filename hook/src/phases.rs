@@ -1,0 +1,268 @@
+//! The phases of a VM's life, as Proxmox VE calls them; see docs/design.md, "The phases".
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use pinfold_core::store::{self, Store};
+use pinfold_core::vm::{self, Qemu, VmId};
+use pinfold_core::{Exit, Report, Sysroot, TaskId, cgroup, process};
+
+use crate::reconcile::Reconcile;
+use crate::reservation::{Phase, Reservation};
+use crate::settings::{self, Deadlines, ResetPci, Settings};
+use crate::{checks, steps};
+
+/// How often a QEMU that is to be gone is looked at.
+const EXIT_INTERVAL: Duration = Duration::from_millis(20);
+
+/// The guest's state while a QEMU stands that was started for a backup alone and will never run its guest.
+const NEVER_RUNS: &str = "prelaunch";
+
+/// One call of hook.
+pub(crate) struct Run<'a> {
+    /// The host.
+    pub root: &'a Sysroot,
+    /// What is said.
+    pub report: &'a mut Report,
+}
+
+impl Run<'_> {
+    /// Before QEMU is started: everything that could fail later is checked now, since this is the one phase that can stop
+    /// the start. Then what must be done before QEMU takes its devices and memory.
+    pub(crate) fn pre_start(&mut self, vmid: VmId) -> anyhow::Result<Exit> {
+        let conf = vm::conf(self.root, vmid)?;
+        let settings = settings::load(self.root, vmid)?;
+        for note in checks::before_start(self.root, vmid, &conf, &settings)? {
+            self.report.note(&note);
+        }
+        self.reserve(vmid, &settings)?;
+        // Without the lock: stopping the idle VM runs its own hook.
+        let prepared = self.prepare(vmid, &settings);
+        if prepared.is_err() {
+            // No post-stop follows a start that this phase aborts.
+            self.release(vmid, &settings.deadlines).context("taking back the reservation")?;
+        }
+        prepared?;
+        self.report.line(&format!("CPU {} reserved for VM {vmid}, by {}", settings.isolated, settings.source));
+        Ok(self.report.finish())
+    }
+
+    fn reserve(&mut self, vmid: VmId, settings: &Settings) -> anyhow::Result<()> {
+        let mut store = self.open(&settings.deadlines)?;
+        self.drop_dead(&mut store, Some(vmid))?;
+        checks::no_overlap(&store.reservations, vmid, settings)?;
+        let reservation = Reservation {
+            phase: Phase::Starting,
+            settings: settings.clone(),
+            qemu: None,
+            starter: parent(self.root),
+            idle_vm_stopped: settings.idle_vm.is_some(),
+        };
+        store.reservations.insert(vmid.into(), reservation);
+        store.save()?;
+        Ok(())
+    }
+
+    fn prepare(&mut self, vmid: VmId, settings: &Settings) -> anyhow::Result<()> {
+        if let Some(idle) = settings.idle_vm {
+            steps::stop_idle_vm(self.report, idle, Duration::from_secs(settings.deadlines.idle_vm))?;
+        }
+        let functions = match &settings.reset_pci {
+            ResetPci::OfVm(false) => Vec::new(),
+            ResetPci::OfVm(true) => pci_reset::functions_of_vm(self.root, vmid)?,
+            ResetPci::Listed(functions) => functions.clone(),
+        };
+        if !functions.is_empty() {
+            let deadline = Duration::from_secs(settings.deadlines.pci);
+            pci_reset::reset(self.root, &functions, false, deadline, self.report)?;
+        }
+        if settings.tidy_caches {
+            steps::tidy_caches(self.root, self.report);
+        }
+        Ok(())
+    }
+
+    /// When QEMU runs: its CPUs are fenced off. Once more on a VM that is fenced already, it mends and pins newcomers.
+    pub(crate) fn post_start(&mut self, vmid: VmId) -> anyhow::Result<Exit> {
+        let qemu = vm::running(self.root, vmid)?;
+        let mut store = self.open(&Deadlines::default())?;
+        self.drop_dead(&mut store, Some(vmid))?;
+        let mut reservation = match store.reservations.get(&vmid.into()) {
+            Some(reservation) if reservation.qemu.is_none_or(|task| task == qemu.id) => reservation.clone(),
+            // No pre-start, or that of an earlier QEMU: its checks are made now.
+            _ => {
+                let settings = settings::load(self.root, vmid)?;
+                checks::before_start(self.root, vmid, &vm::conf(self.root, vmid)?, &settings)?;
+                checks::no_overlap(&store.reservations, vmid, &settings)?;
+                Reservation { phase: Phase::Starting, settings, qemu: None, starter: None, idle_vm_stopped: false }
+            }
+        };
+        let threads = vm::threads(self.root, &qemu, Duration::from_secs(reservation.settings.deadlines.qmp))?;
+        if threads.status.as_deref() == Some(NEVER_RUNS) {
+            store.reservations.remove(&vmid.into());
+            store.save()?;
+            self.report.line(&format!(
+                "VM {vmid} is in {NEVER_RUNS}, as for a backup: its guest will not run, nothing is isolated"
+            ));
+            return Ok(self.report.finish());
+        }
+        checks::pins_suffice(&reservation.settings, &threads.vcpus())?;
+        if reservation.phase == Phase::Starting {
+            reservation.phase = Phase::Isolating;
+        }
+        reservation.qemu = Some(qemu.id);
+        let isolated = reservation.settings.isolated.clone();
+        store.reservations.insert(vmid.into(), reservation);
+        store.save()?;
+
+        self.report.line(&format!("fencing CPU {isolated} off for VM {vmid}"));
+        let fenced = Reconcile::new(self.root, &mut store, self.report)?.isolate(vmid, &qemu);
+        if fenced.is_err() || self.report.failures() > 0 {
+            return self.roll_back(vmid, &qemu, store, fenced.err());
+        }
+        if let Some(reservation) = store.reservations.get_mut(&vmid.into()) {
+            reservation.phase = Phase::Isolated;
+        }
+        store.save()?;
+        Ok(self.report.finish())
+    }
+
+    /// The VM keeps running, on whatever CPUs there are; nothing of the fence stays.
+    fn roll_back(
+        &mut self,
+        vmid: VmId,
+        qemu: &Qemu,
+        mut store: Store<Reservation>,
+        cause: Option<pinfold_core::Error>,
+    ) -> anyhow::Result<Exit> {
+        if let Some(cause) = cause {
+            self.report.error(&format!("{cause}"));
+        }
+        store.reservations.remove(&vmid.into());
+        let mut reconcile = Reconcile::new(self.root, &mut store, self.report)?;
+        reconcile.settle()?;
+        reconcile.undo_vm(vmid, qemu)?;
+        reconcile.forget()?;
+        self.report.finish();
+        bail!("VM {vmid} runs without isolated CPUs: what was begun has been taken back");
+    }
+
+    /// When the VM is gone: its CPUs go back to the host.
+    pub(crate) fn post_stop(&mut self, vmid: VmId) -> anyhow::Result<Exit> {
+        if let Some((reservations, _)) = Store::<Reservation>::peek(self.root)?
+            && let Some(reservation) = reservations.get(&vmid.into())
+        {
+            let settings = &reservation.settings;
+            if let Some(task) = &reservation.qemu {
+                self.wait_for_exit(vmid, task, Duration::from_secs(settings.deadlines.qemu_exit));
+            }
+            let deadlines = settings.deadlines;
+            self.release(vmid, &deadlines)?;
+        } else {
+            self.recover()?;
+        }
+        Ok(self.report.finish())
+    }
+
+    fn wait_for_exit(&mut self, vmid: VmId, task: &TaskId, deadline: Duration) {
+        let until = Instant::now() + deadline;
+        let own = cg_slice::decoupled_cgroup(vmid);
+        // QEMU's helpers (swtpm) end a moment after it.
+        let running = || {
+            process::check_start(self.root, task).is_ok()
+                || cgroup::processes(self.root, &own).is_ok_and(|pids| !pids.is_empty())
+        };
+        while running() {
+            if Instant::now() >= until {
+                self.report.note(&format!("VM {vmid}: a process of it is still there after {} s", deadline.as_secs()));
+                return;
+            }
+            std::thread::sleep(EXIT_INTERVAL);
+        }
+    }
+
+    /// Drops a VM's reservation, brings the host to what the others ask for, and starts its idle VM.
+    fn release(&mut self, vmid: VmId, deadlines: &Deadlines) -> anyhow::Result<()> {
+        let mut store = self.open(deadlines)?;
+        self.drop_dead(&mut store, Some(vmid))?;
+        let Some(reservation) = store.reservations.remove(&vmid.into()) else { return Ok(()) };
+        self.settle(&mut store, &[vmid])?;
+        drop(store);
+        if reservation.is_fenced() {
+            self.report.line(&format!("CPU {} given back by VM {vmid}", reservation.settings.isolated));
+        }
+        self.start_idle(&[reservation])
+    }
+
+    /// Drops the reservations of VMs that run no more, and brings the host to what the others ask for.
+    pub(crate) fn recover(&mut self) -> anyhow::Result<Exit> {
+        let deadlines = Deadlines::default();
+        if Store::<Reservation>::peek(self.root)?.is_none() {
+            return Ok(self.report.finish());
+        }
+        let mut store = self.open(&deadlines)?;
+        let dead = self.drop_dead(&mut store, None)?;
+        if dead.is_empty() {
+            self.settle(&mut store, &[])?;
+        }
+        drop(store);
+        self.start_idle(&dead)?;
+        Ok(self.report.finish())
+    }
+
+    /// Removes a state that cannot be trusted.
+    pub(crate) fn discard(&mut self) -> anyhow::Result<Exit> {
+        if store::discard(self.root, Duration::from_secs(Deadlines::default().lock))? {
+            self.report.note("the saved state is gone; what it covered stays as it is now until the next boot");
+        }
+        Ok(self.report.finish())
+    }
+
+    fn open(&self, deadlines: &Deadlines) -> anyhow::Result<Store<Reservation>> {
+        Ok(Store::open(self.root, Duration::from_secs(deadlines.lock))?)
+    }
+
+    /// Drops every dead reservation but that of `but`, whose phase is being run.
+    fn drop_dead(&mut self, store: &mut Store<Reservation>, but: Option<VmId>) -> anyhow::Result<Vec<Reservation>> {
+        let dead: Vec<VmId> = store
+            .reservations
+            .iter()
+            .filter(|(id, reservation)| but.map(u32::from) != Some(**id) && !reservation.is_alive(self.root))
+            .filter_map(|(id, _)| VmId::try_from(*id).ok())
+            .collect();
+        let mut dropped = Vec::new();
+        for vmid in &dead {
+            self.report.note(&format!("VM {vmid} runs no more and no hook said so: its CPUs are given back"));
+            dropped.extend(store.reservations.remove(&(*vmid).into()));
+        }
+        if !dead.is_empty() {
+            self.settle(store, &dead)?;
+        }
+        Ok(dropped)
+    }
+
+    fn settle(&mut self, store: &mut Store<Reservation>, gone: &[VmId]) -> anyhow::Result<()> {
+        let mut reconcile = Reconcile::new(self.root, store, self.report)?;
+        reconcile.settle()?;
+        for vmid in gone {
+            reconcile.remove_cgroup(*vmid);
+        }
+        reconcile.forget()?;
+        Ok(())
+    }
+
+    fn start_idle(&mut self, dropped: &[Reservation]) -> anyhow::Result<()> {
+        for reservation in dropped.iter().filter(|reservation| reservation.idle_vm_stopped) {
+            if let Some(idle) = reservation.settings.idle_vm {
+                steps::start_idle_vm(self.report, idle, Duration::from_secs(reservation.settings.deadlines.idle_vm));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// PVE's task that runs hook.
+fn parent(root: &Sysroot) -> Option<TaskId> {
+    let pid = nix::unistd::getppid().as_raw();
+    process::task(root, pid, pid).ok().map(|task| task.id)
+}

@@ -1,0 +1,436 @@
+//! From (baseline, reservations) to what every knob should hold, and the steps that bring it there.
+//!
+//! Every phase changes the set of reservations and then comes here. A knob's wanted value is computed from its value
+//! before the first touch: CPUs held to the housekeeping CPUs while any VM is fenced, the old value when none is. So
+//! isolating, releasing, mending after a crash and a second VM are one computation.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use pinfold_core::store::Store;
+use pinfold_core::vm::{Qemu, VmId};
+use pinfold_core::{CpuSet, Error, Knob, Object, Outcome, Report, Result, Sysroot, cgroup, cpu, cpufreq, process, vm};
+
+use crate::reservation::{Phase, Reservation};
+
+/// The sysctl for the interval of the kernel's statistics.
+const STAT_INTERVAL: &str = "vm/stat_interval";
+
+/// One run over the host, under the store's lock.
+pub(crate) struct Reconcile<'a> {
+    root: &'a Sysroot,
+    store: &'a mut Store<Reservation>,
+    report: &'a mut Report,
+    present: CpuSet,
+}
+
+impl<'a> Reconcile<'a> {
+    /// A run; looks first which knobs somebody else has set since ours.
+    ///
+    /// # Errors
+    /// Where the host's CPUs cannot be read.
+    pub(crate) fn new(root: &'a Sysroot, store: &'a mut Store<Reservation>, report: &'a mut Report) -> Result<Self> {
+        let present = cpu::present(root)?;
+        store.baseline.look(root);
+        Ok(Self { root, store, report, present })
+    }
+
+    /// The isolated CPUs of all fenced VMs.
+    fn isolated(&self) -> CpuSet {
+        self.fenced().fold(CpuSet::new(), |all, (_, reservation)| &all | &reservation.settings.isolated)
+    }
+
+    fn fenced(&self) -> impl Iterator<Item = (&u32, &Reservation)> {
+        self.store.reservations.iter().filter(|(_, reservation)| reservation.is_fenced())
+    }
+
+    fn housekeeping(&self) -> CpuSet {
+        &self.present - &self.isolated()
+    }
+
+    /// What a CPU mask should be, by what it was before; `before` is empty where none was set.
+    fn held(&self) -> impl Fn(&Knob, &str) -> String + use<> {
+        let fence = (!self.isolated().is_empty()).then(|| self.housekeeping());
+        move |_, before| match (&fence, CpuSet::from_kernel_list(before)) {
+            (Some(fence), Ok(cpus)) => cpus.held_to(fence).to_string(),
+            _ => before.to_owned(),
+        }
+    }
+
+    /// Fences a VM's CPUs in the documented order (docs/design.md, "The order"). The reservation is in the store, with its
+    /// QEMU. Afterwards the caller looks at the report: any failure means that the VM is to be released.
+    ///
+    /// # Errors
+    /// Where the host cannot be read or the state cannot be saved; what was done so far is in the baseline.
+    pub(crate) fn isolate(&mut self, vmid: VmId, qemu: &Qemu) -> Result<()> {
+        let Some(reservation) = self.store.reservations.get(&vmid.into()).cloned() else { return Ok(()) };
+        let isolated = reservation.settings.isolated.clone();
+        let first_time = reservation.phase == Phase::Isolating;
+        self.remember(&isolated)?;
+        if !first_time {
+            // Its vCPUs run there: taking the CPUs offline now would break their pins.
+            return self.settle();
+        }
+        self.slices()?;
+        self.tasks()?;
+        self.online("offline", &isolated, "0")?;
+        self.irqs()?;
+        self.kthreads()?;
+        self.online("online", &isolated, "1")?;
+        self.pace()?;
+        self.decouple(vmid)?;
+        self.pins(vmid, qemu)?;
+        self.all_pins()?;
+        // Coming online, CPUs have got back some of what was thrown off them.
+        self.irqs()?;
+        self.kthreads()
+    }
+
+    /// Brings everything to what the reservations ask for, CPUs that a killed run left offline first; after the last
+    /// reservation that is what was before the first.
+    ///
+    /// # Errors
+    /// As [`isolate`](Self::isolate).
+    pub(crate) fn settle(&mut self) -> Result<()> {
+        let offline: CpuSet = self
+            .store
+            .baseline
+            .knobs()
+            .filter_map(|(knob, _, before)| match knob {
+                Knob::CpuOnline(cpu) if before == "1" => Some(*cpu),
+                _ => None,
+            })
+            .collect();
+        self.online("online", &offline, "1")?;
+        self.slices()?;
+        self.tasks()?;
+        self.irqs()?;
+        self.kthreads()?;
+        self.pace()?;
+        self.all_pins()
+    }
+
+    /// Step 0: the value of every knob that will be touched, on disk before the first touch.
+    fn remember(&mut self, isolated: &CpuSet) -> Result<()> {
+        self.report.step("baseline");
+        let mut objects = self.slice_objects()?;
+        objects.extend(cpu_hotplug::objects(self.root, isolated)?);
+        objects.extend(pin_irqs::objects(self.root)?);
+        let kthreads = pin_kthreads::objects(self.root)?;
+        objects.extend(kthreads.movable);
+        objects.extend(self.pace_objects(isolated)?);
+        objects.extend(self.task_objects()?);
+        for object in objects {
+            self.adopt(&object);
+        }
+        self.store.save()
+    }
+
+    /// Takes an object into the baseline. One born while the fence stood has what its kind's default was narrowed to: it
+    /// gets what the default was before.
+    fn adopt(&mut self, object: &Object) {
+        let baseline = &mut self.store.baseline;
+        let default = match &object.knob {
+            Knob::Irq(_) => Some(Knob::DefaultIrq),
+            Knob::Kthread(_) => baseline.knobs().find_map(|(knob, ..)| match knob {
+                Knob::Kthread(task) if task.pid == process::KTHREADD => Some(knob.clone()),
+                _ => None,
+            }),
+            _ => None,
+        };
+        let inherited = default
+            .filter(|default| baseline.last(default) == Some(object.found.as_str()))
+            .and_then(|default| baseline.before(&default).map(str::to_owned));
+        baseline.adopt(object, inherited.as_deref().unwrap_or(&object.found));
+    }
+
+    /// Sets objects to what `wanted` makes of their values from before.
+    fn set(&mut self, step: &'static str, objects: Vec<Object>, wanted: impl Fn(&Knob, &str) -> String) -> Result<()> {
+        for object in &objects {
+            self.adopt(object);
+        }
+        let plan = self.store.baseline.plan(objects, wanted);
+        let mut changed = 0;
+        let report = &mut *self.report;
+        self.store.carry_out(plan, |done| {
+            changed += usize::from(done.outcome == Outcome::Changed);
+            report.changes(std::slice::from_ref(done));
+        })?;
+        if changed > 0 {
+            self.report.summary(&format!("{step}: {changed} set"));
+        }
+        Ok(())
+    }
+
+    /// Step 1: everything but the fenced VMs off their CPUs, as far as cgroups reach.
+    fn slices(&mut self) -> Result<()> {
+        self.report.step("slices");
+        let objects = self.slice_objects()?;
+        let wanted = self.held();
+        self.set("slices", objects, wanted)
+    }
+
+    fn slice_objects(&self) -> Result<Vec<Object>> {
+        let mut objects = cg_slice::objects(self.root, Vec::new())?;
+        if self.root.exists(cgroup::path(cg_slice::VM_SLICE)) {
+            objects.extend(cg_slice::objects(self.root, vec![cg_slice::VM_SLICE.to_owned()])?);
+        }
+        Ok(objects)
+    }
+
+    /// User threads with a mask of their own (taskset, `affinity:`): since Linux 6.2 the kernel remembers it across step 1,
+    /// before it does not.
+    fn tasks(&mut self) -> Result<()> {
+        self.report.step("tasks");
+        let objects = self.task_objects()?;
+        let wanted = self.held();
+        self.set("tasks", objects, wanted)
+    }
+
+    fn task_objects(&self) -> Result<Vec<Object>> {
+        let fenced: Vec<i32> = self.fenced().filter_map(|(_, reservation)| Some(reservation.qemu?.pid)).collect();
+        let online = cpu::online(self.root)?;
+        let mut objects = Vec::new();
+        for pid in process::pids(self.root)? {
+            if fenced.contains(&pid) {
+                continue;
+            }
+            let tasks = match process::tasks(self.root, pid) {
+                Err(error) if error.is_gone() => continue,
+                tasks => tasks?,
+            };
+            if tasks.first().is_none_or(|task| task.kernel) {
+                continue;
+            }
+            let mut effective = None;
+            for task in tasks {
+                let knob = Knob::Thread(task.id);
+                let known = self.store.baseline.has(&knob);
+                let cpus = match process::affinity(self.root, &task.id) {
+                    Err(error) if error.is_gone() => continue,
+                    cpus => cpus?,
+                };
+                if !known && cpus == online {
+                    continue;
+                }
+                if !known && effective.get_or_insert_with(|| effective_cpus(self.root, pid)).as_ref() == Some(&cpus) {
+                    continue;
+                }
+                objects.push(Object::new(knob, format!("thread {} ({})", task.id.tid, task.name), cpus.to_string()));
+            }
+        }
+        Ok(objects)
+    }
+
+    /// Steps 2 and 4.
+    fn online(&mut self, step: &'static str, cpus: &CpuSet, state: &str) -> Result<()> {
+        if cpus.is_empty() {
+            return Ok(());
+        }
+        self.report.step(step);
+        if state == "0" {
+            for note in cpu_hotplug::check_offline(self.root, cpus)? {
+                self.report.detail(&note);
+            }
+        }
+        let objects = cpu_hotplug::objects(self.root, cpus)?;
+        // A CPU that the admin had taken offline stays so.
+        self.set(step, objects, |_, before| if before == "0" { before.to_owned() } else { state.to_owned() })
+    }
+
+    /// Step 3, and again at the end.
+    fn irqs(&mut self) -> Result<()> {
+        self.report.step("irqs");
+        let objects = pin_irqs::objects(self.root)?;
+        let wanted = self.held();
+        self.set("irqs", objects, wanted)
+    }
+
+    /// Step 3, and again at the end.
+    fn kthreads(&mut self) -> Result<()> {
+        self.report.step("kthreads");
+        let objects = pin_kthreads::objects(self.root)?.movable;
+        let wanted = self.held();
+        self.set("kthreads", objects, wanted)
+    }
+
+    /// Step 5: governor and statistics interval.
+    fn pace(&mut self) -> Result<()> {
+        self.report.step("pace");
+        let objects = self.pace_objects(&self.isolated())?;
+        let fenced: Vec<Reservation> = self.fenced().map(|(_, reservation)| reservation.clone()).collect();
+        let policies = cpufreq::policies(self.root)?;
+        self.set("pace", objects, move |knob, before| {
+            let asked = match knob {
+                Knob::Governor(name) => {
+                    let policy = policies.iter().find(|policy| policy.name == *name);
+                    let of = |reservation: &&Reservation| {
+                        policy.is_some_and(|policy| policy.cpus.intersects(&reservation.settings.isolated))
+                    };
+                    fenced.iter().filter(of).find_map(|reservation| reservation.settings.governor.clone())
+                }
+                _ => fenced
+                    .iter()
+                    .filter_map(|reservation| reservation.settings.stat_interval)
+                    .max()
+                    .map(|s| s.to_string()),
+            };
+            asked.unwrap_or_else(|| before.to_owned())
+        })
+    }
+
+    fn pace_objects(&self, isolated: &CpuSet) -> Result<Vec<Object>> {
+        let baseline = &self.store.baseline;
+        let governed = |name: &str| baseline.has(&Knob::Governor(name.to_owned()));
+        let mut objects: Vec<Object> = cpufreq::policies(self.root)?
+            .into_iter()
+            .filter(|policy| policy.cpus.intersects(isolated) || governed(&policy.name))
+            .map(|policy| policy.object())
+            .collect();
+        let knob = Knob::Sysctl(STAT_INTERVAL.to_owned());
+        if let Some(found) = knob.read(self.root)? {
+            objects.push(Object::new(knob.clone(), knob.to_string(), found));
+        }
+        Ok(objects)
+    }
+
+    /// Step 6.
+    fn decouple(&mut self, vmid: VmId) -> Result<()> {
+        self.report.step("decouple");
+        let changes = cg_slice::plan_decouple(self.root, vmid)?;
+        let moved = changes.iter().filter(|change| !change.is_noop()).count();
+        for change in changes {
+            let done = pinfold_core::apply_one(self.root, change);
+            self.report.changes(&[done]);
+        }
+        if moved > 0 {
+            self.report.summary(&format!("decouple: {moved} set"));
+        }
+        Ok(())
+    }
+
+    /// Step 7: the VM's own threads.
+    fn pins(&mut self, vmid: VmId, qemu: &Qemu) -> Result<()> {
+        self.report.step("pins");
+        let Some(reservation) = self.store.reservations.get(&vmid.into()).cloned() else { return Ok(()) };
+        let threads = vm::threads(self.root, qemu, Duration::from_secs(reservation.settings.deadlines.qmp))?;
+        for note in &threads.notes {
+            self.report.note(note);
+        }
+        let housekeeping = self.housekeeping();
+        let mut wanted = BTreeMap::new();
+        let mut objects = Vec::new();
+        for thread in threads.threads {
+            let cpus = self.cpus_for(&reservation, &thread.role, &housekeeping)?;
+            let object = pin_vcpu::object(&thread);
+            wanted.insert(object.knob.clone(), cpus.to_string());
+            objects.push(object);
+        }
+        self.set("pins", objects, move |knob, before| wanted.get(knob).cloned().unwrap_or_else(|| before.to_owned()))
+    }
+
+    fn cpus_for(&self, reservation: &Reservation, role: &vm::Role, housekeeping: &CpuSet) -> Result<CpuSet> {
+        let settings = &reservation.settings;
+        // What the settings say, less what another VM has fenced off since.
+        let aside = |cpus: &CpuSet| cpus.held_to(housekeeping);
+        let emulator = || settings.emulator.as_ref().map_or_else(|| housekeeping.clone(), aside);
+        Ok(match role {
+            vm::Role::Vcpu(vcpu) => reservation.pin(*vcpu).cloned().ok_or_else(|| {
+                Error::unusable(format!("vCPU {vcpu}"), format!("{} has no pin for it", settings.source))
+            })?,
+            vm::Role::Iothread(id) => {
+                let named = settings.iothread.get(id).or(settings.iothreads.as_ref());
+                named.map_or_else(
+                    emulator,
+                    |cpus| if cpus.is_subset(&settings.isolated) { cpus.clone() } else { aside(cpus) },
+                )
+            }
+            vm::Role::Emulator => emulator(),
+        })
+    }
+
+    /// The threads of all fenced VMs: one's emulator threads may stand where another's vCPUs go, or may come back.
+    fn all_pins(&mut self) -> Result<()> {
+        let vms: Vec<VmId> = self
+            .fenced()
+            .filter(|(_, reservation)| reservation.phase == Phase::Isolated)
+            .filter_map(|(id, _)| VmId::try_from(*id).ok())
+            .collect();
+        for vmid in vms {
+            if let Some(qemu) = vm::find(self.root, vmid)? {
+                match self.pins(vmid, &qemu) {
+                    Err(error) if error.is_gone() => {}
+                    other => other?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a VM that still runs back to its scope, and its threads to the CPUs they had; for a post-start that failed.
+    ///
+    /// # Errors
+    /// As [`isolate`](Self::isolate).
+    pub(crate) fn undo_vm(&mut self, vmid: VmId, qemu: &Qemu) -> Result<()> {
+        self.report.step("couple");
+        if cgroup::of_process(self.root, qemu.id.pid)?.trim_start_matches('/') == cg_slice::decoupled_cgroup(vmid) {
+            for change in cg_slice::plan_couple(self.root, vmid)? {
+                let done = pinfold_core::apply_one(self.root, change);
+                self.report.changes(&[done]);
+            }
+        }
+        let objects = process::tasks(self.root, qemu.id.pid)?
+            .into_iter()
+            .filter(|task| self.store.baseline.has(&Knob::Thread(task.id)))
+            .filter_map(|task| {
+                let found = process::affinity(self.root, &task.id).ok()?;
+                Some(Object::new(
+                    Knob::Thread(task.id),
+                    format!("thread {} ({})", task.id.tid, task.name),
+                    found.to_string(),
+                ))
+            })
+            .collect();
+        self.set("pins", objects, |_, before| before.to_owned())
+    }
+
+    /// Removes what is left of a VM whose QEMU is gone.
+    pub(crate) fn remove_cgroup(&mut self, vmid: VmId) {
+        self.report.step("cgroup");
+        for change in cg_slice::plan_remove(self.root, vmid) {
+            let done = pinfold_core::apply_one(self.root, change);
+            self.report.changes(&[done]);
+        }
+    }
+
+    /// After [`settle`](Self::settle) with no reservation left: drops the baseline, but for what could not be put back.
+    ///
+    /// # Errors
+    /// Where the state cannot be saved.
+    pub(crate) fn forget(&mut self) -> Result<()> {
+        if self.isolated().is_empty() {
+            let knobs: Vec<(Knob, String)> =
+                self.store.baseline.knobs().map(|(knob, _, before)| (knob.clone(), before.to_owned())).collect();
+            let failed = self.report.failures() > 0;
+            for (knob, before) in knobs {
+                let back = || knob.read(self.root).map_or(true, |found| found.is_none_or(|found| found == before));
+                if !failed || back() {
+                    self.store.baseline.forget(&knob);
+                }
+            }
+        }
+        self.store.save()
+    }
+}
+
+/// The CPUs that a process's cgroup allows.
+fn effective_cpus(root: &Sysroot, pid: i32) -> Option<CpuSet> {
+    let mut cgroup = cgroup::of_process(root, pid).ok()?;
+    loop {
+        // A cgroup without the controller has its parent's CPUs.
+        if let Ok(Some(list)) = root.read_value(cgroup::file(&cgroup, "cpuset.cpus.effective")) {
+            return CpuSet::from_kernel_list(&list).ok();
+        }
+        cgroup.truncate(cgroup.rfind('/').filter(|_| cgroup.len() > 1)?);
+    }
+}

@@ -1,0 +1,397 @@
+//! hook's settings: a TOML file per VM, the layouts that come with hook, and what they resolve to.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use pinfold_core::pci::PciAddress;
+use pinfold_core::vm::VmId;
+use pinfold_core::{CpuSet, Error, Result, Sysroot};
+use serde::{Deserialize, Serialize};
+
+/// The layout for the machine that the documented order is for, used where no settings file is found.
+const DEFAULT_LAYOUT: &str = "5900x";
+
+/// The layouts that come with hook.
+const LAYOUTS: [(&str, &str); 1] = [("5900x", include_str!("../layouts/5900x.toml"))];
+
+/// What a machine of one kind gives a VM.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Layout {
+    /// The CPUs the machine must have.
+    present: CpuSet,
+    isolated: CpuSet,
+    pins: Pins,
+}
+
+/// A settings file. Unknown keys are refused.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    layout: Option<String>,
+    isolated: Option<CpuSet>,
+    pins: Option<Pins>,
+    emulator: Option<CpuSet>,
+    iothreads: Option<Iothreads>,
+    method: Option<Method>,
+    governor: Option<String>,
+    stat_interval: Option<u32>,
+    idle_vm: Option<u32>,
+    reset_pci: Option<ResetPci>,
+    tidy_caches: Option<bool>,
+    min_housekeeping: Option<usize>,
+    #[serde(default)]
+    deadlines: Deadlines,
+}
+
+/// Which CPUs each vCPU may run on: one text in vCPU order, or a list per vCPU.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+enum Pins {
+    InOrder(String),
+    PerVcpu(Vec<Cpus>),
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+enum Cpus {
+    One(usize),
+    List(CpuSet),
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+enum Iothreads {
+    All(CpuSet),
+    ById(BTreeMap<String, CpuSet>),
+}
+
+/// How CPUs are isolated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Method {
+    /// The documented order: slices narrowed, CPUs taken offline and online again.
+    Hotplug,
+}
+
+/// Which PCI functions are reset before the VM starts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub(crate) enum ResetPci {
+    /// All of the VM's hostpci devices, or none.
+    OfVm(bool),
+    /// These.
+    Listed(Vec<PciAddress>),
+}
+
+/// How long each wait may take, in seconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Deadlines {
+    /// For another hook that holds the lock.
+    pub lock: u64,
+    /// For QEMU's monitor, tries and pauses in all.
+    pub qmp: u64,
+    /// For PCI functions to go, and again to come back.
+    pub pci: u64,
+    /// For the idle VM to shut down.
+    pub idle_vm: u64,
+    /// For a QEMU that PVE says has stopped to be gone.
+    pub qemu_exit: u64,
+}
+
+impl Default for Deadlines {
+    fn default() -> Self {
+        Self { lock: 120, qmp: 5, pci: 10, idle_vm: 60, qemu_exit: 10 }
+    }
+}
+
+/// A VM's settings, resolved: kept with its reservation, since the file may change or go while the VM runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Settings {
+    /// Where they come from, for messages.
+    pub source: String,
+    /// The VM's CPUs.
+    pub isolated: CpuSet,
+    /// The CPUs of each vCPU, by its number.
+    pub pins: Vec<CpuSet>,
+    /// The CPUs of emulator threads; all housekeeping CPUs where none.
+    pub emulator: Option<CpuSet>,
+    /// The CPUs of iothreads that are not named below; those of the emulator where none.
+    pub iothreads: Option<CpuSet>,
+    /// The CPUs of iothreads by id.
+    pub iothread: BTreeMap<String, CpuSet>,
+    /// How CPUs are isolated.
+    pub method: Method,
+    /// The governor of the isolated CPUs; unchanged where none.
+    pub governor: Option<String>,
+    /// vm.stat_interval in seconds; unchanged where none.
+    pub stat_interval: Option<u32>,
+    /// The VM that runs while this one does not.
+    pub idle_vm: Option<u32>,
+    /// The PCI functions reset before the VM starts.
+    pub reset_pci: ResetPci,
+    /// Whether caches are dropped and memory is compacted before the VM starts.
+    pub tidy_caches: bool,
+    /// How many housekeeping CPUs must stay.
+    pub min_housekeeping: usize,
+    /// How long each wait may take.
+    pub deadlines: Deadlines,
+}
+
+/// The value of `governor` that leaves it as it is.
+const KEEP: &str = "keep";
+
+/// Finds and resolves a VM's settings.
+///
+/// # Errors
+/// Where a file is not root's alone, cannot be read or says something wrong, or the layout is not for this machine.
+pub(crate) fn load(root: &Sysroot, vmid: VmId) -> Result<Settings> {
+    let candidates = [
+        format!("etc/pve/pinfold/{vmid}.toml"),
+        format!("etc/pinfold/{vmid}.toml"),
+        "etc/pinfold/default.toml".to_owned(),
+    ];
+    for candidate in &candidates {
+        match fs::symlink_metadata(root.path(candidate)) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(source) => return Err(Error::io(root.path(candidate), "look at", source)),
+            Ok(meta) => {
+                let path = root.path(candidate).display().to_string();
+                check_owner(&path, &meta)?;
+                return resolve(root, &root.read(candidate)?, &path);
+            }
+        }
+    }
+    resolve(root, &format!("layout = \"{DEFAULT_LAYOUT}\""), &format!("the built-in layout {DEFAULT_LAYOUT}")).map_err(
+        |error| {
+            let first = root.path(&candidates[1]);
+            let advice =
+                format!("write your CPUs to {}, as in\n  isolated = \"4-7\"\n  pins = \"4,5,6,7\"", first.display());
+            Error::unusable(format!("VM {vmid} has no settings file and {error}"), advice)
+        },
+    )
+}
+
+/// Whoever can write the settings decides where root writes.
+fn check_owner(path: &str, meta: &fs::Metadata) -> Result<()> {
+    let fault = if !meta.is_file() {
+        "it is no plain file"
+    } else if meta.uid() != nix::unistd::geteuid().as_raw() && meta.uid() != 0 {
+        "it does not belong to root"
+    } else if meta.mode() & 0o022 != 0 {
+        "others than root can write it; chmod go-w"
+    } else {
+        return Ok(());
+    };
+    Err(Error::unusable(path, format!("settings refused: {fault}")))
+}
+
+/// Resolves the text of a settings file.
+fn resolve(root: &Sysroot, text: &str, source: &str) -> Result<Settings> {
+    let file: File =
+        toml::from_str(text).map_err(|error| Error::malformed(source, error.to_string().trim_end().to_owned()))?;
+    let wrong = |why: String| Error::malformed(source, why);
+    let (mut isolated, mut pins) = (file.isolated, file.pins);
+    if let Some(name) = &file.layout {
+        let layout = layout(name).map_err(&wrong)?;
+        let present = pinfold_core::cpu::present(root)?;
+        if present != layout.present {
+            let why = format!("layout {name} is for a host with CPUs {}; this one has {present}", layout.present);
+            return Err(Error::unusable(source, why));
+        }
+        isolated = isolated.or(Some(layout.isolated));
+        pins = pins.or(Some(layout.pins));
+    }
+    let isolated = isolated.filter(|cpus| !cpus.is_empty());
+    let isolated =
+        isolated.ok_or_else(|| wrong("isolated: the VM's CPUs are missing; write isolated = \"4-7\"".into()))?;
+    let pins = pins.ok_or_else(|| wrong("pins: missing; write a CPU per vCPU, as in pins = \"4,5,6,7\"".into()))?;
+    let pins = pins.resolve().map_err(|why| wrong(format!("pins: {why}")))?;
+    for (vcpu, cpus) in pins.iter().enumerate() {
+        let outside = cpus - &isolated;
+        if !outside.is_empty() {
+            return Err(wrong(format!("pins: vCPU {vcpu}: CPU {outside} is not among the isolated {isolated}")));
+        }
+    }
+    for (key, cpus) in
+        file.emulator.iter().map(|cpus| ("emulator", cpus)).chain(file.iothreads.iter().flat_map(Iothreads::named))
+    {
+        if cpus.is_empty() {
+            return Err(wrong(format!("{key}: an empty CPU list; leave it out for all housekeeping CPUs")));
+        }
+    }
+    let (iothreads, iothread) = match file.iothreads {
+        None => (None, BTreeMap::new()),
+        Some(Iothreads::All(cpus)) => (Some(cpus), BTreeMap::new()),
+        Some(Iothreads::ById(by_id)) => (None, by_id),
+    };
+    if file.stat_interval == Some(0) {
+        return Err(wrong("stat_interval: 0 s is no interval; leave it out for 120".into()));
+    }
+    Ok(Settings {
+        source: source.to_owned(),
+        isolated,
+        pins,
+        emulator: file.emulator,
+        iothreads,
+        iothread,
+        method: file.method.unwrap_or(Method::Hotplug),
+        governor: Some(file.governor.unwrap_or_else(|| "performance".into())).filter(|name| name != KEEP),
+        stat_interval: Some(file.stat_interval.unwrap_or(120)),
+        idle_vm: file.idle_vm,
+        reset_pci: file.reset_pci.unwrap_or(ResetPci::OfVm(false)),
+        tidy_caches: file.tidy_caches.unwrap_or(true),
+        min_housekeeping: file.min_housekeeping.unwrap_or(1).max(1),
+        deadlines: file.deadlines,
+    })
+}
+
+fn layout(name: &str) -> std::result::Result<Layout, String> {
+    let known = || LAYOUTS.map(|(name, _)| name).join(", ");
+    let (_, text) = LAYOUTS
+        .iter()
+        .find(|(known, _)| *known == name)
+        .ok_or_else(|| format!("layout: no {name:?}; there is {}", known()))?;
+    toml::from_str(text).map_err(|error| format!("layout {name}: {error}"))
+}
+
+impl Iothreads {
+    fn named(&self) -> Vec<(&'static str, &CpuSet)> {
+        match self {
+            Self::All(cpus) => vec![("iothreads", cpus)],
+            Self::ById(by_id) => by_id.values().map(|cpus| ("iothreads", cpus)).collect(),
+        }
+    }
+}
+
+impl Pins {
+    fn resolve(self) -> std::result::Result<Vec<CpuSet>, String> {
+        let pins: Vec<CpuSet> = match self {
+            Self::PerVcpu(lists) => lists
+                .into_iter()
+                .map(|cpus| match cpus {
+                    Cpus::One(cpu) => [cpu].into_iter().collect(),
+                    Cpus::List(cpus) => cpus,
+                })
+                .collect(),
+            // A CPU set has no order: token by token, ranges ascending.
+            Self::InOrder(text) => {
+                let mut pins = Vec::new();
+                for token in text.split(',') {
+                    let cpus: CpuSet = token.parse().map_err(|error: pinfold_core::CpuSetError| error.to_string())?;
+                    pins.extend(cpus.iter().map(|cpu| -> CpuSet { [cpu].into_iter().collect() }));
+                }
+                pins
+            }
+        };
+        match pins.iter().position(CpuSet::is_empty) {
+            Some(vcpu) => Err(format!("vCPU {vcpu} has no CPU")),
+            None if pins.is_empty() => Err("no CPU at all".into()),
+            None => Ok(pins),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn host(present: &str) -> (tempfile::TempDir, Sysroot) {
+        let dir = tempfile::tempdir().unwrap();
+        let cpus = dir.path().join("sys/devices/system/cpu");
+        fs::create_dir_all(&cpus).unwrap();
+        fs::write(cpus.join("present"), present).unwrap();
+        let root = Sysroot::new(dir.path());
+        (dir, root)
+    }
+
+    fn vm() -> VmId {
+        "100".parse().unwrap()
+    }
+
+    #[test]
+    fn without_a_file_the_5900x() {
+        let (_dir, root) = host("0-23");
+        let settings = load(&root, vm()).unwrap();
+        assert_eq!(settings.isolated.to_string(), "6-11,18-23");
+        let pins: Vec<String> = settings.pins.iter().map(ToString::to_string).collect();
+        assert_eq!(pins.join(" "), "6 18 7 19 8 20 9 21 10 22 11 23");
+        assert_eq!((settings.governor.as_deref(), settings.stat_interval), (Some("performance"), Some(120)));
+        assert_eq!((settings.idle_vm, settings.reset_pci, settings.tidy_caches), (None, ResetPci::OfVm(false), true));
+    }
+
+    #[test]
+    fn where_the_layout_does_not_fit_it_says_what_to_write() {
+        let (_dir, root) = host("0-7");
+        let error = load(&root, vm()).unwrap_err().to_string();
+        assert!(error.contains("layout 5900x is for a host with CPUs 0-23; this one has 0-7"), "{error}");
+        assert!(error.contains("etc/pinfold/100.toml, as in\n  isolated = \"4-7\""), "{error}");
+    }
+
+    #[test]
+    fn the_nearest_file_wins() {
+        let (dir, root) = host("0-7");
+        for (folder, file, cpu) in
+            [("etc/pinfold", "default.toml", 1), ("etc/pinfold", "100.toml", 2), ("etc/pve/pinfold", "100.toml", 3)]
+        {
+            let folder = dir.path().join(folder);
+            fs::create_dir_all(&folder).unwrap();
+            fs::write(folder.join(file), format!("isolated = \"{cpu}\"\npins = [{cpu}]")).unwrap();
+            assert_eq!(load(&root, vm()).unwrap().isolated.first(), Some(cpu));
+        }
+    }
+
+    #[test]
+    fn pins_in_both_forms() {
+        let (_dir, root) = host("0-23");
+        for (pins, resolved) in
+            [("\"6,18,7-8\"", "6 18 7 8"), ("[6, 18]", "6 18"), ("[\"6-7\", 18, \"8,20\"]", "6-7 18 8,20")]
+        {
+            let settings = resolve(&root, &format!("isolated = \"6-11,18-23\"\npins = {pins}"), "test").unwrap();
+            let got: Vec<String> = settings.pins.iter().map(ToString::to_string).collect();
+            assert_eq!(got.join(" "), resolved);
+        }
+    }
+
+    #[test]
+    fn wrong_settings_name_the_key() {
+        let (_dir, root) = host("0-23");
+        for (text, why) in [
+            ("isolated = \"6\"", "pins: missing"),
+            ("pins = \"6\"", "isolated: the VM's CPUs are missing"),
+            ("isolated = \"6-5\"\npins = \"6\"", "runs backwards"),
+            ("isolated = \"6\"\npins = \"7\"", "pins: vCPU 0: CPU 7 is not among the isolated 6"),
+            ("isolated = \"6\"\npins = \"6,\"", "pins: \"\" is an empty CPU list"),
+            ("isolated = \"6\"\npins = []", "pins: no CPU at all"),
+            ("isolated = \"6\"\npins = [\"\"]", "pins: vCPU 0 has no CPU"),
+            ("isolated = \"6\"\npins = \"6\"\ncolour = 1", "unknown field `colour`"),
+            ("isolated = \"6\"\npins = \"6\"\nmethod = \"magic\"", "unknown variant `magic`"),
+            ("layout = \"9999x\"", "no \"9999x\"; there is 5900x"),
+            ("isolated = \"6\"\npins = \"6\"\nemulator = \"\"", "emulator: an empty CPU list"),
+            ("isolated = \"6\"\npins = \"6\"\nstat_interval = 0", "stat_interval: 0 s"),
+            ("isolated = \"6\"\npins = \"6\"\n[deadlines]\nqmp = -1", "qmp"),
+            ("=", "test: "),
+        ] {
+            let error = resolve(&root, text, "test").unwrap_err().to_string();
+            assert!(error.contains(why), "{text:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_others_can_write_is_refused() {
+        use std::os::unix::fs::PermissionsExt;
+        let (dir, root) = host("0-23");
+        fs::create_dir_all(dir.path().join("etc/pinfold")).unwrap();
+        let path = dir.path().join("etc/pinfold/100.toml");
+        fs::write(&path, "isolated = \"6\"\npins = \"6\"").unwrap();
+        for (mode, refused) in [(0o644, false), (0o664, true), (0o602, true), (0o600, false)] {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            assert_eq!(load(&root, vm()).is_err(), refused, "{mode:o}");
+        }
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("/etc/hostname", &path).unwrap();
+        assert!(load(&root, vm()).unwrap_err().to_string().contains("no plain file"));
+    }
+}

@@ -1,0 +1,6 @@
+//! The command's face: what is typed and what comes back, on a captured host. A case is a file.
+
+#[test]
+fn golden() {
+    trycmd::TestCases::new().case("tests/cmd/*.trycmd");
+}
