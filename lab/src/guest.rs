@@ -1,0 +1,54 @@
+//! The systems that a lab host can run.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// A Debian release to boot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Guest {
+    /// Debian 13: systemd 257, kernel 6.12.
+    Trixie,
+    /// Debian 12: systemd 252, kernel 6.1.
+    Bookworm,
+}
+
+impl Guest {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Trixie, Self::Bookworm];
+
+    /// Its name, which is the release's.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Trixie => "trixie",
+            Self::Bookworm => "bookworm",
+        }
+    }
+}
+
+impl fmt::Display for Guest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Guest {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|guest| guest.name() == name);
+        found.ok_or_else(|| format!("no such guest: there are {}", Self::ALL.map(Self::name).join(" and ")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_back() {
+        for guest in Guest::ALL {
+            assert_eq!(guest.to_string().parse(), Ok(guest));
+        }
+        assert_eq!("sid".parse::<Guest>().unwrap_err(), "no such guest: there are trixie and bookworm");
+    }
+}

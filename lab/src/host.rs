@@ -1,0 +1,504 @@
+//! A lab host in use: boot, snapshots, commands, files.
+//!
+//! Three layers, each kept until what it was made from changes: the guest's image; a disk with the
+//! snapshot `booted`, made once per image and machine; and in each slot's copy of that disk a
+//! snapshot `ready-KEY` with the agent and the product's programs of that key in place.
+
+use crate::cache::{self, Cache, Lock};
+use crate::channel::{Channel, Pending};
+use crate::image::Image;
+use crate::protocol::{Answer, Ask, Bytes, Run};
+use crate::qemu::{self, Slot};
+use crate::{Guest, setup, tool};
+use anyhow::{Context, Result, anyhow, bail};
+use serde_json::json;
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Slots for each guest, unless `PINFOLD_LAB_SLOTS` says otherwise.
+const SLOTS: usize = 2;
+/// A boot takes two minutes; two at a time on a busy machine take longer.
+const BOOT_PATIENCE: Duration = Duration::from_secs(900);
+/// For everything that takes seconds.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// How long `acquire` waits for another test to give a slot back.
+const SLOT_PATIENCE: Duration = Duration::from_secs(1800);
+/// Time limit of a command unless another is given.
+const RUN_PATIENCE: Duration = Duration::from_secs(300);
+const POLL: Duration = Duration::from_millis(200);
+const CONSOLE_LINES: usize = 25;
+const BOOTED: &str = "booted";
+const AGENT: &str = "lab-agent";
+
+/// After the boot: everything that would otherwise first happen in a test.
+const SETTLE: &str = "\
+set -e
+state=$(systemctl is-system-running --wait || true)
+[ \"$state\" = running ] || { echo \"system is $state\"; systemctl --failed --no-legend; exit 1; }
+udevadm settle
+[ -e /dev/kvm ] || { echo 'no /dev/kvm: kvm-amd is not loaded'; exit 1; }
+[ \"$(ls -d /sys/devices/system/cpu/cpufreq/policy* | wc -l)\" = 24 ] || { echo 'not 24 cpufreq policies'; exit 1; }
+timeout 60 qemu-system-x86_64 -accel kvm -smp 2 -m 64M -nodefaults -display none -S -daemonize -pidfile /run/warm.pid
+kill $(cat /run/warm.pid)
+while [ -e /run/warm.pid ]; do sleep 0.1; done
+";
+
+/// How a command in the lab host ended, and what it said.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Output {
+    /// Exit code, if it exited.
+    pub code: Option<i32>,
+    /// Signal that ended it.
+    pub signal: Option<i32>,
+    /// It was killed for running longer than its time.
+    pub timed_out: bool,
+    /// It ended, but left something behind that holds its stdout or stderr open.
+    pub left_open: bool,
+    /// Standard output, what is not UTF-8 replaced.
+    pub stdout: String,
+    /// Standard error, likewise.
+    pub stderr: String,
+}
+
+impl Output {
+    /// Exited with 0.
+    pub fn success(&self) -> bool {
+        self.code == Some(0)
+    }
+}
+
+/// A command under way in the lab host.
+#[derive(Debug)]
+pub struct Job {
+    pending: Pending,
+    patience: Duration,
+}
+
+impl Job {
+    /// Waits for its end.
+    pub fn wait(self) -> Result<Output> {
+        // The agent kills it in time; this is for an agent that does not.
+        let done = match self.pending.wait(self.patience + PATIENCE)? {
+            Answer::Done(done) => done,
+            other => bail!("the agent: no end of a command but {other:?}"),
+        };
+        Ok(Output {
+            code: done.code,
+            signal: done.signal,
+            timed_out: done.timed_out,
+            left_open: done.left_open,
+            stdout: String::from_utf8_lossy(&done.stdout.0).into_owned(),
+            stderr: String::from_utf8_lossy(&done.stderr.0).into_owned(),
+        })
+    }
+}
+
+/// A running lab host, for our use alone until dropped. Between uses its CPUs are stopped.
+#[derive(Debug)]
+pub struct Host {
+    /// What it runs.
+    pub guest: Guest,
+    slot: Slot,
+    channel: Option<Channel>,
+    ready: String,
+    _lock: Lock,
+}
+
+impl Host {
+    /// A host in the state `ready`, with the programs found in `bins` on its PATH. Waits for a free slot.
+    pub fn acquire(guest: Guest, bins: &Path) -> Result<Self> {
+        let mut host = Self::attach(guest, None, Some(bins))?;
+        host.reset()?;
+        Ok(host)
+    }
+
+    /// A host as its last user left it if it is still running, else in the state `ready`.
+    /// `slot` is its number; none takes any that is free, a running one first.
+    pub fn attach(guest: Guest, slot: Option<usize>, bins: Option<&Path>) -> Result<Self> {
+        let cache = Cache::open()?;
+        let payload = Payload::collect(bins)?;
+        let booted = Booted::ensure(&cache, guest)?;
+        let (slot, lock) = take_slot(&cache, guest, slot)?;
+        let ready = format!("ready-{}", payload.key);
+        let mut host = Self { guest, slot, channel: None, ready, _lock: lock };
+        host.up(&booted, &payload).with_context(|| format!("{guest}: no lab host"))?;
+        Ok(host)
+    }
+
+    /// Back to the state `ready`: nothing that ran or was changed since is left.
+    pub fn reset(&mut self) -> Result<()> {
+        let ready = self.ready.clone();
+        self.load(&ready)
+    }
+
+    /// Keeps the present state under a name, until the lab's programs change.
+    pub fn save(&mut self, name: &str) -> Result<()> {
+        let mut qmp = self.slot.qmp()?;
+        qmp.hmp_quiet(&format!("savevm {name}"))
+    }
+
+    /// Whether a state of this name is kept.
+    pub fn has(&self, name: &str) -> Result<bool> {
+        Ok(lists_tag(&self.slot.qmp()?.hmp("info snapshots")?, name))
+    }
+
+    /// Back to the state kept under this name.
+    pub fn load(&mut self, name: &str) -> Result<()> {
+        self.channel = None;
+        let mut qmp = self.slot.qmp()?;
+        qmp.execute("stop", json!({}))?;
+        qmp.hmp_quiet(&format!("loadvm {name}"))?;
+        qmp.execute("cont", json!({}))?;
+        drop(qmp);
+        self.connect(PATIENCE)
+    }
+
+    /// Runs a program; its exit code is the caller's business.
+    pub fn run(&self, argv: &[&str]) -> Result<Output> {
+        self.spawn(argv, RUN_PATIENCE)?.wait()
+    }
+
+    /// Runs a shell script.
+    pub fn sh(&self, script: &str) -> Result<Output> {
+        self.run(&["/bin/sh", "-c", script])
+    }
+
+    /// Runs a shell script that must exit with 0; what it printed.
+    pub fn ok(&self, script: &str) -> Result<String> {
+        let output = self.sh(script)?;
+        match output.success() {
+            true => Ok(output.stdout),
+            false => bail!("in the lab host, `{script}`: {}", told(&output)),
+        }
+    }
+
+    /// Starts a program and goes on; it is killed after `patience`.
+    pub fn spawn(&self, argv: &[&str], patience: Duration) -> Result<Job> {
+        let argv = argv.iter().map(|&word| word.to_owned()).collect();
+        self.start(Run { argv, ..Run::default() }, patience)
+    }
+
+    /// Starts a program with input and variables of its own.
+    pub fn start(&self, run: Run, patience: Duration) -> Result<Job> {
+        let timeout_ms = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX);
+        let pending = self.channel()?.ask(Ask::Run(Run { timeout_ms, ..run }))?;
+        Ok(Job { pending, patience })
+    }
+
+    /// Writes a file in the lab host; one under /proc or /sys must be there already.
+    pub fn put(&self, path: &str, data: &[u8], mode: u32) -> Result<()> {
+        let ask = Ask::Put { path: path.to_owned(), mode, data: Bytes(data.to_vec()) };
+        self.channel()?.ask(ask)?.wait(PATIENCE)?;
+        Ok(())
+    }
+
+    /// Reads a file in the lab host.
+    pub fn get(&self, path: &str) -> Result<Vec<u8>> {
+        match self.channel()?.ask(Ask::Get { path: path.to_owned() })?.wait(PATIENCE)? {
+            Answer::Content(Bytes(data)) => Ok(data),
+            other => bail!("the agent: no content of {path} but {other:?}"),
+        }
+    }
+
+    /// Where its files are: socket of the console, its log.
+    pub fn slot(&self) -> &Slot {
+        &self.slot
+    }
+
+    fn channel(&self) -> Result<&Channel> {
+        self.channel.as_ref().ok_or_else(|| anyhow!("the lab host lost its agent: reset it"))
+    }
+
+    fn connect(&mut self, patience: Duration) -> Result<()> {
+        self.channel = Some(Channel::connect(&self.slot.agent(), patience).with_context(|| self.console())?);
+        Ok(())
+    }
+
+    fn console(&self) -> String {
+        format!("last lines of the lab host's console:\n{}", self.slot.console_tail(CONSOLE_LINES))
+    }
+
+    /// Running, with the wanted programs in it.
+    fn up(&mut self, booted: &Booted, payload: &Payload) -> Result<()> {
+        let key = self.slot.folder().join("key");
+        let fits = fs::read_to_string(&key).is_ok_and(|found| found == booted.key);
+        let running = self.slot.pid().is_some();
+        if running && fits && self.has(&self.ready)? {
+            self.slot.qmp()?.execute("cont", json!({}))?;
+            // What an interrupted user left may not answer.
+            return self.connect(Duration::from_secs(10)).or_else(|_| self.reset());
+        }
+        if !(running && fits) {
+            self.slot.kill()?;
+            if !fits {
+                // Gone first, written last: a copy cut short is no disk.
+                let _ = fs::remove_file(&key);
+                cache::make(self.slot.folder())?;
+                let mut copy = setup::command("cp");
+                copy.args(["--reflink=auto", "--sparse=always"]).args([&booted.disk, &self.slot.disk()]);
+                tool::run(&mut copy)?;
+                cache::write(&key, &booted.key)?;
+            }
+            self.slot.start(&booted.image)?;
+        }
+        if self.has(&self.ready)? {
+            return self.reset();
+        }
+        self.make_ready(payload).with_context(|| self.console())
+    }
+
+    fn make_ready(&mut self, payload: &Payload) -> Result<()> {
+        let mut qmp = self.slot.qmp()?;
+        let snapshots = qmp.hmp("info snapshots")?;
+        for tag in tags(&snapshots).filter(|tag| *tag != BOOTED) {
+            qmp.hmp_quiet(&format!("delvm {tag}"))?;
+        }
+        drop(qmp);
+        payload.hand_in(&self.slot)?;
+        self.load(BOOTED)?;
+        // The restart ends the agent before it can answer.
+        self.ok("rm -rf /opt/pinfold/bin/*")?;
+        drop(self.spawn(&["systemctl", "restart", "--no-block", "lab-agent"], PATIENCE)?);
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            // The old agent may still answer, or be gone in the middle of it.
+            self.channel = None;
+            match Channel::connect(&self.slot.agent(), Duration::from_secs(10)) {
+                Ok(channel) if channel.payload == payload.key => {
+                    self.channel = Some(channel);
+                    break;
+                }
+                _ if Instant::now() < deadline => thread::sleep(POLL),
+                Ok(_) => bail!("the agent in the lab host was not replaced within {PATIENCE:?}"),
+                Err(err) => return Err(err.context("the new agent does not answer")),
+            }
+        }
+        self.ok("qm list >/dev/null && sync")?;
+        let ready = self.ready.clone();
+        self.save(&ready)
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.channel = None;
+        // An idle host need not use the machine; a dead one cannot.
+        let _ = self.slot.qmp().and_then(|mut qmp| qmp.execute("stop", json!({})));
+    }
+}
+
+/// A disk with the snapshot of a host just booted.
+struct Booted {
+    key: String,
+    disk: PathBuf,
+    image: Image,
+}
+
+impl Booted {
+    fn ensure(cache: &Cache, guest: Guest) -> Result<Self> {
+        setup::ensure(cache)?;
+        let image = Image::ensure(cache, guest)?;
+        let protocol = include_str!("protocol.rs");
+        let key = cache::key([image.key.as_str(), &qemu::machine_key()?, protocol, SETTLE]);
+        let disk = cache.path(format!("booted/{guest}-{key}.qcow2"));
+        let booted = Self { key, disk, image };
+        if !booted.disk.exists() {
+            let _booter = cache.lock(&format!("booted/{guest}.lock"), BOOT_PATIENCE)?;
+            if !booted.disk.exists() {
+                booted.boot(cache, guest).with_context(|| format!("{guest}: cannot boot"))?;
+            }
+        }
+        Ok(booted)
+    }
+
+    fn boot(&self, cache: &Cache, guest: Guest) -> Result<()> {
+        let slot = Slot::new(cache.path(format!("booted/{guest}")));
+        slot.kill()?;
+        Payload::collect(None)?.hand_in(&slot)?;
+        let mut create = setup::command("qemu-img");
+        create.args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"]).args([&self.image.disk(), &slot.disk()]);
+        tool::run(&mut create)?;
+        slot.start(&self.image)?;
+        let console = || format!("last lines of its console:\n{}", slot.console_tail(CONSOLE_LINES));
+        let booted = settle(&slot).with_context(console);
+        slot.kill()?;
+        booted?;
+        fs::rename(slot.disk(), &self.disk).with_context(|| format!("{}: cannot make", self.disk.display()))
+    }
+}
+
+fn settle(slot: &Slot) -> Result<()> {
+    slot.qmp()?.execute("cont", json!({}))?;
+    let channel = Channel::connect(&slot.agent(), BOOT_PATIENCE)?;
+    let argv = ["/bin/sh", "-c", SETTLE].map(str::to_owned).to_vec();
+    let timeout_ms = u64::try_from(BOOT_PATIENCE.as_millis()).unwrap_or(u64::MAX);
+    let pending = channel.ask(Ask::Run(Run { argv, timeout_ms, ..Run::default() }))?;
+    let output = Job { pending, patience: BOOT_PATIENCE }.wait()?;
+    if !output.success() {
+        bail!("it did not settle: {}", told(&output));
+    }
+    slot.qmp()?.hmp_quiet(&format!("savevm {BOOTED}"))
+}
+
+/// The files a host is given: the agent, its key, the product's programs.
+struct Payload {
+    key: String,
+    /// Source and where it goes in the guest, relative to the root.
+    files: Vec<(PathBuf, PathBuf)>,
+}
+
+impl Payload {
+    fn collect(bins: Option<&Path>) -> Result<Self> {
+        let mut files = vec![(agent_binary()?, PathBuf::from("usr/local/lib/pinfold-lab/lab-agent"))];
+        for program in bins.map_or_else(|| Ok(Vec::new()), programs)? {
+            let name = program.file_name().unwrap_or_default();
+            let place = Path::new("opt/pinfold/bin").join(name);
+            files.push((program, place));
+        }
+        let mut parts = Vec::new();
+        for (source, place) in &files {
+            parts.push(place.as_os_str().as_encoded_bytes().to_vec());
+            parts.push(cache::read(source)?);
+        }
+        Ok(Self { key: cache::key(parts), files })
+    }
+
+    fn hand_in(&self, slot: &Slot) -> Result<()> {
+        let tree = slot.folder().join("payload");
+        // Left by one who was killed.
+        let _ = fs::remove_dir_all(&tree);
+        for (source, place) in &self.files {
+            let target = tree.join(place);
+            target.parent().map_or(Ok(()), cache::make)?;
+            fs::copy(source, &target).with_context(|| format!("{}: cannot copy", source.display()))?;
+        }
+        cache::write(&tree.join("usr/local/lib/pinfold-lab/key"), &self.key)?;
+        slot.write_payload(&tree)?;
+        fs::remove_dir_all(&tree).with_context(|| format!("{}: cannot remove", tree.display()))
+    }
+}
+
+/// The programs in a build folder: executable files without an extension, the lab's own left out.
+fn programs(folder: &Path) -> Result<Vec<PathBuf>> {
+    let entries =
+        fs::read_dir(folder).with_context(|| format!("{}: cannot list the programs to test", folder.display()))?;
+    let executable =
+        |path: &PathBuf| fs::metadata(path).is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0);
+    let own = |path: &PathBuf| {
+        path.extension().is_some() || [Some(OsStr::new("lab")), Some(OsStr::new(AGENT))].contains(&path.file_name())
+    };
+    let mut programs = Vec::new();
+    for entry in entries {
+        let path = entry.with_context(|| format!("{}: cannot list", folder.display()))?.path();
+        if executable(&path) && !own(&path) {
+            programs.push(path);
+        }
+    }
+    programs.sort();
+    Ok(programs)
+}
+
+/// The agent: built beside the program we are, or beside the folder of the test we are.
+fn agent_binary() -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os("PINFOLD_LAB_AGENT") {
+        return Ok(path.into());
+    }
+    let own = std::env::current_exe().context("cannot tell where this program is")?;
+    let found = own.ancestors().skip(1).take(2).map(|folder| folder.join(AGENT)).find(|path| path.is_file());
+    found.ok_or_else(|| anyhow!("{AGENT}: not built beside {}: run `cargo build -p pinfold-lab`", own.display()))
+}
+
+fn slots() -> usize {
+    std::env::var("PINFOLD_LAB_SLOTS").ok().and_then(|n| n.parse().ok()).unwrap_or(SLOTS).max(1)
+}
+
+fn slot_folder(guest: Guest, number: usize) -> String {
+    format!("hosts/{guest}-{number}")
+}
+
+fn take_slot(cache: &Cache, guest: Guest, wanted: Option<usize>) -> Result<(Slot, Lock)> {
+    let slot = |number| Slot::new(cache.path(slot_folder(guest, number)));
+    let lock_name = |number| format!("{}.lock", slot_folder(guest, number));
+    if let Some(number) = wanted {
+        return Ok((slot(number), cache.lock(&lock_name(number), SLOT_PATIENCE)?));
+    }
+    let mut numbers: Vec<usize> = (0..slots()).collect();
+    numbers.sort_by_key(|&number| slot(number).pid().is_none());
+    let deadline = Instant::now() + SLOT_PATIENCE;
+    loop {
+        for &number in &numbers {
+            if let Some(lock) = cache.try_lock(&lock_name(number))? {
+                return Ok((slot(number), lock));
+            }
+        }
+        if Instant::now() > deadline {
+            bail!(
+                "{guest}: all {} lab hosts are in use for {SLOT_PATIENCE:?} now: `lab status` lists them",
+                numbers.len()
+            );
+        }
+        thread::sleep(POLL);
+    }
+}
+
+/// The slots there are, with the process of each that runs.
+pub fn all_slots(cache: &Cache) -> Vec<(String, Slot)> {
+    let folders = ["hosts", "booted"].into_iter().filter_map(|parent| fs::read_dir(cache.path(parent)).ok());
+    let folders = folders.flatten().flatten().filter(|entry| entry.path().is_dir());
+    let mut slots: Vec<_> =
+        folders.map(|entry| (entry.file_name().to_string_lossy().into_owned(), Slot::new(entry.path()))).collect();
+    slots.sort_by(|a, b| a.0.cmp(&b.0));
+    slots
+}
+
+fn told(output: &Output) -> String {
+    let end = match (output.timed_out, output.code, output.signal) {
+        (true, ..) => "killed at its time limit".to_owned(),
+        (_, Some(code), _) => format!("exit code {code}"),
+        (_, _, signal) => format!("signal {}", signal.unwrap_or_default()),
+    };
+    format!("{end}\nstdout: {}\nstderr: {}", output.stdout.trim_end(), output.stderr.trim_end())
+}
+
+/// The tags in what `info snapshots` prints, whose lines are `ID TAG SIZE ...`.
+fn tags(listing: &str) -> impl Iterator<Item = &str> {
+    let lines = listing.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    lines.filter(|words| words.len() > 4 && words.first() != Some(&"ID")).filter_map(|words| words.get(1).copied())
+}
+
+fn lists_tag(listing: &str, tag: &str) -> bool {
+    tags(listing).any(|found| found == tag)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn snapshot_tags_are_read() {
+        let listing = "List of snapshots present on all disks:\n\
+            ID      TAG               VM SIZE                DATE        VM CLOCK     ICOUNT\n\
+            --      booted            641 MiB 2026-01-02 03:04:05  0001:02:03.456\n\
+            --      ready-00ff        650 MiB 2026-01-02 03:04:05  0001:02:03.456\n";
+        assert_eq!(tags(listing).collect::<Vec<_>>(), ["booted", "ready-00ff"]);
+        assert!(lists_tag(listing, "booted") && !lists_tag(listing, "ready"));
+        assert_eq!(tags("There is no snapshot available.\n").count(), 0);
+    }
+
+    #[test]
+    fn programs_are_told_from_what_lies_beside_them() {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, mode) in [("hook", 0o755), ("pin-irqs", 0o755), ("hook.d", 0o755), ("notes", 0o644), ("lab", 0o755)]
+        {
+            let path = folder.path().join(name);
+            fs::write(&path, "").unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        }
+        let found = programs(folder.path()).unwrap();
+        assert_eq!(found, ["hook", "pin-irqs"].map(|name| folder.path().join(name)));
+    }
+}

@@ -1,0 +1,21 @@
+//! The lab: a real 24-CPU host under QEMU, to test Pinfold on.
+//!
+//! `Host::acquire` gives a running host in a known state; commands, files and VMs in it are methods
+//! of it, and `reset` brings the known state back in seconds. Nothing here touches the machine that
+//! the lab runs on but for its cache folder and its QEMU processes.
+
+pub mod acpi;
+pub mod agent;
+pub mod cache;
+pub mod channel;
+mod guest;
+mod host;
+pub mod image;
+pub mod protocol;
+pub mod qemu;
+pub mod qmp;
+pub mod setup;
+pub mod tool;
+
+pub use guest::Guest;
+pub use host::{Host, Job, Output, all_slots};
