@@ -3,15 +3,16 @@
 use pinfold_core::knob::TaskId;
 use pinfold_core::{CpuSet, Error, Knob, Result, Sysroot, cgroup, cpu, process};
 
-/// All that is looked at before CPUs go offline: [`check_possible`], [`check_partitions`] and [`bound_tasks`], whose
-/// notes it gives.
+/// All that is looked at before CPUs go offline: [`check_possible`], [`check_partitions`] without force, and
+/// [`bound_tasks`]; gives their notes.
 ///
 /// # Errors
 /// Where they should not go, with the reason.
 pub fn check_offline(root: &Sysroot, cpus: &CpuSet) -> Result<Vec<String>> {
     check_possible(root, cpus)?;
-    check_partitions(root, cpus)?;
-    bound_tasks(root, cpus)
+    let mut notes = check_partitions(root, cpus, false)?;
+    notes.extend(bound_tasks(root, cpus)?);
+    Ok(notes)
 }
 
 /// Whether the kernel lets this CPU go offline; CPU 0 we never ask for, whatever the kernel says.
@@ -39,16 +40,41 @@ pub fn check_possible(root: &Sysroot, cpus: &CpuSet) -> Result<()> {
     Ok(())
 }
 
-/// Makes sure that no cpuset partition loses its last CPU: it would be invalid from then on, online again or not.
+/// Makes sure that no cpuset partition loses its last CPU: it would be invalid from then on, online again or not. Gives
+/// a note for each that loses some, and with `force` for each that loses all.
 ///
 /// # Errors
-/// [`Error::Unusable`] naming the first such partition.
-pub fn check_partitions(root: &Sysroot, cpus: &CpuSet) -> Result<()> {
+/// [`Error::Unusable`] naming the first partition that would lose all of its CPUs, unless `force`.
+pub fn check_partitions(root: &Sysroot, cpus: &CpuSet, force: bool) -> Result<Vec<String>> {
+    let mut notes = Vec::new();
     // Since Linux 6.7 the root cgroup lists the CPUs of isolated partitions, which saves the walk.
     let isolated = root.read_value(cgroup::file("", "cpuset.cpus.isolated"))?;
     if isolated.is_some_and(|list| CpuSet::from_kernel_list(&list).is_ok_and(|isolated| !isolated.intersects(cpus))) {
-        return Ok(());
+        return Ok(notes);
     }
+    for (path, own) in partitions(root)? {
+        let lost = &own & cpus;
+        let object = format!("CPU {lost}");
+        if lost.is_empty() {
+            continue;
+        } else if lost != own {
+            notes.push(format!("{object}: cpuset partition /{path} is without it until it is online again"));
+        } else if force {
+            notes.push(format!("{object}: cpuset partition /{path} loses all of its CPUs and is invalid from then on"));
+        } else {
+            let why = format!(
+                "cpuset partition /{path} would lose all of its CPUs and be invalid from then on; \
+                 make it a member first, or say --force"
+            );
+            return Err(Error::unusable(object, why));
+        }
+    }
+    Ok(notes)
+}
+
+/// The valid cpuset partitions below the root cgroup, with their CPUs; see cpuset.cpus.partition in cgroup-v2.rst.
+fn partitions(root: &Sysroot) -> Result<Vec<(String, CpuSet)>> {
+    let mut partitions = Vec::new();
     let mut left = vec![String::new()];
     while let Some(path) = left.pop() {
         let children = match cgroup::children(root, &path) {
@@ -56,23 +82,16 @@ pub fn check_partitions(root: &Sysroot, cpus: &CpuSet) -> Result<()> {
             children => children?,
         };
         left.extend(children.iter().map(|name| format!("{path}/{name}").trim_start_matches('/').to_owned()));
-        let value = |name: &str| root.read_value(cgroup::file(&path, name));
-        let state = value("cpuset.cpus.partition")?.unwrap_or_default();
-        // The root cgroup has no such file; `isolated invalid (…)` has nothing left to lose.
-        if !matches!(state.as_str(), "isolated" | "root") {
-            continue;
-        }
-        let own = value("cpuset.cpus.effective")?.unwrap_or_default();
-        let own = CpuSet::from_kernel_list(&own).unwrap_or_default();
-        if !own.is_empty() && own.is_subset(cpus) {
-            let why = format!(
-                "offline would take all CPUs of cpuset partition /{path} ({state}), which does not become valid again; \
-                 make it a member first, or say --force"
-            );
-            return Err(Error::unusable(format!("CPU {own}"), why));
+        let value = |name: &str| root.read_value(cgroup::file(&path, name)).map(Option::unwrap_or_default);
+        // The root cgroup has no such file, and `isolated invalid (…)` has nothing left to lose.
+        if matches!(value("cpuset.cpus.partition")?.as_str(), "isolated" | "root") {
+            let own = value("cpuset.cpus.effective")?;
+            let own = CpuSet::from_kernel_list(&own)
+                .map_err(|source| Error::Cpus { object: format!("cgroup /{path}"), source })?;
+            partitions.push((path, own));
         }
     }
-    Ok(())
+    Ok(partitions)
 }
 
 /// The tasks that may run on none but these CPUs, a note for each: when the CPUs go, the kernel lets them run anywhere.
@@ -82,32 +101,44 @@ pub fn check_partitions(root: &Sysroot, cpus: &CpuSet) -> Result<()> {
 pub fn bound_tasks(root: &Sysroot, cpus: &CpuSet) -> Result<Vec<String>> {
     let online = cpu::online(root)?;
     let mut notes = Vec::new();
+    let mut hidden = 0;
     for pid in process::pids(root)? {
-        let Ok(tids) = root.names(format!("proc/{pid}/task")) else { continue };
-        for tid in tids.iter().filter_map(|tid| tid.parse().ok()) {
-            // Its start time matters to nobody here, and one file less per thread does.
-            let id = TaskId { pid, tid, start: 0 };
-            let allowed = match process::affinity(root, &id) {
-                Err(error) if error.is_gone() => continue,
-                allowed => &allowed? & &online,
-            };
-            if allowed.is_empty() || !allowed.is_subset(cpus) {
+        let tids = match root.names(format!("proc/{pid}/task")) {
+            Ok(tids) => tids,
+            Err(error) if error.is_gone() => continue,
+            Err(error) if error.is_denied() => {
+                hidden += 1;
                 continue;
             }
-            match process::task(root, pid, tid) {
-                // An IRQ's thread goes with its IRQ, which the kernel moves by itself.
-                Ok(task) if task.kernel && (task.bound || task.name.starts_with("irq/")) => {}
-                Ok(task) => {
-                    let thread = if task.kernel { Knob::Kthread(task.id) } else { Knob::Thread(task.id) };
-                    notes.push(format!(
-                        "{thread} ({}): may run on CPU {allowed} only; when that is offline the kernel lets it run anywhere",
-                        task.name
-                    ));
-                }
+            Err(error) => return Err(error),
+        };
+        for tid in tids.iter().filter_map(|tid| tid.parse().ok()) {
+            match bound_task(root, pid, tid, cpus, &online) {
+                Ok(note) => notes.extend(note),
                 Err(error) if error.is_gone() => {}
+                Err(error) if error.is_denied() => hidden += 1,
                 Err(error) => return Err(error),
             }
         }
     }
+    if hidden > 0 {
+        notes.push(format!("where {hidden} tasks may run is not to be seen without root"));
+    }
     Ok(notes)
+}
+
+fn bound_task(root: &Sysroot, pid: i32, tid: i32, cpus: &CpuSet, online: &CpuSet) -> Result<Option<String>> {
+    // Its start time matters to nobody here, and one file less per thread does.
+    let allowed = &process::affinity(root, &TaskId { pid, tid, start: 0 })? & online;
+    if allowed.is_empty() || !allowed.is_subset(cpus) {
+        return Ok(None);
+    }
+    let task = process::task(root, pid, tid)?;
+    // An IRQ's thread goes with its IRQ, which the kernel moves by itself.
+    if task.kernel && (task.bound || task.name.starts_with("irq/")) {
+        return Ok(None);
+    }
+    let thread = if task.kernel { Knob::Kthread(task.id) } else { Knob::Thread(task.id) };
+    let name = task.name;
+    Ok(Some(format!("{thread} ({name}): may run on CPU {allowed} only; once offline, the kernel lets it run anywhere")))
 }

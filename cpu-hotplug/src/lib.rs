@@ -32,7 +32,7 @@ enum Verb {
         /// CPUs by logical number, as in 6-11,18-23
         cpus: CpuSet,
 
-        /// Even where that leaves a cpuset partition without CPUs, which it does not get over
+        /// Go on where a cpuset partition loses all of its CPUs
         #[arg(long)]
         force: bool,
     },
@@ -64,10 +64,9 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         }
         Some(Verb::Offline { cpus, force }) => {
             check_possible(&root, &cpus)?;
-            if !force {
-                check_partitions(&root, &cpus)?;
-            }
-            for note in bound_tasks(&root, &cpus)? {
+            let mut notes = check_partitions(&root, &cpus, force)?;
+            notes.extend(bound_tasks(&root, &cpus)?);
+            for note in notes {
                 report.note(&note);
             }
             (cpus, false)
