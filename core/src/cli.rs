@@ -190,10 +190,22 @@ pub fn main<A: Parser>(tool: &str, run: impl FnOnce(A) -> anyhow::Result<Exit>) 
     match run(args) {
         Ok(exit) => exit.into(),
         Err(error) => {
-            err(&format!("{tool}: {error:#}\n"));
+            err(&format!("{tool}: {}\n", in_words(&error)));
             Exit::Failed.into()
         }
     }
+}
+
+/// An error with what caused it. Our own errors say their causes already.
+fn in_words(error: &anyhow::Error) -> String {
+    let mut words = Vec::new();
+    for cause in error.chain() {
+        words.push(cause.to_string());
+        if cause.is::<crate::Error>() {
+            break;
+        }
+    }
+    words.join(": ")
 }
 
 /// The part of the help that every tool ends with.
@@ -203,3 +215,17 @@ Exit codes:
   1   failed
   2   the command line is wrong
   64  some items failed and some were done";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::Context;
+
+    #[test]
+    fn the_systems_words_are_said_once() {
+        let gone = crate::Error::io("/x", "read", std::io::Error::from_raw_os_error(nix::libc::ENOENT));
+        let error = Err::<(), _>(gone).context("pre-start").unwrap_err();
+        assert_eq!(in_words(&error), "pre-start: /x: read: No such file or directory");
+        assert_eq!(in_words(&anyhow::anyhow!("b").context("a")), "a: b");
+    }
+}
