@@ -60,6 +60,12 @@ impl PciSelector {
             && self.function.is_none_or(|function| function == address.function)
     }
 
+    /// The function that is selected, or the device's first one, which every device has.
+    pub fn first(&self) -> PciAddress {
+        let Self { domain, bus, device, function } = *self;
+        PciAddress { domain, bus, device, function: function.unwrap_or(0) }
+    }
+
     /// The functions on this host that are selected, ascending.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use pinfold_core::pci::{PciAddress, PciSelector};
+use pinfold_core::pci::{self, PciAddress, PciSelector};
 use pinfold_core::vm::{self, VmId};
 use pinfold_core::vmconf::{HostDevices, PciReservation};
 use pinfold_core::{Error, Result, Sysroot};
@@ -22,21 +22,37 @@ pub fn expand(root: &Sysroot, selectors: &[PciSelector]) -> Result<Vec<PciAddres
 /// The functions of the devices that a VM has to itself (`hostpciN`), ascending. A device of which it has but a slice
 /// (`mdev=`) is not among them: others use it too.
 ///
+/// A device that is not there may have been removed by a run that was cut short: its first function stands for it, which
+/// [`reset`](crate::reset()) then has found again.
+///
 /// Of a mapping's devices it is the one that Proxmox VE has reserved for the VM, or else will: the first that is free.
 ///
 /// # Errors
-/// Where the VM's settings cannot be read, a device is not there, or no device of a mapping is free.
+/// Where the VM's settings cannot be read, or no device of a mapping is free.
 pub fn functions_of_vm(root: &Sysroot, vmid: VmId) -> Result<Vec<PciAddress>> {
     let entries = vm::conf(root, vmid)?.hostpci;
     let reservations = vm::pci_reservations(root)?;
     let mut functions = BTreeSet::new();
     for entry in entries.iter().filter(|entry| !entry.shared) {
         functions.extend(match &entry.devices {
-            HostDevices::Addresses(selectors) => expand(root, selectors)?,
+            HostDevices::Addresses(selectors) => of_settings(root, selectors)?,
             HostDevices::Mapping(id) => mapped(root, vmid, id, &reservations, &functions)?,
         });
     }
     Ok(functions.into_iter().collect())
+}
+
+/// As [`expand`], for devices that are known to belong to the host.
+fn of_settings(root: &Sysroot, selectors: &[PciSelector]) -> Result<Vec<PciAddress>> {
+    let there = pci::addresses(root)?;
+    let of_selector = |selector: &PciSelector| {
+        let mut found: Vec<_> = there.iter().copied().filter(|address| selector.matches(address)).collect();
+        if found.is_empty() {
+            found.push(selector.first());
+        }
+        found
+    };
+    Ok(selectors.iter().flat_map(of_selector).collect())
 }
 
 fn mapped(
@@ -48,7 +64,7 @@ fn mapped(
 ) -> Result<Vec<PciAddress>> {
     let mut devices = Vec::new();
     for device in vm::pci_mapping(root, id)? {
-        let functions = expand(root, &device)?;
+        let functions = of_settings(root, &device)?;
         if !functions.iter().any(|function| used.contains(function)) {
             devices.push(functions);
         }
@@ -105,11 +121,10 @@ mod tests {
             ),
             ("hostpci0: 01:00.0\nhostpci1: 01:00\n[snapshot]\nhostpci2: 03:00\n", &["0000:01:00.0", "0000:01:00.1"]),
             ("hostpci0: 01:00.0,mdev=nvidia-63\n", &[]),
+            ("hostpci0: 07:00;08:00.1\n", &["0000:07:00.0", "0000:08:00.1"]),
         ] {
             assert_eq!(functions(conf, "", "").unwrap(), expected, "{conf:?}");
         }
-        let error = functions("hostpci0: 07:00\n", "", "").unwrap_err();
-        assert!(error.starts_with("PCI 0000:07:00: no such device on this host"), "{error}");
     }
 
     #[test]

@@ -64,6 +64,9 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         None if device.is_empty() => pci::addresses(&root)?,
         None => expand(&root, &device)?,
     };
+    for address in functions.iter().filter(|address| !pci::is_present(&root, address)) {
+        report.note(&format!("PCI {address}: it is not there; a rescan is to find it"));
+    }
     if common.list {
         if cli::check_root(&root).is_err() {
             report.note("without root, disks that ZFS and others hold for themselves are not seen");
