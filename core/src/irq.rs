@@ -42,12 +42,11 @@ pub fn names(root: &Sysroot) -> Result<BTreeMap<u32, String>> {
     Ok(parse_interrupts(&root.read("proc/interrupts")?))
 }
 
-/// Every IRQ with its CPUs, as objects to change; labels carry the device names.
+/// Every IRQ with its CPUs, as objects to change; labels carry the device names, from [`names`].
 ///
 /// # Errors
 /// Where /proc/irq cannot be read. IRQs that go meanwhile are left out.
-pub fn irqs(root: &Sysroot) -> Result<Vec<Object>> {
-    let names = names(root)?;
+pub fn irqs(root: &Sysroot, names: &BTreeMap<u32, String>) -> Result<Vec<Object>> {
     let mut objects = Vec::new();
     for number in root.names("proc/irq")?.iter().filter_map(|name| name.parse::<u32>().ok()) {
         let knob = Knob::Irq(number);

@@ -1,6 +1,7 @@
 //! The face of every tool: what goes to stdout and stderr, as text or JSON, and the exit code.
 
-use std::io::{self, Write};
+use std::cell::RefCell;
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -99,6 +100,18 @@ pub struct Report {
     done: usize,
     failed: usize,
     refused: usize,
+    /// Lines for stdout that have not gone out yet: in a pipe they go together, as stdio does it. A line per object is
+    /// hundreds of writes otherwise.
+    held: Option<RefCell<String>>,
+}
+
+/// How much text is held back before it goes out.
+const HELD_MAX: usize = 4096;
+
+impl Drop for Report {
+    fn drop(&mut self) {
+        self.flush();
+    }
 }
 
 impl Report {
@@ -115,13 +128,27 @@ impl Report {
             done: 0,
             failed: 0,
             refused: 0,
+            held: (!io::stdout().is_terminal()).then(RefCell::default),
         }
     }
 
     /// A line of the result, to stdout; none with `-q` or `--json`.
     pub fn line(&self, text: &str) {
-        if !self.json && self.verbosity > Verbosity::Quiet {
-            out(&format!("{text}\n"));
+        if self.json || self.verbosity == Verbosity::Quiet {
+            return;
+        }
+        let line = format!("{text}\n");
+        let Some(held) = &self.held else { return out(&line) };
+        held.borrow_mut().push_str(&line);
+        if held.borrow().len() > HELD_MAX {
+            self.flush();
+        }
+    }
+
+    /// Sends off the lines that are held back.
+    fn flush(&self) {
+        if let Some(held) = self.held.as_ref().map(RefCell::take).filter(|held| !held.is_empty()) {
+            out(&held);
         }
     }
 
@@ -135,6 +162,7 @@ impl Report {
     /// A remark that is no error, to stderr; none with `-q`.
     pub fn note(&mut self, text: &str) {
         if self.verbosity > Verbosity::Quiet {
+            self.flush();
             err(&format!("{}: {text}\n", self.tool));
         }
         self.notes.push(text.to_owned());
@@ -142,6 +170,7 @@ impl Report {
 
     /// Something that failed, to stderr whatever was asked for; the exit code tells too.
     pub fn error(&mut self, text: &str) {
+        self.flush();
         err(&format!("{}: {text}\n", self.tool));
         self.notes.push(text.to_owned());
         self.failed += 1;
@@ -158,11 +187,13 @@ impl Report {
     pub fn summary(&self, text: &str) {
         if self.verbosity == Verbosity::Normal {
             self.line(text);
+            self.flush();
         }
     }
 
     /// A table, to stdout.
     pub fn table(&self, table: &Table) {
+        self.flush();
         if self.json {
             out(&format!("{:#}\n", table.to_json()));
         } else {
@@ -224,6 +255,7 @@ impl Report {
 
     /// Prints what is left to print (the count of refusals, the JSON) and gives the exit code.
     pub fn finish(&mut self) -> Exit {
+        self.flush();
         if self.refused > 0 && self.verbosity == Verbosity::Normal && !self.json {
             err(&format!("{}: {} left where the kernel holds them (-v names them)\n", self.tool, self.refused));
         }

@@ -86,12 +86,13 @@ pub fn check(root: &Sysroot, name: &str, cpus: &CpuSet) -> Result<Vec<String>> {
         return Err(Error::unusable(format!("CPU {cpus}"), NO_DRIVER));
     }
     let mut without = cpus.clone();
+    let mut offline = CpuSet::new();
     let mut notes = Vec::new();
     for policy in policies.iter().filter(|policy| policy.cpus.intersects(cpus)) {
         without = &without - &policy.cpus;
         if policy.governor.is_empty() {
-            let why = "offline; its governor can be set when it is online again";
-            return Err(Error::unusable(format!("CPU {}", policy.cpus), why));
+            offline = &offline | &policy.cpus;
+            continue;
         }
         if !policy.available.iter().any(|offered| offered == name) {
             let why = format!("no governor {name:?}; it offers {}", policy.available.join(", "));
@@ -102,16 +103,17 @@ pub fn check(root: &Sysroot, name: &str, cpus: &CpuSet) -> Result<Vec<String>> {
             notes.push(format!("{}: CPU {others} shares its clock and follows", policy.name));
         }
     }
-    if without.is_empty() {
-        return Ok(notes);
+    offline = &offline | &(&without - &cpu::online(root)?);
+    if !offline.is_empty() {
+        return Err(Error::unusable(
+            format!("CPU {offline}"),
+            "offline; a governor can be set when it is online again",
+        ));
     }
-    let offline = &without - &cpu::online(root)?;
-    match offline.is_empty() {
-        true => Err(Error::unusable(format!("CPU {without}"), "no cpufreq policy; see --list")),
-        false => {
-            Err(Error::unusable(format!("CPU {offline}"), "offline; its governor can be set when it is online again"))
-        }
+    if !without.is_empty() {
+        return Err(Error::unusable(format!("CPU {without}"), "no cpufreq policy; see --list"));
     }
+    Ok(notes)
 }
 
 fn list(policies: Vec<Policy>) -> Table {

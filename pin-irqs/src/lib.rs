@@ -66,7 +66,11 @@ fn run(args: Args) -> anyhow::Result<Exit> {
 /// # Errors
 /// Where /proc/irq cannot be read.
 pub fn objects(root: &Sysroot) -> Result<Vec<Object>> {
-    let irqs = irq::irqs(root)?;
+    named_objects(root, &irq::names(root)?)
+}
+
+fn named_objects(root: &Sysroot, names: &BTreeMap<u32, String>) -> Result<Vec<Object>> {
+    let irqs = irq::irqs(root, names)?;
     Ok(irq::default_mask(root)?.into_iter().chain(irqs).collect())
 }
 
@@ -96,7 +100,7 @@ pub fn held(root: &Sysroot) -> Result<Option<BTreeSet<u32>>> {
 /// The objects that the options choose.
 fn chosen(root: &Sysroot, select: &Select, names: &BTreeMap<u32, String>) -> Result<Vec<Object>> {
     let mut choice = select.choice();
-    let mut objects = objects(root)?;
+    let mut objects = named_objects(root, names)?;
     objects.retain(|object| match object.knob {
         Knob::Irq(number) => choice.takes(number.into(), name(names, number)),
         _ => choice.takes_word(DEFAULT),
