@@ -29,6 +29,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 const SLOT_PATIENCE: Duration = Duration::from_secs(1800);
 /// Time limit of a command unless another is given.
 const RUN_PATIENCE: Duration = Duration::from_secs(300);
+/// How long an agent that may have gone is asked.
+const GREETING_PATIENCE: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(200);
 const CONSOLE_LINES: usize = 25;
 const BOOTED: &str = "booted";
@@ -105,27 +107,31 @@ pub struct Host {
     slot: Slot,
     channel: Option<Channel>,
     ready: String,
+    image: Image,
     _lock: Lock,
 }
 
 impl Host {
     /// A host in the state `ready`, with the programs found in `bins` on its PATH. Waits for a free slot.
     pub fn acquire(guest: Guest, bins: &Path) -> Result<Self> {
-        let mut host = Self::attach(guest, None, Some(bins))?;
-        host.reset()?;
-        Ok(host)
+        Self::open(guest, None, Some(bins), false)
     }
 
     /// A host as its last user left it if it is still running, else in the state `ready`.
     /// `slot` is its number; none takes any that is free, a running one first.
     pub fn attach(guest: Guest, slot: Option<usize>, bins: Option<&Path>) -> Result<Self> {
+        Self::open(guest, slot, bins, true)
+    }
+
+    fn open(guest: Guest, slot: Option<usize>, bins: Option<&Path>, as_it_is: bool) -> Result<Self> {
         let cache = Cache::open()?;
         let payload = Payload::collect(bins)?;
         let booted = Booted::ensure(&cache, guest)?;
         let (slot, lock) = take_slot(&cache, guest, slot)?;
         let ready = format!("ready-{}", payload.key);
-        let mut host = Self { guest, slot, channel: None, ready, _lock: lock };
-        host.up(&booted, &payload).with_context(|| format!("{guest}: no lab host"))?;
+        let image = booted.image.clone();
+        let mut host = Self { guest, slot, channel: None, ready, image, _lock: lock };
+        host.up(&booted, &payload, as_it_is).with_context(|| format!("{guest}: no lab host"))?;
         Ok(host)
     }
 
@@ -143,14 +149,23 @@ impl Host {
 
     /// Whether a state of this name is kept.
     pub fn has(&self, name: &str) -> Result<bool> {
-        Ok(lists_tag(&self.slot.qmp()?.hmp("info snapshots")?, name))
+        Ok(self.states()?.iter().any(|tag| tag == name))
+    }
+
+    fn states(&self) -> Result<Vec<String>> {
+        let listing = tool::run(setup::command("qemu-img").args(["snapshot", "-U", "-l"]).arg(self.slot.disk()))?;
+        Ok(tags(&listing))
     }
 
     /// Back to the state kept under this name.
+    ///
+    /// In a new process: QEMU's emulated TSC never goes back within one (`cpu_ticks_prev` in its
+    /// cpu-timers.c), so that after a mere `loadvm` the guest's clock would leap ahead of its timers.
     pub fn load(&mut self, name: &str) -> Result<()> {
         self.channel = None;
+        self.slot.kill()?;
+        self.slot.start(&self.image)?;
         let mut qmp = self.slot.qmp()?;
-        qmp.execute("stop", json!({}))?;
         qmp.hmp_quiet(&format!("loadvm {name}"))?;
         qmp.execute("cont", json!({}))?;
         drop(qmp);
@@ -223,41 +238,36 @@ impl Host {
     }
 
     /// Running, with the wanted programs in it.
-    fn up(&mut self, booted: &Booted, payload: &Payload) -> Result<()> {
+    fn up(&mut self, booted: &Booted, payload: &Payload, as_it_is: bool) -> Result<()> {
         let key = self.slot.folder().join("key");
-        let fits = fs::read_to_string(&key).is_ok_and(|found| found == booted.key);
-        let running = self.slot.pid().is_some();
-        if running && fits && self.has(&self.ready)? {
-            self.slot.qmp()?.execute("cont", json!({}))?;
-            // What an interrupted user left may not answer.
-            return self.connect(Duration::from_secs(10)).or_else(|_| self.reset());
-        }
-        if !(running && fits) {
+        if !fs::read_to_string(&key).is_ok_and(|found| found == booted.key) {
             self.slot.kill()?;
-            if !fits {
-                // Gone first, written last: a copy cut short is no disk.
-                let _ = fs::remove_file(&key);
-                cache::make(self.slot.folder())?;
-                let mut copy = setup::command("cp");
-                copy.args(["--reflink=auto", "--sparse=always"]).args([&booted.disk, &self.slot.disk()]);
-                tool::run(&mut copy)?;
-                cache::write(&key, &booted.key)?;
+            // Gone first, written last: a copy cut short is no disk.
+            let _ = fs::remove_file(&key);
+            cache::make(self.slot.folder())?;
+            let mut copy = setup::command("cp");
+            copy.args(["--reflink=auto", "--sparse=always"]).args([&booted.disk, &self.slot.disk()]);
+            tool::run(&mut copy)?;
+            cache::write(&key, &booted.key)?;
+        }
+        if !self.has(&self.ready)? {
+            return self.make_ready(payload).with_context(|| self.console());
+        }
+        if as_it_is && self.slot.pid().is_some() {
+            self.slot.qmp()?.execute("cont", json!({}))?;
+            if self.connect(GREETING_PATIENCE).is_ok() {
+                return Ok(());
             }
-            self.slot.start(&booted.image)?;
+            // What an interrupted user left may not answer.
         }
-        if self.has(&self.ready)? {
-            return self.reset();
-        }
-        self.make_ready(payload).with_context(|| self.console())
+        self.reset()
     }
 
     fn make_ready(&mut self, payload: &Payload) -> Result<()> {
-        let mut qmp = self.slot.qmp()?;
-        let snapshots = qmp.hmp("info snapshots")?;
-        for tag in tags(&snapshots).filter(|tag| *tag != BOOTED) {
-            qmp.hmp_quiet(&format!("delvm {tag}"))?;
+        self.slot.kill()?;
+        for tag in self.states()?.iter().filter(|tag| *tag != BOOTED) {
+            tool::run(setup::command("qemu-img").args(["snapshot", "-d", tag]).arg(self.slot.disk()))?;
         }
-        drop(qmp);
         payload.hand_in(&self.slot)?;
         self.load(BOOTED)?;
         // The restart ends the agent before it can answer.
@@ -267,7 +277,7 @@ impl Host {
         loop {
             // The old agent may still answer, or be gone in the middle of it.
             self.channel = None;
-            match Channel::connect(&self.slot.agent(), Duration::from_secs(10)) {
+            match Channel::connect(&self.slot.agent(), GREETING_PATIENCE) {
                 Ok(channel) if channel.payload == payload.key => {
                     self.channel = Some(channel);
                     break;
@@ -464,14 +474,11 @@ fn told(output: &Output) -> String {
     format!("{end}\nstdout: {}\nstderr: {}", output.stdout.trim_end(), output.stderr.trim_end())
 }
 
-/// The tags in what `info snapshots` prints, whose lines are `ID TAG SIZE ...`.
-fn tags(listing: &str) -> impl Iterator<Item = &str> {
+/// The tags in what `qemu-img snapshot -l` prints, whose lines are `ID TAG SIZE DATE ...`.
+fn tags(listing: &str) -> Vec<String> {
     let lines = listing.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-    lines.filter(|words| words.len() > 4 && words.first() != Some(&"ID")).filter_map(|words| words.get(1).copied())
-}
-
-fn lists_tag(listing: &str, tag: &str) -> bool {
-    tags(listing).any(|found| found == tag)
+    let snapshots = lines.filter(|words| words.len() > 4 && words.first() != Some(&"ID"));
+    snapshots.filter_map(|words| words.get(1).map(|&tag| tag.to_owned())).collect()
 }
 
 #[cfg(test)]
@@ -480,13 +487,12 @@ mod tests {
 
     #[test]
     fn snapshot_tags_are_read() {
-        let listing = "List of snapshots present on all disks:\n\
-            ID      TAG               VM SIZE                DATE        VM CLOCK     ICOUNT\n\
-            --      booted            641 MiB 2026-01-02 03:04:05  0001:02:03.456\n\
-            --      ready-00ff        650 MiB 2026-01-02 03:04:05  0001:02:03.456\n";
-        assert_eq!(tags(listing).collect::<Vec<_>>(), ["booted", "ready-00ff"]);
-        assert!(lists_tag(listing, "booted") && !lists_tag(listing, "ready"));
-        assert_eq!(tags("There is no snapshot available.\n").count(), 0);
+        let listing = "Snapshot list:\n\
+            ID        TAG               VM SIZE                DATE     VM CLOCK     ICOUNT\n\
+            1         booted            642 MiB 2026-01-02 03:04:05 00:01:42.043\n\
+            2         ready-00ff        650 MiB 2026-01-02 03:04:05 00:01:44.043\n";
+        assert_eq!(tags(listing), ["booted", "ready-00ff"]);
+        assert!(tags("").is_empty());
     }
 
     #[test]

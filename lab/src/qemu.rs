@@ -139,7 +139,9 @@ impl Slot {
         if longest.as_os_str().len() > 107 {
             bail!("{}: too long for a socket's path: set PINFOLD_LAB_CACHE to a shorter one", longest.display());
         }
-        crate::acpi::compile(CPUS, &self.0)?;
+        if !self.0.join("cpufreq.aml").exists() {
+            crate::acpi::compile(CPUS, &self.0)?;
+        }
         let payload = fs::OpenOptions::new().create(true).truncate(false).write(true).open(self.payload());
         let payload = payload.and_then(|file| file.set_len(PAYLOAD_SIZE));
         payload.with_context(|| format!("{}: cannot make", self.payload().display()))?;
@@ -149,7 +151,7 @@ impl Slot {
             ("-initrd", image.initrd().display().to_string()),
             ("-append", KERNEL_LINE.to_owned()),
             ("-acpitable", format!("file={}", path("cpufreq.aml"))),
-            ("-drive", format!("if=none,id=root,file={},format=qcow2,discard=unmap", path("disk.qcow2"))),
+            ("-drive", format!("if=none,id=root,file={},format=qcow2,discard=unmap,cache=unsafe", path("disk.qcow2"))),
             ("-drive", format!("if=none,id=payload,file={},format=raw,readonly=on", path("payload.tar"))),
             ("-chardev", format!("socket,id=agent,path={},server=on,wait=off", path("agent.sock"))),
             (
