@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 use crate::cpuset::CpuSet;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, is_gone};
 use crate::knob::TaskId;
 use crate::pci::PciSelector;
 use crate::process::{self, Task};
@@ -102,11 +102,6 @@ pub fn pid_file(vmid: VmId) -> String {
     format!("{RUN}/{vmid}.pid")
 }
 
-/// Where Proxmox VE puts a VM's QMP socket.
-fn monitor_path(vmid: VmId) -> String {
-    format!("/{RUN}/{vmid}.qmp")
-}
-
 /// Looks whether a VM runs, as Proxmox VE does (`PVE::QemuServer::Helpers::vm_running_locally`): the process that the
 /// pid file names must be a QEMU that was started with that very pid file.
 ///
@@ -116,7 +111,12 @@ pub fn look_up(root: &Sysroot, vmid: VmId) -> Result<Lookup> {
     let file = pid_file(vmid);
     let shown = root.path(&file).display().to_string();
     let stale = |why: String| Ok(Lookup::Stopped(format!("{shown} is stale: {why}")));
-    let Some(text) = root.read_value(&file)? else { return Ok(Lookup::Stopped(format!("there is no {shown}"))) };
+    let text = match root.read_value(&file) {
+        // QEMU makes it for root alone; other users can find the process by what it was started with.
+        Err(error) if error.is_denied() => return by_pid_file(root, vmid, &file, error),
+        other => other?,
+    };
+    let Some(text) = text else { return Ok(Lookup::Stopped(format!("there is no {shown}"))) };
     let Some(pid) = text.parse::<i32>().ok().filter(|pid| *pid > 0) else {
         return stale(format!("{text:?} is no process id"));
     };
@@ -128,8 +128,25 @@ pub fn look_up(root: &Sysroot, vmid: VmId) -> Result<Lookup> {
     if !options(&args, "pidfile").any(|path| in_run(path) == file) {
         return stale(format!("process {pid} is another QEMU"));
     }
-    let monitor = monitor(&args).unwrap_or_else(|| monitor_path(vmid));
-    Ok(Lookup::Running(Qemu { id, vmid: Some(vmid), monitor: Some(monitor) }))
+    Ok(Lookup::Running(of_vm(vmid, id, &args)))
+}
+
+/// Looks through all processes for the QEMU that was started with this pid file.
+fn by_pid_file(root: &Sysroot, vmid: VmId, file: &str, denied: Error) -> Result<Lookup> {
+    for pid in process::pids(root)? {
+        if let Some((id, args)) = process_with_args(root, pid)?
+            && is_qemu(&args)
+            && options(&args, "pidfile").any(|path| in_run(path) == file)
+        {
+            return Ok(Lookup::Running(of_vm(vmid, id, &args)));
+        }
+    }
+    Ok(Lookup::Stopped(denied.to_string()))
+}
+
+fn of_vm(vmid: VmId, id: TaskId, args: &[String]) -> Qemu {
+    let monitor = monitor(args).unwrap_or_else(|| format!("/{RUN}/{vmid}.qmp"));
+    Qemu { id, vmid: Some(vmid), monitor: Some(monitor) }
 }
 
 /// A VM's QEMU; `None` where it does not run.
@@ -180,7 +197,7 @@ pub fn by_pid(root: &Sysroot, pid: i32) -> Result<Qemu> {
 pub fn by_task(root: &Sysroot, vmid: VmId, id: TaskId) -> Result<Qemu> {
     process::check_start(root, &id)?;
     let args = parse_cmdline(&root.read(format!("proc/{}/cmdline", id.pid))?);
-    Ok(Qemu { id, vmid: Some(vmid), monitor: Some(monitor(&args).unwrap_or_else(|| monitor_path(vmid))) })
+    Ok(of_vm(vmid, id, &args))
 }
 
 /// A VM's settings.
@@ -203,12 +220,15 @@ pub fn check_exists(root: &Sysroot, vmid: VmId) -> Result<()> {
     if is_container(root, vmid) {
         return Err(Error::unusable(vmid.to_string(), "it is a container; only VMs have a QEMU"));
     }
-    let path = conf_path(vmid);
-    if root.exists(&path) || root.path(&path).is_symlink() {
-        return Ok(());
+    let path = root.path(conf_path(vmid));
+    match path.symlink_metadata() {
+        Ok(_) => Ok(()),
+        Err(error) if is_gone(&error) => {
+            let why = format!("no such VM on this node: there is no {}", path.display());
+            Err(Error::unusable(format!("VM {vmid}"), why))
+        }
+        Err(error) => Err(Error::io(path, "look", error)),
     }
-    let why = format!("no such VM on this node: there is no {}", root.path(path).display());
-    Err(Error::unusable(format!("VM {vmid}"), why))
 }
 
 /// Whether the number is a container's.
@@ -628,6 +648,16 @@ mod tests {
         );
         assert_eq!(by_pid(&root, 900).unwrap_err().to_string(), "process 900: it is /bin/bash, no QEMU");
         assert_eq!(by_pid(&root, 5555).unwrap_err().to_string(), "process 5555: no such process");
+    }
+
+    #[test]
+    fn without_the_pid_file_the_process_tells() {
+        let (_dir, root) = host();
+        let denied = || Error::io("/run/qemu-server/100.pid", "read", std::io::ErrorKind::PermissionDenied.into());
+        let found = by_pid_file(&root, VmId(100), &pid_file(VmId(100)), denied()).unwrap();
+        assert_eq!(found, look_up(&root, VmId(100)).unwrap());
+        let none = by_pid_file(&root, VmId(102), &pid_file(VmId(102)), denied()).unwrap();
+        assert_eq!(none, Lookup::Stopped("/run/qemu-server/100.pid: read: permission denied".into()));
     }
 
     #[test]
