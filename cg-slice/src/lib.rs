@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use pinfold_core::cli::{self, Common};
 use pinfold_core::knob::{ABSENT, PRESENT};
+use pinfold_core::save::Entry;
 use pinfold_core::vm::VmId;
 use pinfold_core::{Change, CpuSet, Error, Exit, Knob, Object, Sysroot, Table, cgroup, cpu, process, systemd, vm};
 
@@ -69,7 +70,11 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     }
     let changes = match args.verb {
         None => anyhow::bail!("nothing to do: say allow, decouple or couple, or --list or --restore FILE"),
-        Some(Verb::Allow { cpus, units }) => plan_allow(&root, &cpus, units)?,
+        Some(Verb::Allow { cpus, units }) => {
+            let changes = plan_allow(&root, &cpus, units)?;
+            let entries = entries(&root, &changes)?;
+            return args.common.carry_out_saving(&root, &mut report, TOOL, changes, entries);
+        }
         Some(Verb::Decouple { vmid }) => plan_decouple(&root, vmid)?,
         Some(Verb::Couple { vmid }) => plan_couple(&root, vmid)?,
     };
@@ -123,6 +128,45 @@ fn plan_allow(root: &Sysroot, cpus: &CpuSet, units: Vec<String>) -> pinfold_core
         return Err(Error::unusable(format!("CPU {cpus}"), "all offline; nothing could run"));
     }
     Ok(objects(root, units)?.into_iter().map(|object| object.want(cpus.to_string())).collect())
+}
+
+/// What `--save` keeps: the overrides first, which come back last.
+fn entries(root: &Sysroot, changes: &[Change]) -> pinfold_core::Result<Vec<Entry>> {
+    let overrides = overrides(root)?;
+    let mut set: Vec<&str> = overrides.found.split_whitespace().collect();
+    let changed = || changes.iter().filter(|change| !change.is_noop());
+    set.extend(changed().filter_map(|change| match &change.knob {
+        Knob::UnitCpus(unit) => Some(unit.as_str()),
+        _ => None,
+    }));
+    set.sort_unstable();
+    set.dedup();
+    let set = set.join(" ");
+    let overrides = overrides.want(set);
+    Ok(std::iter::once(Entry::from(&overrides))
+        .filter(|entry| entry.before != entry.set)
+        .chain(changed().map(Entry::from))
+        .collect())
+}
+
+/// The units whose AllowedCPUs= is overridden until the next boot, as an object to change. Setting a unit makes one; it
+/// is to go when the unit has its old value back.
+///
+/// # Errors
+/// Where /run/systemd cannot be listed.
+pub fn overrides(root: &Sysroot) -> pinfold_core::Result<Object> {
+    let knob = Knob::UnitOverrides;
+    let found = knob.read(root)?.unwrap_or_default();
+    Ok(Object::new(knob.clone(), knob.to_string(), found))
+}
+
+/// The change that removes the overrides that were not there `before`, of these units only.
+pub fn plan_overrides(overrides: Object, before: &str, units: &[String]) -> Change {
+    let before: Vec<&str> = before.split_whitespace().collect();
+    let stays = |unit: &&str| before.contains(unit) || !units.iter().any(|ours| ours == unit);
+    let kept: Vec<&str> = overrides.found.split_whitespace().filter(stays).collect();
+    let kept = kept.join(" ");
+    overrides.want(kept)
 }
 
 /// The cgroup of a decoupled VM, below the root of the tree.

@@ -6,6 +6,7 @@ use std::fs;
 use std::io;
 use std::time::{Duration, Instant};
 
+use crate::cpu;
 use crate::error::{Error, Result};
 use crate::knob::{TaskId, into_io};
 use crate::sysroot::Sysroot;
@@ -75,6 +76,24 @@ pub fn of_process(root: &Sysroot, pid: i32) -> Result<String> {
     let text = root.read(&path)?;
     let cgroup = parse_proc_cgroup(&text).ok_or_else(|| Error::malformed(&path, "it has no 0:: line"))?;
     Ok(cgroup.to_owned())
+}
+
+/// Sets cpuset.cpus. The kernel clears it for a cgroup without processes only (ENOSPC): one with processes is given all
+/// CPUs instead, which comes to the same until the controller goes.
+pub(crate) fn set_cpus(root: &Sysroot, cgroup: &str, cpus: &str) -> io::Result<()> {
+    let file = file(cgroup, "cpuset.cpus");
+    if !cpus.is_empty() {
+        return root.write(file, cpus);
+    }
+    // An empty write (no byte) would not reach the kernel.
+    match root.write(&file, "\n") {
+        Err(error) if error.raw_os_error() == Some(nix::libc::ENOSPC) => {
+            root.write(file, &cpu::present(root).map_err(into_io)?.to_string())
+        }
+        // Without the controller there is nothing to clear.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
 }
 
 /// Makes a cgroup or removes it. One that is as wanted already is no error.

@@ -46,6 +46,9 @@ pub enum Knob {
     Governor(String),
     /// A systemd unit's AllowedCPUs=, empty where unset; see systemd.resource-control(5). Set at run time only.
     UnitCpus(String),
+    /// The units whose AllowedCPUs= is overridden until the next boot, by name with spaces between: what `systemctl
+    /// set-property --runtime` leaves below /run/systemd. Taking a unit out removes its override.
+    UnitOverrides,
     /// cpuset.cpus of a cgroup that is no systemd unit, by its path below the cgroup root (cgroup-v2.rst).
     CgroupCpus(String),
     /// A cgroup folder: `present` or `absent`.
@@ -110,6 +113,7 @@ impl Knob {
                 .and_then(|()| process::affinity(root, task))
                 .map(|cpus| Some(cpus.to_string())),
             Self::UnitCpus(unit) => systemd::allowed_cpus(root, unit),
+            Self::UnitOverrides => systemd::overrides(root).map(|units| Some(units.join(" "))),
             Self::Cgroup(path) => Ok(Some(presence(root.exists(cgroup::path(path))))),
             Self::CgroupOf(task) => {
                 process::check_start(root, task).and_then(|()| cgroup::of_process(root, task.pid)).map(Some)
@@ -140,14 +144,14 @@ impl Knob {
             Self::CpuOnline(_) | Self::Governor(_) | Self::Sysctl(_) => {
                 root.write_and_read_back(self.file(), value).map(|found| Answer::Taken(Some(found)))
             }
-            // An empty write (no byte) would not reach the kernel; a newline clears the list.
-            Self::CgroupCpus(_) => root.write(self.file(), if value.is_empty() { "\n" } else { value }).map(taken),
+            Self::CgroupCpus(path) => cgroup::set_cpus(root, path, value).map(taken),
             Self::DefaultIrq | Self::Workqueues => {
                 let mask = CpuSet::from_kernel_list(value).map_err(io::Error::other)?.to_mask();
                 root.write(self.file(), &mask).map(taken)
             }
             Self::Kthread(task) | Self::Thread(task) => self.pin(root, task, value),
             Self::UnitCpus(unit) => systemd::set_allowed_cpus(root, unit, value).map(taken),
+            Self::UnitOverrides => systemd::keep_overrides(root, value).map(taken),
             Self::Cgroup(path) => cgroup::make_or_remove(root, path, value == PRESENT).map(taken),
             Self::CgroupOf(task) => {
                 process::check_start(root, task).map_err(into_io)?;
@@ -253,6 +257,7 @@ impl fmt::Display for Knob {
             Self::CpuOnline(cpu) => write!(f, "CPU {cpu}"),
             Self::Governor(policy) => write!(f, "{policy}"),
             Self::UnitCpus(unit) => write!(f, "{unit}"),
+            Self::UnitOverrides => write!(f, "run-time AllowedCPUs"),
             Self::CgroupCpus(path) | Self::Cgroup(path) => write!(f, "cgroup /{path}"),
             Self::CgroupOf(task) => write!(f, "process {}", task.pid),
             Self::Sysctl(name) | Self::Trigger(name) => write!(f, "{}", name.replace('/', ".")),

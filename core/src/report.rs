@@ -214,23 +214,28 @@ impl Report {
         }
     }
 
+    /// What became of a change, with the step it belongs to.
+    fn placed(&self, done: &Done) -> String {
+        self.step.map_or_else(|| done.to_string(), |step| format!("{step}: {done}"))
+    }
+
     fn change(&mut self, done: &Done) {
         match &done.outcome {
             Outcome::Planned | Outcome::Changed => {
                 self.done += 1;
                 match self.step {
-                    Some(step) => self.detail(&format!("{step}: {done}")),
+                    Some(_) => self.detail(&self.placed(done)),
                     None => self.line(&done.to_string()),
                 }
             }
             Outcome::Already => {
                 self.done += 1;
-                self.detail(&done.to_string());
+                self.detail(&self.placed(done));
             }
-            Outcome::Gone => self.detail(&done.to_string()),
+            Outcome::Gone => self.detail(&self.placed(done)),
             Outcome::Refused(_) => {
                 self.refused += 1;
-                self.detail(&done.to_string());
+                self.detail(&self.placed(done));
             }
             Outcome::Left(_) => {
                 self.done += 1;

@@ -114,6 +114,7 @@ impl<'a> Reconcile<'a> {
     fn remember(&mut self, isolated: &CpuSet) -> Result<()> {
         self.report.step("baseline");
         let mut objects = self.slice_objects()?;
+        objects.push(cg_slice::overrides(self.root)?);
         objects.extend(cpu_hotplug::objects(self.root, isolated)?);
         objects.extend(pin_irqs::objects(self.root)?);
         let kthreads = pin_kthreads::objects(self.root)?;
@@ -167,7 +168,21 @@ impl<'a> Reconcile<'a> {
         self.report.step("slices");
         let objects = self.slice_objects()?;
         let wanted = self.held();
-        self.set("slices", objects, wanted)
+        self.set("slices", objects, wanted)?;
+        if !self.isolated().is_empty() {
+            return Ok(());
+        }
+        // All units have their old values back; what set-property has left behind goes.
+        let baseline = &self.store.baseline;
+        let units: Vec<String> = (baseline.knobs())
+            .filter_map(|(knob, ..)| if let Knob::UnitCpus(unit) = knob { Some(unit.clone()) } else { None })
+            .collect();
+        let before = baseline.before(&Knob::UnitOverrides).unwrap_or_default().to_owned();
+        let change = cg_slice::plan_overrides(cg_slice::overrides(self.root)?, &before, &units);
+        if !change.is_noop() {
+            self.report.changes(&[pinfold_core::apply_one(self.root, change)]);
+        }
+        Ok(())
     }
 
     fn slice_objects(&self) -> Result<Vec<Object>> {

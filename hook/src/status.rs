@@ -146,10 +146,27 @@ fn text(root: &Sysroot, reservations: &BTreeMap<u32, Reservation>, isolated: &Cp
         text += &format!("{title}: {}\n", of_class.len());
         for cpu in isolated.iter() {
             let on: Vec<&str> = of_class.iter().filter(|s| s.cpus.contains(cpu)).map(|s| s.object.as_str()).collect();
-            if !on.is_empty() {
-                text += &format!("  CPU {cpu}: {}\n", on.join(", "));
+            match class {
+                _ if on.is_empty() => {}
+                Class::KernelBound => text += &format!("  CPU {cpu}: {}\n", kinds(&on)),
+                _ => text += &format!("  CPU {cpu}: {}\n", on.join(", ")),
             }
         }
     }
     text
+}
+
+/// What the kernel binds comes in a few kinds, the same on every CPU: `kthread 40 (kworker/6:0-events)` is a kworker.
+fn kinds(objects: &[&str]) -> String {
+    let mut counts = BTreeMap::new();
+    for object in objects {
+        let name = object.split_once('(').map_or(*object, |(_, name)| name.trim_end_matches(')'));
+        let kind = if name.starts_with("kworker/R-") { "rescuer" } else { name.split('/').next().unwrap_or(name) };
+        *counts.entry(kind).or_insert(0) += 1;
+    }
+    let shown = counts.iter().map(|(kind, count)| match count {
+        1 => (*kind).to_owned(),
+        _ => format!("{kind} x{count}"),
+    });
+    shown.collect::<Vec<_>>().join(", ")
 }
