@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use pinfold_core::cli::{self, Common};
 use pinfold_core::select::Select;
-use pinfold_core::{CpuSet, Error, Exit, Knob, Object, Result, Sysroot, Table, cpu, irq};
+use pinfold_core::{Change, CpuSet, Done, Error, Exit, Knob, Object, Outcome, Result, Sysroot, Table, cpu, irq};
 
 const TOOL: &str = "pin-irqs";
 
@@ -54,10 +54,18 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     }
     let cpus = args.cpus.unwrap_or_default();
     cpu::check_usable(&root, &cpus)?;
-    let changes = chosen(&root, &args.select, &irq::names(&root)?)?
+    let mut changes = chosen(&root, &args.select, &irq::names(&root)?)?
         .into_iter()
         .map(|object| args.select.change(object, &cpus))
-        .collect::<Result<_>>()?;
+        .collect::<Result<Vec<_>>>()?;
+    if args.common.dry_run {
+        // Trying tells, and a dry run does not try.
+        let held = held(&root)?.unwrap_or_default();
+        let is_held = |change: &mut Change| !change.is_noop() && is_among(&held, &change.knob);
+        for change in changes.extract_if(.., is_held) {
+            report.changes(&[Done { change, outcome: Outcome::Refused("its smp_affinity is read-only".into()) }]);
+        }
+    }
     args.common.carry_out(&root, &mut report, TOOL, changes)
 }
 
@@ -95,6 +103,10 @@ pub fn held(root: &Sysroot) -> Result<Option<BTreeSet<u32>>> {
         }
     }
     Ok(Some(held).filter(|held| !held.is_empty()))
+}
+
+fn is_among(irqs: &BTreeSet<u32>, knob: &Knob) -> bool {
+    matches!(knob, Knob::Irq(number) if irqs.contains(number))
 }
 
 /// The objects that the options choose.
