@@ -102,7 +102,11 @@ fn chosen(root: &Sysroot, select: &Select) -> Result<Kthreads> {
 }
 
 fn tasks(root: &Sysroot, choice: &mut Choice<'_>) -> Result<Vec<Task>> {
-    let mut tasks = process::kthreads(root)?;
+    let mut tasks = match process::kthreads(root) {
+        // With hidepid=1 an ordinary user is told that they are there, with hidepid=2 not even that.
+        Err(error) if error.is_denied() => Vec::new(),
+        tasks => tasks?,
+    };
     if tasks.first().is_none_or(|task| task.id.pid != KTHREADD) {
         let why = "no kernel threads to be seen; is this a container, or is /proc mounted with hidepid?";
         return Err(Error::unusable(root.path("proc").display().to_string(), why));
