@@ -9,6 +9,9 @@ use crate::channel::{Channel, Pending};
 use crate::image::Image;
 use crate::protocol::{Answer, Ask, Bytes, Run};
 use crate::qemu::{self, Slot};
+use crate::snapshot::HostState;
+use crate::strays::Strays;
+use crate::vm::VmSpec;
 use crate::{Guest, setup, tool};
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::json;
@@ -35,6 +38,7 @@ const POLL: Duration = Duration::from_millis(200);
 const CONSOLE_LINES: usize = 25;
 const BOOTED: &str = "booted";
 const AGENT: &str = "lab-agent";
+const AGENT_PATH: &str = "/usr/local/lib/pinfold-lab/lab-agent";
 
 /// After the boot: everything that would otherwise first happen in a test.
 const SETTLE: &str = "\
@@ -219,6 +223,48 @@ impl Host {
         }
     }
 
+    /// Describes a VM and starts it as PVE does, hook and all.
+    pub fn start_vm(&self, spec: &VmSpec) -> Result<String> {
+        self.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640)?;
+        self.ok(&format!("qm start {} 2>&1", spec.id))
+    }
+
+    /// Stops a VM, hook and all; what the task log would say.
+    pub fn stop_vm(&self, id: u32) -> Result<String> {
+        self.ok(&format!("qm stop {id} 2>&1"))
+    }
+
+    /// Kills a VM's QEMU and lets everything else lie where it is.
+    pub fn kill_vm(&self, id: u32) -> Result<()> {
+        let pid_file = format!("/run/qemu-server/{id}.pid");
+        self.ok(&format!(
+            "pid=$(cat {pid_file}) && kill -KILL $pid && while kill -0 $pid 2>/dev/null; do sleep 0.1; done"
+        ))?;
+        Ok(())
+    }
+
+    /// Does what PVE does after a QEMU has gone by itself; `hook` says whether post-stop comes.
+    pub fn cleanup_vm(&self, id: u32, hook: bool) -> Result<String> {
+        self.ok(&format!("qm cleanup {id} {} 2>&1", if hook { "" } else { "--no-hook" }))
+    }
+
+    /// The state of the whole host now.
+    pub fn snapshot(&self) -> Result<HostState> {
+        Ok(HostState::parse(&self.ok(&format!("{AGENT_PATH} snapshot"))?))
+    }
+
+    /// What may still run on these CPUs but for the vCPU threads of these VMs.
+    pub fn strays(&self, cpus: &str, vms: &[u32]) -> Result<Strays> {
+        let vms: String = vms.iter().map(|vm| format!(" --vm {vm}")).collect();
+        let json = self.ok(&format!("{AGENT_PATH} strays {cpus}{vms}"))?;
+        serde_json::from_str(&json).context("the agent's list of strays: not as expected")
+    }
+
+    /// Renews the 5900X numbering, which CPU hotplug takes away.
+    pub fn renew_topology(&self) -> Result<()> {
+        self.ok(&format!("{AGENT_PATH} topology")).map(drop)
+    }
+
     /// Where its files are: socket of the console, its log.
     pub fn slot(&self) -> &Slot {
         &self.slot
@@ -287,6 +333,7 @@ impl Host {
                 Err(err) => return Err(err.context("the new agent does not answer")),
             }
         }
+        self.renew_topology()?;
         self.ok("qm list >/dev/null && sync")?;
         let ready = self.ready.clone();
         self.save(&ready)

@@ -1,6 +1,8 @@
 //! The lab's agent: runs inside the lab host.
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
+use pinfold_lab::{agent, qm, snapshot, strays, topology};
+use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -10,7 +12,6 @@ fn main() -> ExitCode {
     match act(&words) {
         Ok(()) => ExitCode::SUCCESS,
         Err(err) => {
-            use std::io::Write;
             // A closed stderr leaves the exit code.
             let _ = writeln!(std::io::stderr(), "lab-agent: {err:#}");
             ExitCode::FAILURE
@@ -21,8 +22,20 @@ fn main() -> ExitCode {
 fn act(words: &[&str]) -> Result<()> {
     let (name, args) = words.split_first().map_or(("", &[][..]), |(name, args)| (*name, args));
     match (Path::new(name).file_name().and_then(|name| name.to_str()), args) {
-        (Some("qm"), _) => Ok(()),
-        (_, ["serve"]) => pinfold_lab::agent::serve(),
-        _ => bail!("usage: lab-agent serve"),
+        (Some("qm"), _) => qm::main(args),
+        (Some("swtpm"), _) => qm::helper(),
+        (_, ["serve"]) => agent::serve(),
+        (_, ["topology"]) => topology::apply(),
+        (_, ["snapshot"]) => print(&snapshot::take()?.to_string()),
+        (_, ["strays", cpus, vms @ ..]) => {
+            let vms: Result<Vec<u32>, _> = vms.iter().filter(|word| **word != "--vm").map(|word| word.parse()).collect();
+            let found = strays::find(&cpus.parse()?, &vms.context("--vm: not a VMID")?)?;
+            print(&(serde_json::to_string_pretty(&found)? + "\n"))
+        }
+        _ => bail!("usage: lab-agent serve | topology | snapshot | strays CPUS [--vm VMID]..."),
     }
+}
+
+fn print(text: &str) -> Result<()> {
+    std::io::stdout().write_all(text.as_bytes()).context("cannot print")
 }

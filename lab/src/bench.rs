@@ -1,0 +1,134 @@
+//! `lab bench`: hook's post-start against the same steps done by a plain shell script, in one boot.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{Guest, Host, VmSpec};
+
+/// The script that hook is measured against.
+const SCRIPT: &str = include_str!("../bench/post-start.sh");
+const ROUNDS: usize = 5;
+
+/// The documented steps, with hook's own names for each of the script's.
+const STEPS: [(&str, &[&str]); 8] = [
+    ("slices", &["slices", "baseline", "tasks"]),
+    ("offline", &["offline"]),
+    ("irqs", &["irqs"]),
+    ("kthreads", &["kthreads"]),
+    ("online", &["online"]),
+    ("pace", &["pace"]),
+    ("decouple", &["decouple"]),
+    ("pins", &["pins"]),
+];
+
+/// What undoes the script, which has no undo that is worth waiting for.
+const UNDO: &str = "pin-irqs -q 0-23; pin-kthreads -q 0-23; cg-slice allow -q 0-23 init.scope system.slice user.slice qemu.slice; \
+                    governor -q set schedutil 0-23; hook step stat-interval -q 1; rmdir /sys/fs/cgroup/qemu-decoupled.slice/* \
+                    /sys/fs/cgroup/qemu-decoupled.slice";
+
+type Times = BTreeMap<String, f64>;
+
+/// Measures both, `ROUNDS` times each in turn, and gives the table.
+pub fn run(bins: &Path) -> Result<String> {
+    let host = Host::acquire(Guest::Trixie, bins)?;
+    host.put("/tmp/post-start.sh", SCRIPT.as_bytes(), 0o755)?;
+    let vm = VmSpec::new(100);
+    let (mut script, mut hook) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        host.start_vm(&vm)?;
+        let text = host.ok("s=$EPOCHREALTIME; /tmp/post-start.sh 100 2>/dev/null")?;
+        script.push(script_times(&text)?);
+        host.kill_vm(100)?;
+        host.cleanup_vm(100, false)?;
+        host.sh(UNDO)?;
+
+        host.start_vm(&vm)?;
+        host.ok("hook 100 pre-start -q")?;
+        let text = host.ok("s=$(cut -d' ' -f1 /proc/uptime); hook 100 post-start --json; echo \"$s $(cut -d' ' -f1 /proc/uptime)\"")?;
+        hook.push(hook_times(&text)?);
+        host.kill_vm(100)?;
+        host.cleanup_vm(100, false)?;
+        host.ok("hook 100 post-stop -q")?;
+    }
+    Ok(table(&script, &hook))
+}
+
+/// The script's own lines, `step seconds`.
+fn script_times(text: &str) -> Result<Times> {
+    let times: Times = text
+        .lines()
+        .filter_map(|line| {
+            let (step, seconds) = line.split_once(' ')?;
+            Some((step.to_owned(), seconds.parse().ok()?))
+        })
+        .collect();
+    ensure!(times.len() == STEPS.len() + 1, "the script told {} times, not {}: {text}", times.len(), STEPS.len() + 1);
+    Ok(times)
+}
+
+/// hook's report, and behind it when it began and ended. What is in no step (its start, looking, the state) is `rest`.
+fn hook_times(text: &str) -> Result<Times> {
+    let (report, clock) = text.trim_end().rsplit_once('\n').context("hook said nothing")?;
+    let report: serde_json::Value = serde_json::from_str(report).context("hook's report")?;
+    let clock: Vec<f64> = clock.split(' ').filter_map(|seconds| seconds.parse().ok()).collect();
+    let [began, ended] = clock[..] else { anyhow::bail!("no two times in {text}") };
+    let mut times = Times::new();
+    let mut sum = 0.0;
+    for step in report["steps"].as_array().context("the report has no steps")? {
+        let (name, seconds) = (step["step"].as_str().unwrap_or_default(), step["seconds"].as_f64().unwrap_or_default());
+        sum += seconds;
+        let ours = STEPS.iter().find(|(_, names)| names.contains(&name)).map_or("rest", |(step, _)| *step);
+        *times.entry(ours.to_owned()).or_default() += seconds;
+    }
+    *times.entry("rest".into()).or_default() += (ended - began - sum).max(0.0);
+    Ok(times)
+}
+
+fn median(rounds: &[Times], step: &str) -> f64 {
+    let mut values: Vec<f64> = rounds.iter().map(|times| times.get(step).copied().unwrap_or_default()).collect();
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn table(script: &[Times], hook: &[Times]) -> String {
+    let mut text = format!("{:<34}{:>10}{:>10}{:>8}\n", format!("post-start, medians of {ROUNDS}"), "script s", "hook s", "ratio");
+    let mut line = |name: &str, script: f64, hook: f64| {
+        text += &format!("{name:<34}{script:>10.3}{hook:>10.3}{:>7.1}x\n", script / hook);
+    };
+    let (mut script_sum, mut hook_sum) = (0.0, 0.0);
+    for (step, _) in STEPS {
+        let (by_script, by_hook) = (median(script, step), median(hook, step));
+        script_sum += by_script;
+        hook_sum += by_hook;
+        line(step, by_script, by_hook);
+    }
+    let rest = median(hook, "rest");
+    hook_sum += rest;
+    line("start, looking, saving", 0.0, rest);
+    line("in all", script_sum, hook_sum);
+    // hook's offline and online steps are writes to the kernel and little else.
+    let (by_script, by_hook) = (median(script, "hotplug-kernel"), median(hook, "offline") + median(hook, "online"));
+    line("of that the kernel's hotplug", by_script, by_hook);
+    line("less the kernel's hotplug", script_sum - by_script, hook_sum - by_hook);
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_read_and_medians_taken() {
+        let script = "slices 1.5\noffline 2\nirqs 1\nkthreads 1\nonline 1\npace 1\ndecouple 1\npins 1\nhotplug-kernel 2.5\n";
+        let script = script_times(script).unwrap();
+        assert!(script_times("slices 1\n").is_err());
+        let hook = "{\"steps\": [{\"step\": \"baseline\", \"seconds\": 0.5}, {\"step\": \"slices\", \"seconds\": 0.25}]}\n1.0 2.0\n";
+        let hook = hook_times(hook).unwrap();
+        assert_eq!((hook["slices"], hook["rest"]), (0.75, 0.25));
+        let of = |n: f64| Times::from([("slices".to_owned(), n)]);
+        assert_eq!(median(&[of(3.0), of(1.0), of(2.0)], "slices"), 2.0);
+        assert!(table(&[script], &[hook]).contains("slices                                 1.500     0.750    2.0x"));
+    }
+}

@@ -1,0 +1,164 @@
+//! What may still run on a set of CPUs, looked up independently of the product: the tests' yardstick.
+
+use crate::cpus::Cpus;
+use crate::proc::{self, names, read};
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::path::Path;
+
+/// What may still run on the CPUs asked about.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Strays {
+    /// User threads, but for the vCPU threads of the VMs named.
+    pub threads: Vec<Stray>,
+    /// Kernel threads that the kernel would let be moved.
+    pub kthreads: Vec<Stray>,
+    /// Unbound kworkers, which follow the workqueues' mask alone.
+    pub kworkers: Vec<Stray>,
+    /// IRQs that can be moved, by mask or by effective mask.
+    pub irqs: Vec<Irq>,
+    /// `/proc/irq/default_smp_affinity`, where it holds one of the CPUs.
+    pub default_irq_mask: Option<String>,
+    /// The unbound workqueues' mask, where it holds one of the CPUs.
+    pub workqueue_mask: Option<String>,
+    /// What the kernel binds there itself: no strays.
+    pub kernel_bound: Vec<String>,
+}
+
+/// A thread that may run where it should not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stray {
+    /// Its process.
+    pub pid: i32,
+    /// The thread.
+    pub tid: i32,
+    /// Its name.
+    pub comm: String,
+    /// Where it may run.
+    pub cpus: String,
+    /// Its cgroup.
+    pub cgroup: String,
+}
+
+/// An IRQ that may come where it should not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Irq {
+    /// Its number.
+    pub number: u32,
+    /// Who handles it.
+    pub name: String,
+    /// CPUs it may be sent to.
+    pub cpus: String,
+    /// The CPU it is sent to now.
+    pub effective: String,
+}
+
+impl Strays {
+    /// Nothing that could have been kept away is left.
+    pub fn is_clean(&self) -> bool {
+        let Self { threads, kthreads, kworkers, irqs, default_irq_mask, workqueue_mask, kernel_bound: _ } = self;
+        threads.is_empty()
+            && kthreads.is_empty()
+            && kworkers.is_empty()
+            && irqs.is_empty()
+            && default_irq_mask.is_none()
+            && workqueue_mask.is_none()
+    }
+}
+
+/// Looks for strays on these CPUs; the vCPU threads of `vms` belong there.
+pub fn find(cpus: &Cpus, vms: &[u32]) -> Result<Strays> {
+    let mut found = Strays::default();
+    let qemus: Vec<i32> = vms.iter().map(|vm| qemu_pid(*vm)).collect::<Result<_>>()?;
+    for thread in proc::threads() {
+        if !thread.cpus.parse::<Cpus>()?.meets(cpus) {
+            continue;
+        }
+        let vcpu = qemus.contains(&thread.pid) && is_vcpu(&thread.comm);
+        if vcpu {
+            continue;
+        }
+        let stray = Stray {
+            pid: thread.pid,
+            tid: thread.tid,
+            cgroup: proc::cgroup(thread.pid, thread.tid),
+            comm: thread.comm,
+            cpus: thread.cpus,
+        };
+        match (thread.kernel, thread.bound) {
+            (false, _) => found.threads.push(stray),
+            (true, false) => found.kthreads.push(stray),
+            (true, true) if stray.comm.starts_with("kworker/u") => found.kworkers.push(stray),
+            (true, true) => found.kernel_bound.push(format!("{} {}", stray.comm, stray.cpus)),
+        }
+    }
+    irqs(cpus, &mut found)?;
+    let outside = |path: &str| -> Result<Option<String>> {
+        let Some(mask) = read(path) else { return Ok(None) };
+        Ok(Cpus::from_mask(&mask)?.meets(cpus).then_some(mask))
+    };
+    found.default_irq_mask = outside("/proc/irq/default_smp_affinity")?;
+    found.workqueue_mask = outside("/sys/devices/virtual/workqueue/cpumask")?;
+    Ok(found)
+}
+
+fn irqs(cpus: &Cpus, found: &mut Strays) -> Result<()> {
+    let folder = Path::new("/proc/irq");
+    for number in names(folder).iter().filter_map(|name| name.parse::<u32>().ok()) {
+        let own = folder.join(number.to_string());
+        let actions: Vec<_> = names(&own).into_iter().filter(|name| own.join(name).is_dir()).collect();
+        let (Some(mask), Some(effective)) = (read(own.join("smp_affinity_list")), read(own.join("effective_affinity_list"))) else {
+            continue;
+        };
+        // One without a handler gets its place when a driver asks for it.
+        if actions.is_empty() || !(mask.parse::<Cpus>()?.meets(cpus) || effective.parse::<Cpus>()?.meets(cpus)) {
+            continue;
+        }
+        let name = actions.join(" ");
+        if movable(&own.join("smp_affinity_list"), &mask) {
+            found.irqs.push(Irq { number, name, cpus: mask, effective });
+        } else {
+            found.kernel_bound.push(format!("irq {number} {name} {mask}"));
+        }
+    }
+    Ok(())
+}
+
+/// The kernel tells by refusing: here, to set what is set already.
+fn movable(path: &Path, mask: &str) -> bool {
+    OpenOptions::new().write(true).open(path).is_ok_and(|mut file| file.write_all(mask.as_bytes()).is_ok())
+}
+
+fn qemu_pid(vm: u32) -> Result<i32> {
+    let path = format!("/run/qemu-server/{vm}.pid");
+    let text = read(&path).with_context(|| format!("{path}: cannot read"))?;
+    text.trim().parse().with_context(|| format!("{path}: no process id"))
+}
+
+/// `CPU n/KVM`, or `/TCG` without KVM.
+fn is_vcpu(comm: &str) -> bool {
+    let number = comm.strip_prefix("CPU ").and_then(|rest| rest.strip_suffix("/KVM").or_else(|| rest.strip_suffix("/TCG")));
+    number.is_some_and(|number| number.parse::<u32>().is_ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vcpu_threads_are_told_by_name() {
+        for (comm, vcpu) in [("CPU 0/KVM", true), ("CPU 11/TCG", true), ("CPU /KVM", false), ("kvm", false), ("CPU 1/KVMx", false)] {
+            assert_eq!(is_vcpu(comm), vcpu, "{comm}");
+        }
+    }
+
+    #[test]
+    fn what_is_kernel_bound_is_no_stray() {
+        let mut strays = Strays { kernel_bound: vec!["migration/6 6".to_owned()], ..Strays::default() };
+        assert!(strays.is_clean());
+        strays.workqueue_mask = Some("ffffff".to_owned());
+        assert!(!strays.is_clean());
+    }
+}
