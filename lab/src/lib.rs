@@ -6,12 +6,16 @@
 
 pub mod acpi;
 pub mod agent;
+pub mod bench;
 pub mod cache;
 pub mod channel;
+pub mod console;
 pub mod cpus;
+pub mod demo;
 mod guest;
 mod host;
 pub mod image;
+pub mod map;
 pub mod proc;
 pub mod protocol;
 pub mod qemu;

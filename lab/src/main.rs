@@ -1,13 +1,18 @@
 //! `lab`: the lab by hand and for make.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use pinfold_lab::cache::Cache;
 use pinfold_lab::image::Image;
-use pinfold_lab::{Guest, Host, setup};
+use pinfold_lab::{Guest, Host, all_slots, bench, console, demo, setup};
+use std::fs;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
+
+/// A command given by hand may take its time.
+const RUN_PATIENCE: Duration = Duration::from_secs(24 * 3600);
 
 /// A real 24-CPU host under QEMU, to test Pinfold on
 #[derive(Parser)]
@@ -24,6 +29,18 @@ enum Cmd {
     Image { guest: Guest },
     /// Start a host, or find it running; it stays until `down`
     Up(Where),
+    /// Show the main job on a real host: before, during, after
+    Demo {
+        /// Folder with the programs; beside this one without
+        #[arg(long, value_name = "DIR")]
+        bins: Option<PathBuf>,
+    },
+    /// Measure hook against the same steps done by a shell script
+    Bench {
+        /// Folder with the programs; beside this one without
+        #[arg(long, value_name = "DIR")]
+        bins: Option<PathBuf>,
+    },
     /// Run a command in a host, in the state the last one left
     Run {
         #[command(flatten)]
@@ -32,6 +49,14 @@ enum Cmd {
         #[arg(last = true, required = true)]
         command: Vec<String>,
     },
+    /// Talk to a running host's serial console, a root shell; Ctrl-] leaves
+    Console(Where),
+    /// List the hosts and what is kept
+    Status,
+    /// End all hosts; what is kept makes the next start quick
+    Down,
+    /// End all hosts and remove all that is kept, images too
+    Clean,
 }
 
 #[derive(clap::Args)]
@@ -67,6 +92,14 @@ fn main() -> ExitCode {
     })
 }
 
+/// The folder of the product's programs: as named, or where this one is.
+fn beside(bins: Option<PathBuf>) -> Result<PathBuf> {
+    match bins {
+        Some(bins) => Ok(bins),
+        None => Ok(std::env::current_exe()?.parent().map_or_else(PathBuf::new, PathBuf::from)),
+    }
+}
+
 fn act(args: Args) -> Result<ExitCode> {
     let mut out = std::io::stdout().lock();
     match args.command {
@@ -84,15 +117,47 @@ fn act(args: Args) -> Result<ExitCode> {
             let host = place.host()?;
             writeln!(out, "{} is up in {}", host.guest, host.slot().folder().display())?;
         }
+        Cmd::Demo { bins } => demo::run(&beside(bins)?, &mut out)?,
+        Cmd::Bench { bins } => write!(out, "{}", bench::run(&beside(bins)?)?)?,
         Cmd::Run { place, command } => {
             let host = place.host()?;
             let words: Vec<&str> = command.iter().map(String::as_str).collect();
-            let output = host.run(&words)?;
+            let output = host.spawn(&words, RUN_PATIENCE)?.wait()?;
             out.write_all(output.stdout.as_bytes())?;
             std::io::stderr().write_all(output.stderr.as_bytes())?;
             let code = output.code.or(output.signal.map(|signal| 128 + signal));
             return Ok(code.and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from));
         }
+        Cmd::Console(place) => console::join(place.host()?.slot())?,
+        Cmd::Status => status(&Cache::open()?, &mut out)?,
+        Cmd::Down => down(&Cache::open()?)?,
+        Cmd::Clean => {
+            let cache = Cache::open()?;
+            down(&cache)?;
+            let folder = cache.path("");
+            fs::remove_dir_all(&folder).with_context(|| format!("{}: cannot remove", folder.display()))?;
+        }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn status(cache: &Cache, out: &mut impl Write) -> Result<()> {
+    for (name, slot) in all_slots(cache) {
+        let process = slot.pid().map_or_else(|| "not running".to_owned(), |pid| format!("QEMU is process {pid}"));
+        writeln!(out, "host   {name:<12} {process}, {}", slot.folder().display())?;
+    }
+    for kind in ["images", "booted"] {
+        let entries = fs::read_dir(cache.path(kind)).into_iter().flatten().flatten();
+        let mut names: Vec<_> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+        names.retain(|name| name.contains('-'));
+        names.sort();
+        for name in names {
+            writeln!(out, "{:<6} {name}", kind.trim_end_matches('s'))?;
+        }
+    }
+    Ok(())
+}
+
+fn down(cache: &Cache) -> Result<()> {
+    all_slots(cache).iter().try_for_each(|(name, slot)| slot.kill().with_context(|| format!("host {name}")))
 }
