@@ -82,13 +82,15 @@ impl Output {
 pub struct Job {
     pending: Pending,
     patience: Duration,
+    slot: Slot,
 }
 
 impl Job {
     /// Waits for its end.
     pub fn wait(self) -> Result<Output> {
         // The agent kills it in time; this is for an agent that does not.
-        let done = match self.pending.wait(self.patience + PATIENCE)? {
+        let answer = self.pending.wait(self.patience + PATIENCE).with_context(|| told_of(&self.slot));
+        let done = match answer? {
             Answer::Done(done) => done,
             other => bail!("the agent: no end of a command but {other:?}"),
         };
@@ -205,7 +207,7 @@ impl Host {
     pub fn start(&self, run: Run, patience: Duration) -> Result<Job> {
         let timeout_ms = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX);
         let pending = self.channel()?.ask(Ask::Run(Run { timeout_ms, ..run }))?;
-        Ok(Job { pending, patience })
+        Ok(Job { pending, patience, slot: self.slot.clone() })
     }
 
     /// Writes a file in the lab host; one under /proc or /sys must be there already.
@@ -275,12 +277,8 @@ impl Host {
     }
 
     fn connect(&mut self, patience: Duration) -> Result<()> {
-        self.channel = Some(Channel::connect(&self.slot.agent(), patience).with_context(|| self.console())?);
+        self.channel = Some(Channel::connect(&self.slot.agent(), patience).with_context(|| told_of(&self.slot))?);
         Ok(())
-    }
-
-    fn console(&self) -> String {
-        format!("last lines of the lab host's console:\n{}", self.slot.console_tail(CONSOLE_LINES))
     }
 
     /// Running, with the wanted programs in it.
@@ -297,7 +295,7 @@ impl Host {
             cache::write(&key, &booted.key)?;
         }
         if !self.has(&self.ready)? {
-            return self.make_ready(payload).with_context(|| self.console());
+            return self.make_ready(payload).with_context(|| told_of(&self.slot));
         }
         if as_it_is && self.slot.pid().is_some() {
             self.slot.qmp()?.execute("cont", json!({}))?;
@@ -380,8 +378,7 @@ impl Booted {
         create.args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"]).args([&self.image.disk(), &slot.disk()]);
         tool::run(&mut create)?;
         slot.start(&self.image)?;
-        let console = || format!("last lines of its console:\n{}", slot.console_tail(CONSOLE_LINES));
-        let booted = settle(&slot).with_context(console);
+        let booted = settle(&slot).with_context(|| told_of(&slot));
         slot.kill()?;
         booted?;
         fs::rename(slot.disk(), &self.disk).with_context(|| format!("{}: cannot make", self.disk.display()))
@@ -394,7 +391,7 @@ fn settle(slot: &Slot) -> Result<()> {
     let argv = ["/bin/sh", "-c", SETTLE].map(str::to_owned).to_vec();
     let timeout_ms = u64::try_from(BOOT_PATIENCE.as_millis()).unwrap_or(u64::MAX);
     let pending = channel.ask(Ask::Run(Run { argv, timeout_ms, ..Run::default() }))?;
-    let output = Job { pending, patience: BOOT_PATIENCE }.wait()?;
+    let output = Job { pending, patience: BOOT_PATIENCE, slot: slot.clone() }.wait()?;
     if !output.success() {
         bail!("it did not settle: {}", told(&output));
     }
@@ -519,6 +516,13 @@ fn told(output: &Output) -> String {
         (_, _, signal) => format!("signal {}", signal.unwrap_or_default()),
     };
     format!("{end}\nstdout: {}\nstderr: {}", output.stdout.trim_end(), output.stderr.trim_end())
+}
+
+/// What a host last showed, for an error.
+fn told_of(slot: &Slot) -> String {
+    let life = if slot.pid().is_some() { "runs" } else { "is gone" };
+    let (said, shown) = (slot.last_words(), slot.console_tail(CONSOLE_LINES));
+    format!("its QEMU {life}; QEMU's last words:\n{said}\nlast lines of its console:\n{shown}\n")
 }
 
 /// The tags in what `qemu-img snapshot -l` prints, whose lines are `ID TAG SIZE DATE ...`.

@@ -11,6 +11,7 @@ use nix::unistd::Pid;
 use serde_json::json;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -20,6 +21,7 @@ pub const CPUS: u16 = 24;
 const PAYLOAD_SIZE: u64 = 1 << 30;
 /// savevm and loadvm take seconds, more on a busy machine.
 const QMP_PATIENCE: Duration = Duration::from_secs(120);
+const START_PATIENCE: Duration = Duration::from_secs(60);
 const QUIT_PATIENCE: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(50);
 
@@ -166,13 +168,36 @@ impl Slot {
             ("-qmp", format!("unix:{},server=on,wait=off", path("qmp.sock"))),
             ("-pidfile", self.pid_file().display().to_string()),
         ];
-        let mut command = setup::command("qemu-system-x86_64");
-        command.args(["-S", "-daemonize"]).args(MACHINE);
+        let log = fs::File::create(self.log()).with_context(|| format!("{}: cannot make", self.log().display()))?;
+        let errors = log.try_clone().context("cannot share the log")?;
+        // In a session of its own it outlives us. -daemonize would do that too, but then QEMU's last words are lost.
+        let mut command = setup::command("setsid");
+        command.args(["--fork", "qemu-system-x86_64", "-S"]).args(MACHINE);
         for (option, value) in options {
             command.args([option, &value]);
         }
-        tool::run(&mut command)?;
+        let started = command.stdin(Stdio::null()).stdout(log).stderr(errors).status();
+        started.context("setsid: cannot run")?;
+        let deadline = Instant::now() + START_PATIENCE;
+        while self.pid().is_none() || self.qmp().is_err() {
+            let failed = self.pid().is_none() && !self.last_words().is_empty();
+            if failed || Instant::now() > deadline {
+                bail!("QEMU does not start: {}", self.last_words());
+            }
+            thread::sleep(POLL);
+        }
         Ok(())
+    }
+
+    /// What QEMU itself said last, warnings about CPU features left out.
+    pub fn last_words(&self) -> String {
+        let log = fs::read_to_string(self.log()).unwrap_or_default();
+        let lines: Vec<_> = log.lines().filter(|line| !line.contains(": warning: ")).collect();
+        tool::tail(&lines.join("\n"), 10).to_owned()
+    }
+
+    fn log(&self) -> PathBuf {
+        self.0.join("qemu.log")
     }
 
     /// The process, if it is ours and alive.

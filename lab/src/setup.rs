@@ -16,7 +16,7 @@ const PROGRAMS: [(&str, &str); 8] = [
     ("mmdebstrap", "mmdebstrap"),
     ("iasl", "acpica-tools"),
     ("mke2fs", "e2fsprogs"),
-    ("unshare", "util-linux"),
+    ("setsid", "util-linux"),
     ("cp", "coreutils"),
     ("tar", "tar"),
 ];
