@@ -82,8 +82,9 @@ pub(crate) fn is_gone(error: &io::Error) -> bool {
 
 /// The system's words for an error, without Rust's ` (os error N)`.
 pub fn os_text(error: &io::Error) -> String {
+    let text = error.to_string();
     match error.raw_os_error() {
-        Some(code) => nix::errno::Errno::from_raw(code).desc().to_owned(),
-        None => error.to_string(),
+        Some(code) => text.trim_end_matches(&format!(" (os error {code})")).to_owned(),
+        None => text,
     }
 }

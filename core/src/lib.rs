@@ -11,6 +11,7 @@ pub mod command;
 pub mod cpu;
 pub mod cpufreq;
 mod cpuset;
+mod dbus;
 mod error;
 pub mod irq;
 pub mod knob;

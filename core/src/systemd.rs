@@ -1,4 +1,6 @@
-//! Units' AllowedCPUs=, by systemctl; see systemd.resource-control(5).
+//! Units' AllowedCPUs=, by calls to systemd over D-Bus; see org.freedesktop.systemd1(5), systemd.resource-control(5).
+//!
+//! What `systemctl` does too, less a process for each unit.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -6,51 +8,174 @@ use std::io;
 use std::time::Duration;
 
 use crate::cgroup;
-use crate::command;
-use crate::cpuset::CpuSet;
+use crate::cpuset::{CpuSet, CpuSetError, MAX_CPU};
+use crate::dbus::{Connection, DbusError, Message, Method, Writer};
 use crate::error::{Error, Result, is_gone};
 use crate::knob::{cpu_list, into_io};
 use crate::sysroot::Sysroot;
 
-/// How long systemd may take for one unit.
+/// How long systemd may take for one call.
 const DEADLINE: Duration = Duration::from_secs(10);
 /// How long it may take to read all units again.
 const RELOAD_DEADLINE: Duration = Duration::from_secs(60);
+
+/// systemd's own socket, for root alone: there is no bus in between that has to run.
+const PRIVATE_SOCKET: &str = "run/systemd/private";
+/// The system bus, for everybody.
+const BUS_SOCKET: &str = "run/dbus/system_bus_socket";
+
+const NAME: &str = "org.freedesktop.systemd1";
+const UNIT: &str = "org.freedesktop.systemd1.Unit";
 
 /// Whether a cgroup's name is one that systemd gives its units.
 pub fn is_unit_name(name: &str) -> bool {
     [".slice", ".scope", ".service"].iter().any(|suffix| name.ends_with(suffix))
 }
 
-/// Reads `systemctl show -p Id -p LoadState -p AllowedCPUs UNIT…`: each loaded unit's CPUs, empty where unset.
-///
-/// # Errors
-/// [`Error::Cpus`] where a list cannot be read.
-pub fn parse_show(text: &str) -> Result<BTreeMap<String, CpuSet>> {
-    let mut units = BTreeMap::new();
-    for block in text.split("\n\n") {
-        let value = |key: &str| block.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
-        let (Some(unit), Some("loaded")) = (value("Id"), value("LoadState")) else { continue };
-        // systemd puts spaces between ranges.
-        let list = value("AllowedCPUs").unwrap_or_default().split_whitespace().collect::<Vec<_>>().join(",");
-        units.insert(unit.to_owned(), cpu_list(&format!("{unit}: AllowedCPUs"), &list)?);
+/// The D-Bus interface of a unit's own kind, of those kinds that have a cgroup.
+fn interface(unit: &str) -> Option<&'static str> {
+    Some(match unit.rsplit_once('.')?.1 {
+        "slice" => "org.freedesktop.systemd1.Slice",
+        "scope" => "org.freedesktop.systemd1.Scope",
+        "service" => "org.freedesktop.systemd1.Service",
+        "mount" => "org.freedesktop.systemd1.Mount",
+        "socket" => "org.freedesktop.systemd1.Socket",
+        "swap" => "org.freedesktop.systemd1.Swap",
+        _ => return None,
+    })
+}
+
+/// Calls to systemd, on one connection.
+struct Systemd(Connection);
+
+type Called<T> = std::result::Result<T, DbusError>;
+
+impl Systemd {
+    /// Connects, as root past the bus where that can be; `None` where a captured tree has no systemd behind it.
+    fn connect(root: &Sysroot, patience: Duration) -> Called<Option<Self>> {
+        if nix::unistd::geteuid().is_root() {
+            match Connection::open(&root.path(PRIVATE_SOCKET), patience) {
+                Err(DbusError::Unreachable(_)) => {}
+                connection => return connection.map(|connection| Some(Self(connection))),
+            }
+        }
+        let mut connection = match Connection::open(&root.path(BUS_SOCKET), patience) {
+            Err(DbusError::Unreachable(_)) if !root.is_live() => return Ok(None),
+            connection => connection?,
+        };
+        let bus = "org.freedesktop.DBus";
+        let hello = Method { destination: bus, path: "/org/freedesktop/DBus", interface: bus, member: "Hello" };
+        connection.call(hello, "", Writer::default())?;
+        Ok(Some(Self(connection)))
     }
-    Ok(units)
+
+    fn manager(&mut self, member: &str, signature: &str, body: Writer) -> Called<Message> {
+        let interface = "org.freedesktop.systemd1.Manager";
+        let method = Method { destination: NAME, path: "/org/freedesktop/systemd1", interface, member };
+        self.0.call(method, signature, body)
+    }
+
+    /// A unit's object; `None` where the unit has another name, or its name is none.
+    fn unit(&mut self, unit: &str) -> Called<Option<String>> {
+        let mut body = Writer::default();
+        body.string(unit);
+        let path = match self.manager("LoadUnit", "s", body) {
+            Err(DbusError::Refused { name, .. }) if name == "org.freedesktop.DBus.Error.InvalidArgs" => {
+                return Ok(None);
+            }
+            message => message?.body("o")?.string()?.to_owned(),
+        };
+        Ok((path.rsplit('/').next() == Some(label(unit).as_str())).then_some(path))
+    }
+
+    fn get(&mut self, path: &str, interface: &str, property: &str) -> Called<Message> {
+        let mut body = Writer::default();
+        body.string(interface).string(property);
+        let member = "Get";
+        let method = Method { destination: NAME, path, interface: "org.freedesktop.DBus.Properties", member };
+        self.0.call(method, "ss", body)
+    }
+
+    fn get_string(&mut self, path: &str, interface: &str, property: &str) -> Called<String> {
+        self.get(path, interface, property)?.body("v")?.variant("s")?.string().map(str::to_owned)
+    }
+
+    /// A unit's AllowedCPUs= as a bitmap; `None` where it is not loaded or its kind has none.
+    fn allowed_cpus(&mut self, unit: &str) -> Called<Option<Vec<u8>>> {
+        let Some(interface) = interface(unit) else { return Ok(None) };
+        let Some(path) = self.unit(unit)? else { return Ok(None) };
+        if self.get_string(&path, UNIT, "LoadState")? != "loaded" {
+            return Ok(None);
+        }
+        let message = self.get(&path, interface, "AllowedCPUs")?;
+        Ok(Some(message.body("v")?.variant("ay")?.bytes()?.to_vec()))
+    }
+
+    fn set_allowed_cpus(&mut self, unit: &str, cpus: &CpuSet) -> Called<()> {
+        let bitmap = bitmap(cpus);
+        let mut body = Writer::default();
+        // true: until the next boot.
+        body.string(unit).bool(true).array(8, |properties| {
+            properties.property("AllowedCPUs", "ay", |value| value.bytes(&bitmap));
+        });
+        self.manager("SetUnitProperties", "sba(sv)", body).map(drop)
+    }
+
+    /// A unit's cgroup; `None` where it has none.
+    fn cgroup(&mut self, unit: &str) -> Called<Option<String>> {
+        let Some(interface) = interface(unit) else { return Ok(None) };
+        let Some(path) = self.unit(unit)? else { return Ok(None) };
+        self.get_string(&path, interface, "ControlGroup").map(|cgroup| Some(cgroup).filter(|path| !path.is_empty()))
+    }
+}
+
+/// A unit's name as the last part of its object's path: `x_2eslice`; see sd_bus_path_encode(3).
+fn label(unit: &str) -> String {
+    let plain = |at: usize, byte: u8| byte.is_ascii_alphabetic() || (at > 0 && byte.is_ascii_digit());
+    let bytes = unit.bytes().enumerate();
+    bytes.map(|(at, byte)| if plain(at, byte) { char::from(byte).into() } else { format!("_{byte:02x}") }).collect()
+}
+
+/// CPUs as systemd has them over D-Bus: bit `n % 8` of byte `n / 8` is CPU `n`.
+fn bitmap(cpus: &CpuSet) -> Vec<u8> {
+    let mut bytes = vec![0; cpus.last().map_or(0, |last| last / 8 + 1)];
+    for cpu in cpus.iter() {
+        bytes[cpu / 8] |= 1 << (cpu % 8);
+    }
+    bytes
+}
+
+fn from_bitmap(bytes: &[u8]) -> std::result::Result<CpuSet, CpuSetError> {
+    let is_set = |cpu: &usize| bytes[cpu / 8] & (1 << (cpu % 8)) != 0;
+    let cpus = (0..bytes.len() * 8).filter(is_set);
+    cpus.map(|cpu| if cpu > MAX_CPU { Err(CpuSetError::TooLarge(cpu.to_string())) } else { Ok(cpu) }).collect()
+}
+
+/// A failed call in words that say what was tried.
+fn failed(tried: String) -> impl FnOnce(DbusError) -> Error {
+    move |error| {
+        let needs_root = error.is_denied() && !nix::unistd::geteuid().is_root();
+        Error::unusable("systemd", format!("{tried}: {error}{}", if needs_root { "; this needs root" } else { "" }))
+    }
 }
 
 /// The AllowedCPUs= of units, empty where unset; units that systemd does not know are left out.
 ///
 /// # Errors
-/// Where systemctl cannot be run or understood.
+/// Where systemd cannot be asked or understood.
 pub fn allowed_cpus_of(root: &Sysroot, units: &[String]) -> Result<BTreeMap<String, CpuSet>> {
-    if units.is_empty() || !root.is_live() {
-        return Ok(BTreeMap::new());
+    let mut known = BTreeMap::new();
+    let Some(first) = units.first() else { return Ok(known) };
+    let tried = |unit: &str| failed(format!("read AllowedCPUs of {unit}"));
+    let Some(mut systemd) = Systemd::connect(root, DEADLINE).map_err(tried(first))? else { return Ok(known) };
+    for unit in units {
+        if let Some(bytes) = systemd.allowed_cpus(unit).map_err(tried(unit))? {
+            let object = || format!("{unit}: AllowedCPUs");
+            let cpus = from_bitmap(&bytes).map_err(|source| Error::Cpus { object: object(), source })?;
+            known.insert(unit.clone(), cpus);
+        }
     }
-    let mut args = vec!["show", "-p", "Id", "-p", "LoadState", "-p", "AllowedCPUs", "--"];
-    args.extend(units.iter().map(String::as_str));
-    let text =
-        command::run("systemctl", &args, DEADLINE).map_err(|error| Error::unusable("systemd", error.to_string()))?;
-    parse_show(&text)
+    Ok(known)
 }
 
 /// One unit's AllowedCPUs=; `None` where there is no such unit.
@@ -64,22 +189,26 @@ pub fn allowed_cpus(root: &Sysroot, unit: &str) -> Result<Option<String>> {
 
 /// Sets a unit's AllowedCPUs= until the next boot; an empty list clears it.
 pub(crate) fn set_allowed_cpus(root: &Sysroot, unit: &str, cpus: &str) -> io::Result<()> {
-    if !root.is_live() {
+    let tried = || failed(format!("set AllowedCPUs={cpus} of {unit}"));
+    let set = cpu_list(unit, cpus).map_err(into_io)?;
+    let systemd = Systemd::connect(root, DEADLINE).map_err(|error| into_io(tried()(error)))?;
+    let Some(mut systemd) = systemd else {
         return Err(io::Error::other("units can be set on the running host only, not under --sysroot"));
-    }
-    let property = format!("AllowedCPUs={cpus}");
-    command::run("systemctl", &["set-property", "--runtime", "--", unit, &property], DEADLINE)?;
-    if cpus.is_empty() {
+    };
+    systemd.set_allowed_cpus(unit, &set).map_err(|error| into_io(tried()(error)))?;
+    if set.is_empty() {
         // Cleared, the property leaves the live cpuset as it was (systemd#43846), unless no unit uses the controller any
         // more.
-        let top = root.exists(cgroup::path(unit));
-        let cgroup = match top {
-            true => unit.to_owned(),
-            false => command::run("systemctl", &["show", "-p", "ControlGroup", "--value", "--", unit], DEADLINE)?,
+        let cgroup = match root.exists(cgroup::path(unit)) {
+            true => Some(unit.to_owned()),
+            false => {
+                systemd.cgroup(unit).map_err(|error| into_io(failed(format!("find the cgroup of {unit}"))(error)))?
+            }
         };
-        let live = root.read_value(cgroup::file(cgroup.trim(), "cpuset.cpus")).map_err(into_io)?;
+        let Some(cgroup) = cgroup else { return Ok(()) };
+        let live = root.read_value(cgroup::file(&cgroup, "cpuset.cpus")).map_err(into_io)?;
         if live.is_some_and(|list| !list.is_empty()) {
-            cgroup::set_cpus(root, cgroup.trim(), "")?;
+            cgroup::set_cpus(root, &cgroup, "")?;
         }
     }
     Ok(())
@@ -122,40 +251,277 @@ pub(crate) fn keep_overrides(root: &Sysroot, kept: &str) -> io::Result<()> {
             let _ = fs::remove_dir(drop_ins).and_then(|()| fs::remove_dir(root.path(folder)));
         }
     }
-    if root.is_live() {
-        command::run("systemctl", &["daemon-reload"], RELOAD_DEADLINE)?;
+    let reload = |error| into_io(failed("reload".into())(error));
+    match Systemd::connect(root, RELOAD_DEADLINE).map_err(reload)? {
+        Some(mut systemd) => systemd.manager("Reload", "", Writer::default()).map(drop).map_err(reload),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 /// Makes a scope around a running process, with what PVE gives its VMs' scopes (PVE/QemuServer.pm, `vm_start`):
-/// stopping it signals QEMU alone and never kills.
+/// stopping it signals QEMU alone and never kills. It answers before the process is in it.
 pub(crate) fn start_scope(scope: &str, slice: &str, pid: i32) -> io::Result<()> {
-    let pid = pid.to_string();
-    #[rustfmt::skip]
-    let args = [
-        "call", "--quiet", "org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager",
-        "StartTransientUnit", "ssa(sv)a(sa(sv))", scope, "fail",
-        "5", "PIDs", "au", "1", &pid, "Slice", "s", slice, "KillMode", "s", "process", "SendSIGKILL", "b", "false",
-        "TimeoutStopUSec", "t", "18446744073709551615",
-        "0",
-    ];
-    command::run("busctl", &args, DEADLINE).map(drop)
+    start_scope_below(&Sysroot::default(), scope, slice, pid)
+}
+
+fn start_scope_below(root: &Sysroot, scope: &str, slice: &str, pid: i32) -> io::Result<()> {
+    let words = |error| into_io(failed(format!("make {scope} around process {pid}"))(error));
+    let process = u32::try_from(pid).map_err(io::Error::other)?;
+    let Some(mut systemd) = Systemd::connect(root, DEADLINE).map_err(words)? else {
+        return Err(io::Error::other("scopes can be made on the running host only, not under --sysroot"));
+    };
+    let mut body = Writer::default();
+    body.string(scope).string("fail").array(8, |properties| {
+        properties.property("PIDs", "au", |value| {
+            value.array(4, |pids| {
+                pids.u32(process);
+            })
+        });
+        properties.property("Slice", "s", |value| value.string(slice));
+        properties.property("KillMode", "s", |value| value.string("process"));
+        properties.property("SendSIGKILL", "b", |value| value.bool(false));
+        properties.property("TimeoutStopUSec", "t", |value| value.u64(u64::MAX));
+    });
+    // No further units.
+    body.array(8, |_| {});
+    systemd.manager("StartTransientUnit", "ssa(sv)a(sa(sv))", body).map(drop).map_err(words)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dbus::fake::{Answer, Fake};
+    use proptest::prelude::*;
+
+    /// A systemd with x.slice and x-y.slice (0-5,12-17), the unset 1.scope, and masked.service, on the bus.
+    fn answer(path: &str, member: &str, body: &[&str]) -> Answer {
+        let mut reply = Writer::default();
+        let variant = |signature: &str, fill: &dyn Fn(&mut Writer)| {
+            let mut reply = Writer::default();
+            reply.variant(signature);
+            fill(&mut reply);
+            Ok(("v", reply))
+        };
+        match (member, body) {
+            ("Hello", _) => {
+                reply.string(":1.7");
+                Ok(("s", reply))
+            }
+            ("LoadUnit", ["alias.service"]) => {
+                reply.string("/org/freedesktop/systemd1/unit/real_2eservice");
+                Ok(("o", reply))
+            }
+            ("LoadUnit", ["bad@.service"]) => {
+                Err(("org.freedesktop.DBus.Error.InvalidArgs", "Unit name bad@.service is not valid."))
+            }
+            ("LoadUnit", [unit, ..]) => {
+                reply.string(&format!("/org/freedesktop/systemd1/unit/{}", label(unit)));
+                Ok(("o", reply))
+            }
+            ("Get", [UNIT, "LoadState"]) => {
+                let state = if path.contains("masked") { "masked" } else { "loaded" };
+                variant("s", &|value| {
+                    value.string(state);
+                })
+            }
+            ("Get", ["org.freedesktop.systemd1.Slice", "AllowedCPUs"]) if path.ends_with("/huge_2eslice") => {
+                variant("ay", &|value| {
+                    value.bytes(&[0xff; 2000]);
+                })
+            }
+            ("Get", ["org.freedesktop.systemd1.Slice", "AllowedCPUs"]) if path.ends_with("/odd_2eslice") => {
+                variant("s", &|value| {
+                    value.string("0-5");
+                })
+            }
+            ("Get", ["org.freedesktop.systemd1.Slice", "AllowedCPUs"]) => variant("ay", &|value| {
+                value.bytes(&[0x3f, 0xf0, 0x03, 0, 0, 0, 0, 0]);
+            }),
+            ("Get", ["org.freedesktop.systemd1.Scope", "AllowedCPUs"]) => variant("ay", &|value| {
+                value.bytes(&[]);
+            }),
+            ("Get", ["org.freedesktop.systemd1.Slice", "ControlGroup"]) => variant("s", &|value| {
+                value.string("/x.slice/x-y.slice");
+            }),
+            ("SetUnitProperties", ["gone.scope", ..]) => {
+                Err(("org.freedesktop.systemd1.NoSuchUnit", "Unit gone.scope not found."))
+            }
+            ("SetUnitProperties", ["denied.slice", ..]) => {
+                Err(("org.freedesktop.DBus.Error.AccessDenied", "Access denied"))
+            }
+            ("SetUnitProperties" | "Reload", _) => Ok(("", reply)),
+            ("StartTransientUnit", _) => {
+                reply.string("/org/freedesktop/systemd1/job/7");
+                Ok(("o", reply))
+            }
+            _ => Err(("org.freedesktop.DBus.Error.UnknownMethod", "")),
+        }
+    }
+
+    fn fake(socket: &str) -> (tempfile::TempDir, Sysroot, Fake) {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Sysroot::new(dir.path());
+        fs::create_dir_all(root.path(socket).parent().unwrap()).unwrap();
+        let fake = Fake::start(&root.path(socket), answer);
+        (dir, root, fake)
+    }
+
+    fn names(units: &[&str]) -> Vec<String> {
+        units.iter().map(|unit| (*unit).to_owned()).collect()
+    }
+
+    fn write(root: &Sysroot, path: &str, text: &str) {
+        let path = root.path(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
 
     #[test]
-    fn units_as_systemctl_shows_them() {
-        let text = "Id=system.slice\nAllowedCPUs=0-5 12-17\nLoadState=loaded\n\n\
-                    Id=user.slice\nAllowedCPUs=\nLoadState=loaded\n\nId=x.slice\nAllowedCPUs=\nLoadState=not-found\n";
-        let units = parse_show(text).unwrap();
-        assert_eq!(units["system.slice"].to_string(), "0-5,12-17");
-        assert!(units["user.slice"].is_empty());
-        assert_eq!(units.len(), 2);
-        assert!(parse_show("").unwrap().is_empty());
-        assert!(parse_show("Id=a\nLoadState=loaded\nAllowedCPUs=x").is_err());
+    fn units_are_read_on_one_connection() {
+        let (_dir, root, fake) = fake(BUS_SOCKET);
+        let asked = ["x.slice", "1.scope", "masked.service", "alias.service", "bad@.service", "lxc", "a.timer"];
+        let units = allowed_cpus_of(&root, &names(&asked)).unwrap();
+        assert_eq!(units["x.slice"].to_string(), "0-5,12-17");
+        assert!(units["1.scope"].is_empty());
+        assert_eq!(units.len(), 2, "{units:?}");
+        assert_eq!(allowed_cpus(&root, "masked.service").unwrap(), None);
+        let calls = fake.calls();
+        assert_eq!(calls.iter().filter(|call| call.contains(" Hello")).count(), 2, "{calls:?}");
+        assert!(calls.contains(&"/org/freedesktop/systemd1 LoadUnit s x.slice".to_owned()), "{calls:?}");
+        let get = "/org/freedesktop/systemd1/unit/_31_2escope Get ss org.freedesktop.systemd1.Scope AllowedCPUs";
+        assert!(calls.contains(&get.to_owned()), "{calls:?}");
+        assert!(allowed_cpus_of(&root, &[]).unwrap().is_empty());
+    }
+
+    #[test]
+    fn odd_answers_are_errors_that_name_the_unit() {
+        let (_dir, root, _fake) = fake(BUS_SOCKET);
+        for (unit, words) in [
+            ("odd.slice", "systemd: read AllowedCPUs of odd.slice: it sends garbage: a value of another type"),
+            ("huge.slice", "huge.slice: AllowedCPUs: CPU 8192 is beyond 8191, the largest CPU number the kernel knows"),
+        ] {
+            assert_eq!(allowed_cpus(&root, unit).unwrap_err().to_string(), words);
+        }
+    }
+
+    #[test]
+    fn as_root_systemd_itself_is_asked() {
+        if !nix::unistd::geteuid().is_root() {
+            println!("skipped: systemd's own socket is for root");
+            return;
+        }
+        let (_dir, root, fake) = fake(PRIVATE_SOCKET);
+        assert_eq!(allowed_cpus(&root, "x.slice").unwrap().unwrap(), "0-5,12-17");
+        assert!(fake.calls().iter().all(|call| !call.contains("Hello")));
+    }
+
+    #[test]
+    fn units_are_set() {
+        let (_dir, root, fake) = fake(BUS_SOCKET);
+        set_allowed_cpus(&root, "x.slice", "0-5,12-17").unwrap();
+        assert_eq!(fake.calls().last().unwrap(), "/org/freedesktop/systemd1 SetUnitProperties sba(sv) x.slice");
+        let error = set_allowed_cpus(&root, "gone.scope", "0-5").unwrap_err().to_string();
+        assert_eq!(error, "systemd: set AllowedCPUs=0-5 of gone.scope: Unit gone.scope not found.");
+        let error = set_allowed_cpus(&root, "denied.slice", "0-5").unwrap_err().to_string();
+        assert!(error.starts_with("systemd: set AllowedCPUs=0-5 of denied.slice: Access denied"), "{error}");
+        assert_eq!(error.ends_with("; this needs root"), !nix::unistd::geteuid().is_root());
+    }
+
+    #[test]
+    fn clearing_a_unit_clears_its_live_cpuset() {
+        let (_dir, root, _fake) = fake(BUS_SOCKET);
+        for (unit, file) in [
+            ("x.slice", "sys/fs/cgroup/x.slice/cpuset.cpus"),
+            ("x-y.slice", "sys/fs/cgroup/x.slice/x-y.slice/cpuset.cpus"),
+        ] {
+            write(&root, file, "0-5\n");
+            set_allowed_cpus(&root, unit, "").unwrap();
+            assert_eq!(root.read_value(file).unwrap().unwrap(), "", "{unit}");
+        }
+    }
+
+    #[test]
+    fn overrides_go_with_one_reload() {
+        let (_dir, root, fake) = fake(BUS_SOCKET);
+        for unit in ["system.control/x.slice", "system.control/y.slice", "transient/init.scope"] {
+            write(&root, &format!("run/systemd/{unit}.d/{OVERRIDE}"), "");
+        }
+        keep_overrides(&root, "y.slice").unwrap();
+        assert_eq!(overrides(&root).unwrap(), ["y.slice"]);
+        assert!(!root.exists("run/systemd/transient"));
+        let reloads = fake.calls().into_iter().filter(|call| call == "/org/freedesktop/systemd1 Reload  ").count();
+        assert_eq!(reloads, 1, "{:?}", fake.calls());
+    }
+
+    #[test]
+    fn a_scope_is_asked_for() {
+        let (_dir, root, fake) = fake(BUS_SOCKET);
+        start_scope_below(&root, "100.scope", "qemu.slice", 4711).unwrap();
+        let call = "/org/freedesktop/systemd1 StartTransientUnit ssa(sv)a(sa(sv)) 100.scope fail";
+        assert_eq!(fake.calls().last().unwrap(), call);
+        assert!(start_scope_below(&root, "100.scope", "qemu.slice", -1).is_err());
+    }
+
+    #[test]
+    fn a_captured_tree_has_no_units() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Sysroot::new(dir.path());
+        assert!(allowed_cpus_of(&root, &names(&["x.slice"])).unwrap().is_empty());
+        let error = set_allowed_cpus(&root, "x.slice", "0-5").unwrap_err().to_string();
+        assert_eq!(error, "units can be set on the running host only, not under --sysroot");
+        keep_overrides(&root, "").unwrap();
+        // A socket that was copied along has nobody behind it.
+        write(&root, BUS_SOCKET, "");
+        assert!(allowed_cpus_of(&root, &names(&["x.slice"])).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_systemd_that_hangs_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Sysroot::new(dir.path());
+        let _silent: Vec<_> = [PRIVATE_SOCKET, BUS_SOCKET]
+            .iter()
+            .map(|socket| {
+                fs::create_dir_all(root.path(socket).parent().unwrap()).unwrap();
+                std::os::unix::net::UnixListener::bind(root.path(socket)).unwrap()
+            })
+            .collect();
+        let error = Systemd::connect(&root, Duration::from_millis(50)).map(drop).unwrap_err();
+        let error = failed("reload".into())(error).to_string();
+        assert_eq!(error, "systemd: reload: no answer within 0.05 s");
+    }
+
+    #[test]
+    fn labels_as_systemd_makes_them() {
+        for (unit, path) in [
+            ("system.slice", "system_2eslice"),
+            ("100.scope", "_3100_2escope"),
+            ("user@0.service", "user_400_2eservice"),
+            ("a-b_c.slice", "a_2db_5fc_2eslice"),
+            ("-.slice", "_2d_2eslice"),
+        ] {
+            assert_eq!(label(unit), path);
+        }
+    }
+
+    #[test]
+    fn bitmaps() {
+        for (list, bytes) in
+            [("", &[][..]), ("0", &[1]), ("0-5,12-17", &[0x3f, 0xf0, 0x03]), ("64", &[0, 0, 0, 0, 0, 0, 0, 0, 1])]
+        {
+            let cpus = CpuSet::from_kernel_list(list).unwrap();
+            assert_eq!(bitmap(&cpus), bytes, "{list}");
+            assert_eq!(from_bitmap(bytes).unwrap(), cpus);
+        }
+        assert!(from_bitmap(&[0; 4000]).unwrap().is_empty());
+        assert!(from_bitmap(&[1; 1025]).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn bitmaps_survive(cpus in prop::collection::btree_set(0..=MAX_CPU, 0..40)) {
+            let cpus: CpuSet = cpus.into_iter().collect();
+            prop_assert_eq!(from_bitmap(&bitmap(&cpus)).unwrap(), cpus);
+        }
     }
 }

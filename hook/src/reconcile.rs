@@ -207,7 +207,9 @@ impl<'a> Reconcile<'a> {
         let online = cpu::online(self.root)?;
         let mut objects = Vec::new();
         for pid in process::pids(self.root)? {
-            if fenced.contains(&pid) {
+            let beside_qemu =
+                || cgroup::of_process(self.root, pid).is_ok_and(|path| path.contains(cg_slice::DECOUPLED));
+            if fenced.contains(&pid) || (!fenced.is_empty() && beside_qemu()) {
                 continue;
             }
             let tasks = match process::tasks(self.root, pid) {
@@ -341,7 +343,45 @@ impl<'a> Reconcile<'a> {
             wanted.insert(object.knob.clone(), cpus.to_string());
             objects.push(object);
         }
+        // Its helpers (swtpm, virtiofsd) came along out of the slice, and belong with the emulator.
+        let beside = self.cpus_for(&reservation, &vm::Role::Emulator, &housekeeping)?.to_string();
+        for object in self.helper_objects(vmid, qemu)? {
+            wanted.insert(object.knob.clone(), beside.clone());
+            objects.push(object);
+        }
         self.set("pins", objects, move |knob, before| wanted.get(knob).cloned().unwrap_or_else(|| before.to_owned()))
+    }
+
+    /// The threads of what is in a decoupled VM's cgroup beside QEMU.
+    fn helper_objects(&self, vmid: VmId, qemu: &Qemu) -> Result<Vec<Object>> {
+        let mut objects = Vec::new();
+        for pid in cgroup::processes(self.root, &cg_slice::decoupled_cgroup(vmid)).unwrap_or_default() {
+            if pid != qemu.id.pid {
+                objects.extend(self.thread_objects(pid)?);
+            }
+        }
+        Ok(objects)
+    }
+
+    /// A process's threads with the CPUs they may run on; those that end meanwhile are left out.
+    fn thread_objects(&self, pid: i32) -> Result<Vec<Object>> {
+        let tasks = match process::tasks(self.root, pid) {
+            Err(error) if error.is_gone() => return Ok(Vec::new()),
+            tasks => tasks?,
+        };
+        let mut objects = Vec::with_capacity(tasks.len());
+        for task in tasks {
+            match process::affinity(self.root, &task.id) {
+                Ok(cpus) => objects.push(Object::new(
+                    Knob::Thread(task.id),
+                    format!("thread {} ({})", task.id.tid, task.name),
+                    cpus.to_string(),
+                )),
+                Err(error) if error.is_gone() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(objects)
     }
 
     fn cpus_for(&self, reservation: &Reservation, role: &vm::Role, housekeeping: &CpuSet) -> Result<CpuSet> {
@@ -394,18 +434,11 @@ impl<'a> Reconcile<'a> {
                 self.report.changes(&[done]);
             }
         }
-        let objects = process::tasks(self.root, qemu.id.pid)?
-            .into_iter()
-            .filter(|task| self.store.baseline.has(&Knob::Thread(task.id)))
-            .filter_map(|task| {
-                let found = process::affinity(self.root, &task.id).ok()?;
-                Some(Object::new(
-                    Knob::Thread(task.id),
-                    format!("thread {} ({})", task.id.tid, task.name),
-                    found.to_string(),
-                ))
-            })
-            .collect();
+        let mut objects = Vec::new();
+        for pid in cgroup::processes(self.root, &cgroup::of_process(self.root, qemu.id.pid)?)? {
+            objects.extend(self.thread_objects(pid)?);
+        }
+        objects.retain(|object| self.store.baseline.has(&object.knob));
         self.set("pins", objects, |_, before| before.to_owned())
     }
 

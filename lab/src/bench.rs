@@ -46,7 +46,9 @@ pub fn run(bins: &Path) -> Result<String> {
 
         host.start_vm(&vm)?;
         host.ok("hook 100 pre-start -q")?;
-        let text = host.ok("s=$(cut -d' ' -f1 /proc/uptime); hook 100 post-start --json; echo \"$s $(cut -d' ' -f1 /proc/uptime)\"")?;
+        let text = host.ok(
+            "s=$(cut -d' ' -f1 /proc/uptime); hook 100 post-start --json; echo \"$s $(cut -d' ' -f1 /proc/uptime)\"",
+        )?;
         hook.push(hook_times(&text)?);
         host.kill_vm(100)?;
         host.cleanup_vm(100, false)?;
@@ -93,7 +95,8 @@ fn median(rounds: &[Times], step: &str) -> f64 {
 }
 
 fn table(script: &[Times], hook: &[Times]) -> String {
-    let mut text = format!("{:<34}{:>10}{:>10}{:>8}\n", format!("post-start, medians of {ROUNDS}"), "script s", "hook s", "ratio");
+    let mut text =
+        format!("{:<34}{:>10}{:>10}{:>8}\n", format!("post-start, medians of {ROUNDS}"), "script s", "hook s", "ratio");
     let mut line = |name: &str, script: f64, hook: f64| {
         text += &format!("{name:<34}{script:>10.3}{hook:>10.3}{:>7.1}x\n", script / hook);
     };
@@ -121,7 +124,8 @@ mod tests {
 
     #[test]
     fn times_are_read_and_medians_taken() {
-        let script = "slices 1.5\noffline 2\nirqs 1\nkthreads 1\nonline 1\npace 1\ndecouple 1\npins 1\nhotplug-kernel 2.5\n";
+        let script =
+            "slices 1.5\noffline 2\nirqs 1\nkthreads 1\nonline 1\npace 1\ndecouple 1\npins 1\nhotplug-kernel 2.5\n";
         let script = script_times(script).unwrap();
         assert!(script_times("slices 1\n").is_err());
         let hook = "{\"steps\": [{\"step\": \"baseline\", \"seconds\": 0.5}, {\"step\": \"slices\", \"seconds\": 0.25}]}\n1.0 2.0\n";

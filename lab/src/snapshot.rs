@@ -15,7 +15,10 @@ use std::process::Command;
 
 const SYSCTLS: &[(&str, &[&str])] = &[
     ("/proc/sys/kernel", &["watchdog", "sched", "numa_balancing", "timer_migration", "hung_task"]),
-    ("/proc/sys/vm", &["stat_interval", "dirty", "swappiness", "compaction", "nr_", "overcommit", "zone_reclaim", "min_free"]),
+    (
+        "/proc/sys/vm",
+        &["stat_interval", "dirty", "swappiness", "compaction", "nr_", "overcommit", "zone_reclaim", "min_free"],
+    ),
 ];
 /// What reads as the last command written, not as state.
 const COMMANDS: [&str; 3] = ["drop_caches", "compact_memory", "stat_refresh"];
@@ -35,7 +38,8 @@ const UNIT_FOLDERS: [&str; 5] = [
     "/etc/systemd/system.control",
     "/run/pinfold",
 ];
-const UNIT_PROPERTIES: &str = "Id,ActiveState,Slice,ControlGroup,Delegate,DelegateControllers,AllowedCPUs,EffectiveCPUs,AllowedMemoryNodes";
+const UNIT_PROPERTIES: &str =
+    "Id,ActiveState,Slice,ControlGroup,Delegate,DelegateControllers,AllowedCPUs,EffectiveCPUs,AllowedMemoryNodes";
 
 /// The state of a host at one moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -127,7 +131,11 @@ fn lasting_name(comm: &str) -> String {
     }
     let (stem, number) = comm.rsplit_once('/').unwrap_or((comm, ""));
     let per_cpu = number.len() <= 2;
-    if number.is_empty() || per_cpu || number.contains(|c: char| !c.is_ascii_digit()) { comm.to_owned() } else { format!("{stem}/*") }
+    if number.is_empty() || per_cpu || number.contains(|c: char| !c.is_ascii_digit()) {
+        comm.to_owned()
+    } else {
+        format!("{stem}/*")
+    }
 }
 
 fn kthreads(threads: &[Thread]) -> Vec<String> {
@@ -148,7 +156,9 @@ fn tasks(threads: &[Thread]) -> Vec<String> {
     // udev's workers come with a device event and go a while after it.
     let lasting = users.filter(|thread| thread.comm != "(udev-worker)");
     let lines: BTreeSet<_> = lasting
-        .map(|thread| format!("task {:?} cgroup={} cpus={}", thread.comm, proc::cgroup(thread.pid, thread.tid), thread.cpus))
+        .map(|thread| {
+            format!("task {:?} cgroup={} cpus={}", thread.comm, proc::cgroup(thread.pid, thread.tid), thread.cpus)
+        })
         .collect();
     lines.into_iter().collect()
 }
@@ -172,7 +182,11 @@ fn workqueues() -> Vec<String> {
     let masks = ["cpumask", "cpumask_requested", "cpumask_isolated"];
     let mut lines = vec![format!("workqueue{}", values(folder, masks))];
     let own = names(folder).into_iter().filter(|name| folder.join(name).join("cpumask").exists());
-    lines.extend(own.map(|name| format!("workqueue {name}{}", values(&folder.join(&name), ["cpumask", "nice", "affinity_scope"]))));
+    lines.extend(
+        own.map(|name| {
+            format!("workqueue {name}{}", values(&folder.join(&name), ["cpumask", "nice", "affinity_scope"]))
+        }),
+    );
     lines
 }
 
@@ -248,7 +262,10 @@ fn sysctls() -> Vec<String> {
         }
     }
     let memory = Path::new("/sys/kernel/mm");
-    lines.push(format!("mm{}", values(memory, ["transparent_hugepage/enabled", "transparent_hugepage/defrag", "ksm/run"])));
+    lines.push(format!(
+        "mm{}",
+        values(memory, ["transparent_hugepage/enabled", "transparent_hugepage/defrag", "ksm/run"])
+    ));
     lines
 }
 
@@ -316,7 +333,10 @@ mod tests {
 
     #[test]
     fn unit_and_mount_lines() {
-        assert_eq!(unit_line("Slice=-.slice\nId=a.slice\nAllowedCPUs=\n"), "unit Id=a.slice AllowedCPUs= Slice=-.slice");
+        assert_eq!(
+            unit_line("Slice=-.slice\nId=a.slice\nAllowedCPUs=\n"),
+            "unit Id=a.slice AllowedCPUs= Slice=-.slice"
+        );
         let line = "25 30 0:22 / /sys rw,nosuid shared:7 - sysfs sysfs rw";
         assert_eq!(mount_line(line).as_deref(), Some("mount /sys / rw,nosuid sysfs sysfs"));
         assert_eq!(mount_line("garbage"), None);

@@ -109,7 +109,9 @@ fn irqs(cpus: &Cpus, found: &mut Strays) -> Result<()> {
     for number in names(folder).iter().filter_map(|name| name.parse::<u32>().ok()) {
         let own = folder.join(number.to_string());
         let actions: Vec<_> = names(&own).into_iter().filter(|name| own.join(name).is_dir()).collect();
-        let (Some(mask), Some(effective)) = (read(own.join("smp_affinity_list")), read(own.join("effective_affinity_list"))) else {
+        let (Some(mask), Some(effective)) =
+            (read(own.join("smp_affinity_list")), read(own.join("effective_affinity_list")))
+        else {
             continue;
         };
         // One without a handler gets its place when a driver asks for it.
@@ -139,7 +141,8 @@ fn qemu_pid(vm: u32) -> Result<i32> {
 
 /// `CPU n/KVM`, or `/TCG` without KVM.
 fn is_vcpu(comm: &str) -> bool {
-    let number = comm.strip_prefix("CPU ").and_then(|rest| rest.strip_suffix("/KVM").or_else(|| rest.strip_suffix("/TCG")));
+    let number =
+        comm.strip_prefix("CPU ").and_then(|rest| rest.strip_suffix("/KVM").or_else(|| rest.strip_suffix("/TCG")));
     number.is_some_and(|number| number.parse::<u32>().is_ok())
 }
 
@@ -149,7 +152,9 @@ mod tests {
 
     #[test]
     fn vcpu_threads_are_told_by_name() {
-        for (comm, vcpu) in [("CPU 0/KVM", true), ("CPU 11/TCG", true), ("CPU /KVM", false), ("kvm", false), ("CPU 1/KVMx", false)] {
+        for (comm, vcpu) in
+            [("CPU 0/KVM", true), ("CPU 11/TCG", true), ("CPU /KVM", false), ("kvm", false), ("CPU 1/KVMx", false)]
+        {
             assert_eq!(is_vcpu(comm), vcpu, "{comm}");
         }
     }

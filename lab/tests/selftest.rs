@@ -56,7 +56,8 @@ fn a_host_is_real_and_comes_back(guest: Guest) {
     assert_eq!(host.ok(devices).unwrap(), all);
 
     // CPUs go and come, and nothing of all this is left after a reset.
-    host.ok("cd /sys/devices/system/cpu; for c in 6 18; do echo 0 > cpu$c/online; echo 1 > cpu$c/online; done").unwrap();
+    host.ok("cd /sys/devices/system/cpu; for c in 6 18; do echo 0 > cpu$c/online; echo 1 > cpu$c/online; done")
+        .unwrap();
     host.reset().unwrap();
     assert_eq!(before.diff(&host.snapshot().unwrap()), "");
     assert!(host.get("/root/x").is_err());

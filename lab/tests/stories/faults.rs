@@ -1,0 +1,200 @@
+//! The faults of the script that Pinfold replaces (docs/design.md, "The original and its faults"), each with a host on
+//! which it would show.
+
+use pinfold_lab::{Host, VmSpec};
+
+use crate::stories;
+use crate::support::{ISOLATED, assert_fenced, assert_restored, expect, install_hook, threads, vm};
+
+stories![
+    what_the_admin_had_set_comes_back,
+    two_vms,
+    a_step_that_fails_rolls_back,
+    a_pci_node_that_never_goes,
+    helpers_and_containers,
+    newborns,
+    irqbalance_is_named,
+    another_vm_with_affinity_is_named,
+    other_lives,
+];
+
+/// Undo was "all CPUs for everyone": queue spreading, NUMA masks, taskset, AllowedCPUs, stat_interval, governors.
+fn what_the_admin_had_set_comes_back(host: &mut Host) {
+    host.start_vm(&VmSpec::new(101)).unwrap();
+    host.ok(
+        "echo 4-7 > /proc/irq/1/smp_affinity_list; echo 6-7 > /proc/irq/12/smp_affinity_list; \
+         taskset -pc 6-11,18-23 $(pgrep -x kswapd0); taskset -pc 3,8 $(pgrep -x kcompactd0); \
+         (taskset -c 2,9 sleep 10000 >/dev/null 2>&1 &); (taskset -c 10 sleep 10001 >/dev/null 2>&1 &); \
+         systemctl set-property --runtime user.slice AllowedCPUs=0-20; \
+         mkdir -p /etc/systemd/system/system.slice.d; \
+         printf '[Slice]\\nAllowedCPUs=0-22\\n' > /etc/systemd/system/system.slice.d/admin.conf; systemctl daemon-reload; \
+         systemctl set-property --runtime init.scope AllowedCPUs=0-23; systemctl set-property --runtime init.scope AllowedCPUs=; \
+         echo 7 > /proc/sys/vm/stat_interval; \
+         echo powersave > /sys/devices/system/cpu/cpu8/cpufreq/scaling_governor; sleep 0.5",
+    )
+    .unwrap();
+    let before = host.snapshot().unwrap();
+    install_hook(host);
+    host.start_vm(&vm()).unwrap();
+    let strays = host.strays(ISOLATED, &[100]).unwrap();
+    assert!(strays.is_clean(), "{strays:#?}");
+    assert_eq!(host.ok("cat /proc/irq/1/smp_affinity_list").unwrap(), "4-5\n", "narrowed, not widened");
+    host.stop_vm(100).unwrap();
+    // Since the admin's units use the cpuset controller it stays, and the kernel does not clear cpuset.cpus of a cgroup that
+    // has processes: all CPUs stand there instead of none, which is the same.
+    let after = host.snapshot().unwrap();
+    let same = |text: &str| text.replace("cpuset.cpus=\"0-23\"", "cpuset.cpus=\"\"");
+    let lines =
+        |state: &pinfold_lab::HostState| -> Vec<String> { state.lines().iter().map(|line| same(line)).collect() };
+    let after: Vec<String> = lines(&after).into_iter().filter(|line| !line.starts_with("file /run/pinfold")).collect();
+    let before: Vec<String> =
+        lines(&before).into_iter().filter(|line| !line.starts_with("file /run/pinfold")).collect();
+    assert_eq!(before, after);
+}
+
+/// No lock, no count: with two VMs the first stop freed both.
+fn two_vms(host: &mut Host) {
+    host.ok("mkdir -p /etc/pinfold").unwrap();
+    host.put("/etc/pinfold/100.toml", b"isolated = \"6-8\"\npins = \"6,7,8\"\n", 0o644).unwrap();
+    host.put("/etc/pinfold/101.toml", b"isolated = \"18-20\"\npins = \"18,19,20\"\n", 0o644).unwrap();
+    host.put("/etc/pinfold/102.toml", b"isolated = \"8-9\"\npins = \"8,9\"\n", 0o644).unwrap();
+    install_hook(host);
+    let small = |id, cores| VmSpec { cores, ..VmSpec { id, name: format!("vm{id}"), ..vm() } };
+    host.start_vm(&VmSpec::new(103)).unwrap();
+    let before = host.snapshot().unwrap();
+    host.start_vm(&small(100, 3)).unwrap();
+    host.start_vm(&small(101, 3)).unwrap();
+    let clean = |cpus: &str, vms: &[u32]| {
+        let strays = host.strays(cpus, vms).unwrap();
+        assert!(strays.is_clean(), "{cpus}: {strays:#?}");
+    };
+    clean("6-8,18-20", &[100, 101]);
+    // A third that wants a CPU of the first is refused, by name.
+    let spec = small(102, 2);
+    host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640).unwrap();
+    let (_, said) = expect(host, "hook 102 pre-start", 1);
+    assert!(said.contains("isolated: CPU 8 belongs to VM 100 while that runs"), "{said}");
+    host.ok(&format!("rm {}", spec.conf_path())).unwrap();
+    host.stop_vm(100).unwrap();
+    clean("18-20", &[101]);
+    let emulator = threads(host, 101).into_iter().find(|(name, _)| !name.starts_with("CPU ")).unwrap();
+    assert_eq!(emulator.1, "0-17,21-23", "the first VM's CPUs are housekeeping again");
+    host.stop_vm(101).unwrap();
+    assert_restored(host, &before);
+}
+
+/// No undo when a step failed half way: CPUs could stay offline.
+fn a_step_that_fails_rolls_back(host: &mut Host) {
+    host.start_vm(&VmSpec::new(100)).unwrap();
+    let before = host.snapshot().unwrap();
+    expect(host, "hook 100 pre-start -q", 0);
+    // A governor's write fails, late in the order.
+    let fault = "strace -o /dev/null -P /sys/devices/system/cpu/cpufreq/policy11/scaling_governor \
+                 -e inject=write:error=EIO hook 100 post-start";
+    let output = host.sh(fault).unwrap();
+    assert_eq!(output.code, Some(1), "{output:?}");
+    assert!(
+        output.stderr.contains("hook: policy11 (CPU 11): set to performance: Input/output error"),
+        "{}",
+        output.stderr
+    );
+    assert!(
+        output.stderr.contains("VM 100 runs without isolated CPUs: what was begun has been taken back"),
+        "{}",
+        output.stderr
+    );
+    assert_restored(host, &before);
+    expect(host, "test ! -e /run/pinfold/state.json", 0);
+}
+
+/// It waited without end for a PCI node to go, then slept 2 s and hoped.
+fn a_pci_node_that_never_goes(host: &mut Host) {
+    let slot = host.ok("basename $(ls -d /sys/bus/pci/devices/*.1 | head -1) .1").unwrap();
+    // The write is swallowed: the kernel never hears of it.
+    let stuck = format!(
+        "strace -o /dev/null -P /sys/bus/pci/devices/{0}.0/remove -e inject=write:retval=1 pci-reset --device {0} --deadline 2",
+        slot.trim()
+    );
+    let output = host.sh(&stuck).unwrap();
+    // Its neighbour was reset, so some were done.
+    assert_eq!(output.code, Some(64), "{output:?}");
+    assert!(output.stderr.contains("set to absent: it is still there after 2 s"), "{}", output.stderr);
+}
+
+/// Only QEMU's own process was moved; swtpm stayed behind. Containers under /lxc were not held off.
+fn helpers_and_containers(host: &mut Host) {
+    install_hook(host);
+    host.start_vm(&VmSpec::new(101)).unwrap();
+    host.ok("mkdir -p /sys/fs/cgroup/lxc/200/ns && (sh -c 'echo $$ > /sys/fs/cgroup/lxc/200/ns/cgroup.procs; exec sleep 10000' >/dev/null 2>&1 &) ; sleep 0.5")
+        .unwrap();
+    let before = host.snapshot().unwrap();
+    host.start_vm(&VmSpec { tpm: true, ..vm() }).unwrap();
+    assert_fenced(host);
+    assert_eq!(host.ok("wc -l < /sys/fs/cgroup/qemu-decoupled.slice/100.scope/cgroup.procs").unwrap(), "2\n");
+    assert_eq!(host.ok("cat /sys/fs/cgroup/lxc/cpuset.cpus").unwrap(), "0-5,12-17\n");
+    host.stop_vm(100).unwrap();
+    assert_restored(host, &before);
+}
+
+/// default_smp_affinity and the workqueue mask stayed open; IRQs that appeared later were never looked at.
+fn newborns(host: &mut Host) {
+    install_hook(host);
+    host.start_vm(&VmSpec::new(101)).unwrap();
+    let xhci = host.ok("ls /sys/bus/pci/drivers/xhci_hcd | grep ^0000 | head -1").unwrap();
+    let unbind = format!("echo {0} > /sys/bus/pci/drivers/xhci_hcd/unbind", xhci.trim());
+    let bind = unbind.replace("unbind", "bind");
+    host.ok(&unbind).unwrap();
+    host.start_vm(&vm()).unwrap();
+    host.ok(&format!("{bind}; modprobe -q loop; sleep 1")).unwrap();
+    let strays = host.strays(ISOLATED, &[100]).unwrap();
+    assert!(strays.is_clean(), "born since: {strays:#?}");
+    host.stop_vm(100).unwrap();
+    // Born while the fence stood, they get what their kind starts with.
+    let masks = host.ok("cat $(ls -d /proc/irq/*/xhci_hcd | sed 's/xhci_hcd/smp_affinity_list/') | sort -u").unwrap();
+    assert_eq!(masks, "0-23\n");
+    assert_eq!(host.ok("sed -n 's/^Cpus_allowed_list:\t//p' /proc/2/status").unwrap(), "0-23\n");
+}
+
+/// irqbalance undid the rest within 10 s, and nothing said so.
+fn irqbalance_is_named(host: &mut Host) {
+    host.ok("(exec -a irqbalance sleep 10000 >/dev/null 2>&1 &); cp $(command -v sleep) /tmp/irqbalance; (/tmp/irqbalance 10000 >/dev/null 2>&1 &); sleep 0.5")
+        .unwrap();
+    let spec = VmSpec::new(100);
+    host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640).unwrap();
+    let (_, said) = expect(host, "hook 100 pre-start", 0);
+    assert!(
+        said.contains("moves IRQs back within 10 s; stop it, or set IRQBALANCE_BANNED_CPULIST=6-11,18-23"),
+        "{said}"
+    );
+}
+
+/// While qemu.slice is narrowed another VM whose `affinity:` lies inside cannot start, and nothing said why.
+fn another_vm_with_affinity_is_named(host: &mut Host) {
+    let other = VmSpec { affinity: Some("8-9".into()), ..VmSpec::new(102) };
+    host.put(&other.conf_path(), other.conf().as_bytes(), 0o640).unwrap();
+    let spec = VmSpec { affinity: Some("0-3".into()), ..VmSpec::new(100) };
+    host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640).unwrap();
+    let (_, said) = expect(host, "hook 100 pre-start", 0);
+    assert!(
+        said.contains("VM 102 has `affinity: 8-9`, all of it isolated now: it cannot start while VM 100 runs"),
+        "{said}"
+    );
+    assert!(said.contains("VM 100: `affinity: 0-3` is set as well"), "{said}");
+}
+
+/// A container's id, a phase nobody knows, an id with no settings of its own: what does least harm.
+fn other_lives(host: &mut Host) {
+    host.ok("mkdir -p /etc/pve/lxc && echo 'arch: amd64' > /etc/pve/lxc/200.conf").unwrap();
+    let before = host.snapshot().unwrap();
+    for phase in ["pre-start", "post-start", "pre-stop", "post-stop"] {
+        let (_, said) = expect(host, &format!("hook 200 {phase}"), 0);
+        assert_eq!(said, "hook: 200 is a container; only VMs have vCPUs to fence off, nothing is done\n");
+    }
+    let (_, said) = expect(host, "hook 100 pre-migrate", 0);
+    assert!(said.contains("\"pre-migrate\" is no phase that hook knows"), "{said}");
+    for (phase, code) in [("pre-start", 1), ("post-start", 1), ("pre-stop", 0), ("post-stop", 0)] {
+        let (_, said) = expect(host, &format!("hook 998 {phase}"), code);
+        assert_eq!(said.is_empty(), code == 0, "{phase}: {said}");
+    }
+    assert_restored(host, &before);
+}

@@ -1,0 +1,30 @@
+//! What Pinfold promises, told on real 24-CPU hosts: boot, start VMs as Proxmox VE does, run a phase or a tool, look at the
+//! whole host.
+//!
+//! Every story runs on each guest; a host is reset before each. `PINFOLD_LAB_GUESTS` (`trixie`, `bookworm`, comma between)
+//! leaves guests out, and says so.
+
+mod support;
+
+mod faults;
+mod main_job;
+mod tools;
+
+/// A test per story and guest.
+macro_rules! stories {
+    ($($story:ident),* $(,)?) => {
+        mod trixie {
+            $(#[test]
+            fn $story() {
+                crate::support::tell(pinfold_lab::Guest::Trixie, super::$story);
+            })*
+        }
+        mod bookworm {
+            $(#[test]
+            fn $story() {
+                crate::support::tell(pinfold_lab::Guest::Bookworm, super::$story);
+            })*
+        }
+    };
+}
+pub(crate) use stories;

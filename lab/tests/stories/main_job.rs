@@ -1,0 +1,112 @@
+//! The main job: a VM's CPUs are fenced off when it starts, and the host is put back when it stops.
+
+use pinfold_lab::{Host, VmSpec};
+
+use crate::stories;
+use crate::support::{assert_fenced, assert_restored, expect, install_hook, vm};
+
+stories![
+    start_and_stop_as_pve_does,
+    killed_without_pre_stop,
+    post_stop_never_comes,
+    the_documented_order,
+    once_more_changes_nothing,
+    killed_half_way,
+];
+
+fn start_and_stop_as_pve_does(host: &mut Host) {
+    install_hook(host);
+    // The first start makes qemu.slice, which stays: the host to come back to has it.
+    host.start_vm(&VmSpec::new(101)).unwrap();
+    let before = host.snapshot().unwrap();
+    let told = host.start_vm(&vm()).unwrap();
+    assert!(told.contains("CPU 6-11,18-23 reserved for VM 100, by the built-in layout 5900x"), "{told}");
+    assert!(told.contains("fencing CPU 6-11,18-23 off for VM 100"), "{told}");
+    assert_fenced(host);
+    let (status, _) = expect(host, "hook status", 0);
+    assert!(status.contains("VM 100 has CPU 6-11,18-23\nstrays (could be elsewhere): 0\n"), "{status}");
+    assert!(status.contains("cpuhp, idle_inject, ksoftirqd"), "what the kernel binds is listed: {status}");
+
+    let told = host.stop_vm(100).unwrap();
+    assert!(told.contains("CPU 6-11,18-23 given back by VM 100"), "{told}");
+    assert_restored(host, &before);
+    expect(host, "test ! -e /run/pinfold/state.json", 0);
+}
+
+fn killed_without_pre_stop(host: &mut Host) {
+    install_hook(host);
+    host.start_vm(&VmSpec::new(101)).unwrap();
+    let before = host.snapshot().unwrap();
+    host.start_vm(&vm()).unwrap();
+    assert_fenced(host);
+    host.kill_vm(100).unwrap();
+    host.cleanup_vm(100, true).unwrap();
+    assert_restored(host, &before);
+}
+
+fn post_stop_never_comes(host: &mut Host) {
+    install_hook(host);
+    host.start_vm(&VmSpec::new(101)).unwrap();
+    let before = host.snapshot().unwrap();
+    host.start_vm(&vm()).unwrap();
+    host.kill_vm(100).unwrap();
+    host.cleanup_vm(100, false).unwrap();
+    let (_, notes) = expect(host, "hook recover", 0);
+    assert!(notes.contains("VM 100 runs no more and no hook said so: its CPUs are given back"), "{notes}");
+    assert_restored(host, &before);
+}
+
+fn the_documented_order(host: &mut Host) {
+    host.start_vm(&VmSpec::new(100)).unwrap();
+    let (trace, _) = expect(host, "hook 100 pre-start -q && hook 100 post-start --json", 0);
+    let trace: serde_json::Value = serde_json::from_str(&trace).unwrap();
+    let mut steps = Vec::new();
+    for change in trace["changes"].as_array().unwrap() {
+        let step = change["step"].as_str().unwrap();
+        if change["outcome"] == "changed" && steps.last() != Some(&step) {
+            steps.push(step);
+        }
+    }
+    let order = ["slices", "offline", "irqs", "kthreads", "online", "pace", "decouple", "pins"];
+    assert_eq!(steps[..order.len()], order);
+    // What came back with the CPUs is looked at again, and nothing else.
+    assert!(steps[order.len()..].iter().all(|step| matches!(*step, "irqs" | "kthreads")), "{steps:?}");
+    // vCPUs are pinned before the other threads of QEMU.
+    let pins: Vec<bool> = (trace["changes"].as_array().unwrap().iter())
+        .filter(|change| change["step"] == "pins")
+        .map(|change| change["object"].as_str().unwrap().starts_with("vCPU"))
+        .collect();
+    assert_eq!(pins.iter().filter(|vcpu| **vcpu).count(), 12);
+    assert!(pins.is_sorted_by(|a, b| a >= b), "{pins:?}");
+}
+
+fn once_more_changes_nothing(host: &mut Host) {
+    host.start_vm(&VmSpec::new(100)).unwrap();
+    expect(host, "hook 100 pre-start && hook 100 post-start", 0);
+    let fenced = host.snapshot().unwrap();
+    let (trace, _) = expect(host, "hook 100 post-start --json", 0);
+    let trace: serde_json::Value = serde_json::from_str(&trace).unwrap();
+    for change in trace["changes"].as_array().unwrap() {
+        assert_ne!(change["outcome"], "changed", "{change}");
+    }
+    assert_restored(host, &fenced);
+    assert_fenced(host);
+}
+
+/// Killed at some point of its run, hook leaves what its next run needs.
+fn killed_half_way(host: &mut Host) {
+    host.start_vm(&VmSpec::new(101)).unwrap();
+    let before = host.snapshot().unwrap();
+    for nth in [2, 14, 40, 90] {
+        host.start_vm(&VmSpec::new(100)).unwrap();
+        expect(host, "hook 100 pre-start -q", 0);
+        let killed = host
+            .sh(&format!("strace -o /dev/null -e inject=write:signal=KILL:when={nth} hook 100 post-start"))
+            .unwrap();
+        assert_eq!(killed.code.unwrap_or(137), 137, "the {nth}th write was reached: {killed:?}");
+        host.kill_vm(100).unwrap();
+        host.cleanup_vm(100, false).unwrap();
+        expect(host, "hook 100 post-stop", 0);
+        assert_restored(host, &before);
+    }
+}

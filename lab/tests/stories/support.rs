@@ -1,0 +1,99 @@
+//! What the stories share.
+
+use std::path::PathBuf;
+
+use pinfold_lab::{Guest, Host, VmSpec};
+
+/// The CPUs of the layout 5900x.
+pub(crate) const ISOLATED: &str = "6-11,18-23";
+pub(crate) const HOUSEKEEPING: &str = "0-5,12-17";
+
+/// The vCPUs' CPUs of the layout 5900x, in vCPU order.
+pub(crate) const PINS: [usize; 12] = [6, 18, 7, 19, 8, 20, 9, 21, 10, 22, 11, 23];
+
+/// Runs a story on a fresh host of a guest.
+pub(crate) fn tell(guest: Guest, story: fn(&mut Host)) {
+    if let Ok(guests) = std::env::var("PINFOLD_LAB_GUESTS")
+        && !guests.split(',').any(|name| name == guest.to_string())
+    {
+        println!("left out: PINFOLD_LAB_GUESTS={guests} has no {guest}");
+        return;
+    }
+    let mut host = Host::acquire(guest, &bins()).unwrap_or_else(|error| panic!("{guest}: no host: {error:#}"));
+    story(&mut host);
+}
+
+/// The folder with the product's programs: where this test was built.
+fn bins() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    test.parent().and_then(|deps| deps.parent()).unwrap().to_owned()
+}
+
+/// VM 100 as a user would have it: 12 vCPUs, hook as its hookscript.
+pub(crate) fn vm() -> VmSpec {
+    VmSpec { hookscript: Some("local:snippets/hook".into()), ..VmSpec::new(100) }
+}
+
+/// Puts hook where Proxmox VE looks for it.
+pub(crate) fn install_hook(host: &Host) {
+    host.ok("mkdir -p /var/lib/vz/snippets && cp $(command -v hook) /var/lib/vz/snippets/hook").unwrap();
+}
+
+/// A command that must end with an exit code, and its stdout and stderr.
+pub(crate) fn expect(host: &Host, command: &str, code: i32) -> (String, String) {
+    let output = host.sh(command).unwrap();
+    assert_eq!(output.code, Some(code), "{command}\nstdout: {}\nstderr: {}", output.stdout, output.stderr);
+    (output.stdout, output.stderr)
+}
+
+/// A command that fails with these very words.
+pub(crate) fn refuses(host: &Host, command: &str, code: i32, words: &str) {
+    let (_, stderr) = expect(host, command, code);
+    assert_eq!(stderr.trim_end(), words, "{command}");
+}
+
+/// `name -> CPUs` of every thread of a VM's QEMU, as the kernel says.
+pub(crate) fn threads(host: &Host, vmid: u32) -> Vec<(String, String)> {
+    let script = format!(
+        "for t in /proc/$(cat /run/qemu-server/{vmid}.pid)/task/*; do \
+         echo \"$(cat $t/comm)|$(sed -n 's/^Cpus_allowed_list:\t//p' $t/status)\"; done"
+    );
+    let text = host.ok(&script).unwrap();
+    text.lines().map(|line| line.split_once('|').map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap()).collect()
+}
+
+/// Asserts that nothing on the host differs from before, line for line.
+pub(crate) fn assert_restored(host: &Host, before: &pinfold_lab::HostState) {
+    let after = host.snapshot().unwrap();
+    // hook's own empty folder and its lock stay until the next boot.
+    let difference = before.diff(&after);
+    let others: Vec<&str> = difference.lines().filter(|line| !line[1..].starts_with("file /run/pinfold")).collect();
+    assert!(others.is_empty(), "the host is not what it was:\n{}", others.join("\n"));
+}
+
+/// Asserts that VM 100 is fenced as §5 says: the whole of it, from the kernel's own words.
+pub(crate) fn assert_fenced(host: &Host) {
+    for (name, cpus) in threads(host, 100) {
+        let vcpu =
+            name.strip_prefix("CPU ").and_then(|rest| rest.split('/').next()).and_then(|n| n.parse::<usize>().ok());
+        match vcpu {
+            Some(vcpu) => assert_eq!(cpus, PINS[vcpu].to_string(), "{name}"),
+            None => assert_eq!(cpus, HOUSEKEEPING, "{name}"),
+        }
+    }
+    let strays = host.strays(ISOLATED, &[100]).unwrap();
+    assert!(strays.is_clean(), "strays: {strays:#?}");
+    let value = |file: &str| host.ok(&format!("cat {file}")).unwrap().trim().to_owned();
+    assert_eq!(value("/sys/devices/system/cpu/online"), "0-23");
+    assert_eq!(value("/proc/sys/vm/stat_interval"), "120");
+    assert_eq!(value("/proc/irq/default_smp_affinity"), "03f03f");
+    assert_eq!(value("/sys/devices/virtual/workqueue/cpumask"), "03f03f");
+    for cpu in PINS {
+        assert_eq!(
+            value(&format!("/sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_governor")),
+            "performance",
+            "CPU {cpu}"
+        );
+    }
+    assert_ne!(value("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"), "performance");
+}
