@@ -282,7 +282,7 @@ impl Writer {
     }
 
     /// A struct `(sv)`: a name and a value of the type `signature`, which `value` writes.
-    pub(crate) fn property<'a>(&mut self, name: &str, signature: &str, value: impl FnOnce(&mut Self) -> &mut Self) {
+    pub(crate) fn property(&mut self, name: &str, signature: &str, value: impl FnOnce(&mut Self) -> &mut Self) {
         self.align(8);
         self.string(name).signature(signature);
         value(self);
@@ -501,7 +501,7 @@ pub(crate) mod fake {
         }
     }
 
-    /// A connection's other end, and what has been sent there when `bytes` are all that comes back.
+    /// What a call makes of a server that says `bytes` and no more.
     pub(crate) fn hostile(bytes: Vec<u8>) -> Result<Message> {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let (done, wait) = mpsc::channel::<()>();
@@ -611,7 +611,8 @@ mod tests {
             fill(&mut writer);
             writer.bytes
         };
-        let cases: [(&dyn Fn(&mut Writer), &[u8]); 6] = [
+        type Case<'a> = (&'a dyn Fn(&mut Writer), &'a [u8]);
+        let cases: [Case<'_>; 6] = [
             (&|w| _ = w.u32(0x0102_0304), b"\x04\x03\x02\x01"),
             (&|w| _ = w.string("foo").u32(1), b"\x03\0\0\0foo\0\x01\0\0\0"),
             (&|w| _ = w.string("+").bool(true), b"\x01\0\0\0+\0\0\0\x01\0\0\0"),

@@ -1,5 +1,7 @@
 //! The lab proves itself before it proves anything else.
 
+#![allow(clippy::unwrap_used)]
+
 use pinfold_lab::{Guest, Host, VmSpec};
 use std::path::Path;
 
