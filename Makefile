@@ -45,12 +45,15 @@ lab: setup release
 bench: setup release
 	$(LAB) bench
 
-# The tools go to PREFIX/sbin, hook to where Proxmox VE looks for hookscripts as well.
+# The tools go to PREFIX/sbin, hook to where Proxmox VE looks for hookscripts as well, and the units that call
+# `hook recover` to PREFIX's folder of systemd units. Nothing is built, enabled or started here.
 PREFIX ?= /usr/local
 SNIPPETS ?= /var/lib/vz/snippets
 install:
-	install -d $(DESTDIR)$(PREFIX)/sbin
+	install -d $(DESTDIR)$(PREFIX)/sbin $(DESTDIR)$(PREFIX)/lib/systemd/system
 	install -m 0755 $(addprefix target/release/,$(PRODUCT)) $(DESTDIR)$(PREFIX)/sbin
+	install -m 0644 packaging/pinfold-recover.path packaging/pinfold-recover.service $(DESTDIR)$(PREFIX)/lib/systemd/system
+	sed -i 's|/usr/local/sbin|$(PREFIX)/sbin|' $(DESTDIR)$(PREFIX)/lib/systemd/system/pinfold-recover.service
 	if [ -d $(DESTDIR)$(SNIPPETS) ]; then install -m 0755 target/release/hook $(DESTDIR)$(SNIPPETS)/hook; fi
 
 clean:

@@ -379,6 +379,45 @@ mod tests {
         }
     }
 
+    /// The settings that the README shows are settings, all keys are among them, and the defaults are as it says.
+    #[test]
+    fn the_readme_tells_the_truth() {
+        let readme = include_str!("../../README.md");
+        let blocks: Vec<&str> =
+            readme.split("```toml\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
+        assert!(blocks.len() > 1, "README.md has no settings any more");
+        let (_dir, root) = host("0-23");
+        for block in &blocks {
+            resolve(&root, block, "README.md").unwrap();
+        }
+        let all = blocks[0];
+        for unknown in ["unknown = 1\n", "[deadlines]\nunknown = 1\n"] {
+            // What serde answers to an unknown key names those it knows.
+            let answer = toml::from_str::<File>(unknown).unwrap_err().to_string();
+            let known = answer.split("expected one of").nth(1).unwrap();
+            for key in known.split('`').skip(1).step_by(2) {
+                let is_told = |line: &str| line.contains(&format!("{key} =")) || line.starts_with(&format!("[{key}]"));
+                assert!(all.lines().any(is_told), "README.md does not show {key}");
+            }
+        }
+        let shown = resolve(&root, all, "").unwrap();
+        let default = resolve(&root, "isolated = \"6\"\npins = \"6\"", "").unwrap();
+        assert_eq!(
+            (shown.method, shown.governor, shown.stat_interval, shown.tidy_caches, shown.deadlines),
+            (default.method, default.governor, default.stat_interval, default.tidy_caches, default.deadlines),
+        );
+        let layout = resolve(&root, "layout = \"5900x\"", "").unwrap();
+        assert_eq!((shown.isolated, shown.pins), (layout.isolated, layout.pins));
+        for (key, is_default) in [
+            ("idle_vm = 107", default.idle_vm.is_none()),
+            ("reset_pci = true", default.reset_pci == ResetPci::OfVm(false)),
+            ("min_housekeeping = 2", default.min_housekeeping == 1),
+        ] {
+            let line = all.lines().find(|line| line.starts_with(key)).unwrap();
+            assert!(is_default && line.contains("default: "), "{line}");
+        }
+    }
+
     #[test]
     fn a_file_that_others_can_write_is_refused() {
         use std::os::unix::fs::PermissionsExt;
