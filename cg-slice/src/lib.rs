@@ -25,7 +25,8 @@ pub const DECOUPLED: &str = "qemu-decoupled.slice";
 
 /// Hold slices and other top cgroups to CPUs; take a VM out of qemu.slice and put it back
 #[derive(Debug, Parser)]
-#[command(name = TOOL, version, after_help = cli::EXIT_CODES, subcommand_negates_reqs = true)]
+#[command(name = TOOL, version, after_help = cli::EXIT_CODES)]
+#[command(arg_required_else_help = true, mut_args(|arg| arg.global(true)))]
 pub struct Args {
     #[command(subcommand)]
     verb: Option<Verb>,
@@ -101,7 +102,9 @@ pub fn objects(root: &Sysroot, units: Vec<String>) -> pinfold_core::Result<Vec<O
     let mut objects = Vec::with_capacity(names.len());
     let mut raw = Vec::new();
     for name in names {
-        if let Some(cpus) = known.get(&name) {
+        // systemd makes up any slice that is asked for; one without a cgroup holds nothing.
+        let made_up = name.ends_with(".slice") && !root.exists(cgroup::path(&slice_path(&name)));
+        if let Some(cpus) = known.get(&name).filter(|_| !made_up) {
             objects.push(Object::new(Knob::UnitCpus(name.clone()), name, cpus.to_string()));
             continue;
         }
@@ -119,6 +122,13 @@ pub fn objects(root: &Sysroot, units: Vec<String>) -> pinfold_core::Result<Vec<O
     }
     objects.extend(raw);
     Ok(objects)
+}
+
+/// A slice's cgroup: `a-b.slice` is in `a.slice`, see systemd.slice(5).
+fn slice_path(slice: &str) -> String {
+    let stem = slice.trim_end_matches(".slice");
+    let ends = stem.char_indices().filter(|(_, c)| *c == '-').map(|(end, _)| end).chain([stem.len()]);
+    ends.map(|end| format!("{}.slice", &stem[..end])).collect::<Vec<_>>().join("/")
 }
 
 fn plan_allow(root: &Sysroot, cpus: &CpuSet, units: Vec<String>) -> pinfold_core::Result<Vec<Change>> {
@@ -264,6 +274,17 @@ fn list(root: &Sysroot) -> anyhow::Result<Table> {
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
+
+    #[test]
+    fn slices_are_in_slices() {
+        for (slice, path) in [
+            ("system.slice", "system.slice"),
+            ("user-0.slice", "user.slice/user-0.slice"),
+            ("a-b-c.slice", "a.slice/a-b.slice/a-b-c.slice"),
+        ] {
+            assert_eq!(super::slice_path(slice), path);
+        }
+    }
 
     #[test]
     fn the_command_line_is_sound() {

@@ -334,10 +334,13 @@ impl<'a> Reconcile<'a> {
         for note in &threads.notes {
             self.report.note(note);
         }
+        let mut threads = threads.threads;
+        // vCPUs first, in their order.
+        threads.sort_by(|a, b| (&a.role, a.id.tid).cmp(&(&b.role, b.id.tid)));
         let housekeeping = self.housekeeping();
         let mut wanted = BTreeMap::new();
         let mut objects = Vec::new();
-        for thread in threads.threads {
+        for thread in threads {
             let cpus = self.cpus_for(&reservation, &thread.role, &housekeeping)?;
             let object = pin_vcpu::object(&thread);
             wanted.insert(object.knob.clone(), cpus.to_string());

@@ -34,7 +34,8 @@ fn there_and_back(host: &Host, tool: &str, args: &str, effect: impl Fn()) {
     assert_eq!(again, "", "a second run has nothing to do");
     let (_, said) = expect(host, &format!("{tool} {args} --save /tmp/saved"), 1);
     assert!(said.contains("/tmp/saved: save: it holds the values of an earlier run; --restore it first"), "{said}");
-    expect(host, &format!("{tool} --restore /tmp/saved"), 0);
+    let words = tool.split(' ').take(if tool.starts_with("hook ") { 3 } else { 1 });
+    expect(host, &format!("{} --restore /tmp/saved", words.collect::<Vec<_>>().join(" ")), 0);
     expect(host, "test ! -e /tmp/saved", 0);
     assert_restored(host, &before);
 }
@@ -90,7 +91,7 @@ fn cpu_hotplug(host: &mut Host) {
     assert_eq!(done, "CPU 6: online -> offline\nCPU 7: online -> offline\n");
     assert_eq!(value(host, "/sys/devices/system/cpu/online"), "0-5,8-23");
     let (list, _) = expect(host, "cpu-hotplug --list", 0);
-    assert!(list.lines().any(|line| line.split_whitespace().eq(["6", "offline"])), "{list}");
+    assert!(list.lines().any(|line| line.starts_with("6 ") && line.contains("offline")), "{list}");
     expect(host, "cpu-hotplug --restore /tmp/saved", 0);
     assert_eq!(value(host, "/sys/devices/system/cpu/online"), "0-23");
     let (_, said) = expect(host, "cpu-hotplug online 6 -v", 0);
