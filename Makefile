@@ -6,7 +6,7 @@ PRODUCT = cg-slice cpu-hotplug governor hook pci-reset pin-irqs pin-kthreads pin
 export RUSTFLAGS ?=
 LAB = $(CARGO) run --quiet --release -p pinfold-lab --bin lab --
 
-.PHONY: all demo test check lint docs unit lab bench setup release install clean
+.PHONY: all demo test check lint docs unit lab selftest bench setup release install clean
 
 all: release
 
@@ -38,8 +38,12 @@ unit:
 
 # The stories on real hosts; they print what was asserted where.
 lab: setup release
-	$(CARGO) test --release -p pinfold-lab --tests -- --test-threads 2
+	$(CARGO) test --release -p pinfold-lab --test stories -- --test-threads 2
 	$(LAB) down
+
+# The lab's own proof, on both guests.
+selftest: setup release
+	$(CARGO) test --release -p pinfold-lab --test selftest -- --test-threads 1
 
 # hook against the same steps done by a shell script, in one boot.
 bench: setup release
@@ -54,6 +58,8 @@ install:
 	install -m 0755 $(addprefix target/release/,$(PRODUCT)) $(DESTDIR)$(PREFIX)/sbin
 	install -m 0644 packaging/pinfold-recover.path packaging/pinfold-recover.service $(DESTDIR)$(PREFIX)/lib/systemd/system
 	sed -i 's|/usr/local/sbin|$(PREFIX)/sbin|' $(DESTDIR)$(PREFIX)/lib/systemd/system/pinfold-recover.service
+	install -d $(DESTDIR)/etc/systemd/system
+	install -m 0644 packaging/pinfold-recover.path packaging/pinfold-recover.service $(DESTDIR)/etc/systemd/system
 	if [ -d $(DESTDIR)$(SNIPPETS) ]; then install -m 0755 target/release/hook $(DESTDIR)$(SNIPPETS)/hook; fi
 
 clean:

@@ -1,7 +1,7 @@
 //! What Pinfold promises, told on real 24-CPU hosts: boot, start VMs as Proxmox VE does, run a phase or a tool, look at the
 //! whole host.
 //!
-//! Every story runs on each guest; a host is reset before each. `PINFOLD_LAB_GUESTS` (`trixie`, `bookworm`, comma between)
+//! The main job is told on every guest, the rest on Debian 13. `PINFOLD_LAB_GUESTS` (`trixie`, `bookworm`, comma between)
 //! leaves guests out, and says so.
 
 // A story that cannot go on says where.
@@ -13,10 +13,14 @@ mod faults;
 mod main_job;
 mod tools;
 
-/// A test per story and guest.
+/// A test per story and guest: those named first on each, the others on Debian 13.
 macro_rules! stories {
-    ($($story:ident),* $(,)?) => {
+    (each guest: [$($each:ident),* $(,)?], trixie: [$($story:ident),* $(,)?]) => {
         mod trixie {
+            $(#[test]
+            fn $each() {
+                crate::support::tell(pinfold_lab::Guest::Trixie, super::$each);
+            })*
             $(#[test]
             fn $story() {
                 crate::support::tell(pinfold_lab::Guest::Trixie, super::$story);
@@ -24,8 +28,8 @@ macro_rules! stories {
         }
         mod bookworm {
             $(#[test]
-            fn $story() {
-                crate::support::tell(pinfold_lab::Guest::Bookworm, super::$story);
+            fn $each() {
+                crate::support::tell(pinfold_lab::Guest::Bookworm, super::$each);
             })*
         }
     };

