@@ -50,7 +50,7 @@ pub fn run(bins: &Path, out: &mut impl Write) -> Result<()> {
     write!(out, "{}", host.stop_vm(100)?)?;
     writeln!(out, "\n# after")?;
     show(&host, out, LOOK)?;
-    let difference = before.diff(&host.snapshot()?);
+    let difference = before.not_restored(&host.snapshot()?);
     ensure!(difference.is_empty(), "the host is not what it was:\n{}", difference);
     let lines = before.lines().len();
     writeln!(

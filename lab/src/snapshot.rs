@@ -56,6 +56,17 @@ impl HostState {
         &self.0
     }
 
+    /// What of this state did not come back, as [`diff`](Self::diff) has it; empty means all did.
+    ///
+    /// hook's own empty folder and its lock stay until the next boot. A thread that refuses an affinity has the one that
+    /// the kernel gives it: a rescuer takes that of the last pool it helped, and nobody can set it back.
+    pub fn not_restored(&self, later: &Self) -> String {
+        let stays = |line: &str| {
+            line.starts_with("file /run/pinfold") || (line.starts_with("kthread ") && line.contains(" no_setaffinity "))
+        };
+        self.diff(later).lines().filter(|line| !stays(&line[1..])).map(|line| format!("{line}\n")).collect()
+    }
+
     /// Lines that only one has: `-` before those of `self`, `+` before those of `later`. Empty means equal.
     pub fn diff(&self, later: &Self) -> String {
         let (before, after): (BTreeSet<_>, BTreeSet<_>) = (self.0.iter().collect(), later.0.iter().collect());

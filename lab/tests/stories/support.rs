@@ -65,15 +65,8 @@ pub(crate) fn threads(host: &Host, vmid: u32) -> Vec<(String, String)> {
 /// Asserts that nothing on the host differs from before, line for line.
 pub(crate) fn assert_restored(host: &Host, before: &pinfold_lab::HostState) {
     let after = host.snapshot().unwrap();
-    // hook's own empty folder and its lock stay until the next boot. A thread that refuses an affinity has the one that the
-    // kernel gives it: a rescuer takes that of the last pool it helped, and nobody can set it back.
-    let difference = before.diff(&after);
-    let others: Vec<&str> = difference
-        .lines()
-        .filter(|line| !line[1..].starts_with("file /run/pinfold"))
-        .filter(|line| !(line[1..].starts_with("kthread ") && line.contains(" no_setaffinity ")))
-        .collect();
-    assert!(others.is_empty(), "the host is not what it was:\n{}", others.join("\n"));
+    let difference = before.not_restored(&after);
+    assert!(difference.is_empty(), "the host is not what it was:\n{difference}");
 }
 
 /// Asserts that VM 100 is fenced as §5 says: the whole of it, from the kernel's own words.
