@@ -66,12 +66,12 @@ impl<'a> Reconcile<'a> {
         let Some(reservation) = self.store.reservations.get(&vmid.into()).cloned() else { return Ok(()) };
         let isolated = reservation.settings.isolated.clone();
         let first_time = reservation.phase == Phase::Isolating;
-        self.remember(&isolated)?;
+        let slices = self.remember(&isolated)?;
         if !first_time {
             // Its vCPUs run there: taking the CPUs offline now would break their pins.
             return self.settle();
         }
-        self.slices()?;
+        self.slices(slices)?;
         self.tasks()?;
         self.online("offline", &isolated, "0")?;
         self.irqs()?;
@@ -102,7 +102,8 @@ impl<'a> Reconcile<'a> {
             })
             .collect();
         self.online("online", &offline, "1")?;
-        self.slices()?;
+        let slices = self.slice_objects()?;
+        self.slices(slices)?;
         self.tasks()?;
         self.irqs()?;
         self.kthreads()?;
@@ -111,9 +112,12 @@ impl<'a> Reconcile<'a> {
     }
 
     /// Step 0: the value of every knob that will be touched, on disk before the first touch.
-    fn remember(&mut self, isolated: &CpuSet) -> Result<()> {
+    ///
+    /// Returns the slices as they are, for step 1.
+    fn remember(&mut self, isolated: &CpuSet) -> Result<Vec<Object>> {
         self.report.step("baseline");
-        let mut objects = self.slice_objects()?;
+        let slices = self.slice_objects()?;
+        let mut objects = slices.clone();
         objects.push(cg_slice::overrides(self.root)?);
         objects.extend(cpu_hotplug::objects(self.root, isolated)?);
         objects.extend(pin_irqs::objects(self.root)?);
@@ -124,7 +128,8 @@ impl<'a> Reconcile<'a> {
         for object in objects {
             self.adopt(&object);
         }
-        self.store.save()
+        self.store.save()?;
+        Ok(slices)
     }
 
     /// Takes an object into the baseline. One born while the fence stood has what its kind's default was narrowed to: it
@@ -164,9 +169,8 @@ impl<'a> Reconcile<'a> {
     }
 
     /// Step 1: everything but the fenced VMs off their CPUs, as far as cgroups reach.
-    fn slices(&mut self) -> Result<()> {
+    fn slices(&mut self, objects: Vec<Object>) -> Result<()> {
         self.report.step("slices");
-        let objects = self.slice_objects()?;
         let wanted = self.held();
         self.set("slices", objects, wanted)?;
         if !self.isolated().is_empty() {
