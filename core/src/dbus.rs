@@ -502,14 +502,13 @@ pub(crate) mod fake {
     }
 
     /// What a call makes of a server that says `bytes` and no more.
-    pub(crate) fn hostile(bytes: Vec<u8>) -> Result<Message> {
+    pub(crate) fn hostile(bytes: Vec<u8>, patience: Duration) -> Result<Message> {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let (done, wait) = mpsc::channel::<()>();
         let server = thread::spawn(move || {
             let _ = theirs.write_all(&bytes);
             let _ = wait.recv();
         });
-        let patience = Duration::from_millis(50);
         let mut connection =
             Connection { stream: ours, patience, until: Instant::now() + patience, serial: 0, bytes: Vec::new() };
         let method = Method { destination: "a.b", path: "/", interface: "a.b", member: "C" };
@@ -598,6 +597,11 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    /// More than any answer takes, on a busy machine too.
+    const LONG: Duration = Duration::from_secs(20);
+    /// For answers that never come.
+    const BRIEF: Duration = Duration::from_millis(50);
+
     const METHOD: Method<'_> = Method { destination: "a.b", path: "/p", interface: "a.c", member: "Set" };
 
     fn reply(signature: &str, body: &[u8]) -> Vec<u8> {
@@ -649,7 +653,7 @@ mod tests {
 
     #[test]
     fn answers() {
-        let message = hostile(reply("v", b"\x01s\0\0\x02\0\0\0ab\0")).unwrap();
+        let message = hostile(reply("v", b"\x01s\0\0\x02\0\0\0ab\0"), LONG).unwrap();
         assert_eq!(message.body("v").unwrap().variant("s").unwrap().string().unwrap(), "ab");
         assert!(matches!(message.body("o"), Err(DbusError::Garbage(_))));
         assert!(matches!(message.body("v").unwrap().variant("ay"), Err(DbusError::Garbage(_))));
@@ -658,12 +662,12 @@ mod tests {
         let mut bytes = encode(4, None, None, "", b"");
         bytes.extend(encode(METHOD_RETURN, Some(9), None, "", b""));
         bytes.extend(reply("", b""));
-        assert!(hostile(bytes).is_ok());
+        assert!(hostile(bytes, LONG).is_ok());
 
         let error = encode(ERROR, Some(1), Some("org.freedesktop.systemd1.NoSuchUnit"), "s", b"\x03\0\0\0No.\0");
-        assert_eq!(hostile(error).unwrap_err().to_string(), "No.");
+        assert_eq!(hostile(error, LONG).unwrap_err().to_string(), "No.");
         let error = encode(ERROR, Some(1), Some("a.b.Wordless"), "", b"");
-        assert_eq!(hostile(error).unwrap_err().to_string(), "a.b.Wordless");
+        assert_eq!(hostile(error, LONG).unwrap_err().to_string(), "a.b.Wordless");
     }
 
     #[test]
@@ -688,7 +692,8 @@ mod tests {
             (encode(ERROR, Some(1), None, "", b""), "it sends garbage: an error without a name"),
             (Vec::new(), "no answer within 0.05 s"),
         ] {
-            assert_eq!(hostile(bytes).unwrap_err().to_string(), words);
+            let patience = if words.starts_with("no answer") { BRIEF } else { LONG };
+            assert_eq!(hostile(bytes, patience).unwrap_err().to_string(), words);
         }
     }
 
@@ -726,11 +731,11 @@ mod tests {
                 assert!(asked[..used].ends_with(b"\r\nBEGIN\r\n"));
                 let _ = stream.write_all(answer.as_bytes());
             });
-            let error = Connection::open(&path, Duration::from_secs(20)).unwrap_err().to_string();
+            let error = Connection::open(&path, LONG).unwrap_err().to_string();
             assert_eq!(error, words);
             server.join().unwrap();
         }
-        let error = Connection::open(&dir.path().join("none"), Duration::from_secs(20)).unwrap_err().to_string();
+        let error = Connection::open(&dir.path().join("none"), LONG).unwrap_err().to_string();
         assert_eq!(error, "it cannot be reached: No such file or directory");
     }
 
