@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use pinfold_core::store::Store;
 use pinfold_core::vm::{Qemu, VmId};
-use pinfold_core::{CpuSet, Error, Knob, Object, Outcome, Report, Result, Sysroot, cgroup, cpu, cpufreq, process, vm};
+use pinfold_core::{
+    CpuSet, Error, Knob, Object, Outcome, Report, Result, Sysroot, cgroup, cpu, cpufreq, irq, process, vm,
+};
 
 use crate::reservation::{Phase, Reservation};
 
@@ -22,6 +24,8 @@ pub(crate) struct Reconcile<'a> {
     store: &'a mut Store<Reservation>,
     report: &'a mut Report,
     present: CpuSet,
+    /// What new IRQs and new kthreads started with when this run began, by the knob that says so.
+    inherited: BTreeMap<Knob, String>,
 }
 
 impl<'a> Reconcile<'a> {
@@ -32,7 +36,12 @@ impl<'a> Reconcile<'a> {
     pub(crate) fn new(root: &'a Sysroot, store: &'a mut Store<Reservation>, report: &'a mut Report) -> Result<Self> {
         let present = cpu::present(root)?;
         store.baseline.look(root);
-        Ok(Self { root, store, report, present })
+        let baseline = &store.baseline;
+        let inherited = (baseline.knobs())
+            .filter(|(knob, ..)| is_default(knob))
+            .filter_map(|(knob, ..)| Some((knob.clone(), baseline.last(knob)?.to_owned())))
+            .collect();
+        Ok(Self { root, store, report, present, inherited })
     }
 
     /// The isolated CPUs of all fenced VMs.
@@ -132,20 +141,20 @@ impl<'a> Reconcile<'a> {
         Ok(slices)
     }
 
-    /// Takes an object into the baseline. One born while the fence stood has what its kind's default was narrowed to: it
-    /// gets what the default was before.
+    /// Takes an object into the baseline. One born while the fence stood has what its kind's default was narrowed to, now
+    /// or when this run began: it gets what the default was before.
     fn adopt(&mut self, object: &Object) {
         let baseline = &mut self.store.baseline;
         let default = match &object.knob {
             Knob::Irq(_) => Some(Knob::DefaultIrq),
-            Knob::Kthread(_) => baseline.knobs().find_map(|(knob, ..)| match knob {
-                Knob::Kthread(task) if task.pid == process::KTHREADD => Some(knob.clone()),
-                _ => None,
-            }),
+            Knob::Kthread(_) => baseline.knobs().map(|(knob, ..)| knob).find(|knob| is_kthreadd(knob)).cloned(),
             _ => None,
         };
         let inherited = default
-            .filter(|default| baseline.last(default) == Some(object.found.as_str()))
+            .filter(|default| {
+                let at_start = self.inherited.get(default).map(String::as_str);
+                [baseline.last(default), at_start].contains(&Some(&object.found))
+            })
             .and_then(|default| baseline.before(&default).map(str::to_owned));
         baseline.adopt(object, inherited.as_deref().unwrap_or(&object.found));
     }
@@ -262,6 +271,9 @@ impl<'a> Reconcile<'a> {
     /// Step 3, and again at the end.
     fn irqs(&mut self) -> Result<()> {
         self.report.step("irqs");
+        // The default first, then all: what is born between starts with the one or is seen with the others.
+        let default: Vec<Object> = irq::default_mask(self.root)?.into_iter().collect();
+        self.set("irqs", default, self.held())?;
         let objects = pin_irqs::objects(self.root)?;
         let wanted = self.held();
         self.set("irqs", objects, wanted)
@@ -270,6 +282,10 @@ impl<'a> Reconcile<'a> {
     /// Step 3, and again at the end.
     fn kthreads(&mut self) -> Result<()> {
         self.report.step("kthreads");
+        // kthreadd first, then all, as above.
+        let kthreadd = process::task(self.root, process::KTHREADD, process::KTHREADD)?.id;
+        let found = process::affinity(self.root, &kthreadd)?.to_string();
+        self.set("kthreads", vec![Object::new(Knob::Kthread(kthreadd), "kthread 2 (kthreadd)", found)], self.held())?;
         let objects = pin_kthreads::objects(self.root)?.movable;
         let wanted = self.held();
         self.set("kthreads", objects, wanted)
@@ -488,4 +504,13 @@ fn effective_cpus(root: &Sysroot, pid: i32) -> Option<CpuSet> {
         }
         cgroup.truncate(cgroup.rfind('/').filter(|_| cgroup.len() > 1)?);
     }
+}
+
+/// Whether the knob is what new IRQs or new kthreads start with.
+fn is_default(knob: &Knob) -> bool {
+    *knob == Knob::DefaultIrq || is_kthreadd(knob)
+}
+
+fn is_kthreadd(knob: &Knob) -> bool {
+    matches!(knob, Knob::Kthread(task) if task.pid == process::KTHREADD)
 }

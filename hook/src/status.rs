@@ -130,8 +130,8 @@ fn text(root: &Sysroot, reservations: &BTreeMap<u32, Reservation>, isolated: &Cp
     let mut text = String::new();
     for (id, reservation) in reservations {
         let phase = match reservation.phase {
-            crate::reservation::Phase::Starting => "is starting",
-            crate::reservation::Phase::Isolating => "is being fenced",
+            crate::reservation::Phase::Starting => "is starting, to have",
+            crate::reservation::Phase::Isolating => "is being given",
             crate::reservation::Phase::Isolated => "has",
         };
         let dead = if reservation.is_alive(root) { "" } else { ", but runs no more: `hook recover` gives them back" };
