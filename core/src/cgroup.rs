@@ -113,7 +113,7 @@ pub(crate) fn move_process(root: &Sysroot, task: &TaskId, cgroup: &str) -> io::R
             let mut path = cgroup.rsplit('/');
             match (path.next(), path.next()) {
                 (Some(scope), Some(slice)) if slice.ends_with(".slice") => {
-                    systemd::start_scope(scope, slice, task.pid)?
+                    systemd::start_scope(root, scope, slice, task.pid)?
                 }
                 _ => return Err(error),
             }

@@ -142,7 +142,7 @@ pub fn apply(root: &Sysroot, changes: Vec<Change>) -> Vec<Done> {
 
 /// Objects that do not come and go by themselves: when their file is missing, that is an error.
 fn must_exist(knob: &Knob) -> bool {
-    matches!(knob, Knob::DefaultIrq | Knob::Workqueues | Knob::Sysctl(_) | Knob::Trigger(_))
+    matches!(knob, Knob::DefaultIrq | Knob::Workqueues | Knob::Sysctl(_) | Knob::Trigger(_) | Knob::PciDriver(_))
 }
 
 /// The system's words, and the next step where one is known.

@@ -89,20 +89,26 @@ impl Baseline {
     }
 
     /// Looks which knobs hold a value that is neither theirs from before nor one we set: they belong to somebody else
-    /// now, and [`plan`](Self::plan) leaves them. To be called once, before a run changes anything.
+    /// now, and [`plan`](Self::plan) leaves them. Threads that have ended are dropped. To be called once, before a run changes anything.
     pub fn look(&mut self, root: &Sysroot) {
         self.foreign.clear();
-        for entry in self.entries.values() {
+        self.entries.retain(|knob, entry| {
             if entry.last.is_none() && entry.pending.is_none() {
-                continue;
+                return true;
             }
-            if let Ok(Some(found)) = entry.knob.read(root) {
-                let ours = [Some(&entry.before), entry.last.as_ref(), entry.pending.as_ref()];
-                if !ours.contains(&Some(&found)) {
-                    self.foreign.insert(entry.knob.clone(), found);
+            match knob.read(root) {
+                Ok(Some(found)) => {
+                    let ours = [Some(&entry.before), entry.last.as_ref(), entry.pending.as_ref()];
+                    if !ours.contains(&Some(&found)) {
+                        self.foreign.insert(knob.clone(), found);
+                    }
+                    true
                 }
+                // A thread never comes back; a unit or an IRQ may.
+                Ok(None) => !matches!(knob, Knob::Thread(_) | Knob::Kthread(_)),
+                Err(_) => true,
             }
-        }
+        });
     }
 
     /// The changes that bring objects to what they should hold, which is computed from each one's value before the
@@ -139,9 +145,6 @@ impl Baseline {
                 entry.last = entry.pending.take();
             }
             Outcome::Refused(_) => entry.pending = None,
-            Outcome::Gone => {
-                self.entries.remove(&done.change.knob);
-            }
             // A write that failed may have taken effect all the same: both values stay ours.
             _ => {}
         }
@@ -260,13 +263,18 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
 
     /// Saves the state, then makes the planned changes one by one, each told to `progress`.
     ///
+    /// What only goes back to its value from before is in the saved state already, so that a full disk does not stop it.
+    ///
     /// # Errors
     /// Where the state cannot be saved; nothing has been changed then.
     pub fn carry_out(&mut self, plan: Vec<Planned>, mut progress: impl FnMut(&Done)) -> Result<()>
     where
         R: Clone,
     {
-        if plan.iter().any(|planned| planned.left.is_none() && !planned.change.is_noop()) {
+        let is_new = |Planned { change, left }: &Planned| {
+            left.is_none() && !change.is_noop() && self.baseline.before(&change.knob) != Some(&change.wanted)
+        };
+        if plan.iter().any(is_new) {
             self.save()?;
         }
         for Planned { change, left } in plan {

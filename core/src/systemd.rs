@@ -208,7 +208,11 @@ pub(crate) fn set_allowed_cpus(root: &Sysroot, unit: &str, cpus: &str) -> io::Re
         let Some(cgroup) = cgroup else { return Ok(()) };
         let live = root.read_value(cgroup::file(&cgroup, "cpuset.cpus")).map_err(into_io)?;
         if live.is_some_and(|list| !list.is_empty()) {
-            cgroup::set_cpus(root, &cgroup, "")?;
+            match cgroup::set_cpus(root, &cgroup, "") {
+                // systemd removes the cgroup of a slice that has become empty.
+                Err(error) if is_gone(&error) => {}
+                other => other?,
+            }
         }
     }
     Ok(())
@@ -260,11 +264,7 @@ pub(crate) fn keep_overrides(root: &Sysroot, kept: &str) -> io::Result<()> {
 
 /// Makes a scope around a running process, with what PVE gives its VMs' scopes (PVE/QemuServer.pm, `vm_start`):
 /// stopping it signals QEMU alone and never kills. It answers before the process is in it.
-pub(crate) fn start_scope(scope: &str, slice: &str, pid: i32) -> io::Result<()> {
-    start_scope_below(&Sysroot::default(), scope, slice, pid)
-}
-
-fn start_scope_below(root: &Sysroot, scope: &str, slice: &str, pid: i32) -> io::Result<()> {
+pub(crate) fn start_scope(root: &Sysroot, scope: &str, slice: &str, pid: i32) -> io::Result<()> {
     let words = |error| into_io(failed(format!("make {scope} around process {pid}"))(error));
     let process = u32::try_from(pid).map_err(io::Error::other)?;
     let Some(mut systemd) = Systemd::connect(root, DEADLINE).map_err(words)? else {
@@ -456,10 +456,10 @@ mod tests {
     #[test]
     fn a_scope_is_asked_for() {
         let (_dir, root, fake) = fake(BUS_SOCKET);
-        start_scope_below(&root, "100.scope", "qemu.slice", 4711).unwrap();
+        start_scope(&root, "100.scope", "qemu.slice", 4711).unwrap();
         let call = "/org/freedesktop/systemd1 StartTransientUnit ssa(sv)a(sa(sv)) 100.scope fail";
         assert_eq!(fake.calls().last().unwrap(), call);
-        assert!(start_scope_below(&root, "100.scope", "qemu.slice", -1).is_err());
+        assert!(start_scope(&root, "100.scope", "qemu.slice", -1).is_err());
     }
 
     #[test]

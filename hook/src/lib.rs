@@ -165,13 +165,11 @@ fn run_step(step: Step) -> anyhow::Result<Exit> {
             common.carry_out(&root, &mut report, TOOL, vec![object.want(seconds.to_string())])
         }
         Step::IdleVm { action, vmid, deadline, output } => {
-            let mut report = output.report(TOOL);
+            let (root, mut report) = (output.root(), output.report(TOOL));
             let deadline = std::time::Duration::from_secs(deadline);
             match action {
-                IdleAction::Stop => {
-                    steps::stop_idle_vm(&mut report, vmid.into(), deadline)?;
-                }
-                IdleAction::Start => steps::start_idle_vm(&mut report, vmid.into(), deadline),
+                IdleAction::Stop => steps::stop_idle_vm(&root, &mut report, vmid.into(), deadline)?,
+                IdleAction::Start => steps::start_idle_vm(&root, &mut report, vmid.into(), deadline)?,
             }
             Ok(report.finish())
         }

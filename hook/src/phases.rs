@@ -56,7 +56,10 @@ impl Run<'_> {
             settings: settings.clone(),
             qemu: None,
             starter: parent(self.root),
-            idle_vm_stopped: settings.idle_vm.is_some(),
+            idle_vm_stopped: match settings.idle_vm {
+                Some(idle) => steps::idle_vm_runs(self.root, idle)?,
+                None => false,
+            },
         };
         store.reservations.insert(vmid.into(), reservation);
         store.save()?;
@@ -65,7 +68,7 @@ impl Run<'_> {
 
     fn prepare(&mut self, vmid: VmId, settings: &Settings) -> anyhow::Result<()> {
         if let Some(idle) = settings.idle_vm {
-            steps::stop_idle_vm(self.report, idle, Duration::from_secs(settings.deadlines.idle_vm))?;
+            steps::stop_idle_vm(self.root, self.report, idle, Duration::from_secs(settings.deadlines.idle_vm))?;
         }
         let functions = match &settings.reset_pci {
             ResetPci::OfVm(false) => Vec::new(),
@@ -116,35 +119,32 @@ impl Run<'_> {
         store.save()?;
 
         self.report.line(&format!("fencing CPU {isolated} off for VM {vmid}"));
-        let fenced = Reconcile::new(self.root, &mut store, self.report)?.isolate(vmid, &qemu);
-        if fenced.is_err() || self.report.failures() > 0 {
-            return self.roll_back(vmid, &qemu, store, fenced.err());
-        }
-        if let Some(reservation) = store.reservations.get_mut(&vmid.into()) {
-            reservation.phase = Phase::Isolated;
-        }
-        store.save()?;
+        self.fence(&mut store, vmid, &qemu)?;
         Ok(self.report.finish())
     }
 
-    /// The VM keeps running, on whatever CPUs there are; nothing of the fence stays.
-    fn roll_back(
-        &mut self,
-        vmid: VmId,
-        qemu: &Qemu,
-        mut store: Store<Reservation>,
-        cause: Option<pinfold_core::Error>,
-    ) -> anyhow::Result<Exit> {
-        if let Some(cause) = cause {
-            self.report.error(&format!("{cause}"));
+    /// Fences the CPUs of a VM off whose reservation is in the store with its QEMU. Where that fails the VM keeps running, on
+    /// whatever CPUs there are, and nothing of the fence stays.
+    fn fence(&mut self, store: &mut Store<Reservation>, vmid: VmId, qemu: &Qemu) -> anyhow::Result<()> {
+        let fenced = Reconcile::new(self.root, store, self.report)
+            .and_then(|mut reconcile| reconcile.isolate(vmid, qemu))
+            .and_then(|()| match store.reservations.get_mut(&vmid.into()) {
+                Some(reservation) if self.report.failures() == 0 => {
+                    reservation.phase = Phase::Isolated;
+                    store.save()
+                }
+                _ => Ok(()),
+            });
+        if let Err(cause) = &fenced {
+            self.report.error(&cause.to_string());
         }
-        store.reservations.remove(&vmid.into());
-        let mut reconcile = Reconcile::new(self.root, &mut store, self.report)?;
-        reconcile.settle()?;
-        reconcile.undo_vm(vmid, qemu)?;
-        reconcile.forget()?;
-        self.report.finish();
-        bail!("VM {vmid} runs without isolated CPUs: what was begun has been taken back");
+        if self.report.failures() > 0 {
+            store.reservations.remove(&vmid.into());
+            self.settle(store, &[vmid])?;
+            self.report.finish();
+            bail!("VM {vmid} runs without isolated CPUs: what was begun has been taken back");
+        }
+        Ok(())
     }
 
     /// When the VM is gone: its CPUs go back to the host.
@@ -202,7 +202,17 @@ impl Run<'_> {
         }
         let mut store = self.open(&deadlines)?;
         let dead = self.drop_dead(&mut store, None)?;
-        if dead.is_empty() {
+        // Under the lock nobody else is at it: a VM half fenced is one whose hook was killed.
+        let half: Vec<VmId> = (store.reservations.iter())
+            .filter(|(_, reservation)| reservation.phase == Phase::Isolating)
+            .filter_map(|(id, _)| VmId::try_from(*id).ok())
+            .collect();
+        for vmid in &half {
+            if let Some(qemu) = vm::find(self.root, *vmid)? {
+                self.fence(&mut store, *vmid, &qemu)?;
+            }
+        }
+        if dead.is_empty() && half.is_empty() {
             self.settle(&mut store, &[])?;
         }
         drop(store);
@@ -243,9 +253,9 @@ impl Run<'_> {
 
     fn settle(&mut self, store: &mut Store<Reservation>, gone: &[VmId]) -> anyhow::Result<()> {
         let mut reconcile = Reconcile::new(self.root, store, self.report)?;
-        reconcile.settle()?;
+        reconcile.settle();
         for vmid in gone {
-            reconcile.remove_cgroup(*vmid);
+            reconcile.undo_vm(*vmid);
         }
         reconcile.forget()?;
         Ok(())
@@ -254,7 +264,8 @@ impl Run<'_> {
     fn start_idle(&mut self, dropped: &[Reservation]) -> anyhow::Result<()> {
         for reservation in dropped.iter().filter(|reservation| reservation.idle_vm_stopped) {
             if let Some(idle) = reservation.settings.idle_vm {
-                steps::start_idle_vm(self.report, idle, Duration::from_secs(reservation.settings.deadlines.idle_vm));
+                let deadline = Duration::from_secs(reservation.settings.deadlines.idle_vm);
+                steps::start_idle_vm(self.root, self.report, idle, deadline)?;
             }
         }
         Ok(())

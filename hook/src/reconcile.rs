@@ -14,9 +14,7 @@ use pinfold_core::{
 };
 
 use crate::reservation::{Phase, Reservation};
-
-/// The sysctl for the interval of the kernel's statistics.
-const STAT_INTERVAL: &str = "vm/stat_interval";
+use crate::steps;
 
 /// One run over the host, under the store's lock.
 pub(crate) struct Reconcile<'a> {
@@ -78,7 +76,8 @@ impl<'a> Reconcile<'a> {
         let slices = self.remember(&isolated)?;
         if !first_time {
             // Its vCPUs run there: taking the CPUs offline now would break their pins.
-            return self.settle();
+            self.settle();
+            return Ok(());
         }
         self.slices(slices)?;
         self.tasks()?;
@@ -96,11 +95,8 @@ impl<'a> Reconcile<'a> {
     }
 
     /// Brings everything to what the reservations ask for, CPUs that a killed run left offline first; after the last
-    /// reservation that is what was before the first.
-    ///
-    /// # Errors
-    /// As [`isolate`](Self::isolate).
-    pub(crate) fn settle(&mut self) -> Result<()> {
+    /// reservation that is what was before the first. What fails is told and stops nothing else.
+    pub(crate) fn settle(&mut self) {
         let offline: CpuSet = self
             .store
             .baseline
@@ -110,14 +106,20 @@ impl<'a> Reconcile<'a> {
                 _ => None,
             })
             .collect();
-        self.online("online", &offline, "1")?;
-        let slices = self.slice_objects()?;
-        self.slices(slices)?;
-        self.tasks()?;
-        self.irqs()?;
-        self.kthreads()?;
-        self.pace()?;
-        self.all_pins()
+        let steps: [&dyn Fn(&mut Self) -> Result<()>; 7] = [
+            &|this| this.online("online", &offline, "1"),
+            &|this| this.slice_objects().and_then(|slices| this.slices(slices)),
+            &Self::tasks,
+            &Self::irqs,
+            &Self::kthreads,
+            &Self::pace,
+            &Self::all_pins,
+        ];
+        for step in steps {
+            if let Err(error) = step(self) {
+                self.report.error(&error.to_string());
+            }
+        }
     }
 
     /// Step 0: the value of every knob that will be touched, on disk before the first touch.
@@ -324,10 +326,7 @@ impl<'a> Reconcile<'a> {
             .filter(|policy| policy.cpus.intersects(isolated) || governed(&policy.name))
             .map(|policy| policy.object())
             .collect();
-        let knob = Knob::Sysctl(STAT_INTERVAL.to_owned());
-        if let Some(found) = knob.read(self.root)? {
-            objects.push(Object::new(knob.clone(), knob.to_string(), found));
-        }
+        objects.extend(steps::stat_interval(self.root)?);
         Ok(objects)
     }
 
@@ -445,11 +444,22 @@ impl<'a> Reconcile<'a> {
         Ok(())
     }
 
-    /// Takes a VM that still runs back to its scope, and its threads to the CPUs they had; for a post-start that failed.
-    ///
-    /// # Errors
-    /// As [`isolate`](Self::isolate).
-    pub(crate) fn undo_vm(&mut self, vmid: VmId, qemu: &Qemu) -> Result<()> {
+    /// Takes what a VM has outside its slice back: one that runs to its scope, with its threads on the CPUs they had; of one
+    /// that is gone the empty cgroup. What fails is told.
+    pub(crate) fn undo_vm(&mut self, vmid: VmId) {
+        let undone = vm::find(self.root, vmid).and_then(|found| match found {
+            Some(qemu) => self.couple(vmid, &qemu),
+            None => {
+                self.remove_cgroup(vmid);
+                Ok(())
+            }
+        });
+        if let Err(error) = undone {
+            self.report.error(&error.to_string());
+        }
+    }
+
+    fn couple(&mut self, vmid: VmId, qemu: &Qemu) -> Result<()> {
         self.report.step("couple");
         if cgroup::of_process(self.root, qemu.id.pid)?.trim_start_matches('/') == cg_slice::decoupled_cgroup(vmid) {
             for change in cg_slice::plan_couple(self.root, vmid)? {
@@ -465,8 +475,7 @@ impl<'a> Reconcile<'a> {
         self.set("pins", objects, |_, before| before.to_owned())
     }
 
-    /// Removes what is left of a VM whose QEMU is gone.
-    pub(crate) fn remove_cgroup(&mut self, vmid: VmId) {
+    fn remove_cgroup(&mut self, vmid: VmId) {
         self.report.step("cgroup");
         for change in cg_slice::plan_remove(self.root, vmid) {
             let done = pinfold_core::apply_one(self.root, change);

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use pinfold_core::{Knob, Object, Report, Result, Sysroot, apply, command, vm};
+use pinfold_core::vm::VmId;
+use pinfold_core::{Error, Knob, Object, Report, Result, Sysroot, apply, command, vm};
 
 /// Drops clean caches and compacts memory, so that hugepages can be had. What it cannot do is told and stops nothing.
 pub(crate) fn tidy_caches(root: &Sysroot, report: &mut Report) {
@@ -22,35 +23,57 @@ pub(crate) fn tidy_caches_plan() -> Vec<pinfold_core::Change> {
         .collect()
 }
 
+/// The sysctl for the interval of the kernel's statistics.
+const STAT_INTERVAL: &str = "vm/stat_interval";
+
 /// vm.stat_interval, as an object to change.
 ///
 /// # Errors
 /// Where it cannot be read.
 pub(crate) fn stat_interval(root: &Sysroot) -> Result<Option<Object>> {
-    let knob = Knob::Sysctl("vm/stat_interval".into());
+    let knob = Knob::Sysctl(STAT_INTERVAL.into());
     Ok(knob.read(root)?.map(|found| Object::new(knob.clone(), knob.to_string(), found)))
+}
+
+/// Whether the idle VM runs.
+///
+/// # Errors
+/// Where its pid file cannot be read.
+pub(crate) fn idle_vm_runs(root: &Sysroot, idle: u32) -> Result<bool> {
+    Ok(vm::find(root, VmId::try_from(idle)?)?.is_some())
 }
 
 /// Shuts the idle VM down and waits for it; one that does not run is left so.
 ///
 /// # Errors
 /// Where `qm` fails, or the VM does not stop in time.
-pub(crate) fn stop_idle_vm(report: &mut Report, idle: u32, deadline: Duration) -> anyhow::Result<bool> {
-    let vmid = vm::VmId::try_from(idle)?;
-    if vm::find(&Sysroot::default(), vmid)?.is_none() {
-        return Ok(false);
+pub(crate) fn stop_idle_vm(root: &Sysroot, report: &mut Report, idle: u32, deadline: Duration) -> anyhow::Result<()> {
+    if !idle_vm_runs(root, idle)? {
+        return Ok(());
     }
+    check_live(root)?;
     // qm waits itself; a little longer here, so that its own words are the ones told.
     let seconds = deadline.as_secs().to_string();
     command::run("qm", &["shutdown", &idle.to_string(), "--timeout", &seconds], deadline + Duration::from_secs(5))?;
     report.did(&format!("idle VM {idle} stopped"));
-    Ok(true)
+    Ok(())
 }
 
-/// Starts the idle VM. A failure is told and stops nothing.
-pub(crate) fn start_idle_vm(report: &mut Report, idle: u32, deadline: Duration) {
-    match command::run("qm", &["start", &idle.to_string()], deadline) {
-        Ok(_) => report.did(&format!("idle VM {idle} started")),
-        Err(error) => report.error(&format!("idle VM {idle}: {error}")),
+/// Starts the idle VM; one that runs is left so.
+///
+/// # Errors
+/// Where `qm` fails, or is not done in time.
+pub(crate) fn start_idle_vm(root: &Sysroot, report: &mut Report, idle: u32, deadline: Duration) -> anyhow::Result<()> {
+    if idle_vm_runs(root, idle)? {
+        return Ok(());
     }
+    check_live(root)?;
+    command::run("qm", &["start", &idle.to_string()], deadline)?;
+    report.did(&format!("idle VM {idle} started"));
+    Ok(())
+}
+
+fn check_live(root: &Sysroot) -> Result<()> {
+    let why = "VMs can be started and stopped on the running host only, not under --sysroot";
+    if root.is_live() { Ok(()) } else { Err(Error::unusable("qm", why)) }
 }

@@ -6,20 +6,17 @@ use pinfold_lab::{Host, VmSpec};
 use crate::stories;
 use crate::support::{ISOLATED, assert_fenced, assert_restored, expect, install_hook, threads, vm};
 
-stories! {
-    each guest: [],
-    trixie: [
-        what_the_admin_had_set_comes_back,
-        two_vms,
-        a_step_that_fails_rolls_back,
-        a_pci_node_that_never_goes,
-        helpers_and_containers,
-        newborns,
-        irqbalance_is_named,
-        another_vm_with_affinity_is_named,
-        other_lives,
-    ]
-}
+stories![
+    what_the_admin_had_set_comes_back,
+    two_vms,
+    a_step_that_fails_rolls_back,
+    a_pci_node_that_never_goes,
+    helpers_and_containers,
+    newborns,
+    irqbalance_is_named,
+    another_vm_with_affinity_is_named,
+    other_lives,
+];
 
 /// Undo was "all CPUs for everyone": queue spreading, NUMA masks, taskset, AllowedCPUs, stat_interval, governors.
 fn what_the_admin_had_set_comes_back(host: &mut Host) {

@@ -5,16 +5,14 @@ use pinfold_lab::{Host, VmSpec};
 use crate::stories;
 use crate::support::{assert_fenced, assert_restored, expect, install_hook, vm};
 
-stories! {
-    each guest: [start_and_stop_as_pve_does],
-    trixie: [
-        killed_without_pre_stop,
-        post_stop_never_comes,
-        the_documented_order,
-        once_more_changes_nothing,
-        killed_half_way,
-    ]
-}
+stories![
+    start_and_stop_as_pve_does,
+    killed_without_pre_stop,
+    post_stop_never_comes,
+    the_documented_order,
+    once_more_changes_nothing,
+    killed_half_way,
+];
 
 fn start_and_stop_as_pve_does(host: &mut Host) {
     install_hook(host);

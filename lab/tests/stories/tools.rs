@@ -5,22 +5,19 @@ use pinfold_lab::{Host, VmSpec};
 use crate::stories;
 use crate::support::{HOUSEKEEPING, assert_restored, expect, refuses, threads};
 
-stories! {
-    each guest: [],
-    trixie: [
-        pin_irqs,
-        pin_kthreads,
-        governor,
-        cpu_hotplug,
-        cg_slice,
-        pin_vcpu,
-        pci_reset,
-        hook_step,
-        bad_input,
-        without_root,
-        system_calls,
-    ]
-}
+stories![
+    pin_irqs,
+    pin_kthreads,
+    governor,
+    cpu_hotplug,
+    cg_slice,
+    pin_vcpu,
+    pci_reset,
+    hook_step,
+    bad_input,
+    without_root,
+    system_calls,
+];
 
 /// A dry run and `--save`, the effect, `--restore`: the host is as it was after the first and after the last.
 fn there_and_back(host: &Host, tool: &str, args: &str, effect: impl Fn()) {
