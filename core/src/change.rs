@@ -6,7 +6,7 @@ use std::io;
 use serde::Serialize;
 
 use crate::error::{is_gone, os_text};
-use crate::knob::{Answer, Knob};
+use crate::knob::{ABSENT, Answer, Knob};
 use crate::sysroot::Sysroot;
 
 /// A knob as it was found on the host: what a tool lists, and what a change is made from.
@@ -128,7 +128,7 @@ pub fn apply_one(root: &Sysroot, change: Change) -> Done {
             )),
             Ok(Answer::Taken(_)) => Outcome::Changed,
             Ok(Answer::Refused(why)) => Outcome::Refused(why),
-            Err(error) if is_gone(&error) && !must_exist(&change.knob) => Outcome::Gone,
+            Err(error) if is_gone(&error) && !must_exist(&change.knob) && has_gone(root, &change.knob) => Outcome::Gone,
             Err(error) => Outcome::Failed(why(&change.knob, &error)),
         }
     };
@@ -138,6 +138,11 @@ pub fn apply_one(root: &Sysroot, change: Change) -> Done {
 /// Carries out changes in their order; one that fails does not stop the others.
 pub fn apply(root: &Sysroot, changes: Vec<Change>) -> Vec<Done> {
     changes.into_iter().map(|change| apply_one(root, change)).collect()
+}
+
+/// The kernel may answer so for other reasons too; then the object is still there.
+fn has_gone(root: &Sysroot, knob: &Knob) -> bool {
+    knob.read(root).is_ok_and(|found| found.is_none_or(|found| found == ABSENT))
 }
 
 /// Objects that do not come and go by themselves: when their file is missing, that is an error.

@@ -142,13 +142,13 @@ impl fmt::Display for PciAddress {
     }
 }
 
-impl Serialize for PciAddress {
+impl Serialize for PciSelector {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
         serializer.collect_str(self)
     }
 }
 
-impl<'de> Deserialize<'de> for PciAddress {
+impl<'de> Deserialize<'de> for PciSelector {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
         String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
     }

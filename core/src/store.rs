@@ -111,6 +111,11 @@ impl Baseline {
         });
     }
 
+    /// Whether a knob was found to be somebody else's by [`look`](Self::look).
+    pub fn is_foreign(&self, knob: &Knob) -> bool {
+        self.foreign.contains_key(knob)
+    }
+
     /// The changes that bring objects to what they should hold, which is computed from each one's value before the
     /// first touch. Objects that are not in the baseline yet are put in with the value found. What is to be set is
     /// noted as pending: save the state before applying.

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::cgroup;
@@ -14,10 +15,13 @@ use crate::error::{Error, Result, is_gone};
 use crate::knob::{cpu_list, into_io};
 use crate::sysroot::Sysroot;
 
-/// How long systemd may take for one call.
-const DEADLINE: Duration = Duration::from_secs(10);
-/// How long it may take to read all units again.
-const RELOAD_DEADLINE: Duration = Duration::from_secs(60);
+/// How long systemd may take for one call, in seconds.
+pub const DEADLINE: u64 = 10;
+/// How long it may take to read all units again, in seconds.
+pub const RELOAD_DEADLINE: u64 = 60;
+
+/// systemd has let a deadline pass. One that hangs is not waited for again in the same run.
+static HANGS: AtomicBool = AtomicBool::new(false);
 
 /// systemd's own socket, for root alone: there is no bus in between that has to run.
 const PRIVATE_SOCKET: &str = "run/systemd/private";
@@ -52,7 +56,11 @@ type Called<T> = std::result::Result<T, DbusError>;
 
 impl Systemd {
     /// Connects, as root past the bus where that can be; `None` where a captured tree has no systemd behind it.
-    fn connect(root: &Sysroot, patience: Duration) -> Called<Option<Self>> {
+    fn connect(root: &Sysroot, seconds: u64) -> Called<Option<Self>> {
+        let patience = Duration::from_secs(seconds);
+        if root.is_live() && HANGS.load(Ordering::Relaxed) {
+            return Err(DbusError::Late(patience));
+        }
         if nix::unistd::geteuid().is_root() {
             match Connection::open(&root.path(PRIVATE_SOCKET), patience) {
                 Err(DbusError::Unreachable(_)) => {}
@@ -152,8 +160,11 @@ fn from_bitmap(bytes: &[u8]) -> std::result::Result<CpuSet, CpuSetError> {
 }
 
 /// A failed call in words that say what was tried.
-fn failed(tried: String) -> impl FnOnce(DbusError) -> Error {
+fn failed(root: &Sysroot, tried: String) -> impl FnOnce(DbusError) -> Error {
     move |error| {
+        if root.is_live() && matches!(error, DbusError::Late(_)) {
+            HANGS.store(true, Ordering::Relaxed);
+        }
         let needs_root = error.is_denied() && !nix::unistd::geteuid().is_root();
         Error::unusable("systemd", format!("{tried}: {error}{}", if needs_root { "; this needs root" } else { "" }))
     }
@@ -166,7 +177,7 @@ fn failed(tried: String) -> impl FnOnce(DbusError) -> Error {
 pub fn allowed_cpus_of(root: &Sysroot, units: &[String]) -> Result<BTreeMap<String, CpuSet>> {
     let mut known = BTreeMap::new();
     let Some(first) = units.first() else { return Ok(known) };
-    let tried = |unit: &str| failed(format!("read AllowedCPUs of {unit}"));
+    let tried = |unit: &str| failed(root, format!("read AllowedCPUs of {unit}"));
     let Some(mut systemd) = Systemd::connect(root, DEADLINE).map_err(tried(first))? else { return Ok(known) };
     for unit in units {
         if let Some(bytes) = systemd.allowed_cpus(unit).map_err(tried(unit))? {
@@ -189,7 +200,7 @@ pub fn allowed_cpus(root: &Sysroot, unit: &str) -> Result<Option<String>> {
 
 /// Sets a unit's AllowedCPUs= until the next boot; an empty list clears it.
 pub(crate) fn set_allowed_cpus(root: &Sysroot, unit: &str, cpus: &str) -> io::Result<()> {
-    let tried = || failed(format!("set AllowedCPUs={cpus} of {unit}"));
+    let tried = || failed(root, format!("set AllowedCPUs={cpus} of {unit}"));
     let set = cpu_list(unit, cpus).map_err(into_io)?;
     let systemd = Systemd::connect(root, DEADLINE).map_err(|error| into_io(tried()(error)))?;
     let Some(mut systemd) = systemd else {
@@ -201,9 +212,9 @@ pub(crate) fn set_allowed_cpus(root: &Sysroot, unit: &str, cpus: &str) -> io::Re
         // more.
         let cgroup = match root.exists(cgroup::path(unit)) {
             true => Some(unit.to_owned()),
-            false => {
-                systemd.cgroup(unit).map_err(|error| into_io(failed(format!("find the cgroup of {unit}"))(error)))?
-            }
+            false => systemd
+                .cgroup(unit)
+                .map_err(|error| into_io(failed(root, format!("find the cgroup of {unit}"))(error)))?,
         };
         let Some(cgroup) = cgroup else { return Ok(()) };
         let live = root.read_value(cgroup::file(&cgroup, "cpuset.cpus")).map_err(into_io)?;
@@ -255,7 +266,7 @@ pub(crate) fn keep_overrides(root: &Sysroot, kept: &str) -> io::Result<()> {
             let _ = fs::remove_dir(drop_ins).and_then(|()| fs::remove_dir(root.path(folder)));
         }
     }
-    let reload = |error| into_io(failed("reload".into())(error));
+    let reload = |error| into_io(failed(root, "reload".into())(error));
     match Systemd::connect(root, RELOAD_DEADLINE).map_err(reload)? {
         Some(mut systemd) => systemd.manager("Reload", "", Writer::default()).map(drop).map_err(reload),
         None => Ok(()),
@@ -265,7 +276,7 @@ pub(crate) fn keep_overrides(root: &Sysroot, kept: &str) -> io::Result<()> {
 /// Makes a scope around a running process, with what PVE gives its VMs' scopes (PVE/QemuServer.pm, `vm_start`):
 /// stopping it signals QEMU alone and never kills. It answers before the process is in it.
 pub(crate) fn start_scope(root: &Sysroot, scope: &str, slice: &str, pid: i32) -> io::Result<()> {
-    let words = |error| into_io(failed(format!("make {scope} around process {pid}"))(error));
+    let words = |error| into_io(failed(root, format!("make {scope} around process {pid}"))(error));
     let process = u32::try_from(pid).map_err(io::Error::other)?;
     let Some(mut systemd) = Systemd::connect(root, DEADLINE).map_err(words)? else {
         return Err(io::Error::other("scopes can be made on the running host only, not under --sysroot"));
@@ -486,9 +497,9 @@ mod tests {
                 std::os::unix::net::UnixListener::bind(root.path(socket)).unwrap()
             })
             .collect();
-        let error = Systemd::connect(&root, Duration::from_millis(50)).map(drop).unwrap_err();
-        let error = failed("reload".into())(error).to_string();
-        assert_eq!(error, "systemd: reload: no answer within 0.05 s");
+        let error = Systemd::connect(&root, 1).map(drop).unwrap_err();
+        let error = failed(&root, "reload".into())(error).to_string();
+        assert_eq!(error, "systemd: reload: no answer within 1 s");
     }
 
     #[test]

@@ -73,7 +73,7 @@ impl Run<'_> {
         let functions = match &settings.reset_pci {
             ResetPci::OfVm(false) => Vec::new(),
             ResetPci::OfVm(true) => pci_reset::functions_of_vm(self.root, vmid)?,
-            ResetPci::Listed(functions) => functions.clone(),
+            ResetPci::Listed(devices) => pci_reset::functions_of(self.root, devices)?,
         };
         if !functions.is_empty() {
             let deadline = Duration::from_secs(settings.deadlines.pci);
@@ -201,7 +201,7 @@ impl Run<'_> {
             return Ok(self.report.finish());
         }
         let mut store = self.open(&deadlines)?;
-        let dead = self.drop_dead(&mut store, None)?;
+        let mut dead = self.drop_dead(&mut store, None)?;
         // Under the lock nobody else is at it: a VM half fenced is one whose hook was killed.
         let half: Vec<VmId> = (store.reservations.iter())
             .filter(|(_, reservation)| reservation.phase == Phase::Isolating)
@@ -214,6 +214,14 @@ impl Run<'_> {
         }
         if dead.is_empty() && half.is_empty() {
             self.settle(&mut store, &[])?;
+        }
+        // A pid file that goes while its service runs is nothing that the path unit sees.
+        loop {
+            let since = self.drop_dead(&mut store, None)?;
+            if since.is_empty() {
+                break;
+            }
+            dead.extend(since);
         }
         drop(store);
         self.start_idle(&dead)?;

@@ -106,19 +106,19 @@ impl<'a> Reconcile<'a> {
                 _ => None,
             })
             .collect();
-        let steps: [&dyn Fn(&mut Self) -> Result<()>; 7] = [
-            &|this| this.online("online", &offline, "1"),
-            &|this| this.slice_objects().and_then(|slices| this.slices(slices)),
-            &Self::tasks,
-            &Self::irqs,
-            &Self::kthreads,
-            &Self::pace,
-            &Self::all_pins,
-        ];
-        for step in steps {
-            if let Err(error) = step(self) {
-                self.report.error(&error.to_string());
-            }
+        self.attempt(|this| this.online("online", &offline, "1"));
+        self.attempt(|this| this.slice_objects().and_then(|slices| this.slices(slices)));
+        self.attempt(Self::tasks);
+        self.attempt(Self::irqs);
+        self.attempt(Self::kthreads);
+        self.attempt(Self::pace);
+        self.attempt(Self::all_pins);
+    }
+
+    /// A step whose failure is told and stops nothing else.
+    fn attempt(&mut self, step: impl FnOnce(&mut Self) -> Result<()>) {
+        if let Err(error) = step(self) {
+            self.report.error(&error.to_string());
         }
     }
 
@@ -187,9 +187,10 @@ impl<'a> Reconcile<'a> {
         if !self.isolated().is_empty() {
             return Ok(());
         }
-        // All units have their old values back; what set-property has left behind goes.
+        // All units that are ours have their old values back; what set-property has left behind goes.
         let baseline = &self.store.baseline;
         let units: Vec<String> = (baseline.knobs())
+            .filter(|(knob, ..)| !baseline.is_foreign(knob))
             .filter_map(|(knob, ..)| if let Knob::UnitCpus(unit) = knob { Some(unit.clone()) } else { None })
             .collect();
         let before = baseline.before(&Knob::UnitOverrides).unwrap_or_default().to_owned();
@@ -447,16 +448,13 @@ impl<'a> Reconcile<'a> {
     /// Takes what a VM has outside its slice back: one that runs to its scope, with its threads on the CPUs they had; of one
     /// that is gone the empty cgroup. What fails is told.
     pub(crate) fn undo_vm(&mut self, vmid: VmId) {
-        let undone = vm::find(self.root, vmid).and_then(|found| match found {
-            Some(qemu) => self.couple(vmid, &qemu),
-            None => {
-                self.remove_cgroup(vmid);
-                Ok(())
+        self.attempt(|this| {
+            match vm::find(this.root, vmid)? {
+                Some(qemu) => this.couple(vmid, &qemu)?,
+                None => this.remove_cgroup(vmid),
             }
+            Ok(())
         });
-        if let Err(error) = undone {
-            self.report.error(&error.to_string());
-        }
     }
 
     fn couple(&mut self, vmid: VmId, qemu: &Qemu) -> Result<()> {

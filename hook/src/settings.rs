@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
-use pinfold_core::pci::PciAddress;
+use pinfold_core::pci::PciSelector;
 use pinfold_core::vm::VmId;
-use pinfold_core::{CpuSet, Error, Result, Sysroot};
+use pinfold_core::{CpuSet, Error, Result, Sysroot, systemd};
 use serde::{Deserialize, Serialize};
 
 /// The layout for the machine that the documented order is for, used where no settings file is found.
@@ -77,12 +77,12 @@ pub(crate) enum Method {
 
 /// Which PCI functions are reset before the VM starts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "true, false or a list of PCI addresses, as in [\"0000:01:00\", \"02:00.1\"]")]
 pub(crate) enum ResetPci {
     /// All of the VM's hostpci devices, or none.
     OfVm(bool),
     /// These.
-    Listed(Vec<PciAddress>),
+    Listed(Vec<PciSelector>),
 }
 
 /// How long each wait may take, in seconds.
@@ -104,6 +104,21 @@ pub(crate) struct Deadlines {
 impl Default for Deadlines {
     fn default() -> Self {
         Self { lock: 120, qmp: 5, pci: 10, idle_vm: 60, qemu_exit: 10 }
+    }
+}
+
+impl Deadlines {
+    /// The longest that post-start and post-stop may take in seconds, whatever hangs, while `others` more VMs are fenced. What
+    /// the kernel needs to take CPUs offline and online again is not in it.
+    pub(crate) fn bounds(&self, others: usize) -> (u64, u64) {
+        let others = u64::try_from(others).unwrap_or(u64::MAX).saturating_mul(self.qmp);
+        // A systemd that hangs is waited for once; the reload is of the way back.
+        let both = [self.lock, others, systemd::DEADLINE, systemd::RELOAD_DEADLINE];
+        let both = both.into_iter().fold(0, u64::saturating_add);
+        // QEMU is asked for its threads at the beginning and when they are pinned.
+        let post_start = both.saturating_add(self.qmp.saturating_mul(2));
+        let post_stop = both.saturating_add(self.qemu_exit).saturating_add(self.idle_vm);
+        (post_start, post_stop)
     }
 }
 

@@ -112,9 +112,13 @@ pub(crate) fn run(root: &Sysroot, json: bool) -> anyhow::Result<Exit> {
     let strays = if isolated.is_empty() { Vec::new() } else { strays(root, &isolated, &pinned, &baseline)? };
     let missed = strays.iter().filter(|stray| stray.class == Class::Stray).count();
     if json {
+        let bounds = |r: &Reservation| {
+            let (post_start, post_stop) = r.settings.deadlines.bounds(reservations.len() - 1);
+            json!({"post_start": post_start, "post_stop": post_stop})
+        };
         let vms: BTreeMap<String, serde_json::Value> = reservations
             .iter()
-            .map(|(id, r)| (id.to_string(), json!({"phase": r.phase, "isolated": r.settings.isolated, "alive": r.is_alive(root), "settings": r.settings})))
+            .map(|(id, r)| (id.to_string(), json!({"phase": r.phase, "isolated": r.settings.isolated, "alive": r.is_alive(root), "bounds": bounds(r), "settings": r.settings})))
             .collect();
         out(&format!("{:#}\n", json!({"vms": vms, "isolated": isolated, "strays": strays, "missed": missed})));
     } else {
@@ -136,6 +140,8 @@ fn text(root: &Sysroot, reservations: &BTreeMap<u32, Reservation>, isolated: &Cp
         };
         let dead = if reservation.is_alive(root) { "" } else { ", but runs no more: `hook recover` gives them back" };
         text += &format!("VM {id} {phase} CPU {}{dead}\n", reservation.settings.isolated);
+        let (start, stop) = reservation.settings.deadlines.bounds(reservations.len() - 1);
+        text += &format!("  its post-start ends within {start} s and its post-stop within {stop} s, whatever hangs\n");
     }
     for (class, title) in [
         (Class::Stray, "strays (could be elsewhere)"),

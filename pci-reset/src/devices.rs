@@ -22,8 +22,7 @@ pub fn expand(root: &Sysroot, selectors: &[PciSelector]) -> Result<Vec<PciAddres
 /// The functions of the devices that a VM has to itself (`hostpciN`), ascending. A device of which it has but a slice
 /// (`mdev=`) is not among them: others use it too.
 ///
-/// A device that is not there may have been removed by a run that was cut short: its first function stands for it, which
-/// [`reset`](crate::reset()) then has found again.
+/// Of a device that is not there the first function, as [`functions_of`] says; [`reset`](crate::reset()) finds it again.
 ///
 /// Of a mapping's devices it is the one that Proxmox VE has reserved for the VM, or else will: the first that is free.
 ///
@@ -35,15 +34,19 @@ pub fn functions_of_vm(root: &Sysroot, vmid: VmId) -> Result<Vec<PciAddress>> {
     let mut functions = BTreeSet::new();
     for entry in entries.iter().filter(|entry| !entry.shared) {
         functions.extend(match &entry.devices {
-            HostDevices::Addresses(selectors) => of_settings(root, selectors)?,
+            HostDevices::Addresses(selectors) => functions_of(root, selectors)?,
             HostDevices::Mapping(id) => mapped(root, vmid, id, &reservations, &functions)?,
         });
     }
     Ok(functions.into_iter().collect())
 }
 
-/// As [`expand`], for devices that are known to belong to the host.
-fn of_settings(root: &Sysroot, selectors: &[PciSelector]) -> Result<Vec<PciAddress>> {
+/// As [`expand`], for devices that settings name: one that is not there may have been removed by a run that was cut short, and
+/// its first function stands for it.
+///
+/// # Errors
+/// Where sysfs cannot be read.
+pub fn functions_of(root: &Sysroot, selectors: &[PciSelector]) -> Result<Vec<PciAddress>> {
     let there = pci::addresses(root)?;
     let of_selector = |selector: &PciSelector| {
         let mut found: Vec<_> = there.iter().copied().filter(|address| selector.matches(address)).collect();
@@ -64,7 +67,7 @@ fn mapped(
 ) -> Result<Vec<PciAddress>> {
     let mut devices = Vec::new();
     for device in vm::pci_mapping(root, id)? {
-        let functions = of_settings(root, &device)?;
+        let functions = functions_of(root, &device)?;
         if !functions.iter().any(|function| used.contains(function)) {
             devices.push(functions);
         }

@@ -15,7 +15,7 @@ use pinfold_core::{Done, Exit, Outcome, Report, Result, Sysroot, Table};
 mod devices;
 mod reset;
 
-pub use devices::{expand, functions_of_vm};
+pub use devices::{expand, functions_of, functions_of_vm};
 pub use reset::{check, plan, reset};
 
 const TOOL: &str = "pci-reset";

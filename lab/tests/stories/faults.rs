@@ -4,7 +4,7 @@
 use pinfold_lab::{Host, VmSpec};
 
 use crate::stories;
-use crate::support::{ISOLATED, assert_fenced, assert_restored, expect, install_hook, threads, vm};
+use crate::support::{ISOLATED, assert_clean, assert_fenced, assert_restored, expect, install_hook, threads, vm};
 
 stories![
     what_the_admin_had_set_comes_back,
@@ -36,8 +36,7 @@ fn what_the_admin_had_set_comes_back(host: &mut Host) {
     let before = host.snapshot().unwrap();
     install_hook(host);
     host.start_vm(&vm()).unwrap();
-    let strays = host.strays(ISOLATED, &[100]).unwrap();
-    assert!(strays.is_clean(), "{strays:#?}");
+    assert_clean(host, ISOLATED, &[100]);
     assert_eq!(host.ok("cat /proc/irq/1/smp_affinity_list").unwrap(), "4-5\n", "narrowed, not widened");
     host.stop_vm(100).unwrap();
     // Since the admin's units use the cpuset controller it stays, and the kernel does not clear cpuset.cpus of a cgroup that
@@ -64,11 +63,7 @@ fn two_vms(host: &mut Host) {
     let before = host.snapshot().unwrap();
     host.start_vm(&small(100, 3)).unwrap();
     host.start_vm(&small(101, 3)).unwrap();
-    let clean = |cpus: &str, vms: &[u32]| {
-        let strays = host.strays(cpus, vms).unwrap();
-        assert!(strays.is_clean(), "{cpus}: {strays:#?}");
-    };
-    clean("6-8,18-20", &[100, 101]);
+    assert_clean(host, "6-8,18-20", &[100, 101]);
     // A third that wants a CPU of the first is refused, by name.
     let spec = small(102, 2);
     host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640).unwrap();
@@ -76,7 +71,7 @@ fn two_vms(host: &mut Host) {
     assert!(said.contains("isolated: CPU 8 belongs to VM 100 while that runs"), "{said}");
     host.ok(&format!("rm {}", spec.conf_path())).unwrap();
     host.stop_vm(100).unwrap();
-    clean("18-20", &[101]);
+    assert_clean(host, "18-20", &[101]);
     let emulator = threads(host, 101).into_iter().find(|(name, _)| !name.starts_with("CPU ")).unwrap();
     assert_eq!(emulator.1, "0-17,21-23", "the first VM's CPUs are housekeeping again");
     host.stop_vm(101).unwrap();
@@ -156,8 +151,7 @@ fn newborns(host: &mut Host) {
     host.ok(&unbind).unwrap();
     host.start_vm(&vm()).unwrap();
     host.ok(&format!("{bind}; modprobe -q loop; sleep 1")).unwrap();
-    let strays = host.strays(ISOLATED, &[100]).unwrap();
-    assert!(strays.is_clean(), "born since: {strays:#?}");
+    assert_clean(host, ISOLATED, &[100]);
     host.stop_vm(100).unwrap();
     // Born while the fence stood, they get what their kind starts with.
     let masks = host.ok("cat $(ls -d /proc/irq/*/xhci_hcd | sed 's/xhci_hcd/smp_affinity_list/') | sort -u").unwrap();

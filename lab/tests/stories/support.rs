@@ -69,6 +69,16 @@ pub(crate) fn assert_restored(host: &Host, before: &pinfold_lab::HostState) {
     assert!(difference.is_empty(), "the host is not what it was:\n{difference}");
 }
 
+/// Asserts that nothing may run on these CPUs that could be elsewhere, but for the vCPUs of these VMs.
+pub(crate) fn assert_clean(host: &Host, cpus: &str, vms: &[u32]) {
+    let mut strays = host.strays(cpus, vms).unwrap();
+    if host.guest == Guest::Bookworm {
+        // On Linux 6.1 idle unbound workers keep the mask of the pool they were made in; new work goes by the new mask.
+        strays.kworkers.clear();
+    }
+    assert!(strays.is_clean(), "strays on CPU {cpus}: {strays:#?}");
+}
+
 /// Asserts that VM 100 is fenced as §5 says: the whole of it, from the kernel's own words.
 pub(crate) fn assert_fenced(host: &Host) {
     for (name, cpus) in threads(host, 100) {
@@ -79,12 +89,7 @@ pub(crate) fn assert_fenced(host: &Host) {
             None => assert_eq!(cpus, HOUSEKEEPING, "{name}"),
         }
     }
-    let mut strays = host.strays(ISOLATED, &[100]).unwrap();
-    if host.guest == Guest::Bookworm {
-        // On Linux 6.1 idle unbound workers keep the mask of the pool they were made in; new work goes by the new mask.
-        strays.kworkers.clear();
-    }
-    assert!(strays.is_clean(), "strays: {strays:#?}");
+    assert_clean(host, ISOLATED, &[100]);
     let value = |file: &str| host.ok(&format!("cat {file}")).unwrap().trim().to_owned();
     assert_eq!(value("/sys/devices/system/cpu/online"), "0-23");
     assert_eq!(value("/proc/sys/vm/stat_interval"), "120");

@@ -1,6 +1,6 @@
 //! Each tool alone: its effect, its way back, its dry run, and what it says to bad input.
 
-use pinfold_lab::{Host, VmSpec};
+use pinfold_lab::{Guest, Host, VmSpec};
 
 use crate::stories;
 use crate::support::{HOUSEKEEPING, assert_restored, expect, refuses, threads};
@@ -29,7 +29,11 @@ fn there_and_back(host: &Host, tool: &str, args: &str, effect: impl Fn()) {
     // Kernel threads come and go between the two; what is planned is what is done all the same.
     let lines =
         |text: &str| text.lines().filter(|line| !line.contains("kthread")).map(str::to_owned).collect::<Vec<_>>();
-    assert_eq!(lines(&planned), lines(&done));
+    match host.guest {
+        // Before Linux 6.12 which IRQs can be moved is not known without trying.
+        Guest::Bookworm => assert!(lines(&done).iter().all(|line| lines(&planned).contains(line)), "{planned}{done}"),
+        Guest::Trixie => assert_eq!(lines(&planned), lines(&done)),
+    }
     let (again, _) = expect(host, &format!("{tool} {args}"), 0);
     assert_eq!(again, "", "a second run has nothing to do");
     let (_, said) = expect(host, &format!("{tool} {args} --save /tmp/saved"), 1);

@@ -1,0 +1,348 @@
+//! The same promises under attack: hook killed at each system call that changes something, each of these calls answered
+//! with an error, walks of three VMs at random, the same cycle over and over.
+//!
+//! `PINFOLD_TORTURE=full` (`make torture`) tries everything, which takes hours; without it each story takes a sample.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use pinfold_lab::{Host, HostState, VmSpec};
+
+use crate::stories;
+use crate::support::{assert_clean, assert_fenced, assert_restored, expect, install_hook, vm};
+
+stories!(only trixie:
+    killed_in_post_start,
+    killed_in_post_stop,
+    each_call_fails,
+    walk,
+    cycles,
+    twenty_at_once,
+);
+
+/// The system calls that hook changes something with.
+const CALLS: &str = "write,sendto,sendmsg,sched_setaffinity,rename,mkdir,rmdir,unlink";
+
+fn is_full() -> bool {
+    std::env::var("PINFOLD_TORTURE").is_ok_and(|what| what == "full")
+}
+
+/// A number from the environment.
+fn asked(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text}: no number")))
+}
+
+/// A system call of a run: the name, and which one of that name, from 1.
+type Call = (String, usize);
+
+/// The calls of a command that change something, in their order.
+fn calls(host: &Host, command: &str) -> Vec<Call> {
+    expect(host, &format!("strace -o /tmp/calls -e trace={CALLS} {command} > /dev/null"), 0);
+    let trace = host.ok("cut -d'(' -f1 /tmp/calls | grep -E '^[a-z_]+$'").unwrap();
+    let mut counts = BTreeMap::new();
+    let number = |name: &str| {
+        let count = counts.entry(name.to_owned()).or_insert(0);
+        *count += 1;
+        (name.to_owned(), *count)
+    };
+    trace.lines().map(number).collect()
+}
+
+/// `count` of them at even distances, the first and the last among them; or all.
+fn sample<T: Clone>(all: &[T], count: usize) -> Vec<T> {
+    if is_full() || all.len() <= count {
+        return all.to_vec();
+    }
+    (0..count).map(|n| all[n * (all.len() - 1) / (count - 1)].clone()).collect()
+}
+
+/// Runs a command that is killed as it enters a system call; false where it ended before.
+fn kill_at(host: &Host, (call, nth): &Call, command: &str) -> bool {
+    let strace = format!("strace -o /dev/null -e inject={call}:signal=KILL:when={nth} {command} > /dev/null");
+    let output = host.sh(&strace).unwrap();
+    match output.code {
+        None | Some(137) => true,
+        Some(0) => false,
+        _ => panic!("{command}, killed at {call} {nth}: {output:?}"),
+    }
+}
+
+/// A host with a VM that is nobody's business and VM 100, which runs, was fenced once and is not now.
+fn with_vm_100(host: &Host) -> HostState {
+    host.start_vm(&VmSpec::new(101)).unwrap();
+    host.start_vm(&VmSpec::new(100)).unwrap();
+    host.ok("mkdir -p /etc/pinfold").unwrap();
+    host.put("/etc/pinfold/100.toml", b"layout = \"5900x\"\n[deadlines]\nqemu_exit = 0\n", 0o644).unwrap();
+    // The scope that systemd is asked for on the way back has another description than PVE's.
+    expect(host, "hook 100 post-start -q && hook 100 post-stop -q", 0);
+    host.snapshot().unwrap()
+}
+
+/// What is wrong, for a list of all that is.
+fn fault(lost: &mut String, what: &str, difference: &str) {
+    if !difference.is_empty() {
+        // Writing to a String cannot fail.
+        let _ = writeln!(lost, "{what}:\n{difference}");
+    }
+}
+
+/// After a kill at any point of post-start: post-stop restores, or recover ends what was begun.
+fn killed_in_post_start(host: &mut Host) {
+    let before = with_vm_100(host);
+    let all = calls(host, "hook 100 post-start");
+    expect(host, "hook 100 post-stop -q", 0);
+    let tried = sample(&all, 14);
+    let mut lost = String::new();
+    for (n, call) in tried.iter().enumerate() {
+        assert!(kill_at(host, call, "hook 100 post-start"), "{call:?} was reached");
+        if n % 2 == 1 {
+            expect(host, "hook recover -q", 0);
+            let half = host.sh("hook status").unwrap();
+            assert!(half.code == Some(0), "{call:?}: {half:?}");
+        }
+        expect(host, "hook 100 post-stop -q", 0);
+        fault(&mut lost, &format!("killed at {call:?}"), &before.not_restored(&host.snapshot().unwrap()));
+    }
+    println!("killed in post-start: {} of {} calls tried", tried.len(), all.len());
+    assert!(lost.is_empty(), "{lost}");
+}
+
+/// After a kill at any point of post-stop of a VM that was killed: recover restores.
+fn killed_in_post_stop(host: &mut Host) {
+    install_hook(host);
+    host.start_vm(&VmSpec::new(101)).unwrap();
+    let before = host.snapshot().unwrap();
+    let fenced_and_killed = |host: &Host| {
+        host.start_vm(&vm()).unwrap();
+        host.kill_vm(100).unwrap();
+        host.cleanup_vm(100, false).unwrap();
+    };
+    fenced_and_killed(host);
+    let all = calls(host, "hook 100 post-stop");
+    let tried = sample(&all, 8);
+    let mut lost = String::new();
+    for (n, call) in tried.iter().enumerate() {
+        fenced_and_killed(host);
+        assert!(kill_at(host, call, "hook 100 post-stop"), "{call:?} was reached");
+        expect(host, if n % 2 == 0 { "hook recover -q" } else { "hook 100 post-stop -q" }, 0);
+        fault(&mut lost, &format!("killed at {call:?}"), &before.not_restored(&host.snapshot().unwrap()));
+    }
+    println!("killed in post-stop: {} of {} calls tried", tried.len(), all.len());
+    assert!(lost.is_empty(), "{lost}");
+}
+
+/// Whatever a call of post-start answers: hook says so and takes back what it did, or does without, and post-stop restores.
+fn each_call_fails(host: &mut Host) {
+    const ERRORS: [(&str, &str); 5] = [
+        ("EIO", "Input/output error"),
+        ("EINVAL", "Invalid argument"),
+        ("EPERM", "Operation not permitted"),
+        ("ENOSPC", "No space left on device"),
+        ("ENOENT", "No such file or directory"),
+    ];
+    let before = with_vm_100(host);
+    let all = calls(host, "hook 100 post-start");
+    expect(host, "hook 100 post-stop -q", 0);
+    let errors = ERRORS.iter().cycle();
+    let tried: Vec<(Call, (&str, &str))> = match is_full() {
+        true => all.iter().flat_map(|call| ERRORS.iter().map(move |error| (call.clone(), *error))).collect(),
+        false => sample(&all, 15).into_iter().zip(errors.copied()).collect(),
+    };
+    let (mut lost, mut told) = (String::new(), 0);
+    for ((call, nth), (error, words)) in &tried {
+        let what = format!("{call} {nth} answers {error}");
+        let strace =
+            format!("strace -o /dev/null -e inject={call}:error={error}:when={nth} hook 100 post-start > /dev/null");
+        let output = host.sh(&strace).unwrap();
+        match output.code {
+            Some(1) => {
+                told += 1;
+                assert!(output.stderr.contains(words), "{what}: {output:?}");
+                assert!(output.stderr.contains("what was begun has been taken back"), "{what}: {output:?}");
+            }
+            // It was about nothing that counts: a line of the report, an object that refuses.
+            Some(0) => drop(expect(host, "hook 100 post-stop -q", 0)),
+            _ => panic!("{what}: {output:?}"),
+        }
+        fault(&mut lost, &what, &before.not_restored(&host.snapshot().unwrap()));
+        expect(host, "test ! -e /run/pinfold/state.json", 0);
+    }
+    println!("errors in post-start: {} tried, {told} told and taken back", tried.len());
+    assert!(told > 0 && lost.is_empty(), "{lost}");
+}
+
+/// Numbers that look random and come again with their seed (xorshift64*).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: usize) -> usize {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        let high = self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33;
+        usize::try_from(high).unwrap() % end
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Life {
+    /// It does not run, and nothing is reserved for it.
+    Off,
+    /// It runs, fenced.
+    Fenced,
+    /// It runs, and a hook of it was killed.
+    Half,
+    /// Its QEMU was killed and nobody said so.
+    Dead,
+}
+
+/// The VMs of a walk, with the CPUs of each.
+const WALKERS: [(u32, &str); 3] = [(100, "6-8"), (101, "18-20"), (102, "9-11,21-23")];
+
+/// Three VMs on CPUs of their own start, stop and die, and hooks of theirs are killed. After every step the CPUs of each
+/// fenced VM are free of strays; with none left the host is as it was. `PINFOLD_SEED` and `PINFOLD_STEPS` tell it again.
+fn walk(host: &mut Host) {
+    let seed = asked("PINFOLD_SEED").unwrap_or_else(|| {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+        now.as_secs()
+    });
+    let steps = asked("PINFOLD_STEPS").unwrap_or(if is_full() { 300 } else { 16 });
+    println!("walk: PINFOLD_SEED={seed} PINFOLD_STEPS={steps}");
+    let mut random = Random(seed.max(1));
+    host.ok("mkdir -p /etc/pinfold").unwrap();
+    for (id, cpus) in WALKERS {
+        let settings = format!("isolated = \"{cpus}\"\npins = [\"{cpus}\", \"{cpus}\"]\n");
+        host.put(&format!("/etc/pinfold/{id}.toml"), settings.as_bytes(), 0o644).unwrap();
+        let spec = VmSpec { cores: 2, ..VmSpec::new(id) };
+        host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640).unwrap();
+    }
+    host.start_vm(&VmSpec { cores: 2, ..VmSpec::new(103) }).unwrap();
+    let before = host.snapshot().unwrap();
+    let mut lives = [Life::Off; 3];
+    let mut story = String::new();
+    for step in 1..=steps {
+        let which = random.below(3);
+        let (id, life) = (WALKERS[which].0, &mut lives[which]);
+        let (what, next) = match (*life, random.below(4)) {
+            (Life::Off | Life::Dead, 0) => (half(host, &mut random, id, "start"), Life::Half),
+            (Life::Off | Life::Dead, 1 | 2) => (start(host, id), Life::Fenced),
+            (Life::Fenced | Life::Half, 0) => {
+                host.kill_vm(id).unwrap();
+                host.cleanup_vm(id, false).unwrap();
+                (format!("kill {id}"), Life::Dead)
+            }
+            (Life::Fenced | Life::Half, 1) => {
+                host.ok(&format!("qm stop {id} 2>&1")).unwrap();
+                expect(host, &format!("hook {id} post-stop -q"), 0);
+                (format!("stop {id}"), Life::Off)
+            }
+            (Life::Fenced, 2) => (half(host, &mut random, id, "post-start again"), Life::Half),
+            (Life::Half | Life::Fenced, _) => {
+                expect(host, &format!("hook {id} post-start -q"), 0);
+                (format!("post-start {id}"), Life::Fenced)
+            }
+            (Life::Dead, _) => {
+                expect(host, &format!("hook {id} post-stop -q"), 0);
+                (format!("post-stop {id}"), Life::Off)
+            }
+            (Life::Off, _) => {
+                expect(host, "hook recover -q", 0);
+                for life in &mut lives {
+                    *life = match *life {
+                        Life::Off | Life::Dead => Life::Off,
+                        Life::Fenced => Life::Fenced,
+                        // Where its hook was killed before it had said what it was about to do, it stays as it is.
+                        Life::Half => Life::Half,
+                    };
+                }
+                ("recover".to_owned(), Life::Off)
+            }
+        };
+        if what != "recover" {
+            lives[which] = next;
+        }
+        let _ = writeln!(story, "{step}: {what} -> {lives:?}");
+        check(host, &lives, &before, &story);
+    }
+    // All come home.
+    for ((id, _), life) in WALKERS.iter().zip(&mut lives) {
+        if matches!(life, Life::Fenced | Life::Half) {
+            host.ok(&format!("qm stop {id} 2>&1")).unwrap();
+        }
+        expect(host, &format!("hook {id} post-stop -q"), 0);
+        *life = Life::Off;
+    }
+    check(host, &lives, &before, &story);
+}
+
+fn start(host: &Host, id: u32) -> String {
+    expect(host, &format!("hook {id} pre-start -q && qm start {id} && hook {id} post-start -q"), 0);
+    format!("start {id}")
+}
+
+/// A post-start killed somewhere; of a VM that runs already, or is started for it.
+fn half(host: &Host, random: &mut Random, id: u32, what: &str) -> String {
+    if what == "start" {
+        expect(host, &format!("hook {id} pre-start -q && qm start {id}"), 0);
+    }
+    let names: Vec<&str> = CALLS.split(',').collect();
+    let call = (names[random.below(names.len())].to_owned(), 1 + random.below(60));
+    let reached = kill_at(host, &call, &format!("hook {id} post-start"));
+    format!("{what} {id}, killed at {call:?}: {reached}")
+}
+
+fn check(host: &Host, lives: &[Life; 3], before: &HostState, story: &str) {
+    let fenced = || WALKERS.iter().zip(lives).filter(|(_, life)| **life == Life::Fenced).map(|(walker, _)| walker);
+    let cpus: Vec<&str> = fenced().map(|(_, cpus)| *cpus).collect();
+    if !cpus.is_empty() {
+        let ids: Vec<u32> = fenced().map(|(id, _)| *id).collect();
+        println!("{}", story.lines().last().unwrap_or_default());
+        assert_clean(host, &cpus.join(","), &ids);
+    }
+    if lives.iter().all(|life| *life == Life::Off) {
+        let difference = before.not_restored(&host.snapshot().unwrap());
+        assert!(difference.is_empty(), "{story}{difference}");
+    }
+}
+
+/// Start and stop, again and again: nothing grows.
+fn cycles(host: &mut Host) {
+    let count = if is_full() { 200 } else { 4 };
+    install_hook(host);
+    host.start_vm(&VmSpec::new(101)).unwrap();
+    let cycle = |host: &Host| {
+        host.start_vm(&vm()).unwrap();
+        host.stop_vm(100).unwrap();
+    };
+    // The first makes what stays: hook's folder, systemd's memory of the slices.
+    cycle(host);
+    let before = host.snapshot().unwrap();
+    let sizes = "ls /run/pinfold | wc -l; ls /proc/1/fd | wc -l; find /sys/fs/cgroup -type d | wc -l; \
+                 find /run/systemd -name '*.conf' | wc -l; systemctl list-units --all --no-legend | wc -l";
+    let size = |host: &Host| -> Vec<u32> {
+        host.ok(sizes).unwrap().lines().map(|line| line.trim().parse().unwrap()).collect()
+    };
+    let first = size(host);
+    for _ in 0..count {
+        cycle(host);
+    }
+    let last = size(host);
+    println!("{count} cycles: state files, systemd's open files, cgroups, drop-ins, units: {first:?} -> {last:?}");
+    assert!(first.iter().zip(&last).all(|(first, last)| *last <= first + 2), "{first:?} -> {last:?}");
+    assert_restored(host, &before);
+}
+
+/// Hooks released together wait for each other, and the end is the same.
+fn twenty_at_once(host: &mut Host) {
+    host.start_vm(&VmSpec::new(101)).unwrap();
+    host.start_vm(&VmSpec::new(100)).unwrap();
+    let all = "for n in $(seq 5); do for what in '100 post-start' recover status '999 post-stop'; do \
+               (while test ! -e /tmp/go; do sleep 0.1; done; hook $what > /tmp/said-$n-${what##* } 2>&1; \
+               echo \"$? $what\" >> /tmp/ended) & done; done; sleep 1; touch /tmp/go; wait; sort /tmp/ended | uniq -c";
+    expect(host, "hook 100 pre-start -q", 0);
+    let output = host.spawn(&["/bin/sh", "-c", all], std::time::Duration::from_secs(600)).unwrap().wait().unwrap();
+    println!("{}", output.stdout);
+    let ended = |what: &str| output.stdout.lines().any(|line| line.trim() == what);
+    assert!(ended("5 0 100 post-start") && ended("5 0 recover") && ended("5 0 999 post-stop"), "{output:?}");
+    assert_fenced(host);
+}
