@@ -68,6 +68,11 @@ fn in_place_of(host: &Host, socket: &str, words: &str) {
     .unwrap();
 }
 
+/// Ends those listeners, and whoever keeps a socket busy.
+fn end_listeners(host: &Host) {
+    host.ok("pkill -x perl; while pgrep -x perl > /dev/null; do sleep 0.1; done").unwrap();
+}
+
 /// What pre-start reserved goes with the task that started the VM.
 fn a_start_that_fails(host: &mut Host) {
     let before = ready(host);
@@ -132,7 +137,7 @@ fn socket_and_more(cpus: &str) -> String {
     format!("{die}\"socket-id\": 0")
 }
 
-/// The path unit sees the pid file go.
+/// The path unit sees QEMU go.
 fn recover_comes_by_itself(host: &mut Host) {
     let before = ready(host);
     let units: [(&str, &[u8]); 2] = [
@@ -149,16 +154,16 @@ fn recover_comes_by_itself(host: &mut Host) {
     host.ok("while test $(systemctl is-active pinfold-recover.service) != inactive; do sleep 0.2; done; sleep 1")
         .unwrap();
     assert_fenced(host);
-    host.kill_vm(100).unwrap();
+    // QEMU holds its pid file open, so that its end is seen even where the file stays.
     let times = host
-        .ok("cut -d' ' -f1 /proc/uptime; rm /run/qemu-server/100.pid; \
+        .ok("cut -d' ' -f1 /proc/uptime; kill -KILL $(cat /run/qemu-server/100.pid); \
              while grep -q '\"100\"' /run/pinfold/state.json 2>/dev/null; do sleep 0.2; done; \
              systemctl show -P ExecMainStartTimestampMonotonic pinfold-recover.service")
         .unwrap();
     let mut times = times.lines().map(|line| line.trim().parse::<f64>().unwrap());
     let (gone, called) = (times.next().unwrap(), times.next().unwrap() / 1e6);
-    println!("recover was called {:.2} s after the pid file went", called - gone);
-    assert!(called - gone < 2.0, "gone at {gone}, called at {called}");
+    println!("recover was called {:.2} s after QEMU was killed", called - gone);
+    assert!((0.0..2.0).contains(&(called - gone)), "gone at {gone}, called at {called}");
     host.ok("while test $(systemctl is-active pinfold-recover.service) != inactive; do sleep 0.2; done").unwrap();
     host.cleanup_vm(100, false).unwrap();
     host.ok("systemctl stop pinfold-recover.path; rm /etc/systemd/system/pinfold-recover.*; systemctl daemon-reload")
@@ -220,7 +225,7 @@ fn a_monitor_that_does_not_answer(host: &mut Host) {
         "(setsid perl -MIO::Socket::UNIX -e '$s = IO::Socket::UNIX->new(Peer => \"{monitor}\"); sleep 1000' >/dev/null 2>&1 &) ; sleep 0.5"
     );
     host.ok(&busy).unwrap();
-    for (words, why) in [(None, "no answer"), (Some(""), "no answer"), (Some("garbage\n"), "")] {
+    for (words, why) in [(None, "is busy with another client"), (Some(""), "100.qmp"), (Some("garbage\n"), "100.qmp")] {
         if let Some(words) = words {
             host.ok(&format!("if test -e {monitor}.kept; then mv {monitor}.kept {monitor}; fi")).unwrap();
             in_place_of(host, monitor, words);
@@ -229,6 +234,7 @@ fn a_monitor_that_does_not_answer(host: &mut Host) {
         assert!(said.contains("going on with the threads' names from /proc") && said.contains(why), "{said}");
         assert_fenced(host);
         expect(host, "hook 100 post-stop", 0);
+        end_listeners(host);
         restored_but_for_the_scope(host, &before);
     }
 }
@@ -247,6 +253,7 @@ fn a_systemd_that_hangs(host: &mut Host) {
     println!("with a systemd that hangs post-start ends after {:.1} s", times[1] - times[0]);
     assert!(times[1] - times[0] < 60.0, "{times:?}");
     host.ok("for s in /run/systemd/private /run/dbus/system_bus_socket; do mv $s.kept $s; done").unwrap();
+    end_listeners(host);
     expect(host, "hook recover", 0);
     assert_restored(host, &before);
 }
@@ -260,9 +267,8 @@ fn units_are_touched_meanwhile(host: &mut Host) {
     host.ok("systemctl set-property --runtime system.slice CPUWeight=50").unwrap();
     assert_fenced(host);
     host.ok("systemctl set-property --runtime system.slice AllowedCPUs=0-3").unwrap();
-    let (_, said) = expect(host, "hook recover -v", 0);
-    let (out, _) = expect(host, "hook recover -v", 0);
-    assert!((said + &out).contains("system.slice: left as it is: somebody else has set it to 0-3"), "{out}");
+    let (_, said) = expect(host, "hook recover", 0);
+    assert!(said.contains("hook: system.slice: left as it is: somebody else has set it to 0-3\n"), "{said}");
     host.stop_vm(100).unwrap();
     // Theirs stays, ours goes.
     assert_eq!(host.ok("systemctl show -P AllowedCPUs system.slice").unwrap(), "0-3\n");
@@ -288,7 +294,7 @@ fn others_set_what_is_ours(host: &mut Host) {
         .unwrap();
     let (status, _) = expect(host, "hook status", 1);
     assert!(status.contains("IRQ 1 (i8042)") && status.contains("(kswapd0)"), "strays are named: {status}");
-    let (said, _) = expect(host, "hook recover -v", 0);
+    let (_, said) = expect(host, "hook recover", 0);
     for line in [
         "IRQ 1 (i8042): left as it is: somebody else has set it to 7",
         "policy6 (CPU 6): left as it is: somebody else has set it to powersave",
@@ -327,8 +333,9 @@ fn the_idle_vm(host: &mut Host) {
     assert_eq!(state(), "status: stopped\n");
     // A start that is refused gives the idle VM back.
     host.ok("qm start 102").unwrap();
-    host.put("/etc/pinfold/100.toml", b"layout = \"5900x\"\nidle_vm = 102\nreset_pci = [\"0000:00:00.0\"]\n", 0o644)
-        .unwrap();
+    let disk = host.ok("basename $(dirname $(dirname $(dirname $(readlink -f /sys/class/block/vda))))").unwrap();
+    let settings = format!("layout = \"5900x\"\nidle_vm = 102\nreset_pci = [\"{}\"]\n", disk.trim());
+    host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644).unwrap();
     let told = host.sh("qm start 100").unwrap();
     assert_ne!(told.code, Some(0), "{told:?}");
     assert_eq!(state(), "status: running\n", "{told:?}");
