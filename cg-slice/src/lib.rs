@@ -10,7 +10,7 @@ use clap::{Parser, Subcommand};
 use pinfold_core::cli::{self, Common};
 use pinfold_core::knob::{ABSENT, PRESENT};
 use pinfold_core::save::Entry;
-use pinfold_core::vm::VmId;
+use pinfold_core::vm::{Qemu, VmId};
 use pinfold_core::{Change, CpuSet, Error, Exit, Knob, Object, Sysroot, Table, cgroup, cpu, process, systemd, vm};
 
 const TOOL: &str = "cg-slice";
@@ -229,12 +229,25 @@ fn folder(root: &Sysroot, path: &str, wanted: &str) -> Change {
     Object::new(knob.clone(), knob.to_string(), found).want(wanted)
 }
 
-/// QEMU first, then what else is in its scope (swtpm, virtiofsd). Where QEMU is in no scope of its own, it goes alone.
-fn moves(root: &Sysroot, vmid: VmId, qemu: i32, from: &str, to: &str) -> pinfold_core::Result<Vec<Change>> {
+/// A VM's processes: QEMU first, then what else is in its scope (swtpm, virtiofsd). Where QEMU is in no scope of its own, it
+/// stands alone.
+///
+/// # Errors
+/// One that [is gone](Error::is_gone) where QEMU has ended; where the tree cannot be read.
+pub fn processes(root: &Sysroot, vmid: VmId, qemu: &Qemu) -> pinfold_core::Result<Vec<i32>> {
+    processes_in(root, vmid, qemu.id.pid, &cgroup::of_process(root, qemu.id.pid)?)
+}
+
+fn processes_in(root: &Sysroot, vmid: VmId, qemu: i32, cgroup: &str) -> pinfold_core::Result<Vec<i32>> {
     let mut pids = vec![qemu];
-    if from.ends_with(&format!("/{vmid}.scope")) {
-        pids.extend(cgroup::processes(root, from)?.into_iter().filter(|pid| *pid != qemu));
+    if cgroup.ends_with(&format!("/{vmid}.scope")) {
+        pids.extend(cgroup::processes(root, cgroup)?.into_iter().filter(|pid| *pid != qemu));
     }
+    Ok(pids)
+}
+
+fn moves(root: &Sysroot, vmid: VmId, qemu: i32, from: &str, to: &str) -> pinfold_core::Result<Vec<Change>> {
+    let pids = processes_in(root, vmid, qemu, from)?;
     let mut changes = Vec::with_capacity(pids.len());
     for pid in pids {
         match process::task(root, pid, pid) {

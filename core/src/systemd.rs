@@ -206,27 +206,37 @@ pub(crate) fn set_allowed_cpus(root: &Sysroot, unit: &str, cpus: &str) -> io::Re
     let Some(mut systemd) = systemd else {
         return Err(io::Error::other("units can be set on the running host only, not under --sysroot"));
     };
+    if set.is_empty() {
+        // With the last unit that uses the controller systemd takes it away, and the kernel may then leave threads on the
+        // CPUs of a cpuset that was still narrow: it compares the first thread's cpuset alone (cpuset_attach).
+        clear_live(root, &mut systemd, unit)?;
+    }
     systemd.set_allowed_cpus(unit, &set).map_err(|error| into_io(tried()(error)))?;
     if set.is_empty() {
-        // Cleared, the property leaves the live cpuset as it was (systemd#43846), unless no unit uses the controller any
-        // more.
-        let cgroup = match root.exists(cgroup::path(unit)) {
-            true => Some(unit.to_owned()),
-            false => systemd
-                .cgroup(unit)
-                .map_err(|error| into_io(failed(root, format!("find the cgroup of {unit}"))(error)))?,
-        };
-        let Some(cgroup) = cgroup else { return Ok(()) };
-        let live = root.read_value(cgroup::file(&cgroup, "cpuset.cpus")).map_err(into_io)?;
-        if live.is_some_and(|list| !list.is_empty()) {
-            match cgroup::set_cpus(root, &cgroup, "") {
-                // systemd removes the cgroup of a slice that has become empty.
-                Err(error) if is_gone(&error) => {}
-                other => other?,
-            }
-        }
+        // Cleared, the property leaves the live cpuset as it is (systemd#43846); somebody may have had it written meanwhile.
+        clear_live(root, &mut systemd, unit)?;
     }
     Ok(())
+}
+
+/// Clears the cpuset of a unit's cgroup, where it has one.
+fn clear_live(root: &Sysroot, systemd: &mut Systemd, unit: &str) -> io::Result<()> {
+    let cgroup = match root.exists(cgroup::path(unit)) {
+        true => Some(unit.to_owned()),
+        false => {
+            systemd.cgroup(unit).map_err(|error| into_io(failed(root, format!("find the cgroup of {unit}"))(error)))?
+        }
+    };
+    let Some(cgroup) = cgroup else { return Ok(()) };
+    let live = root.read_value(cgroup::file(&cgroup, "cpuset.cpus")).map_err(into_io)?;
+    if live.is_none_or(|list| list.is_empty()) {
+        return Ok(());
+    }
+    match cgroup::set_cpus(root, &cgroup, "") {
+        // systemd removes the cgroup of a slice that has become empty.
+        Err(error) if is_gone(&error) => Ok(()),
+        other => other,
+    }
 }
 
 /// Where `systemctl set-property --runtime` keeps what it was told: slices and services, and scopes.

@@ -73,7 +73,7 @@ impl<'a> Reconcile<'a> {
         let Some(reservation) = self.store.reservations.get(&vmid.into()).cloned() else { return Ok(()) };
         let isolated = reservation.settings.isolated.clone();
         let first_time = reservation.phase == Phase::Isolating;
-        let slices = self.remember(&isolated)?;
+        let slices = self.remember(&isolated, vmid, qemu)?;
         if !first_time {
             // Its vCPUs run there: taking the CPUs offline now would break their pins.
             self.settle();
@@ -84,7 +84,8 @@ impl<'a> Reconcile<'a> {
         self.online("offline", &isolated, "0")?;
         self.irqs()?;
         self.kthreads()?;
-        self.online("online", &isolated, "1")?;
+        // Those too that a killed run of another VM's hook left offline.
+        self.online("online", &self.online_before(), "1")?;
         self.pace()?;
         self.decouple(vmid)?;
         self.pins(vmid, qemu)?;
@@ -97,22 +98,22 @@ impl<'a> Reconcile<'a> {
     /// Brings everything to what the reservations ask for, CPUs that a killed run left offline first; after the last
     /// reservation that is what was before the first. What fails is told and stops nothing else.
     pub(crate) fn settle(&mut self) {
-        let offline: CpuSet = self
-            .store
-            .baseline
-            .knobs()
-            .filter_map(|(knob, _, before)| match knob {
-                Knob::CpuOnline(cpu) if before == "1" => Some(*cpu),
-                _ => None,
-            })
-            .collect();
-        self.attempt(|this| this.online("online", &offline, "1"));
+        self.attempt(|this| this.online("online", &this.online_before(), "1"));
         self.attempt(|this| this.slice_objects().and_then(|slices| this.slices(slices)));
         self.attempt(Self::tasks);
         self.attempt(Self::irqs);
         self.attempt(Self::kthreads);
         self.attempt(Self::pace);
         self.attempt(Self::all_pins);
+    }
+
+    /// The CPUs of the baseline that were online before.
+    fn online_before(&self) -> CpuSet {
+        let online = |(knob, _, before): (&Knob, &str, &str)| match knob {
+            Knob::CpuOnline(cpu) if before == "1" => Some(*cpu),
+            _ => None,
+        };
+        self.store.baseline.knobs().filter_map(online).collect()
     }
 
     /// A step whose failure is told and stops nothing else.
@@ -125,7 +126,7 @@ impl<'a> Reconcile<'a> {
     /// Step 0: the value of every knob that will be touched, on disk before the first touch.
     ///
     /// Returns the slices as they are, for step 1.
-    fn remember(&mut self, isolated: &CpuSet) -> Result<Vec<Object>> {
+    fn remember(&mut self, isolated: &CpuSet, vmid: VmId, qemu: &Qemu) -> Result<Vec<Object>> {
         self.report.step("baseline");
         let slices = self.slice_objects()?;
         let mut objects = slices.clone();
@@ -136,6 +137,9 @@ impl<'a> Reconcile<'a> {
         objects.extend(kthreads.movable);
         objects.extend(self.pace_objects(isolated)?);
         objects.extend(self.task_objects()?);
+        for pid in cg_slice::processes(self.root, vmid, qemu)? {
+            objects.extend(self.thread_objects(pid)?);
+        }
         for object in objects {
             self.adopt(&object);
         }
@@ -180,9 +184,13 @@ impl<'a> Reconcile<'a> {
     }
 
     /// Step 1: everything but the fenced VMs off their CPUs, as far as cgroups reach.
-    fn slices(&mut self, objects: Vec<Object>) -> Result<()> {
+    fn slices(&mut self, mut objects: Vec<Object>) -> Result<()> {
         self.report.step("slices");
         let wanted = self.held();
+        if self.isolated().is_empty() {
+            // Back in the other order: with its last unit the controller goes, and all must be wide by then.
+            objects.reverse();
+        }
         self.set("slices", objects, wanted)?;
         if !self.isolated().is_empty() {
             return Ok(());
@@ -368,32 +376,24 @@ impl<'a> Reconcile<'a> {
         }
         // Its helpers (swtpm, virtiofsd) came along out of the slice, and belong with the emulator.
         let beside = self.cpus_for(&reservation, &vm::Role::Emulator, &housekeeping)?.to_string();
-        for object in self.helper_objects(vmid, qemu)? {
-            wanted.insert(object.knob.clone(), beside.clone());
-            objects.push(object);
+        for pid in cg_slice::processes(self.root, vmid, qemu)?.into_iter().skip(1) {
+            for object in self.thread_objects(pid)? {
+                wanted.insert(object.knob.clone(), beside.clone());
+                objects.push(object);
+            }
         }
         self.set("pins", objects, move |knob, before| wanted.get(knob).cloned().unwrap_or_else(|| before.to_owned()))
     }
 
-    /// The threads of what is in a decoupled VM's cgroup beside QEMU.
-    fn helper_objects(&self, vmid: VmId, qemu: &Qemu) -> Result<Vec<Object>> {
-        let mut objects = Vec::new();
-        for pid in cgroup::processes(self.root, &cg_slice::decoupled_cgroup(vmid)).unwrap_or_default() {
-            if pid != qemu.id.pid {
-                objects.extend(self.thread_objects(pid)?);
-            }
-        }
-        Ok(objects)
-    }
-
-    /// A process's threads with the CPUs they may run on; those that end meanwhile are left out.
+    /// A process's threads with the CPUs they may run on; those that end meanwhile are left out. None of a kernel thread, which
+    /// may be in a VM's cgroup too (kvm-nx-lpage-recovery on Linux 6.1): it has a step of its own.
     fn thread_objects(&self, pid: i32) -> Result<Vec<Object>> {
         let tasks = match process::tasks(self.root, pid) {
             Err(error) if error.is_gone() => return Ok(Vec::new()),
             tasks => tasks?,
         };
         let mut objects = Vec::with_capacity(tasks.len());
-        for task in tasks {
+        for task in tasks.into_iter().filter(|task| !task.kernel) {
             match process::affinity(self.root, &task.id) {
                 Ok(cpus) => objects.push(Object::new(
                     Knob::Thread(task.id),
@@ -466,7 +466,7 @@ impl<'a> Reconcile<'a> {
             }
         }
         let mut objects = Vec::new();
-        for pid in cgroup::processes(self.root, &cgroup::of_process(self.root, qemu.id.pid)?)? {
+        for pid in cg_slice::processes(self.root, vmid, qemu)? {
             objects.extend(self.thread_objects(pid)?);
         }
         objects.retain(|object| self.store.baseline.has(&object.knob));

@@ -4,7 +4,9 @@
 use pinfold_lab::{Host, VmSpec};
 
 use crate::stories;
-use crate::support::{ISOLATED, assert_clean, assert_fenced, assert_restored, expect, install_hook, threads, vm};
+use crate::support::{
+    HELPER_CGROUP, ISOLATED, assert_clean, assert_fenced, assert_restored, expect, install_hook, threads, vm,
+};
 
 stories![
     what_the_admin_had_set_comes_back,
@@ -135,7 +137,7 @@ fn helpers_and_containers(host: &mut Host) {
     let before = host.snapshot().unwrap();
     host.start_vm(&VmSpec { tpm: true, ..vm() }).unwrap();
     assert_fenced(host);
-    assert_eq!(host.ok("wc -l < /sys/fs/cgroup/qemu-decoupled.slice/100.scope/cgroup.procs").unwrap(), "2\n");
+    assert_eq!(host.ok(HELPER_CGROUP).unwrap(), "0::/qemu-decoupled.slice/100.scope\n");
     assert_eq!(host.ok("cat /sys/fs/cgroup/lxc/cpuset.cpus").unwrap(), "0-5,12-17\n");
     host.stop_vm(100).unwrap();
     assert_restored(host, &before);

@@ -11,6 +11,9 @@ pub(crate) const HOUSEKEEPING: &str = "0-5,12-17";
 /// The vCPUs' CPUs of the layout 5900x, in vCPU order.
 pub(crate) const PINS: [usize; 12] = [6, 18, 7, 19, 8, 20, 9, 21, 10, 22, 11, 23];
 
+/// The cgroup of the helper beside a VM's QEMU. (On Linux 6.1 a kernel thread of KVM's is in the VM's cgroup too.)
+pub(crate) const HELPER_CGROUP: &str = "cat /proc/$(pgrep -x swtpm)/cgroup";
+
 /// Runs a story on a fresh host of a guest.
 pub(crate) fn tell(guest: Guest, story: fn(&mut Host)) {
     if let Ok(guests) = std::env::var("PINFOLD_LAB_GUESTS")
