@@ -15,8 +15,7 @@ use crate::systemd;
 /// Where the unified hierarchy is mounted on every host with systemd.
 const ROOT: &str = "sys/fs/cgroup";
 
-/// How long systemd may take to move a process into a scope that it has made, and how often we look.
-const MOVED_DEADLINE: Duration = Duration::from_secs(10);
+/// How often we look whether systemd has moved a process into a scope that it has made.
 const MOVED_INTERVAL: Duration = Duration::from_millis(10);
 
 /// A cgroup's folder, below the sysroot.
@@ -125,7 +124,7 @@ pub(crate) fn move_process(root: &Sysroot, task: &TaskId, cgroup: &str) -> io::R
 
 /// systemd answers before it has moved the process.
 fn wait_until_in(root: &Sysroot, pid: i32, cgroup: &str) -> io::Result<()> {
-    let until = Instant::now() + MOVED_DEADLINE;
+    let until = Instant::now() + root.patience().call;
     while of_process(root, pid).map_err(into_io)?.trim_start_matches('/') != cgroup.trim_start_matches('/') {
         if Instant::now() >= until {
             return Err(io::Error::other(format!("systemd made the scope and did not move process {pid} into it")));

@@ -9,11 +9,13 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::systemd::Patience;
 
-/// Where the host's files are: `/`, or a captured tree.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Where the host's files are: `/`, or a captured tree; and how long its systemd is waited for.
+#[derive(Debug, Clone)]
 pub struct Sysroot {
     root: PathBuf,
+    patience: Patience,
 }
 
 impl Default for Sysroot {
@@ -25,7 +27,17 @@ impl Default for Sysroot {
 impl Sysroot {
     /// A root at `root`.
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into() }
+        Self { root: root.into(), patience: Patience::default() }
+    }
+
+    /// The same root, whose systemd is waited for so long.
+    pub fn with_patience(self, patience: Patience) -> Self {
+        Self { patience, ..self }
+    }
+
+    /// How long systemd is waited for.
+    pub fn patience(&self) -> &Patience {
+        &self.patience
     }
 
     /// Whether this is the running host, where system calls speak of the same things as the files.

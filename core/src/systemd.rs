@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -15,13 +16,29 @@ use crate::error::{Error, Result, is_gone};
 use crate::knob::{cpu_list, into_io};
 use crate::sysroot::Sysroot;
 
-/// How long systemd may take for one call, in seconds.
-pub const DEADLINE: u64 = 10;
-/// How long it may take to read all units again, in seconds.
-pub const RELOAD_DEADLINE: u64 = 60;
+/// How long systemd is waited for.
+#[derive(Debug, Clone)]
+pub struct Patience {
+    /// For one call.
+    pub call: Duration,
+    /// For all units to be read again.
+    pub reload: Duration,
+    /// It has let a deadline pass: one that hangs is not waited for again in the same run.
+    hangs: Arc<AtomicBool>,
+}
 
-/// systemd has let a deadline pass. One that hangs is not waited for again in the same run.
-static HANGS: AtomicBool = AtomicBool::new(false);
+impl Patience {
+    /// So long, in seconds.
+    pub fn new(call: u64, reload: u64) -> Self {
+        Self { call: Duration::from_secs(call), reload: Duration::from_secs(reload), hangs: Arc::default() }
+    }
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self::new(10, 60)
+    }
+}
 
 /// systemd's own socket, for root alone: there is no bus in between that has to run.
 const PRIVATE_SOCKET: &str = "run/systemd/private";
@@ -56,9 +73,8 @@ type Called<T> = std::result::Result<T, DbusError>;
 
 impl Systemd {
     /// Connects, as root past the bus where that can be; `None` where a captured tree has no systemd behind it.
-    fn connect(root: &Sysroot, seconds: u64) -> Called<Option<Self>> {
-        let patience = Duration::from_secs(seconds);
-        if root.is_live() && HANGS.load(Ordering::Relaxed) {
+    fn connect(root: &Sysroot, patience: Duration) -> Called<Option<Self>> {
+        if root.patience().hangs.load(Ordering::Relaxed) {
             return Err(DbusError::Late(patience));
         }
         if nix::unistd::geteuid().is_root() {
@@ -162,8 +178,8 @@ fn from_bitmap(bytes: &[u8]) -> std::result::Result<CpuSet, CpuSetError> {
 /// A failed call in words that say what was tried.
 fn failed(root: &Sysroot, tried: String) -> impl FnOnce(DbusError) -> Error {
     move |error| {
-        if root.is_live() && matches!(error, DbusError::Late(_)) {
-            HANGS.store(true, Ordering::Relaxed);
+        if matches!(error, DbusError::Late(_)) {
+            root.patience().hangs.store(true, Ordering::Relaxed);
         }
         let needs_root = error.is_denied() && !nix::unistd::geteuid().is_root();
         Error::unusable("systemd", format!("{tried}: {error}{}", if needs_root { "; this needs root" } else { "" }))
@@ -178,7 +194,9 @@ pub fn allowed_cpus_of(root: &Sysroot, units: &[String]) -> Result<BTreeMap<Stri
     let mut known = BTreeMap::new();
     let Some(first) = units.first() else { return Ok(known) };
     let tried = |unit: &str| failed(root, format!("read AllowedCPUs of {unit}"));
-    let Some(mut systemd) = Systemd::connect(root, DEADLINE).map_err(tried(first))? else { return Ok(known) };
+    let Some(mut systemd) = Systemd::connect(root, root.patience().call).map_err(tried(first))? else {
+        return Ok(known);
+    };
     for unit in units {
         if let Some(bytes) = systemd.allowed_cpus(unit).map_err(tried(unit))? {
             let object = || format!("{unit}: AllowedCPUs");
@@ -202,7 +220,7 @@ pub fn allowed_cpus(root: &Sysroot, unit: &str) -> Result<Option<String>> {
 pub(crate) fn set_allowed_cpus(root: &Sysroot, unit: &str, cpus: &str) -> io::Result<()> {
     let tried = || failed(root, format!("set AllowedCPUs={cpus} of {unit}"));
     let set = cpu_list(unit, cpus).map_err(into_io)?;
-    let systemd = Systemd::connect(root, DEADLINE).map_err(|error| into_io(tried()(error)))?;
+    let systemd = Systemd::connect(root, root.patience().call).map_err(|error| into_io(tried()(error)))?;
     let Some(mut systemd) = systemd else {
         return Err(io::Error::other("units can be set on the running host only, not under --sysroot"));
     };
@@ -277,7 +295,7 @@ pub(crate) fn keep_overrides(root: &Sysroot, kept: &str) -> io::Result<()> {
         }
     }
     let reload = |error| into_io(failed(root, "reload".into())(error));
-    match Systemd::connect(root, RELOAD_DEADLINE).map_err(reload)? {
+    match Systemd::connect(root, root.patience().reload).map_err(reload)? {
         Some(mut systemd) => systemd.manager("Reload", "", Writer::default()).map(drop).map_err(reload),
         None => Ok(()),
     }
@@ -288,7 +306,7 @@ pub(crate) fn keep_overrides(root: &Sysroot, kept: &str) -> io::Result<()> {
 pub(crate) fn start_scope(root: &Sysroot, scope: &str, slice: &str, pid: i32) -> io::Result<()> {
     let words = |error| into_io(failed(root, format!("make {scope} around process {pid}"))(error));
     let process = u32::try_from(pid).map_err(io::Error::other)?;
-    let Some(mut systemd) = Systemd::connect(root, DEADLINE).map_err(words)? else {
+    let Some(mut systemd) = Systemd::connect(root, root.patience().call).map_err(words)? else {
         return Err(io::Error::other("scopes can be made on the running host only, not under --sysroot"));
     };
     let mut body = Writer::default();
@@ -507,9 +525,9 @@ mod tests {
                 std::os::unix::net::UnixListener::bind(root.path(socket)).unwrap()
             })
             .collect();
-        let error = Systemd::connect(&root, 1).map(drop).unwrap_err();
+        let error = Systemd::connect(&root, Duration::from_millis(50)).map(drop).unwrap_err();
         let error = failed(&root, "reload".into())(error).to_string();
-        assert_eq!(error, "systemd: reload: no answer within 1 s");
+        assert_eq!(error, "systemd: reload: no answer within 0.05 s");
     }
 
     #[test]

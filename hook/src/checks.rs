@@ -68,16 +68,17 @@ pub(crate) fn pins_suffice(settings: &Settings, vcpus: &CpuSet) -> Result<()> {
 /// # Errors
 /// [`Error::Unusable`] that names the other VM and the CPUs.
 pub(crate) fn no_overlap(reservations: &BTreeMap<u32, Reservation>, vmid: VmId, settings: &Settings) -> Result<()> {
-    for (other, reservation) in reservations.iter().filter(|(other, _)| **other != u32::from(vmid)) {
+    let others = || reservations.iter().filter(|(other, claim)| **other != u32::from(vmid) && claim.is_claim());
+    for (other, reservation) in others() {
         let shared = &reservation.settings.isolated & &settings.isolated;
         if !shared.is_empty() {
             let why = format!("isolated: CPU {shared} belongs to VM {other} while that runs; stop it or choose others");
             return Err(Error::unusable(&settings.source, why));
         }
     }
-    let all = reservations.iter().filter(|(other, _)| **other != u32::from(vmid));
-    let taken = all.fold(settings.isolated.clone(), |taken, (_, reservation)| &taken | &reservation.settings.isolated);
-    for reservation in reservations.values() {
+    let taken =
+        others().fold(settings.isolated.clone(), |taken, (_, reservation)| &taken | &reservation.settings.isolated);
+    for (_, reservation) in others() {
         if let Some(emulator) = reservation.settings.emulator.as_ref().filter(|cpus| cpus.is_subset(&taken)) {
             let why = format!("isolated: it would take CPU {emulator}, all that another VM's emulator threads have");
             return Err(Error::unusable(&settings.source, why));

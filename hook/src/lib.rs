@@ -107,12 +107,12 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     match (args.verb, args.vmid, args.phase) {
         (Some(Verb::Status { output }), ..) => status::run(&output.root(), output.json),
         (Some(Verb::Recover { discard, output }), ..) => {
-            let (root, mut report) = (output.root(), output.report(TOOL));
-            let mut run = phases::Run { root: &root, report: &mut report };
+            let mut report = output.report(TOOL);
+            let mut run = phases::Run { root: output.root(), report: &mut report };
             if discard { run.discard() } else { run.recover() }
         }
         (Some(Verb::Step { step }), ..) => run_step(step),
-        (None, Some(vmid), Some(phase)) => run_phase(&args.output.root(), args.output.report(TOOL), vmid, &phase),
+        (None, Some(vmid), Some(phase)) => run_phase(args.output.root(), args.output.report(TOOL), vmid, &phase),
         // clap asks for both.
         (None, ..) => anyhow::bail!("VMID and PHASE are missing; see hook --help"),
     }
@@ -120,8 +120,8 @@ fn run(args: Args) -> anyhow::Result<Exit> {
 
 /// A failure in pre-start stops the VM's start; in the other phases PVE only warns. Whatever is not hook's business ends
 /// well, so that it stops nobody.
-fn run_phase(root: &Sysroot, mut report: Report, vmid: VmId, phase: &str) -> anyhow::Result<Exit> {
-    if vm::is_container(root, vmid) {
+fn run_phase(root: Sysroot, mut report: Report, vmid: VmId, phase: &str) -> anyhow::Result<Exit> {
+    if vm::is_container(&root, vmid) {
         report.note(&format!("{vmid} is a container; only VMs have vCPUs to fence off, nothing is done"));
         return Ok(report.finish());
     }

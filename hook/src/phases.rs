@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use nix::unistd::Pid;
 use pinfold_core::store::{self, Store};
 use pinfold_core::vm::{self, Qemu, VmId};
 use pinfold_core::{Exit, Report, Sysroot, TaskId, cgroup, process};
@@ -21,7 +22,7 @@ const NEVER_RUNS: &str = "prelaunch";
 /// One call of hook.
 pub(crate) struct Run<'a> {
     /// The host.
-    pub root: &'a Sysroot,
+    pub root: Sysroot,
     /// What is said.
     pub report: &'a mut Report,
 }
@@ -30,9 +31,10 @@ impl Run<'_> {
     /// Before QEMU is started: everything that could fail later is checked now, since this is the one phase that can stop
     /// the start. Then what must be done before QEMU takes its devices and memory.
     pub(crate) fn pre_start(&mut self, vmid: VmId) -> anyhow::Result<Exit> {
-        let conf = vm::conf(self.root, vmid)?;
-        let settings = settings::load(self.root, vmid)?;
-        for note in checks::before_start(self.root, vmid, &conf, &settings)? {
+        let conf = vm::conf(&self.root, vmid)?;
+        let settings = settings::load(&self.root, vmid)?;
+        self.heed(&settings.deadlines);
+        for note in checks::before_start(&self.root, vmid, &conf, &settings)? {
             self.report.note(&note);
         }
         self.reserve(vmid, &settings)?;
@@ -51,13 +53,15 @@ impl Run<'_> {
         let mut store = self.open(&settings.deadlines)?;
         self.drop_dead(&mut store, Some(vmid))?;
         checks::no_overlap(&store.reservations, vmid, settings)?;
+        // One that an earlier hook has not come to start yet is still to be started some day.
+        let owed = store.reservations.get(&vmid.into()).is_some_and(|earlier| earlier.idle_vm_stopped);
         let reservation = Reservation {
             phase: Phase::Starting,
             settings: settings.clone(),
             qemu: None,
-            starter: parent(self.root),
+            starter: task(&self.root, Pid::parent()),
             idle_vm_stopped: match settings.idle_vm {
-                Some(idle) => steps::idle_vm_runs(self.root, idle)?,
+                Some(idle) => owed || steps::idle_vm_runs(&self.root, idle)?,
                 None => false,
             },
         };
@@ -68,42 +72,44 @@ impl Run<'_> {
 
     fn prepare(&mut self, vmid: VmId, settings: &Settings) -> anyhow::Result<()> {
         if let Some(idle) = settings.idle_vm {
-            steps::stop_idle_vm(self.root, self.report, idle, Duration::from_secs(settings.deadlines.idle_vm))?;
+            steps::stop_idle_vm(&self.root, self.report, idle, Duration::from_secs(settings.deadlines.idle_vm))?;
         }
         let functions = match &settings.reset_pci {
             ResetPci::OfVm(false) => Vec::new(),
-            ResetPci::OfVm(true) => pci_reset::functions_of_vm(self.root, vmid)?,
-            ResetPci::Listed(devices) => pci_reset::functions_of(self.root, devices)?,
+            ResetPci::OfVm(true) => pci_reset::functions_of_vm(&self.root, vmid)?,
+            ResetPci::Listed(devices) => pci_reset::functions_of(&self.root, devices)?,
         };
         if !functions.is_empty() {
             let deadline = Duration::from_secs(settings.deadlines.pci);
-            pci_reset::reset(self.root, &functions, false, deadline, self.report)?;
+            pci_reset::reset(&self.root, &functions, false, deadline, self.report)?;
         }
         if settings.tidy_caches {
-            steps::tidy_caches(self.root, self.report);
+            steps::tidy_caches(&self.root, self.report);
         }
         Ok(())
     }
 
     /// When QEMU runs: its CPUs are fenced off. Once more on a VM that is fenced already, it mends and pins newcomers.
     pub(crate) fn post_start(&mut self, vmid: VmId) -> anyhow::Result<Exit> {
-        let qemu = vm::running(self.root, vmid)?;
-        let mut store = self.open(&Deadlines::default())?;
+        let qemu = vm::running(&self.root, vmid)?;
+        let deadlines = self.deadlines(vmid)?;
+        self.heed(&deadlines);
+        let mut store = self.open(&deadlines)?;
         self.drop_dead(&mut store, Some(vmid))?;
         let mut reservation = match store.reservations.get(&vmid.into()) {
-            Some(reservation) if reservation.qemu.is_none_or(|task| task == qemu.id) => reservation.clone(),
+            Some(claim) if claim.is_claim() && claim.qemu.is_none_or(|task| task == qemu.id) => claim.clone(),
             // No pre-start, or that of an earlier QEMU: its checks are made now.
             _ => {
-                let settings = settings::load(self.root, vmid)?;
-                checks::before_start(self.root, vmid, &vm::conf(self.root, vmid)?, &settings)?;
+                let settings = settings::load(&self.root, vmid)?;
+                checks::before_start(&self.root, vmid, &vm::conf(&self.root, vmid)?, &settings)?;
                 checks::no_overlap(&store.reservations, vmid, &settings)?;
-                Reservation { phase: Phase::Starting, settings, qemu: None, starter: None, idle_vm_stopped: false }
+                let owed = store.reservations.get(&vmid.into()).is_some_and(|earlier| earlier.idle_vm_stopped);
+                Reservation { phase: Phase::Starting, settings, qemu: None, starter: None, idle_vm_stopped: owed }
             }
         };
-        let threads = vm::threads(self.root, &qemu, Duration::from_secs(reservation.settings.deadlines.qmp))?;
+        let threads = vm::threads(&self.root, &qemu, Duration::from_secs(reservation.settings.deadlines.qmp))?;
         if threads.status.as_deref() == Some(NEVER_RUNS) {
-            store.reservations.remove(&vmid.into());
-            store.save()?;
+            self.give_back(&mut store, &[vmid], Some(qemu.id))?;
             self.report.line(&format!(
                 "VM {vmid} is in {NEVER_RUNS}, as for a backup: its guest will not run, nothing is isolated"
             ));
@@ -126,7 +132,7 @@ impl Run<'_> {
     /// Fences the CPUs of a VM off whose reservation is in the store with its QEMU. Where that fails the VM keeps running, on
     /// whatever CPUs there are, and nothing of the fence stays.
     fn fence(&mut self, store: &mut Store<Reservation>, vmid: VmId, qemu: &Qemu) -> anyhow::Result<()> {
-        let fenced = Reconcile::new(self.root, store, self.report)
+        let fenced = Reconcile::new(&self.root, store, self.report)
             .and_then(|mut reconcile| reconcile.isolate(vmid, qemu))
             .and_then(|()| match store.reservations.get_mut(&vmid.into()) {
                 Some(reservation) if self.report.failures() == 0 => {
@@ -139,8 +145,7 @@ impl Run<'_> {
             self.report.error(&cause.to_string());
         }
         if self.report.failures() > 0 {
-            store.reservations.remove(&vmid.into());
-            self.settle(store, &[vmid])?;
+            self.give_back(store, &[vmid], Some(qemu.id))?;
             self.report.finish();
             bail!("VM {vmid} runs without isolated CPUs: what was begun has been taken back");
         }
@@ -149,18 +154,13 @@ impl Run<'_> {
 
     /// When the VM is gone: its CPUs go back to the host.
     pub(crate) fn post_stop(&mut self, vmid: VmId) -> anyhow::Result<Exit> {
-        if let Some((reservations, _)) = Store::<Reservation>::peek(self.root)?
-            && let Some(reservation) = reservations.get(&vmid.into())
-        {
-            let settings = &reservation.settings;
-            if let Some(task) = &reservation.qemu {
-                self.wait_for_exit(vmid, task, Duration::from_secs(settings.deadlines.qemu_exit));
-            }
-            let deadlines = settings.deadlines;
-            self.release(vmid, &deadlines)?;
-        } else {
-            self.recover()?;
+        let Some(reservation) = self.peek(vmid)? else { return self.recover() };
+        let deadlines = reservation.settings.deadlines;
+        self.heed(&deadlines);
+        if let Some(task) = &reservation.qemu {
+            self.wait_for_exit(vmid, task, Duration::from_secs(deadlines.qemu_exit));
         }
+        self.release(vmid, &deadlines)?;
         Ok(self.report.finish())
     }
 
@@ -169,8 +169,8 @@ impl Run<'_> {
         let own = cg_slice::decoupled_cgroup(vmid);
         // QEMU's helpers (swtpm) end a moment after it.
         let running = || {
-            process::check_start(self.root, task).is_ok()
-                || cgroup::processes(self.root, &own).is_ok_and(|pids| !pids.is_empty())
+            process::check_start(&self.root, task).is_ok()
+                || cgroup::processes(&self.root, &own).is_ok_and(|pids| !pids.is_empty())
         };
         while running() {
             if Instant::now() >= until {
@@ -184,20 +184,18 @@ impl Run<'_> {
     /// Drops a VM's reservation, brings the host to what the others ask for, and starts its idle VM.
     fn release(&mut self, vmid: VmId, deadlines: &Deadlines) -> anyhow::Result<()> {
         let mut store = self.open(deadlines)?;
-        self.drop_dead(&mut store, Some(vmid))?;
-        let Some(reservation) = store.reservations.remove(&vmid.into()) else { return Ok(()) };
-        self.settle(&mut store, &[vmid])?;
-        drop(store);
-        if reservation.is_fenced() {
-            self.report.line(&format!("CPU {} given back by VM {vmid}", reservation.settings.isolated));
+        let mut dropped = self.drop_dead(&mut store, Some(vmid))?;
+        dropped.extend(self.give_back(&mut store, &[vmid], own_task(&self.root))?);
+        for reservation in dropped.iter().filter(|(id, reservation)| *id == vmid && reservation.is_fenced()) {
+            self.report.line(&format!("CPU {} given back by VM {vmid}", reservation.1.settings.isolated));
         }
-        self.start_idle(&[reservation])
+        self.start_idle(store, &dropped)
     }
 
     /// Drops the reservations of VMs that run no more, and brings the host to what the others ask for.
     pub(crate) fn recover(&mut self) -> anyhow::Result<Exit> {
         let deadlines = Deadlines::default();
-        if Store::<Reservation>::peek(self.root)?.is_none() {
+        if Store::<Reservation>::peek(&self.root)?.is_none() {
             return Ok(self.report.finish());
         }
         let mut store = self.open(&deadlines)?;
@@ -208,12 +206,12 @@ impl Run<'_> {
             .filter_map(|(id, _)| VmId::try_from(*id).ok())
             .collect();
         for vmid in &half {
-            if let Some(qemu) = vm::find(self.root, *vmid)? {
+            if let Some(qemu) = vm::find(&self.root, *vmid)? {
                 self.fence(&mut store, *vmid, &qemu)?;
             }
         }
         if dead.is_empty() && half.is_empty() {
-            self.settle(&mut store, &[])?;
+            self.give_back(&mut store, &[], None)?;
         }
         // A pid file that goes while its service runs is nothing that the path unit sees.
         loop {
@@ -223,65 +221,122 @@ impl Run<'_> {
             }
             dead.extend(since);
         }
-        drop(store);
-        self.start_idle(&dead)?;
+        self.start_idle(store, &dead)?;
         Ok(self.report.finish())
     }
 
     /// Removes a state that cannot be trusted.
     pub(crate) fn discard(&mut self) -> anyhow::Result<Exit> {
-        if store::discard(self.root, Duration::from_secs(Deadlines::default().lock))? {
+        if store::discard(&self.root, Duration::from_secs(Deadlines::default().lock))? {
             self.report.note("the saved state is gone; what it covered stays as it is now until the next boot");
         }
         Ok(self.report.finish())
     }
 
+    /// A VM's reservation, looked at without the lock.
+    fn peek(&self, vmid: VmId) -> anyhow::Result<Option<Reservation>> {
+        Ok(Store::<Reservation>::peek(&self.root)?.and_then(|(mut reservations, _)| reservations.remove(&vmid.into())))
+    }
+
+    /// A VM's deadlines, as they were at its pre-start. Settings with a fault have the usual ones: the fault is told later.
+    fn deadlines(&self, vmid: VmId) -> anyhow::Result<Deadlines> {
+        Ok(match self.peek(vmid)? {
+            Some(reservation) => reservation.settings.deadlines,
+            None => settings::load(&self.root, vmid).map(|settings| settings.deadlines).unwrap_or_default(),
+        })
+    }
+
+    /// From now on systemd is waited for as long as these say.
+    fn heed(&mut self, deadlines: &Deadlines) {
+        self.root = self.root.clone().with_patience(deadlines.patience());
+    }
+
     fn open(&self, deadlines: &Deadlines) -> anyhow::Result<Store<Reservation>> {
-        Ok(Store::open(self.root, Duration::from_secs(deadlines.lock))?)
+        Ok(Store::open(&self.root, Duration::from_secs(deadlines.lock))?)
     }
 
     /// Drops every dead reservation but that of `but`, whose phase is being run.
-    fn drop_dead(&mut self, store: &mut Store<Reservation>, but: Option<VmId>) -> anyhow::Result<Vec<Reservation>> {
-        let dead: Vec<VmId> = store
-            .reservations
-            .iter()
-            .filter(|(id, reservation)| but.map(u32::from) != Some(**id) && !reservation.is_alive(self.root))
-            .filter_map(|(id, _)| VmId::try_from(*id).ok())
-            .collect();
-        let mut dropped = Vec::new();
-        for vmid in &dead {
-            self.report.note(&format!("VM {vmid} runs no more and no hook said so: its CPUs are given back"));
-            dropped.extend(store.reservations.remove(&(*vmid).into()));
+    fn drop_dead(&mut self, store: &mut Store<Reservation>, but: Option<VmId>) -> anyhow::Result<Vec<Dropped>> {
+        let mut dead = Vec::new();
+        for (id, reservation) in &store.reservations {
+            let vmid = VmId::try_from(*id)?;
+            if reservation.is_alive(&self.root) || (but == Some(vmid) && reservation.is_claim()) {
+                continue;
+            }
+            self.report.note(&match reservation.is_claim() {
+                true => format!("VM {vmid} runs no more and no hook said so: its CPUs are given back"),
+                false => {
+                    format!("VM {vmid}: a hook was killed while it gave back what the VM had: the rest is given back")
+                }
+            });
+            dead.push(vmid);
         }
-        if !dead.is_empty() {
-            self.settle(store, &dead)?;
-        }
-        Ok(dropped)
+        if dead.is_empty() { Ok(Vec::new()) } else { self.give_back(store, &dead, own_task(&self.root)) }
     }
 
-    fn settle(&mut self, store: &mut Store<Reservation>, gone: &[VmId]) -> anyhow::Result<()> {
-        let mut reconcile = Reconcile::new(self.root, store, self.report)?;
+    /// Brings the host to what the reservations ask for, less those of VMs that are `gone`, which are dropped. Returns them as
+    /// they were. One with an idle VM to be started stays in the state until it is ([`start_idle`](Self::start_idle)); when the
+    /// process `until` has ended, that is any hook's to do.
+    fn give_back(
+        &mut self,
+        store: &mut Store<Reservation>,
+        gone: &[VmId],
+        until: Option<TaskId>,
+    ) -> anyhow::Result<Vec<Dropped>> {
+        let mut dropped = Vec::new();
+        for vmid in gone {
+            if let Some(reservation) = store.reservations.get_mut(&(*vmid).into()) {
+                dropped.push((*vmid, reservation.clone()));
+                reservation.phase = Phase::Leaving;
+            }
+        }
+        if !dropped.is_empty()
+            && let Err(error) = store.save()
+        {
+            // A full disk keeps nobody from giving back.
+            self.report.note(&error.to_string());
+        }
+        let mut reconcile = Reconcile::new(&self.root, store, self.report)?;
         reconcile.settle();
         for vmid in gone {
             reconcile.undo_vm(*vmid);
         }
-        reconcile.forget()?;
-        Ok(())
+        reconcile.forget(until)?;
+        Ok(dropped)
     }
 
-    fn start_idle(&mut self, dropped: &[Reservation]) -> anyhow::Result<()> {
-        for reservation in dropped.iter().filter(|reservation| reservation.idle_vm_stopped) {
-            if let Some(idle) = reservation.settings.idle_vm {
-                let deadline = Duration::from_secs(reservation.settings.deadlines.idle_vm);
-                steps::start_idle_vm(self.root, self.report, idle, deadline)?;
+    /// Starts the idle VMs that were stopped for VMs that are gone; without the lock, since that runs their own hook.
+    fn start_idle(&mut self, store: Store<Reservation>, dropped: &[Dropped]) -> anyhow::Result<()> {
+        drop(store);
+        let owed = || dropped.iter().filter(|(_, reservation)| reservation.idle_vm_stopped);
+        for (_, Reservation { settings, .. }) in owed() {
+            let Some(idle) = settings.idle_vm else { continue };
+            let deadline = Duration::from_secs(settings.deadlines.idle_vm);
+            // Once is enough: what keeps it from starting is not ours to mend.
+            if let Err(error) = steps::start_idle_vm(&self.root, self.report, idle, deadline) {
+                self.report.error(&format!("{error:#}"));
             }
         }
+        let Some((_, last)) = owed().next_back() else { return Ok(()) };
+        let mut store = self.open(&last.settings.deadlines)?;
+        for (vmid, _) in owed() {
+            if store.reservations.get(&(*vmid).into()).is_some_and(|reservation| reservation.phase == Phase::Idle) {
+                store.reservations.remove(&(*vmid).into());
+            }
+        }
+        store.save()?;
         Ok(())
     }
 }
 
-/// PVE's task that runs hook.
-fn parent(root: &Sysroot) -> Option<TaskId> {
-    let pid = nix::unistd::getppid().as_raw();
-    process::task(root, pid, pid).ok().map(|task| task.id)
+/// A reservation as it was, with its VM.
+type Dropped = (VmId, Reservation);
+
+fn own_task(root: &Sysroot) -> Option<TaskId> {
+    task(root, Pid::this())
+}
+
+/// A process, for good.
+fn task(root: &Sysroot, pid: Pid) -> Option<TaskId> {
+    process::task(root, pid.as_raw(), pid.as_raw()).ok().map(|task| task.id)
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use pinfold_core::store::Store;
 use pinfold_core::vm::{Qemu, VmId};
 use pinfold_core::{
-    CpuSet, Error, Knob, Object, Outcome, Report, Result, Sysroot, cgroup, cpu, cpufreq, irq, process, vm,
+    CpuSet, Error, Knob, Object, Outcome, Report, Result, Sysroot, TaskId, cgroup, cpu, cpufreq, irq, process, vm,
 };
 
 use crate::reservation::{Phase, Reservation};
@@ -22,7 +22,7 @@ pub(crate) struct Reconcile<'a> {
     store: &'a mut Store<Reservation>,
     report: &'a mut Report,
     present: CpuSet,
-    /// What new IRQs and new kthreads started with when this run began, by the knob that says so.
+    /// What new IRQs, kthreads and VMs started with when this run began, by the knob that says so.
     inherited: BTreeMap<Knob, String>,
 }
 
@@ -154,6 +154,8 @@ impl<'a> Reconcile<'a> {
         let default = match &object.knob {
             Knob::Irq(_) => Some(Knob::DefaultIrq),
             Knob::Kthread(_) => baseline.knobs().map(|(knob, ..)| knob).find(|knob| is_kthreadd(knob)).cloned(),
+            // A VM that starts while another is fenced.
+            Knob::Thread(_) => Some(Knob::UnitCpus(cg_slice::VM_SLICE.to_owned())),
             _ => None,
         };
         let inherited = default
@@ -161,7 +163,8 @@ impl<'a> Reconcile<'a> {
                 let at_start = self.inherited.get(default).map(String::as_str);
                 [baseline.last(default), at_start].contains(&Some(&object.found))
             })
-            .and_then(|default| baseline.before(&default).map(str::to_owned));
+            .and_then(|default| baseline.before(&default).map(str::to_owned))
+            .map(|before| if before.is_empty() { self.present.to_string() } else { before });
         baseline.adopt(object, inherited.as_deref().unwrap_or(&object.found));
     }
 
@@ -470,7 +473,9 @@ impl<'a> Reconcile<'a> {
             objects.extend(self.thread_objects(pid)?);
         }
         objects.retain(|object| self.store.baseline.has(&object.knob));
-        self.set("pins", objects, |_, before| before.to_owned())
+        // While another VM is fenced, this one is held off its CPUs as everybody is.
+        let wanted = self.held();
+        self.set("pins", objects, wanted)
     }
 
     fn remove_cgroup(&mut self, vmid: VmId) {
@@ -481,11 +486,16 @@ impl<'a> Reconcile<'a> {
         }
     }
 
-    /// After [`settle`](Self::settle) with no reservation left: drops the baseline, but for what could not be put back.
+    /// After [`settle`](Self::settle): drops the reservations that are leaving, but those whose idle VM is yet to be started,
+    /// which is nobody else's to do while the process `until` lives; and with no fence left the baseline, but for what could not be put back.
     ///
     /// # Errors
     /// Where the state cannot be saved.
-    pub(crate) fn forget(&mut self) -> Result<()> {
+    pub(crate) fn forget(&mut self, until: Option<TaskId>) -> Result<()> {
+        self.store.reservations.retain(|_, left| left.phase != Phase::Leaving || left.idle_vm_stopped);
+        for left in self.store.reservations.values_mut().filter(|left| left.phase == Phase::Leaving) {
+            (left.phase, left.starter) = (Phase::Idle, until);
+        }
         if self.isolated().is_empty() {
             let knobs: Vec<(Knob, String)> =
                 self.store.baseline.knobs().map(|(knob, _, before)| (knob.clone(), before.to_owned())).collect();
@@ -513,9 +523,9 @@ fn effective_cpus(root: &Sysroot, pid: i32) -> Option<CpuSet> {
     }
 }
 
-/// Whether the knob is what new IRQs or new kthreads start with.
+/// Whether the knob is what new IRQs, new kthreads or new VMs start with.
 fn is_default(knob: &Knob) -> bool {
-    *knob == Knob::DefaultIrq || is_kthreadd(knob)
+    *knob == Knob::DefaultIrq || is_kthreadd(knob) || matches!(knob, Knob::UnitCpus(unit) if unit == cg_slice::VM_SLICE)
 }
 
 fn is_kthreadd(knob: &Knob) -> bool {

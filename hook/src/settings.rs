@@ -5,8 +5,9 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 
 use pinfold_core::pci::PciSelector;
+use pinfold_core::systemd::Patience;
 use pinfold_core::vm::VmId;
-use pinfold_core::{CpuSet, Error, Result, Sysroot, systemd};
+use pinfold_core::{CpuSet, Error, Result, Sysroot};
 use serde::{Deserialize, Serialize};
 
 /// The layout for the machine that the documented order is for, used where no settings file is found.
@@ -91,6 +92,10 @@ pub(crate) enum ResetPci {
 pub(crate) struct Deadlines {
     /// For another hook that holds the lock.
     pub lock: u64,
+    /// For one call to systemd.
+    pub systemd: u64,
+    /// For systemd to read all units again.
+    pub reload: u64,
     /// For QEMU's monitor, tries and pauses in all.
     pub qmp: u64,
     /// For PCI functions to go, and again to come back.
@@ -103,23 +108,39 @@ pub(crate) struct Deadlines {
 
 impl Default for Deadlines {
     fn default() -> Self {
-        Self { lock: 120, qmp: 5, pci: 10, idle_vm: 60, qemu_exit: 10 }
+        Self { lock: 120, systemd: 10, reload: 60, qmp: 5, pci: 10, idle_vm: 60, qemu_exit: 10 }
     }
 }
 
 impl Deadlines {
-    /// The longest that post-start and post-stop may take in seconds, whatever hangs, while `others` more VMs are fenced. What
-    /// the kernel needs to take CPUs offline and online again is not in it.
-    pub(crate) fn bounds(&self, others: usize) -> (u64, u64) {
+    /// The longest that each phase may take in seconds, whatever hangs, while `others` more VMs are fenced. What the kernel
+    /// needs to take CPUs offline and online again is not in it.
+    pub(crate) fn bounds(&self, others: usize) -> Bounds {
+        let sum = |parts: &[u64]| parts.iter().copied().fold(0, u64::saturating_add);
         let others = u64::try_from(others).unwrap_or(u64::MAX).saturating_mul(self.qmp);
-        // A systemd that hangs is waited for once; the reload is of the way back.
-        let both = [self.lock, others, systemd::DEADLINE, systemd::RELOAD_DEADLINE];
-        let both = both.into_iter().fold(0, u64::saturating_add);
-        // QEMU is asked for its threads at the beginning and when they are pinned.
-        let post_start = both.saturating_add(self.qmp.saturating_mul(2));
-        let post_stop = both.saturating_add(self.qemu_exit).saturating_add(self.idle_vm);
-        (post_start, post_stop)
+        // A systemd that hangs is waited for once; the reload and the scope are of the way back.
+        let systemd = sum(&[self.systemd, self.systemd, self.reload]);
+        Bounds {
+            // Both idle VM and PCI functions are waited for twice: to go and to come back.
+            pre_start: sum(&[self.lock, self.lock, systemd, others, self.idle_vm, self.idle_vm, self.pci, self.pci]),
+            // QEMU is asked for its threads at the beginning and when they are pinned.
+            post_start: sum(&[self.lock, systemd, others, self.qmp, self.qmp]),
+            post_stop: sum(&[self.lock, systemd, others, self.qemu_exit, self.idle_vm]),
+        }
     }
+
+    /// How long systemd is waited for.
+    pub(crate) fn patience(&self) -> Patience {
+        Patience::new(self.systemd, self.reload)
+    }
+}
+
+/// How long phases may take at most, in seconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub(crate) struct Bounds {
+    pub pre_start: u64,
+    pub post_start: u64,
+    pub post_stop: u64,
 }
 
 /// A VM's settings, resolved: kept with its reservation, since the file may change or go while the VM runs.

@@ -8,7 +8,8 @@ use pinfold_core::{CpuSet, Exit, Knob, Object, Result, Sysroot, TaskId, process}
 use serde::Serialize;
 use serde_json::json;
 
-use crate::reservation::Reservation;
+use crate::reservation::{Phase, Reservation};
+use crate::settings::Bounds;
 
 /// Why something may run on an isolated CPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -16,7 +17,7 @@ use crate::reservation::Reservation;
 pub(crate) enum Class {
     /// It could be elsewhere.
     Stray,
-    /// The kernel binds it: per-CPU kthreads, bound workers.
+    /// The kernel binds it: per-CPU kthreads, bound workers, older kernels' io_uring threads.
     KernelBound,
     /// An IRQ that the kernel does not let user space move.
     ManagedIrq,
@@ -60,7 +61,7 @@ pub(crate) fn strays(
                 Err(error) if error.is_gone() => continue,
                 cpus => cpus?,
             };
-            let class = if task.kernel && task.bound { Class::KernelBound } else { Class::Stray };
+            let class = if task.bound { Class::KernelBound } else { Class::Stray };
             let kind = if task.kernel { "kthread" } else { "thread" };
             let cpus = match pinned.get(&task.id) {
                 Some(own) => &cpus - own,
@@ -112,10 +113,7 @@ pub(crate) fn run(root: &Sysroot, json: bool) -> anyhow::Result<Exit> {
     let strays = if isolated.is_empty() { Vec::new() } else { strays(root, &isolated, &pinned, &baseline)? };
     let missed = strays.iter().filter(|stray| stray.class == Class::Stray).count();
     if json {
-        let bounds = |r: &Reservation| {
-            let (post_start, post_stop) = r.settings.deadlines.bounds(reservations.len() - 1);
-            json!({"post_start": post_start, "post_stop": post_stop})
-        };
+        let bounds = |r: &Reservation| r.settings.deadlines.bounds(reservations.len() - 1);
         let vms: BTreeMap<String, serde_json::Value> = reservations
             .iter()
             .map(|(id, r)| (id.to_string(), json!({"phase": r.phase, "isolated": r.settings.isolated, "alive": r.is_alive(root), "bounds": bounds(r), "settings": r.settings})))
@@ -134,14 +132,18 @@ fn text(root: &Sysroot, reservations: &BTreeMap<u32, Reservation>, isolated: &Cp
     let mut text = String::new();
     for (id, reservation) in reservations {
         let phase = match reservation.phase {
-            crate::reservation::Phase::Starting => "is starting, to have",
-            crate::reservation::Phase::Isolating => "is being given",
-            crate::reservation::Phase::Isolated => "has",
+            Phase::Leaving => "is giving back",
+            Phase::Idle => "has its idle VM started and gave back",
+            Phase::Starting => "is starting, to have",
+            Phase::Isolating => "is being given",
+            Phase::Isolated => "has",
         };
         let dead = if reservation.is_alive(root) { "" } else { ", but runs no more: `hook recover` gives them back" };
         text += &format!("VM {id} {phase} CPU {}{dead}\n", reservation.settings.isolated);
-        let (start, stop) = reservation.settings.deadlines.bounds(reservations.len() - 1);
-        text += &format!("  its post-start ends within {start} s and its post-stop within {stop} s, whatever hangs\n");
+        let Bounds { pre_start, post_start, post_stop } = reservation.settings.deadlines.bounds(reservations.len() - 1);
+        text += &format!(
+            "  whatever hangs, its pre-start ends within {pre_start} s, post-start {post_start} s, post-stop {post_stop} s\n"
+        );
     }
     for (class, title) in [
         (Class::Stray, "strays (could be elsewhere)"),
