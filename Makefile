@@ -6,7 +6,7 @@ PRODUCT = cg-slice cpu-hotplug governor hook pci-reset pin-irqs pin-kthreads pin
 export RUSTFLAGS ?=
 LAB = $(CARGO) run --quiet --release -p pinfold-lab --bin lab --
 
-.PHONY: all demo test check lint docs unit lab selftest bench setup release install clean
+.PHONY: all demo test check lint docs unit lab torture selftest bench setup release install clean
 
 all: release
 
@@ -39,6 +39,12 @@ unit:
 # The stories on real hosts; they print what was asserted where.
 lab: setup release
 	$(CARGO) test --release -p pinfold-lab --test stories -- --test-threads 2
+	$(LAB) down
+
+# Every call of hook killed, every call failing in every way, 300 steps of three VMs, 200 cycles: hours. PINFOLD_TORTURE=40
+# takes that many of each.
+torture: setup release
+	PINFOLD_TORTURE=$${PINFOLD_TORTURE:-full} $(CARGO) test --release -p pinfold-lab --test stories torture -- --test-threads 2 --nocapture
 	$(LAB) down
 
 # The lab's own proof, on both guests.

@@ -88,10 +88,11 @@ pub fn find(cpus: &Cpus, vms: &[u32]) -> Result<Strays> {
             cpus: thread.cpus,
         };
         match (thread.kernel, thread.bound) {
-            (false, _) => found.threads.push(stray),
+            (false, false) => found.threads.push(stray),
             (true, false) => found.kthreads.push(stray),
             (true, true) if stray.comm.starts_with("kworker/u") => found.kworkers.push(stray),
-            (true, true) => found.kernel_bound.push(format!("{} {}", stray.comm, stray.cpus)),
+            // Among them the io_uring threads of older kernels.
+            (_, true) => found.kernel_bound.push(format!("{} {}", stray.comm, stray.cpus)),
         }
     }
     irqs(cpus, &mut found)?;

@@ -5,7 +5,8 @@ use pinfold_lab::{Host, VmSpec};
 
 use crate::stories;
 use crate::support::{
-    HELPER_CGROUP, ISOLATED, assert_clean, assert_fenced, assert_restored, expect, install_hook, threads, vm,
+    HELPER_CGROUP, ISOLATED, assert_clean, assert_fenced, assert_restored, expect, injected, injected_at, install_hook,
+    threads, vm,
 };
 
 stories![
@@ -15,7 +16,9 @@ stories![
     a_pci_node_that_never_goes,
     helpers_and_containers,
     newborns,
+    a_thread_that_refuses,
     irqbalance_is_named,
+    irqbalance_as_advised,
     another_vm_with_affinity_is_named,
     other_lives,
 ];
@@ -86,9 +89,8 @@ fn a_step_that_fails_rolls_back(host: &mut Host) {
     let before = host.snapshot().unwrap();
     expect(host, "hook 100 pre-start -q", 0);
     // A governor's write fails, late in the order.
-    let fault = "strace -o /dev/null -P /sys/devices/system/cpu/cpufreq/policy11/scaling_governor \
-                 -e inject=write:error=EIO hook 100 post-start";
-    let output = host.sh(fault).unwrap();
+    let file = "/sys/devices/system/cpu/cpufreq/policy11/scaling_governor";
+    let output = host.sh(&injected_at(file, "write:error=EIO", "hook 100 post-start")).unwrap();
     assert_eq!(output.code, Some(1), "{output:?}");
     assert!(
         output.stderr.contains("hook: policy11 (CPU 11): set to performance: Input/output error"),
@@ -118,11 +120,9 @@ fn a_step_that_fails_rolls_back(host: &mut Host) {
 fn a_pci_node_that_never_goes(host: &mut Host) {
     let slot = host.ok("basename $(ls -d /sys/bus/pci/devices/*.1 | head -1) .1").unwrap();
     // The write is swallowed: the kernel never hears of it.
-    let stuck = format!(
-        "strace -o /dev/null -P /sys/bus/pci/devices/{0}.0/remove -e inject=write:retval=1 pci-reset --device {0} --deadline 2",
-        slot.trim()
-    );
-    let output = host.sh(&stuck).unwrap();
+    let file = format!("/sys/bus/pci/devices/{}.0/remove", slot.trim());
+    let stuck = format!("pci-reset --device {} --deadline 2", slot.trim());
+    let output = host.sh(&injected_at(&file, "write:retval=1", &stuck)).unwrap();
     // Its neighbour was reset, so some were done.
     assert_eq!(output.code, Some(64), "{output:?}");
     assert!(output.stderr.contains("set to absent: it is still there after 2 s"), "{}", output.stderr);
@@ -161,6 +161,22 @@ fn newborns(host: &mut Host) {
     assert_eq!(host.ok("sed -n 's/^Cpus_allowed_list:\t//p' /proc/2/status").unwrap(), "0-23\n");
 }
 
+/// A thread that refuses a pin aborted the whole. Neither guest's kernel has such threads any more: one is made to look like
+/// one, and the kernel's answer is put in its mouth.
+fn a_thread_that_refuses(host: &mut Host) {
+    host.start_vm(&VmSpec::new(100)).unwrap();
+    // PF_NO_SETAFFINITY among the flags, field 9 of proc_pid_stat(5).
+    host.ok("pid=$(cat /run/qemu-server/100.pid); awk '{ $9 += 67108864; print }' /proc/$pid/stat > /tmp/stat; mount --bind /tmp/stat /proc/$pid/stat")
+        .unwrap();
+    let refusing = injected("sched_setaffinity:error=EINVAL:when=1", "pin-vcpu 100 --emulator 0-5 -v");
+    let (told, _) = expect(host, &refusing, 0);
+    let refused = |line: &&str| line.ends_with("(kvm): refused: the kernel binds this thread itself");
+    assert_eq!(told.lines().filter(refused).count(), 1, "{told}");
+    let emulator: Vec<_> = threads(host, 100).into_iter().filter(|(name, _)| !name.starts_with("CPU ")).collect();
+    let moved = emulator.iter().filter(|(_, cpus)| cpus == "0-5").count();
+    assert!(moved > 1 && emulator.iter().any(|(name, cpus)| name == "kvm" && cpus == "0-23"), "{emulator:?}");
+}
+
 /// irqbalance undid the rest within 10 s, and nothing said so.
 fn irqbalance_is_named(host: &mut Host) {
     host.ok("(exec -a irqbalance sleep 10000 >/dev/null 2>&1 &); cp $(command -v sleep) /tmp/irqbalance; (/tmp/irqbalance 10000 >/dev/null 2>&1 &); sleep 0.5")
@@ -172,6 +188,19 @@ fn irqbalance_is_named(host: &mut Host) {
         said.contains("moves IRQs back within 10 s; stop it, or set IRQBALANCE_BANNED_CPULIST=6-11,18-23"),
         "{said}"
     );
+}
+
+/// Banned from the isolated CPUs, as hook advises, it may run.
+fn irqbalance_as_advised(host: &mut Host) {
+    host.ok(
+        "IRQBALANCE_BANNED_CPULIST=6-11,18-23 setsid irqbalance --foreground --interval=1 >/dev/null 2>&1 & sleep 2",
+    )
+    .unwrap();
+    host.start_vm(&VmSpec::new(100)).unwrap();
+    expect(host, "hook 100 post-start -q", 0);
+    // Some of its rounds.
+    host.ok("sleep 5; pgrep -x irqbalance").unwrap();
+    assert_fenced(host);
 }
 
 /// While qemu.slice is narrowed another VM whose `affinity:` lies inside cannot start, and nothing said why.

@@ -1,7 +1,8 @@
 //! What Pinfold promises, told on real 24-CPU hosts: boot, start VMs as Proxmox VE does, run a phase or a tool, look at the
 //! whole host.
 //!
-//! Each is told on every guest, torture on Debian 13. `PINFOLD_LAB_GUESTS` (`trixie`, `bookworm`, comma between) leaves guests out, and says so.
+//! The main job, the tools and the old faults are told on both guests, the rest on Debian 13. `PINFOLD_LAB_GUESTS` (`trixie`,
+//! `bookworm`, comma between) leaves guests out, and says so.
 
 // A story that cannot go on says where.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout)]

@@ -16,7 +16,9 @@ stories![only trixie:
     the_state_cannot_be_saved,
     nobody_reads_what_is_said,
     a_monitor_that_does_not_answer,
-    a_systemd_that_hangs,
+    a_systemd_that_does_not_answer,
+    everything_hangs,
+    guards,
     units_are_touched_meanwhile,
     others_set_what_is_ours,
     the_idle_vm,
@@ -240,23 +242,127 @@ fn a_monitor_that_does_not_answer(host: &mut Host) {
     }
 }
 
-/// It is waited for once, and nothing is changed.
-fn a_systemd_that_hangs(host: &mut Host) {
+/// Without a systemd that answers nothing can be fenced off, and nothing is changed.
+fn a_systemd_that_does_not_answer(host: &mut Host) {
+    const SOCKETS: [&str; 2] = ["/run/systemd/private", "/run/dbus/system_bus_socket"];
     let before = running(host);
-    for socket in ["/run/systemd/private", "/run/dbus/system_bus_socket"] {
+    for (words, why) in
+        [(None, "it cannot be reached: No such file or directory"), (Some("hello\r\n"), "it does not let us in: hello")]
+    {
+        for socket in SOCKETS {
+            match words {
+                None => drop(host.ok(&format!("mv {socket} {socket}.kept")).unwrap()),
+                Some(words) => in_place_of(host, socket, words),
+            }
+        }
+        let (_, said) = expect(host, "hook 100 post-start", 1);
+        assert!(said.contains("hook: systemd: read AllowedCPUs of ") && said.contains(why), "{said}");
+        assert!(said.contains("VM 100 runs without isolated CPUs"), "{said}");
+        host.ok(&SOCKETS.map(|socket| format!("mv {socket}.kept {socket}")).join(" && ")).unwrap();
+        host.sh("pkill -x perl").unwrap();
+        expect(host, "hook recover", 0);
+        assert_restored(host, &before);
+    }
+}
+
+/// The lock is held, QEMU's monitor and systemd are silent: post-start ends within what `hook status` says.
+fn everything_hangs(host: &mut Host) {
+    let before = running(host);
+    let settings = "layout = \"5900x\"\n[deadlines]\nlock = 5\nsystemd = 3\nreload = 5\nqmp = 2\n";
+    host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644).unwrap();
+    let (status, _) = expect(host, "hook 100 pre-start -q && hook status --json", 0);
+    let status: serde_json::Value = serde_json::from_str(&status).unwrap();
+    let bound = status["vms"]["100"]["bounds"]["post_start"].as_f64().unwrap();
+    assert!((10.0..30.0).contains(&bound), "{status}");
+    for socket in ["/run/systemd/private", "/run/dbus/system_bus_socket", "/run/qemu-server/100.qmp"] {
         in_place_of(host, socket, "");
     }
-    let (times, said) =
-        expect(host, "cut -d' ' -f1 /proc/uptime; hook 100 post-start -q; cut -d' ' -f1 /proc/uptime", 0);
-    assert!(said.contains("systemd: ") && said.contains("no answer within 10 s"), "{said}");
+    host.ok("(setsid flock /run/pinfold/lock sleep 4 >/dev/null 2>&1 &); sleep 0.5").unwrap();
+    let timed = "cut -d' ' -f1 /proc/uptime; hook 100 post-start -q; echo $?; cut -d' ' -f1 /proc/uptime";
+    let (told, said) = expect(host, timed, 0);
+    assert!(said.contains("systemd: ") && said.contains("no answer within 3 s"), "{said}");
     assert!(said.contains("VM 100 runs without isolated CPUs"), "{said}");
-    let times: Vec<f64> = times.lines().map(|line| line.parse().unwrap()).collect();
-    println!("with a systemd that hangs post-start ends after {:.1} s", times[1] - times[0]);
-    assert!(times[1] - times[0] < 60.0, "{times:?}");
-    host.ok("for s in /run/systemd/private /run/dbus/system_bus_socket; do mv $s.kept $s; done").unwrap();
+    let told: Vec<f64> = told.lines().map(|line| line.parse().unwrap()).collect();
+    let [began, code, ended] = told[..] else { panic!("{told:?}") };
+    println!("with everything hanging post-start ends after {:.1} s; its bound is {bound} s", ended - began);
+    assert!(code == 1.0 && ended - began < bound, "{told:?}");
+    // Held for longer than its deadline, the lock is named.
+    host.ok("(setsid flock /run/pinfold/lock sleep 20 >/dev/null 2>&1 &); sleep 0.5").unwrap();
+    let (_, said) = expect(host, "hook 100 post-start", 1);
+    assert!(said.contains("/run/pinfold/lock: another hook has held it for 5 s; see `ps -C hook`"), "{said}");
+    host.ok("pkill -x flock; pkill -x sleep; for s in /run/systemd/private /run/dbus/system_bus_socket; do mv $s.kept $s; done")
+        .unwrap();
     end_listeners(host);
+    host.ok("mv /run/qemu-server/100.qmp.kept /run/qemu-server/100.qmp; rm -r /etc/pinfold").unwrap();
     expect(host, "hook recover", 0);
     assert_restored(host, &before);
+}
+
+/// What hook never does, whatever it is told, and what it does not trust.
+fn guards(host: &mut Host) {
+    let before = running(host);
+    let settings = |text: &str| host.put("/etc/pinfold/100.toml", text.as_bytes(), 0o644).unwrap();
+    for (text, why) in [
+        ("isolated = \"0-3\"\npins = \"0-3,0-3,0-3\"", "isolated: CPU 0 cannot be isolated"),
+        (
+            "isolated = \"2-23\"\npins = \"2-13\"\nmin_housekeeping = 3",
+            "isolated: 2-23 leaves 2 housekeeping CPUs, fewer than min_housekeeping = 3",
+        ),
+        ("isolated = \"6-11\"\npins = \"6-11\"", "the VM has 12 vCPUs and there are pins for 6"),
+        ("isolated = \"6-24\"\npins = \"6-18\"", "CPU 24: no such CPU; this host has 0-23"),
+    ] {
+        settings(text);
+        let (_, said) = expect(host, "hook 100 pre-start", 1);
+        assert!(said.starts_with("hook: /etc/pinfold/100.toml: ") && said.contains(why), "{said}");
+        expect(host, "hook 100 post-start", 1);
+    }
+    // A file that others can write, and a link to one.
+    settings("layout = \"5900x\"");
+    host.ok("chmod 666 /etc/pinfold/100.toml").unwrap();
+    let (_, said) = expect(host, "hook 100 pre-start", 1);
+    assert!(said.contains("settings refused: others than root can write it; chmod go-w"), "{said}");
+    host.ok("mv /etc/pinfold/100.toml /tmp/mine && ln -s /tmp/mine /etc/pinfold/100.toml").unwrap();
+    let (_, said) = expect(host, "hook 100 pre-start", 1);
+    assert!(said.contains("settings refused: it is no plain file"), "{said}");
+    host.ok("rm -r /etc/pinfold").unwrap();
+    // Names that would leave their folders.
+    for bad in ["../100", "100/../101", "0100", "99", "1000000000"] {
+        let (_, said) = expect(host, &format!("hook {bad} pre-start"), 2);
+        assert!(said.contains("no VM's number; they run from 100 to 999999999"), "{said}");
+    }
+    assert!(expect(host, "cg-slice allow 0-5 ../../tmp", 1).1.contains("leaves its folder"));
+    // A link in the place of the state's folder, of its lock or of the state; a state that somebody has cut short.
+    host.ok("rm -rf /run/pinfold; mkdir -p /tmp/theirs; ln -s /tmp/theirs /run/pinfold").unwrap();
+    let (_, said) = expect(host, "hook 100 post-start", 1);
+    assert!(said.contains("/run/pinfold: it is no folder; look who made it, then remove it"), "{said}");
+    host.ok("rm /run/pinfold; mkdir -m 700 /run/pinfold; echo precious > /tmp/precious; ln -s /tmp/precious /run/pinfold/lock")
+        .unwrap();
+    let (_, said) = expect(host, "hook 100 post-start", 1);
+    assert!(said.contains("/run/pinfold/lock: open: Too many levels of symbolic links"), "{said}");
+    for make in [
+        "ln -s /tmp/precious /run/pinfold/state.json",
+        "head -c 100 /tmp/state > /run/pinfold/state.json; chmod 600 /run/pinfold/state.json",
+        "sed 's/qemu.slice/..\\/..\\/etc/' /tmp/state > /run/pinfold/state.json; chmod 600 /run/pinfold/state.json",
+        "cp /tmp/state /run/pinfold/state.json; chmod 644 /run/pinfold/state.json",
+    ] {
+        host.ok("rm -f /run/pinfold/*; hook 100 post-start -q; cp /run/pinfold/state.json /tmp/state; hook 100 post-stop -q")
+            .unwrap();
+        host.ok(make).unwrap();
+        for phase in ["100 pre-start", "100 post-start", "100 post-stop", "recover", "status"] {
+            let (_, said) = expect(host, &format!("hook {phase}"), 1);
+            assert!(said.contains("cannot be trusted") && said.contains("hook recover --discard"), "{make}: {said}");
+        }
+        expect(host, "hook recover --discard", 0);
+        expect(host, "hook status", 0);
+    }
+    assert_eq!(host.ok("cat /tmp/precious").unwrap(), "precious\n");
+    assert_eq!(host.ok("ls /tmp/theirs | wc -l").unwrap(), "0\n");
+    // A pid that another process has by now.
+    host.ok("cp /run/qemu-server/100.pid /tmp/pid; cp /run/qemu-server/101.pid /run/qemu-server/100.pid").unwrap();
+    let (_, said) = expect(host, "hook 100 post-start", 1);
+    assert!(said.contains("/run/qemu-server/100.pid is stale: process ") && said.contains("is another QEMU"), "{said}");
+    host.ok("cp /tmp/pid /run/qemu-server/100.pid").unwrap();
+    restored_but_for_the_scope(host, &before);
 }
 
 /// systemd reads its units again, and somebody sets ours: nothing of the fence gives, or it is told who did it.
@@ -291,7 +397,8 @@ fn others_set_what_is_ours(host: &mut Host) {
     host.ok("echo 7 > /proc/irq/1/smp_affinity_list; \
              echo powersave > /sys/devices/system/cpu/cpu6/cpufreq/scaling_governor; \
              echo 9 > /proc/sys/vm/stat_interval; \
-             taskset -pc 8 $(pgrep -x kswapd0) > /dev/null")
+             taskset -pc 8 $(pgrep -x kswapd0) > /dev/null; \
+             echo 0 > /sys/devices/system/cpu/cpu3/online")
         .unwrap();
     let (status, _) = expect(host, "hook status", 1);
     assert!(status.contains("IRQ 1 (i8042)") && status.contains("(kswapd0)"), "strays are named: {status}");
@@ -304,13 +411,21 @@ fn others_set_what_is_ours(host: &mut Host) {
     ] {
         assert!(said.contains(line), "{line}: {said}");
     }
+    // A CPU that hook never touched is not its to bring back.
+    let online = "cat /sys/devices/system/cpu/online; echo 1 > /sys/devices/system/cpu/cpu3/online";
+    assert_eq!(host.ok(online).unwrap(), "0-2,4-23\n");
     host.stop_vm(100).unwrap();
     assert_eq!(host.ok("cat /proc/irq/1/smp_affinity_list /proc/sys/vm/stat_interval").unwrap(), "7\n9\n");
     host.ok("echo 0-23 > /proc/irq/1/smp_affinity_list; echo 1 > /proc/sys/vm/stat_interval; \
              taskset -pc 0-23 $(pgrep -x kswapd0) > /dev/null; \
              cat /sys/devices/system/cpu/cpu5/cpufreq/scaling_governor > /sys/devices/system/cpu/cpu6/cpufreq/scaling_governor")
         .unwrap();
-    assert_restored(host, &before);
+    // What the kernel itself has set since CPU 3 went is somebody else's as well: two kthreads that follow online CPUs.
+    let difference = before.not_restored(&host.snapshot().unwrap());
+    let of_cpu_3 =
+        |line: &&str| line[1..].starts_with("kthread \"irq/") || line[1..].starts_with("kthread \"rcu_exp_par_gp");
+    let others: Vec<&str> = difference.lines().filter(|line| !of_cpu_3(line)).collect();
+    assert!(others.is_empty(), "{others:#?}");
 }
 
 /// It is stopped before the VM starts and started when the VM has gone, where it ran.

@@ -49,6 +49,19 @@ pub(crate) fn expect(host: &Host, command: &str, code: i32) -> (String, String) 
     (output.stdout, output.stderr)
 }
 
+/// A command under strace's fault injection, as in `inject` of strace(1), `write:error=EIO:when=3`. It stops at that call alone
+/// where that can be: at every call it takes ten times as long. At such a stop no signal can be sent.
+pub(crate) fn injected(inject: &str, command: &str) -> String {
+    let call = inject.split(':').next().unwrap();
+    let how = if inject.contains(":signal=") { "" } else { "-f --seccomp-bpf" };
+    format!("strace {how} -o /dev/null -e trace={call} -e inject={inject} {command}")
+}
+
+/// The same for the calls that have to do with a file.
+pub(crate) fn injected_at(path: &str, inject: &str, command: &str) -> String {
+    injected(inject, &format!("-P {path} {command}"))
+}
+
 /// A command that fails with these very words.
 pub(crate) fn refuses(host: &Host, command: &str, code: i32, words: &str) {
     let (_, stderr) = expect(host, command, code);

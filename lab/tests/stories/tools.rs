@@ -3,7 +3,7 @@
 use pinfold_lab::{Guest, Host, VmSpec};
 
 use crate::stories;
-use crate::support::{HELPER_CGROUP, HOUSEKEEPING, assert_restored, expect, refuses, threads};
+use crate::support::{HELPER_CGROUP, HOUSEKEEPING, assert_restored, expect, injected_at, refuses, threads};
 
 stories![
     pin_irqs,
@@ -85,6 +85,12 @@ fn governor(host: &mut Host) {
         assert_eq!(value(host, "/sys/devices/system/cpu/cpu6/cpufreq/scaling_governor"), "performance");
         assert_ne!(value(host, "/sys/devices/system/cpu/cpu5/cpufreq/scaling_governor"), "performance");
     });
+    // One that fails stops none of the others, and the exit code tells.
+    let file = "/sys/devices/system/cpu/cpufreq/policy7/scaling_governor";
+    let (done, said) = expect(host, &injected_at(file, "write:error=EIO", "governor set performance 6-8"), 64);
+    assert_eq!(said, "governor: policy7 (CPU 7): set to performance: Input/output error\n");
+    assert_eq!(done.lines().count(), 2, "{done}");
+    assert_eq!(value(host, "/sys/devices/system/cpu/cpu8/cpufreq/scaling_governor"), "performance");
 }
 
 fn cpu_hotplug(host: &mut Host) {
@@ -252,8 +258,13 @@ fn without_root(host: &mut Host) {
         let (_, said) = expect(host, &format!("{user} {tool}"), 1);
         assert_eq!(said, format!("{name}: changing the host needs root; --list and --dry-run do not\n"));
     }
-    let (_, said) = expect(host, &format!("{user} hook status"), 0);
-    let _ = said;
+    // What they could not see is said.
+    let (_, said) = expect(host, &format!("{user} pin-vcpu 100 --list"), 0);
+    assert!(said.contains("its monitor cannot be reached: Permission denied"), "{said}");
+    expect(host, "hook 100 pre-start -q", 0);
+    let (_, said) = expect(host, &format!("{user} hook status"), 1);
+    assert_eq!(said, "hook: /run/pinfold: look into: Permission denied; the reservations are root's to see\n");
+    expect(host, "hook 100 post-stop -q", 0);
     assert_restored(host, &before);
 }
 

@@ -9,11 +9,12 @@ use std::fmt::Write as _;
 use pinfold_lab::{Host, HostState, VmSpec};
 
 use crate::stories;
-use crate::support::{assert_clean, assert_fenced, assert_restored, expect, install_hook, vm};
+use crate::support::{assert_clean, assert_restored, expect, injected, install_hook, vm};
 
 stories!(only trixie:
     killed_in_post_start,
     killed_in_post_stop,
+    killed_in_post_stop_of_one_of_two,
     each_call_fails,
     walk,
     cycles,
@@ -23,8 +24,13 @@ stories!(only trixie:
 /// The system calls that hook changes something with.
 const CALLS: &str = "write,sendto,sendmsg,sched_setaffinity,rename,mkdir,rmdir,unlink";
 
-fn is_full() -> bool {
-    std::env::var("PINFOLD_TORTURE").is_ok_and(|what| what == "full")
+/// How many of `all` are tried: `sample` of them, or what `PINFOLD_TORTURE` says, `full` or a number.
+fn extent(sample: usize, all: usize) -> usize {
+    match std::env::var("PINFOLD_TORTURE").as_deref() {
+        Ok("full") => all,
+        Ok(number) => number.parse().unwrap_or_else(|_| panic!("PINFOLD_TORTURE={number}: neither full nor a number")),
+        Err(_) => sample,
+    }
 }
 
 /// A number from the environment.
@@ -37,8 +43,8 @@ type Call = (String, usize);
 
 /// The calls of a command that change something, in their order.
 fn calls(host: &Host, command: &str) -> Vec<Call> {
-    expect(host, &format!("strace -o /tmp/calls -e trace={CALLS} {command} > /dev/null"), 0);
-    let trace = host.ok("cut -d'(' -f1 /tmp/calls | grep -E '^[a-z_]+$'").unwrap();
+    expect(host, &format!("strace -f --seccomp-bpf -o /tmp/calls -e trace={CALLS} {command} > /dev/null"), 0);
+    let trace = host.ok("sed -nE 's/^[0-9]+ +([a-z_]+)\\(.*/\\1/p' /tmp/calls").unwrap();
     let mut counts = BTreeMap::new();
     let number = |name: &str| {
         let count = counts.entry(name.to_owned()).or_insert(0);
@@ -48,9 +54,10 @@ fn calls(host: &Host, command: &str) -> Vec<Call> {
     trace.lines().map(number).collect()
 }
 
-/// `count` of them at even distances, the first and the last among them; or all.
+/// Some of them at even distances, the first and the last among them; `count`, unless more are asked for.
 fn sample<T: Clone>(all: &[T], count: usize) -> Vec<T> {
-    if is_full() || all.len() <= count {
+    let count = extent(count, all.len()).max(2);
+    if all.len() <= count {
         return all.to_vec();
     }
     (0..count).map(|n| all[n * (all.len() - 1) / (count - 1)].clone()).collect()
@@ -58,8 +65,8 @@ fn sample<T: Clone>(all: &[T], count: usize) -> Vec<T> {
 
 /// Runs a command that is killed as it enters a system call; false where it ended before.
 fn kill_at(host: &Host, (call, nth): &Call, command: &str) -> bool {
-    let strace = format!("strace -o /dev/null -e inject={call}:signal=KILL:when={nth} {command} > /dev/null");
-    let output = host.sh(&strace).unwrap();
+    let killed = injected(&format!("{call}:signal=KILL:when={nth}"), command);
+    let output = host.sh(&format!("{killed} > /dev/null")).unwrap();
     match output.code {
         None | Some(137) => true,
         Some(0) => false,
@@ -91,7 +98,7 @@ fn killed_in_post_start(host: &mut Host) {
     let before = with_vm_100(host);
     let all = calls(host, "hook 100 post-start");
     expect(host, "hook 100 post-stop -q", 0);
-    let tried = sample(&all, 14);
+    let tried = sample(&all, 22);
     let mut lost = String::new();
     for (n, call) in tried.iter().enumerate() {
         assert!(kill_at(host, call, "hook 100 post-start"), "{call:?} was reached");
@@ -107,7 +114,7 @@ fn killed_in_post_start(host: &mut Host) {
     assert!(lost.is_empty(), "{lost}");
 }
 
-/// After a kill at any point of post-stop of a VM that was killed: recover restores.
+/// After a kill at any point of post-stop, of a VM that is gone: recover restores, or post-stop once more.
 fn killed_in_post_stop(host: &mut Host) {
     install_hook(host);
     host.start_vm(&VmSpec::new(101)).unwrap();
@@ -119,7 +126,7 @@ fn killed_in_post_stop(host: &mut Host) {
     };
     fenced_and_killed(host);
     let all = calls(host, "hook 100 post-stop");
-    let tried = sample(&all, 8);
+    let tried = sample(&all, 6);
     let mut lost = String::new();
     for (n, call) in tried.iter().enumerate() {
         fenced_and_killed(host);
@@ -127,7 +134,43 @@ fn killed_in_post_stop(host: &mut Host) {
         expect(host, if n % 2 == 0 { "hook recover -q" } else { "hook 100 post-stop -q" }, 0);
         fault(&mut lost, &format!("killed at {call:?}"), &before.not_restored(&host.snapshot().unwrap()));
     }
-    println!("killed in post-stop: {} of {} calls tried", tried.len(), all.len());
+    println!("killed in post-stop, the VM gone: {} of {} calls tried", tried.len(), all.len());
+    assert!(lost.is_empty(), "{lost}");
+}
+
+/// The same while its QEMU and another fenced VM live: the other's CPUs stay its own.
+fn killed_in_post_stop_of_one_of_two(host: &mut Host) {
+    host.ok("mkdir -p /etc/pinfold").unwrap();
+    for (id, cpus) in [(100, "6-8"), (101, "18-20")] {
+        let settings = format!("isolated = \"{cpus}\"\npins = [\"{cpus}\", \"{cpus}\"]\n[deadlines]\nqemu_exit = 0\n");
+        host.put(&format!("/etc/pinfold/{id}.toml"), settings.as_bytes(), 0o644).unwrap();
+        host.start_vm(&VmSpec { cores: 2, ..VmSpec::new(id) }).unwrap();
+    }
+    // The scopes that systemd is asked for on the way back have another description than PVE's.
+    for phase in ["post-start", "post-stop"] {
+        expect(host, &format!("hook 100 {phase} -q && hook 101 {phase} -q"), 0);
+    }
+    let before = host.snapshot().unwrap();
+    expect(host, "hook 101 post-start -q && hook 100 post-start -q", 0);
+    let all = calls(host, "hook 100 post-stop");
+    let tried = sample(&all, 10);
+    let mut lost = String::new();
+    for call in &tried {
+        expect(host, "hook 100 post-start -q", 0);
+        assert!(kill_at(host, call, "hook 100 post-stop"), "{call:?} was reached");
+        expect(host, "hook 100 post-stop -q", 0);
+        let strays = host.strays("18-20", &[101]).unwrap();
+        let theirs = if strays.is_clean() { String::new() } else { format!("{strays:#?}") };
+        fault(&mut lost, &format!("killed at {call:?}: VM 101 has strays"), &theirs);
+        expect(
+            host,
+            "test -d /sys/fs/cgroup/qemu.slice/100.scope && test ! -d /sys/fs/cgroup/qemu-decoupled.slice/100.scope",
+            0,
+        );
+    }
+    expect(host, "hook 101 post-stop -q", 0);
+    fault(&mut lost, "in the end", &before.not_restored(&host.snapshot().unwrap()));
+    println!("killed in post-stop, the VM alive: {} of {} calls tried", tried.len(), all.len());
     assert!(lost.is_empty(), "{lost}");
 }
 
@@ -143,17 +186,15 @@ fn each_call_fails(host: &mut Host) {
     let before = with_vm_100(host);
     let all = calls(host, "hook 100 post-start");
     expect(host, "hook 100 post-stop -q", 0);
-    let errors = ERRORS.iter().cycle();
-    let tried: Vec<(Call, (&str, &str))> = match is_full() {
-        true => all.iter().flat_map(|call| ERRORS.iter().map(move |error| (call.clone(), *error))).collect(),
-        false => sample(&all, 15).into_iter().zip(errors.copied()).collect(),
-    };
+    let each: Vec<(Call, (&str, &str))> =
+        all.iter().flat_map(|call| ERRORS.iter().map(move |error| (call.clone(), *error))).collect();
+    // At even distances that are no multiple of five, every error comes.
+    let tried = sample(&each, 16);
     let (mut lost, mut told) = (String::new(), 0);
     for ((call, nth), (error, words)) in &tried {
         let what = format!("{call} {nth} answers {error}");
-        let strace =
-            format!("strace -o /dev/null -e inject={call}:error={error}:when={nth} hook 100 post-start > /dev/null");
-        let output = host.sh(&strace).unwrap();
+        let failing = injected(&format!("{call}:error={error}:when={nth}"), "hook 100 post-start");
+        let output = host.sh(&format!("{failing} > /dev/null")).unwrap();
         match output.code {
             Some(1) => {
                 told += usize::from(output.stderr.contains("what was begun has been taken back"));
@@ -198,6 +239,19 @@ enum Life {
 /// The VMs of a walk, with the CPUs of each.
 const WALKERS: [(u32, &str); 3] = [(100, "6-8"), (101, "18-20"), (102, "9-11,21-23")];
 
+/// Describes them, and starts a VM that is nobody's business.
+fn walkers(host: &Host) {
+    host.ok("mkdir -p /etc/pinfold").unwrap();
+    for (id, cpus) in WALKERS {
+        let settings =
+            format!("isolated = \"{cpus}\"\npins = [\"{cpus}\", \"{cpus}\"]\n[deadlines]\nlock = 600\nqemu_exit = 1\n");
+        host.put(&format!("/etc/pinfold/{id}.toml"), settings.as_bytes(), 0o644).unwrap();
+        let spec = VmSpec { cores: 2, ..VmSpec::new(id) };
+        host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640).unwrap();
+    }
+    host.start_vm(&VmSpec { cores: 2, ..VmSpec::new(103) }).unwrap();
+}
+
 /// Three VMs on CPUs of their own start, stop and die, and hooks of theirs are killed. After every step the CPUs of each
 /// fenced VM are free of strays; with none left the host is as it was. `PINFOLD_SEED` and `PINFOLD_STEPS` tell it again.
 fn walk(host: &mut Host) {
@@ -205,17 +259,10 @@ fn walk(host: &mut Host) {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
         now.as_secs()
     });
-    let steps = asked("PINFOLD_STEPS").unwrap_or(if is_full() { 300 } else { 16 });
+    let steps = asked("PINFOLD_STEPS").unwrap_or_else(|| extent(16, 300) as u64);
     println!("walk: PINFOLD_SEED={seed} PINFOLD_STEPS={steps}");
     let mut random = Random(seed.max(1));
-    host.ok("mkdir -p /etc/pinfold").unwrap();
-    for (id, cpus) in WALKERS {
-        let settings = format!("isolated = \"{cpus}\"\npins = [\"{cpus}\", \"{cpus}\"]\n");
-        host.put(&format!("/etc/pinfold/{id}.toml"), settings.as_bytes(), 0o644).unwrap();
-        let spec = VmSpec { cores: 2, ..VmSpec::new(id) };
-        host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640).unwrap();
-    }
-    host.start_vm(&VmSpec { cores: 2, ..VmSpec::new(103) }).unwrap();
+    walkers(host);
     let before = host.snapshot().unwrap();
     let mut lives = [Life::Off; 3];
     let mut story = String::new();
@@ -306,7 +353,7 @@ fn check(host: &Host, lives: &[Life; 3], before: &HostState, story: &str) {
 
 /// Start and stop, again and again: nothing grows.
 fn cycles(host: &mut Host) {
-    let count = if is_full() { 200 } else { 4 };
+    let count = extent(4, 200);
     install_hook(host);
     host.start_vm(&VmSpec::new(101)).unwrap();
     let cycle = |host: &Host| {
@@ -331,17 +378,34 @@ fn cycles(host: &mut Host) {
     assert_restored(host, &before);
 }
 
-/// Hooks released together wait for each other, and the end is the same.
+/// Twenty hooks of three VMs, released together, wait for each other; the end is the same: all fenced, and then all restored.
 fn twenty_at_once(host: &mut Host) {
-    host.start_vm(&VmSpec::new(101)).unwrap();
-    host.start_vm(&VmSpec::new(100)).unwrap();
-    let all = "for n in $(seq 5); do for what in '100 post-start' recover status '999 post-stop'; do \
-               (while test ! -e /tmp/go; do sleep 0.1; done; hook $what > /tmp/said-$n-${what##* } 2>&1; \
-               echo \"$? $what\" >> /tmp/ended) & done; done; sleep 1; touch /tmp/go; wait; sort /tmp/ended | uniq -c";
-    expect(host, "hook 100 pre-start -q", 0);
-    let output = host.spawn(&["/bin/sh", "-c", all], std::time::Duration::from_secs(600)).unwrap().wait().unwrap();
-    println!("{}", output.stdout);
-    let ended = |what: &str| output.stdout.lines().any(|line| line.trim() == what);
-    assert!(ended("5 0 100 post-start") && ended("5 0 recover") && ended("5 0 999 post-stop"), "{output:?}");
-    assert_fenced(host);
+    walkers(host);
+    for (id, _) in WALKERS {
+        expect(host, &format!("qm start {id}"), 0);
+    }
+    // The scopes that systemd is asked for on the way back have another description than PVE's.
+    for phase in ["post-start", "post-stop"] {
+        WALKERS.iter().for_each(|(id, _)| drop(expect(host, &format!("hook {id} {phase} -q"), 0)));
+    }
+    let before = host.snapshot().unwrap();
+    let released = |phase: &str| {
+        let all = format!(
+            "rm -f /tmp/go /tmp/ended; for n in 1 2 3 4; do for what in '100 {phase}' '101 {phase}' '102 {phase}' recover '999 post-stop'; do \
+             (while test ! -e /tmp/go; do sleep 0.1; done; hook $what > /tmp/said 2>&1; echo \"$? $what\" >> /tmp/ended) & \
+             done; done; sleep 1; touch /tmp/go; wait; sort /tmp/ended | uniq -c"
+        );
+        let job = host.spawn(&["/bin/sh", "-c", &all], std::time::Duration::from_secs(900)).unwrap();
+        let ended = job.wait().unwrap().stdout;
+        for what in
+            [&format!("100 {phase}"), &format!("101 {phase}"), &format!("102 {phase}"), "recover", "999 post-stop"]
+        {
+            assert!(ended.lines().any(|line| line.trim() == format!("4 0 {what}")), "{ended}");
+        }
+    };
+    released("post-start");
+    assert_clean(host, "6-11,18-23", &WALKERS.map(|(id, _)| id));
+    released("post-stop");
+    let difference = before.not_restored(&host.snapshot().unwrap());
+    assert!(difference.is_empty(), "{difference}");
 }
