@@ -49,12 +49,43 @@ pub(crate) fn expect(host: &Host, command: &str, code: i32) -> (String, String) 
     (output.stdout, output.stderr)
 }
 
-/// A command under strace's fault injection, as in `inject` of strace(1), `write:error=EIO:when=3`. It stops at that call alone
-/// where that can be: at every call it takes ten times as long. At such a stop no signal can be sent.
+/// A command under strace's fault injection, as in `inject` of strace(1), `write:error=EIO:when=3`. It stops at that call alone;
+/// at every call it takes ten times as long.
 pub(crate) fn injected(inject: &str, command: &str) -> String {
     let call = inject.split(':').next().unwrap();
-    let how = if inject.contains(":signal=") { "" } else { "-f --seccomp-bpf" };
-    format!("strace {how} -o /dev/null -e trace={call} -e inject={inject} {command}")
+    format!("strace -f --seccomp-bpf -o /dev/null -e trace={call} -e inject={inject} {command}")
+}
+
+/// Kills a command as it enters a system call: held there for a minute by strace, it is the one that stands still.
+/// (strace's own `signal=` needs a stop at every call.)
+const KILL_AT: &str = r#"my ($call, $nth, @command) = @ARGV;
+my $strace = fork // die $!;
+if (!$strace) {
+    my $inject = "inject=$call:delay_enter=60000000:when=$nth";
+    exec "strace", "-f", "--seccomp-bpf", "-o", "/dev/null", "-e", "trace=$call", "-e", $inject, @command;
+}
+my $last = "";
+until (waitpid $strace, 1) {
+    select undef, undef, undef, 0.3;
+    open my $children, "<", "/proc/$strace/task/$strace/children" or next;
+    my ($pid) = split " ", <$children> // "" or next;
+    open my $status, "<", "/proc/$pid/status" or next;
+    my $text = join "", grep { /^State:\s+t|ctxt/ } <$status>;
+    kill "KILL", $pid if $text =~ /^State/ && $text eq $last;
+    $last = $text;
+}
+exit($? & 127 ? 128 + ($? & 127) : $? >> 8);
+"#;
+
+/// Runs a command that is killed as it enters the `nth` call of this name; false where it ended before.
+pub(crate) fn kill_at(host: &Host, call: &str, nth: usize, command: &str) -> bool {
+    host.put("/tmp/kill-at.pl", KILL_AT.as_bytes(), 0o644).unwrap();
+    let output = host.sh(&format!("perl /tmp/kill-at.pl {call} {nth} {command} > /dev/null")).unwrap();
+    match output.code {
+        Some(137) => true,
+        Some(0) => false,
+        _ => panic!("{command}, killed at {call} {nth}: {output:?}"),
+    }
 }
 
 /// The same for the calls that have to do with a file.

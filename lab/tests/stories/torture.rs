@@ -9,7 +9,7 @@ use std::fmt::Write as _;
 use pinfold_lab::{Host, HostState, VmSpec};
 
 use crate::stories;
-use crate::support::{assert_clean, assert_restored, expect, injected, install_hook, vm};
+use crate::support::{assert_clean, assert_restored, expect, injected, install_hook, kill_at, vm};
 
 stories!(only trixie:
     killed_in_post_start,
@@ -63,17 +63,6 @@ fn sample<T: Clone>(all: &[T], count: usize) -> Vec<T> {
     (0..count).map(|n| all[n * (all.len() - 1) / (count - 1)].clone()).collect()
 }
 
-/// Runs a command that is killed as it enters a system call; false where it ended before.
-fn kill_at(host: &Host, (call, nth): &Call, command: &str) -> bool {
-    let killed = injected(&format!("{call}:signal=KILL:when={nth}"), command);
-    let output = host.sh(&format!("{killed} > /dev/null")).unwrap();
-    match output.code {
-        None | Some(137) => true,
-        Some(0) => false,
-        _ => panic!("{command}, killed at {call} {nth}: {output:?}"),
-    }
-}
-
 /// A host with a VM that is nobody's business and VM 100, which runs, was fenced once and is not now.
 fn with_vm_100(host: &Host) -> HostState {
     host.start_vm(&VmSpec::new(101)).unwrap();
@@ -101,7 +90,7 @@ fn killed_in_post_start(host: &mut Host) {
     let tried = sample(&all, 22);
     let mut lost = String::new();
     for (n, call) in tried.iter().enumerate() {
-        assert!(kill_at(host, call, "hook 100 post-start"), "{call:?} was reached");
+        assert!(kill_at(host, &call.0, call.1, "hook 100 post-start"), "{call:?} was reached");
         if n % 2 == 1 {
             expect(host, "hook recover -q", 0);
             let half = host.sh("hook status").unwrap();
@@ -130,7 +119,7 @@ fn killed_in_post_stop(host: &mut Host) {
     let mut lost = String::new();
     for (n, call) in tried.iter().enumerate() {
         fenced_and_killed(host);
-        assert!(kill_at(host, call, "hook 100 post-stop"), "{call:?} was reached");
+        assert!(kill_at(host, &call.0, call.1, "hook 100 post-stop"), "{call:?} was reached");
         expect(host, if n % 2 == 0 { "hook recover -q" } else { "hook 100 post-stop -q" }, 0);
         fault(&mut lost, &format!("killed at {call:?}"), &before.not_restored(&host.snapshot().unwrap()));
     }
@@ -157,7 +146,7 @@ fn killed_in_post_stop_of_one_of_two(host: &mut Host) {
     let mut lost = String::new();
     for call in &tried {
         expect(host, "hook 100 post-start -q", 0);
-        assert!(kill_at(host, call, "hook 100 post-stop"), "{call:?} was reached");
+        assert!(kill_at(host, &call.0, call.1, "hook 100 post-stop"), "{call:?} was reached");
         expect(host, "hook 100 post-stop -q", 0);
         let strays = host.strays("18-20", &[101]).unwrap();
         let theirs = if strays.is_clean() { String::new() } else { format!("{strays:#?}") };
@@ -332,9 +321,9 @@ fn half(host: &Host, random: &mut Random, id: u32, what: &str) -> String {
         expect(host, &format!("hook {id} pre-start -q && qm start {id}"), 0);
     }
     let names: Vec<&str> = CALLS.split(',').collect();
-    let call = (names[random.below(names.len())].to_owned(), 1 + random.below(60));
-    let reached = kill_at(host, &call, &format!("hook {id} post-start"));
-    format!("{what} {id}, killed at {call:?}: {reached}")
+    let (call, nth) = (names[random.below(names.len())], 1 + random.below(60));
+    let reached = kill_at(host, call, nth, &format!("hook {id} post-start"));
+    format!("{what} {id}, killed at {call} {nth}: {reached}")
 }
 
 fn check(host: &Host, lives: &[Life; 3], before: &HostState, story: &str) {
