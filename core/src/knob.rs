@@ -236,11 +236,23 @@ impl Knob {
             Self::CgroupCpus(name) | Self::Cgroup(name) | Self::Sysctl(name) | Self::Trigger(name) => name,
             _ => return Ok(()),
         };
-        let plain = |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains(['\0', '\n']);
-        if name.split('/').all(plain) {
-            Ok(())
-        } else {
-            Err(Error::malformed(format!("{name:?}"), "a path that leaves its folder"))
+        check_path(name)
+    }
+
+    /// Refuses a value that becomes a part of a path and would leave its folder; for values read from saved state.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] naming the value.
+    pub fn check_value(&self, value: &str) -> Result<()> {
+        match self {
+            // The root cgroup is `/`.
+            Self::CgroupOf(_) if !value.is_empty() && value.trim_start_matches('/').is_empty() => Ok(()),
+            Self::CgroupOf(_) => check_path(value.trim_start_matches('/')),
+            Self::PciDriver(_) if value.contains('/') => {
+                Err(Error::malformed(format!("{value:?}"), "a name with a slash leaves its folder"))
+            }
+            Self::PciDriver(_) => check_path(value),
+            _ => Ok(()),
         }
     }
 }
@@ -263,6 +275,16 @@ impl fmt::Display for Knob {
             Self::Sysctl(name) | Self::Trigger(name) => write!(f, "{}", name.replace('/', ".")),
             Self::PciFunction(address) | Self::PciDriver(address) => write!(f, "PCI {address}"),
         }
+    }
+}
+
+/// Refuses a path that would leave the folder it is put behind.
+fn check_path(path: &str) -> Result<()> {
+    let plain = |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains(['\0', '\n']);
+    if path.split('/').all(plain) {
+        Ok(())
+    } else {
+        Err(Error::malformed(format!("{path:?}"), "a path that leaves its folder"))
     }
 }
 
@@ -319,5 +341,27 @@ mod tests {
         }
         assert!(Knob::CgroupCpus("lxc/101/ns".into()).check().is_ok());
         assert!(Knob::UnitCpus("system.slice".into()).check().is_ok());
+    }
+
+    #[test]
+    fn values_stay_in_their_folders() {
+        let cgroup = Knob::CgroupOf(TaskId { pid: 100, tid: 100, start: 7 });
+        let driver = Knob::PciDriver("0000:01:00.0".into());
+        for (knob, value, good) in [
+            (&cgroup, "/qemu.slice/100.scope", true),
+            (&cgroup, "qemu-decoupled.slice/100.scope", true),
+            (&cgroup, "/", true),
+            (&cgroup, "", false),
+            (&cgroup, "/../../../tmp/x", false),
+            (&cgroup, "/a//b", false),
+            (&driver, "nvidia", true),
+            (&driver, NO_DRIVER, true),
+            (&driver, "", false),
+            (&driver, "..", false),
+            (&driver, "../../x", false),
+            (&Knob::Irq(1), "../x", true),
+        ] {
+            assert_eq!(knob.check_value(value).is_ok(), good, "{knob:?} {value:?}");
+        }
     }
 }

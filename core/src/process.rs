@@ -34,8 +34,8 @@ pub struct Task {
 /// [`Error::Malformed`] where the line is none.
 pub fn parse_stat(pid: i32, line: &str) -> Result<Task> {
     let malformed = |why: String| Error::malformed(format!("stat of process {pid}"), why);
-    // The crate indexes fields it has not counted; a line cut short must not bring a tool down.
-    if line.rfind(')').is_none_or(|end| line[end..].split_whitespace().count() < 40) {
+    // The crate slices around the brackets and indexes fields without looking; no line must bring a tool down.
+    if !has_stat_shape(line) {
         return Err(malformed(format!("{:?} is no stat line", line.trim_end())));
     }
     let stat = Stat::from_read(line.as_bytes()).map_err(|error| malformed(error.to_string()))?;
@@ -46,6 +46,18 @@ pub fn parse_stat(pid: i32, line: &str) -> Result<Task> {
         kernel: flags.contains(StatFlags::PF_KTHREAD),
         bound: flags.contains(StatFlags::PF_NO_SETAFFINITY),
         last_cpu: stat.processor.and_then(|cpu| usize::try_from(cpu).ok()).unwrap_or(0),
+    })
+}
+
+/// Whether the line is `TID (NAME) ` and enough fields. The name may hold anything, brackets too.
+fn has_stat_shape(line: &str) -> bool {
+    let parts = || {
+        let (tid, rest) = line.split_once(" (")?;
+        let (_, fields) = rest.split_at_checked(rest.rfind(')')?)?;
+        Some((tid, fields.strip_prefix(") ")?))
+    };
+    parts().is_some_and(|(tid, fields)| {
+        !tid.is_empty() && tid.bytes().all(|b| b.is_ascii_digit()) && fields.split_whitespace().count() >= 39
     })
 }
 
@@ -162,6 +174,7 @@ pub(crate) fn to_nix(cpus: &CpuSet) -> io::Result<nix::sched::CpuSet> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn line(comm: &str, flags: u32) -> String {
         format!(
@@ -183,8 +196,26 @@ mod tests {
 
     #[test]
     fn garbage_is_an_error() {
+        let fields = " 1".repeat(50);
         for text in ["", "\n", "17", "17 (bash", "17 (bash) S 2", ")", "x (y) z", &"(".repeat(5000), "17 (a) é"] {
             assert!(parse_stat(17, text).is_err(), "{text:?}");
+        }
+        for name in ["(a)", ")(", "17 )", "é(a)", "17 (a)é", "17 (a", "17 (a)\u{3000}", "-17 (a)", " (a)", "17(a)"] {
+            let text = format!("{name}{fields}");
+            assert!(parse_stat(17, &text).is_err(), "{text:?}");
+            assert!(parse_stat(17, &format!("{text} (")).is_err(), "{text:?} (");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_name_comes_through(name in "(?s).{0,20}|[() \n]{0,15}") {
+            prop_assert_eq!(parse_stat(17, &line(&name, 0)).unwrap().name, name);
+        }
+
+        #[test]
+        fn no_line_panics(line in "([0-9() é\n]|\\PC){0,120}( -?[0-9]{1,20}){0,55}[ )(]*") {
+            let _ = parse_stat(17, &line);
         }
     }
 

@@ -15,6 +15,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, soc
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::cpuset::MAX_CPU;
 use crate::error::os_text;
 
 /// How long one try may take; with QEMU idle it takes 5 ms.
@@ -275,6 +276,10 @@ impl Facts {
         match command {
             "query-cpus-fast" => {
                 let cpus: Vec<Cpu> = serde_json::from_value(value).map_err(bad)?;
+                // The numbers become a set, whose size is that of the largest.
+                if let Some(Cpu { cpu_index, .. }) = cpus.iter().find(|cpu| cpu.cpu_index > MAX_CPU) {
+                    return Err(format!("{command}: vCPU {cpu_index} is beyond {MAX_CPU}"));
+                }
                 self.vcpus = cpus.into_iter().map(|cpu| (cpu.thread_id, cpu.cpu_index)).collect();
             }
             "query-iothreads" => {
@@ -437,6 +442,8 @@ mod tests {
         for text in ["garbage", "[]", "\"return\"", "1", &"[".repeat(100_000), &format!("{text}\n{STATUS}")] {
             assert!(Facts::parse(text).is_err());
         }
+        let huge = text.replace("\"cpu-index\": 1", "\"cpu-index\": 18446744073709551615");
+        assert_eq!(Facts::parse(&huge).unwrap_err(), "query-cpus-fast: vCPU 18446744073709551615 is beyond 8191");
     }
 
     proptest! {

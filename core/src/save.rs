@@ -61,10 +61,8 @@ pub fn write(path: &Path, tool: &str, entries: Vec<Entry>) -> Result<()> {
         }
         other => other.map_err(|source| io("save", source))?,
     };
-    let saved = Saved { version: VERSION, tool: tool.to_owned(), entries };
-    let text = serde_json::to_vec_pretty(&saved)
-        .map_err(|error| Error::malformed(path.display().to_string(), error.to_string()))?;
-    file.write_all(&text).and_then(|()| file.sync_all()).map_err(|source| io("save", source))
+    let text = to_text(tool, entries).map_err(|why| Error::malformed(path.display().to_string(), why))?;
+    file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(|source| io("save", source))
 }
 
 /// Reads the file that `tool` wrote.
@@ -74,6 +72,15 @@ pub fn write(path: &Path, tool: &str, entries: Vec<Entry>) -> Result<()> {
 pub fn read(path: &Path, tool: &str) -> Result<Vec<Entry>> {
     let text = fs::read_to_string(path).map_err(|source| Error::io(path, "restore", source))?;
     parse(&text, tool).map_err(|why| Error::malformed(path.display().to_string(), why))
+}
+
+/// The file's text, which [`parse`] reads.
+///
+/// # Errors
+/// Where the entries are not to be had as JSON.
+pub fn to_text(tool: &str, entries: Vec<Entry>) -> std::result::Result<String, String> {
+    let saved = Saved { version: VERSION, tool: tool.to_owned(), entries };
+    serde_json::to_string_pretty(&saved).map_err(|error| error.to_string())
 }
 
 /// Reads the file's text.
@@ -88,8 +95,9 @@ pub fn parse(text: &str, tool: &str) -> std::result::Result<Vec<Entry>, String> 
     if saved.tool != tool {
         return Err(format!("saved by {0}; restore it with {0}", saved.tool));
     }
-    for entry in &saved.entries {
-        entry.knob.check().map_err(|error| error.to_string())?;
+    for Entry { knob, before, set, .. } in &saved.entries {
+        let checked = knob.check().and_then(|()| knob.check_value(before)).and_then(|()| knob.check_value(set));
+        checked.map_err(|error| error.to_string())?;
     }
     Ok(saved.entries)
 }
@@ -166,8 +174,15 @@ mod tests {
         ] {
             assert!(parse(text, "t").is_err(), "{text}");
         }
-        let leaving =
-            r#"{"version":1,"tool":"t","entries":[{"knob":{"sysctl":"../x"},"label":"","before":"","set":""}]}"#;
-        assert!(parse(leaving, "t").unwrap_err().contains("leaves its folder"));
+        for (knob, before, set) in [
+            (r#"{"sysctl":"../x"}"#, "", ""),
+            (r#"{"pci-driver":"0000:01:00.0"}"#, "../../x", "none"),
+            (r#"{"cgroup-of":{"pid":1,"tid":1,"start":1}}"#, "/", "/../x"),
+        ] {
+            let entry = format!(r#"{{"knob":{knob},"label":"","before":"{before}","set":"{set}"}}"#);
+            let leaving = format!(r#"{{"version":1,"tool":"t","entries":[{entry}]}}"#);
+            let why = parse(&leaving, "t").unwrap_err();
+            assert!(why.contains("leaves its folder"), "{why}");
+        }
     }
 }

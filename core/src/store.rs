@@ -178,6 +178,21 @@ struct OnDisk<R> {
     baseline: Vec<Entry>,
 }
 
+impl<R: DeserializeOwned> OnDisk<R> {
+    fn parse(text: &str) -> std::result::Result<Self, String> {
+        let state: Self = serde_json::from_str(text).map_err(|error| format!("it is no state of hook's: {error}"))?;
+        if state.version != VERSION {
+            return Err(format!("it has version {}, this hook knows version {VERSION}", state.version));
+        }
+        for Entry { knob, before, last, pending, .. } in &state.baseline {
+            let mut values = [Some(before), last.as_ref(), pending.as_ref()].into_iter().flatten();
+            let checked = knob.check().and_then(|()| values.try_for_each(|value| knob.check_value(value)));
+            checked.map_err(|error| error.to_string())?;
+        }
+        Ok(state)
+    }
+}
+
 /// The state, held under its lock. `R` is what is kept per VM, by its number.
 #[derive(Debug)]
 pub struct Store<R> {
@@ -231,14 +246,31 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
         }
     }
 
+    /// Reads the text of a state file.
+    ///
+    /// # Errors
+    /// Why it is none, or cannot be trusted.
+    pub fn parse(text: &str) -> std::result::Result<(BTreeMap<u32, R>, Baseline), String> {
+        OnDisk::parse(text).map(|on_disk| (on_disk.reservations, Baseline::from_entries(on_disk.baseline)))
+    }
+
+    /// The text of a state file, which [`parse`](Self::parse) reads.
+    ///
+    /// # Errors
+    /// Where what is kept per VM is not to be had as JSON.
+    pub fn to_text(reservations: &BTreeMap<u32, R>, baseline: &Baseline) -> serde_json::Result<String> {
+        serde_json::to_string(&OnDisk {
+            version: VERSION,
+            reservations: reservations.iter().map(|(vmid, kept)| (*vmid, kept)).collect(),
+            baseline: baseline.entries.values().cloned().collect(),
+        })
+    }
+
     /// Writes the state, whole or not at all. With no reservation and no baseline left the file goes.
     ///
     /// # Errors
     /// [`Error::Io`] with the path.
-    pub fn save(&self) -> Result<()>
-    where
-        R: Clone,
-    {
+    pub fn save(&self) -> Result<()> {
         let path = self.folder.join("state.json");
         if self.reservations.is_empty() && self.baseline.entries.is_empty() {
             return match fs::remove_file(&path) {
@@ -246,21 +278,16 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
                 _ => Ok(()),
             };
         }
-        let on_disk = OnDisk {
-            version: VERSION,
-            reservations: self.reservations.clone(),
-            baseline: self.baseline.entries.values().cloned().collect(),
-        };
         let new = self.folder.join("state.json.new");
         let write = || -> io::Result<()> {
-            let text = serde_json::to_vec(&on_disk)?;
+            let text = Self::to_text(&self.reservations, &self.baseline)?;
             // A leftover of a run that was killed while it wrote.
             if let Err(error) = fs::remove_file(&new)
                 && error.kind() != io::ErrorKind::NotFound
             {
                 return Err(error);
             }
-            OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?.write_all(&text)?;
+            OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?.write_all(text.as_bytes())?;
             fs::rename(&new, &path)
         };
         write().map_err(|source| Error::io(&path, "save", source))
@@ -272,10 +299,7 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
     ///
     /// # Errors
     /// Where the state cannot be saved; nothing has been changed then.
-    pub fn carry_out(&mut self, plan: Vec<Planned>, mut progress: impl FnMut(&Done)) -> Result<()>
-    where
-        R: Clone,
-    {
+    pub fn carry_out(&mut self, plan: Vec<Planned>, mut progress: impl FnMut(&Done)) -> Result<()> {
         let is_new = |Planned { change, left }: &Planned| {
             left.is_none() && !change.is_noop() && self.baseline.before(&change.knob) != Some(&change.wanted)
         };
@@ -381,23 +405,13 @@ fn read_state<R: DeserializeOwned>(folder: &Path) -> Result<OnDisk<R>> {
             text
         }
     };
-    parse_state(&text).map_err(bad)
-}
-
-fn parse_state<R: DeserializeOwned>(text: &str) -> std::result::Result<OnDisk<R>, String> {
-    let state: OnDisk<R> = serde_json::from_str(text).map_err(|error| format!("it is no state of hook's: {error}"))?;
-    if state.version != VERSION {
-        return Err(format!("it has version {}, this hook knows version {VERSION}", state.version));
-    }
-    for entry in &state.baseline {
-        entry.knob.check().map_err(|error| error.to_string())?;
-    }
-    Ok(state)
+    OnDisk::parse(&text).map_err(bad)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     const SOON: Duration = Duration::from_secs(5);
 
@@ -500,6 +514,47 @@ mod tests {
         refused("symbolic link");
         assert!(discard(&root, SOON).unwrap());
         Store::<String>::open(&root, SOON).unwrap();
+    }
+
+    #[test]
+    fn what_would_leave_its_folder_is_refused() {
+        for entry in [
+            r#""knob":{"governor":"../x"},"before":"x""#,
+            r#""knob":{"pci-driver":"0000:01:00.0"},"before":"../x""#,
+            r#""knob":{"cgroup-of":{"pid":1,"tid":1,"start":1}},"before":"/x","last":"/../x""#,
+            r#""knob":{"cgroup-of":{"pid":1,"tid":1,"start":1}},"before":"/x","last":"/y","pending":"/z/.."#,
+        ] {
+            let entry = format!("{}\"", entry.trim_end_matches('"'));
+            let text = format!(r#"{{"version":1,"reservations":{{}},"baseline":[{{"label":"",{entry}}}]}}"#);
+            let why = Store::<String>::parse(&text).unwrap_err();
+            assert!(why.contains("leaves its folder"), "{why}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn text_round_trip(
+            reservations: BTreeMap<u32, String>,
+            irqs in prop::collection::btree_map(any::<u32>(), (".*", ".*"), 0..9),
+            cgroups in prop::collection::btree_map("[a-z.é ]{1,9}x(/\\PC{3}y)?", ".*", 0..9),
+            tasks in prop::collection::btree_map(any::<(i32, i32, u64)>(), ".*", 0..9),
+        ) {
+            let mut baseline = Baseline::default();
+            for (irq, (label, before)) in irqs {
+                baseline.adopt(&Object::new(Knob::Irq(irq), label, ""), &before);
+            }
+            for (cgroup, before) in cgroups.into_iter().filter(|(cgroup, _)| !cgroup.contains("//")) {
+                baseline.adopt(&Object::new(Knob::CgroupCpus(cgroup), "", ""), &before);
+            }
+            for ((pid, tid, start), before) in tasks {
+                baseline.adopt(&Object::new(Knob::Thread(crate::TaskId { pid, tid, start }), "", ""), &before);
+            }
+            for entry in baseline.entries.values_mut() {
+                entry.pending = Some(entry.before.clone());
+            }
+            let text = Store::to_text(&reservations, &baseline).unwrap();
+            prop_assert_eq!(Store::parse(&text).unwrap(), (reservations, baseline));
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-use crate::cpuset::CpuSet;
+use crate::cpuset::{CpuSet, MAX_CPU};
 use crate::error::{Error, Result, is_gone};
 use crate::knob::TaskId;
 use crate::pci::PciSelector;
@@ -392,7 +392,9 @@ fn role_by_name(name: &str) -> Role {
             .strip_prefix("CPU ")?
             .strip_suffix("/KVM")
             .or_else(|| name.strip_prefix("CPU ")?.strip_suffix("/TCG"))?;
-        digits.bytes().all(|b| b.is_ascii_digit()).then(|| digits.parse().ok())?
+        let number = digits.bytes().all(|b| b.is_ascii_digit()).then(|| digits.parse().ok())?;
+        // Anybody may name a thread so, and the numbers become a set.
+        number.filter(|number| *number <= MAX_CPU)
     };
     // QEMU's own iothread for the monitor, which QMP does not list either.
     let id = name.strip_prefix("IO ").filter(|id| *id != "mon_iothread");

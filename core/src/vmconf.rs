@@ -335,7 +335,68 @@ mod tests {
         assert_eq!(parse_pci_mapping("gpu", "gpu", "pve1"), Some(vec![]));
     }
 
+    fn any_selector() -> impl Strategy<Value = PciSelector> {
+        (any::<u32>(), any::<u8>(), 0..32u8, prop::option::of(0..8u8))
+            .prop_map(|(domain, bus, device, function)| PciSelector { domain, bus, device, function })
+    }
+
+    fn any_hostpci() -> impl Strategy<Value = Vec<HostPci>> {
+        let devices = prop_oneof![
+            prop::collection::vec(any_selector(), 1..4).prop_map(HostDevices::Addresses),
+            "[a-zA-Z][a-zA-Z0-9_-]{1,9}".prop_map(HostDevices::Mapping),
+        ];
+        prop::collection::btree_map(0..MAX_HOSTPCI, (devices, any::<bool>()), 0..5).prop_map(|entries| {
+            entries.into_iter().map(|(index, (devices, shared))| HostPci { index, devices, shared }).collect()
+        })
+    }
+
+    fn joined(selectors: &[PciSelector]) -> String {
+        selectors.iter().map(ToString::to_string).collect::<Vec<_>>().join(";")
+    }
+
+    fn render(conf: &VmConf) -> String {
+        let mut lines = Vec::new();
+        for (key, count) in [("sockets", conf.sockets), ("cores", conf.cores), ("vcpus", conf.vcpus)] {
+            lines.extend(count.map(|count| format!("{key}: {count}\n")));
+        }
+        for (key, text) in [("name", &conf.name), ("hookscript", &conf.hookscript)] {
+            lines.extend(text.as_ref().map(|text| format!("{key}: {text}\n")));
+        }
+        for HostPci { index, devices, shared } in &conf.hostpci {
+            let devices = match devices {
+                HostDevices::Addresses(selectors) => joined(selectors),
+                HostDevices::Mapping(id) => format!("mapping={id}"),
+            };
+            let shared = if *shared { ",mdev=nvidia-63" } else { "" };
+            lines.push(format!("hostpci{index}: {devices},pcie=1{shared}\n"));
+        }
+        lines.push(format!("template: {}\n", u8::from(conf.template)));
+        lines.reverse();
+        lines.concat()
+    }
+
     proptest! {
+        #[test]
+        fn conf_round_trip(
+            name in prop::option::of("[a-z][a-z0-9.-]{0,20}[a-z]"),
+            hookscript in prop::option::of("local:snippets/[a-z:#\\[\\]]{1,9}"),
+            counts in prop::array::uniform3(prop::option::of(1u32..)),
+            hostpci in any_hostpci(),
+            template: bool,
+            rest in "(\\[PENDING\\]\n|\\[before\\]\n)((cores|name|hostpci0): \\PC*\n){0,3}",
+        ) {
+            let [sockets, cores, vcpus] = counts;
+            let conf = VmConf { name, sockets, cores, vcpus, hostpci, template, hookscript, ..VmConf::default() };
+            prop_assert_eq!(VmConf::parse(&(render(&conf) + &rest)).unwrap(), conf);
+        }
+
+        #[test]
+        fn mapping_round_trip(devices in prop::collection::vec(prop::collection::vec(any_selector(), 1..4), 0..5)) {
+            let maps: Vec<String> = devices.iter().map(|device| format!("\tmap id=1:2,node=pve1,path={}\n", joined(device))).collect();
+            let text = format!("nic\n\tmap node=pve1,path=01:00\n\ngpu\n{}\nlast\n\tmap node=pve1,path=02:00\n", maps.concat());
+            prop_assert_eq!(parse_pci_mapping(&text, "gpu", "pve1").unwrap(), devices);
+        }
+
         #[test]
         fn no_text_panics(text in "(hostpci[0-9]*|cores|gpu|\tmap|\\PC)[:= ]\\PC*\n?\\PC*") {
             let _ = VmConf::parse(&text);

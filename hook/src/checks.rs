@@ -39,8 +39,8 @@ pub(crate) fn before_start(root: &Sysroot, vmid: VmId, conf: &VmConf, settings: 
     if let Some(cpus) = settings.emulator.as_ref().filter(|cpus| cpus.intersects(isolated)) {
         return Err(wrong(format!("emulator: CPU {} is isolated; emulator threads belong on others", cpus & isolated)));
     }
-    let vcpus: CpuSet = (0..conf.vcpus() as usize).collect();
-    pins_suffice(settings, &vcpus)?;
+    let vcpus = conf.vcpus() as usize;
+    pins_suffice(settings, vcpus, vcpus.checked_sub(1))?;
     match settings.method {
         Method::Hotplug => check_hotplug(root, isolated)?,
     }
@@ -50,16 +50,16 @@ pub(crate) fn before_start(root: &Sysroot, vmid: VmId, conf: &VmConf, settings: 
     notes(root, vmid, conf, isolated)
 }
 
-/// Every vCPU needs a pin.
+/// Every vCPU needs a pin, up to the `last` by its number: with some unplugged that is more than there are.
 ///
 /// # Errors
 /// [`Error::Unusable`] with both counts.
-pub(crate) fn pins_suffice(settings: &Settings, vcpus: &CpuSet) -> Result<()> {
+pub(crate) fn pins_suffice(settings: &Settings, vcpus: usize, last: Option<usize>) -> Result<()> {
     let pins = settings.pins.len();
-    if vcpus.last().is_none_or(|last| last < pins) {
+    if last.is_none_or(|last| last < pins) {
         return Ok(());
     }
-    let why = format!("the VM has {} vCPUs and there are pins for {pins}; add pins or take vCPUs away", vcpus.len());
+    let why = format!("the VM has {vcpus} vCPUs and there are pins for {pins}; add pins or take vCPUs away");
     Err(Error::unusable(&settings.source, why))
 }
 

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use pinfold_core::cli::{self, Output};
+use pinfold_core::store::Store;
 use pinfold_core::vm::{self, VmId};
 use pinfold_core::{Exit, Report, Sysroot, Table};
 
@@ -17,6 +18,8 @@ mod reservation;
 mod settings;
 mod status;
 mod steps;
+
+use reservation::Reservation;
 
 const TOOL: &str = "hook";
 
@@ -85,7 +88,7 @@ enum Step {
         /// Its number
         vmid: VmId,
         /// How long it may take, in seconds
-        #[arg(long, default_value_t = 60)]
+        #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(..=settings::MAX_DEADLINE))]
         deadline: u64,
         #[command(flatten)]
         output: Output,
@@ -116,6 +119,24 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         // clap asks for both.
         (None, ..) => anyhow::bail!("VMID and PHASE are missing; see hook --help"),
     }
+}
+
+/// Checks the text of a settings file as pre-start does before it looks at the VM, and says what it comes to: the JSON
+/// that is kept with the VM's reservation. `source` names the file in errors.
+///
+/// # Errors
+/// What the text says wrong, with the key; that a layout is not for this machine.
+pub fn check_settings(root: &Sysroot, text: &str, source: &str) -> anyhow::Result<String> {
+    Ok(serde_json::to_string(&settings::resolve(root, text, source)?)?)
+}
+
+/// Checks the text of a state file as every phase does, and gives it back as hook would write it.
+///
+/// # Errors
+/// Why it cannot be trusted.
+pub fn check_state(text: &str) -> anyhow::Result<String> {
+    let (reservations, baseline) = Store::<Reservation>::parse(text).map_err(anyhow::Error::msg)?;
+    Ok(Store::to_text(&reservations, &baseline)?)
 }
 
 /// A failure in pre-start stops the VM's start; in the other phases PVE only warns. Whatever is not hook's business ends

@@ -115,7 +115,8 @@ impl Run<'_> {
             ));
             return Ok(self.report.finish());
         }
-        checks::pins_suffice(&reservation.settings, &threads.vcpus())?;
+        let vcpus = threads.vcpus();
+        checks::pins_suffice(&reservation.settings, vcpus.len(), vcpus.last())?;
         if reservation.phase == Phase::Starting {
             reservation.phase = Phase::Isolating;
         }

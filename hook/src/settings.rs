@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use pinfold_core::pci::PciSelector;
 use pinfold_core::systemd::Patience;
 use pinfold_core::vm::VmId;
-use pinfold_core::{CpuSet, Error, Result, Sysroot};
+use pinfold_core::{CpuSet, CpuSetError, Error, MAX_CPU, Result, Sysroot};
 use serde::{Deserialize, Serialize};
 
 /// The layout for the machine that the documented order is for, used where no settings file is found.
@@ -86,24 +86,44 @@ pub(crate) enum ResetPci {
     Listed(Vec<PciSelector>),
 }
 
-/// How long each wait may take, in seconds.
+/// The longest that any wait may be told to take, in seconds.
+pub(crate) const MAX_DEADLINE: u64 = 3600;
+
+/// How long each wait may take, in seconds, [`MAX_DEADLINE`] at most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct Deadlines {
     /// For another hook that holds the lock.
+    #[serde(deserialize_with = "seconds")]
     pub lock: u64,
     /// For one call to systemd.
+    #[serde(deserialize_with = "seconds")]
     pub systemd: u64,
     /// For systemd to read all units again.
+    #[serde(deserialize_with = "seconds")]
     pub reload: u64,
     /// For QEMU's monitor, tries and pauses in all.
+    #[serde(deserialize_with = "seconds")]
     pub qmp: u64,
     /// For PCI functions to go, and again to come back.
+    #[serde(deserialize_with = "seconds")]
     pub pci: u64,
     /// For the idle VM to shut down.
+    #[serde(deserialize_with = "seconds")]
     pub idle_vm: u64,
     /// For a QEMU that PVE says has stopped to be gone.
+    #[serde(deserialize_with = "seconds")]
     pub qemu_exit: u64,
+}
+
+/// A clock has an end too: a time too far off is more than it can hold.
+fn seconds<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<u64, D::Error> {
+    let seconds = u64::deserialize(deserializer)?;
+    if seconds <= MAX_DEADLINE {
+        Ok(seconds)
+    } else {
+        Err(serde::de::Error::custom(format!("{seconds} s is too long; the longest deadline is {MAX_DEADLINE}")))
+    }
 }
 
 impl Default for Deadlines {
@@ -225,7 +245,7 @@ fn check_owner(path: &str, meta: &fs::Metadata) -> Result<()> {
 }
 
 /// Resolves the text of a settings file.
-fn resolve(root: &Sysroot, text: &str, source: &str) -> Result<Settings> {
+pub(crate) fn resolve(root: &Sysroot, text: &str, source: &str) -> Result<Settings> {
     let file: File =
         toml::from_str(text).map_err(|error| Error::malformed(source, error.to_string().trim_end().to_owned()))?;
     let wrong = |why: String| Error::malformed(source, why);
@@ -302,21 +322,32 @@ impl Iothreads {
     }
 }
 
+/// More pins than the kernel has CPUs are no layout. A pin's set is as large as its CPU's number, so they are counted
+/// before they are made.
+const MAX_PINS: usize = MAX_CPU + 1;
+
 impl Pins {
     fn resolve(self) -> std::result::Result<Vec<CpuSet>, String> {
+        let too_many = |count: usize| match count {
+            ..=MAX_PINS => Ok(()),
+            _ => Err(format!("more than {MAX_PINS}, the most CPUs the kernel knows")),
+        };
         let pins: Vec<CpuSet> = match self {
-            Self::PerVcpu(lists) => lists
-                .into_iter()
-                .map(|cpus| match cpus {
-                    Cpus::One(cpu) => [cpu].into_iter().collect(),
-                    Cpus::List(cpus) => cpus,
-                })
-                .collect(),
+            Self::PerVcpu(lists) => {
+                too_many(lists.len())?;
+                let pins = lists.into_iter().map(|cpus| match cpus {
+                    Cpus::One(cpu) if cpu > MAX_CPU => Err(CpuSetError::TooLarge(cpu.to_string()).to_string()),
+                    Cpus::One(cpu) => Ok([cpu].into_iter().collect()),
+                    Cpus::List(cpus) => Ok(cpus),
+                });
+                pins.collect::<std::result::Result<_, _>>()?
+            }
             // A CPU set has no order: token by token, ranges ascending.
             Self::InOrder(text) => {
                 let mut pins = Vec::new();
                 for token in text.split(',') {
-                    let cpus: CpuSet = token.parse().map_err(|error: pinfold_core::CpuSetError| error.to_string())?;
+                    let cpus: CpuSet = token.parse().map_err(|error: CpuSetError| error.to_string())?;
+                    too_many(pins.len() + cpus.len())?;
                     pins.extend(cpus.iter().map(|cpu| -> CpuSet { [cpu].into_iter().collect() }));
                 }
                 pins
@@ -333,6 +364,7 @@ impl Pins {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn host(present: &str) -> (tempfile::TempDir, Sysroot) {
         let dir = tempfile::tempdir().unwrap();
@@ -408,10 +440,37 @@ mod tests {
             ("isolated = \"6\"\npins = \"6\"\nemulator = \"\"", "emulator: an empty CPU list"),
             ("isolated = \"6\"\npins = \"6\"\nstat_interval = 0", "stat_interval: 0 s"),
             ("isolated = \"6\"\npins = \"6\"\n[deadlines]\nqmp = -1", "qmp"),
+            ("isolated = \"6\"\npins = \"6\"\n[deadlines]\nlock = 3601", "the longest deadline is 3600"),
+            ("isolated = \"6\"\npins = [9223372036854775807]", "pins: CPU 9223372036854775807 is beyond 8191"),
+            ("isolated = \"6\"\npins = \"0-8191,0-8191\"", "pins: more than 8192"),
+            (&format!("isolated = \"6\"\npins = [{}]", "6,".repeat(8193)), "pins: more than 8192"),
             ("=", "test: "),
         ] {
             let error = resolve(&root, text, "test").unwrap_err().to_string();
             assert!(error.contains(why), "{text:?}: {error}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn pins_come_through(cpus in prop::collection::vec(0..24usize, 1..30)) {
+            let (_dir, root) = host("0-23");
+            let numbers: Vec<String> = cpus.iter().map(ToString::to_string).collect();
+            let pins: Vec<CpuSet> = cpus.iter().map(|cpu| [*cpu].into_iter().collect()).collect();
+            let list = numbers.join(",");
+            let quoted = format!("\"{}\"", numbers.join("\",\""));
+            for text in [format!("\"{list}\""), format!("[{list}]"), format!("[{quoted}]")] {
+                let settings = resolve(&root, &format!("isolated = \"0-23\"\npins = {text}"), "test").unwrap();
+                prop_assert_eq!(&settings.pins, &pins);
+                let kept = serde_json::to_string(&settings).unwrap();
+                prop_assert_eq!(serde_json::from_str::<Settings>(&kept).unwrap(), settings);
+            }
+        }
+
+        #[test]
+        fn no_settings_panic(key in "isolated|pins|emulator|iothreads|stat_interval|reset_pci|idle_vm", value in "\\PC*|-?[0-9]{1,20}|\\[\\PC*\\]|\"[0-9,-]*\"") {
+            let _ = toml::from_str::<File>(&format!("{key} = {value}"));
+            let _ = resolve(&Sysroot::new("/nonexistent"), &format!("{key} = {value}\nisolated = \"6\""), "test");
         }
     }
 

@@ -63,12 +63,18 @@ fn sample<T: Clone>(all: &[T], count: usize) -> Vec<T> {
     (0..count).map(|n| all[n * (all.len() - 1) / (count - 1)].clone()).collect()
 }
 
+/// VM 100 with a core of its own: the calls are the same as for a CCD's, and emulated CPUs go offline slowly.
+fn small_vm(host: &Host) -> VmSpec {
+    host.ok("mkdir -p /etc/pinfold").unwrap();
+    let settings = "isolated = \"6,18\"\npins = \"6,18\"\n[deadlines]\nqemu_exit = 0\n";
+    host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644).unwrap();
+    VmSpec { cores: 2, ..VmSpec::new(100) }
+}
+
 /// A host with a VM that is nobody's business and VM 100, which runs, was fenced once and is not now.
 fn with_vm_100(host: &Host) -> HostState {
     host.start_vm(&VmSpec::new(101)).unwrap();
-    host.start_vm(&VmSpec::new(100)).unwrap();
-    host.ok("mkdir -p /etc/pinfold").unwrap();
-    host.put("/etc/pinfold/100.toml", b"layout = \"5900x\"\n[deadlines]\nqemu_exit = 0\n", 0o644).unwrap();
+    host.start_vm(&small_vm(host)).unwrap();
     // The scope that systemd is asked for on the way back has another description than PVE's.
     expect(host, "hook 100 post-start -q && hook 100 post-stop -q", 0);
     host.snapshot().unwrap()
@@ -107,9 +113,10 @@ fn killed_in_post_start(host: &mut Host) {
 fn killed_in_post_stop(host: &mut Host) {
     install_hook(host);
     host.start_vm(&VmSpec::new(101)).unwrap();
+    let spec = VmSpec { hookscript: vm().hookscript, ..small_vm(host) };
     let before = host.snapshot().unwrap();
     let fenced_and_killed = |host: &Host| {
-        host.start_vm(&vm()).unwrap();
+        host.start_vm(&spec).unwrap();
         host.kill_vm(100).unwrap();
         host.cleanup_vm(100, false).unwrap();
     };
@@ -130,7 +137,7 @@ fn killed_in_post_stop(host: &mut Host) {
 /// The same while its QEMU and another fenced VM live: the other's CPUs stay its own.
 fn killed_in_post_stop_of_one_of_two(host: &mut Host) {
     host.ok("mkdir -p /etc/pinfold").unwrap();
-    for (id, cpus) in [(100, "6-8"), (101, "18-20")] {
+    for (id, cpus) in [(100, "6"), (101, "18")] {
         let settings = format!("isolated = \"{cpus}\"\npins = [\"{cpus}\", \"{cpus}\"]\n[deadlines]\nqemu_exit = 0\n");
         host.put(&format!("/etc/pinfold/{id}.toml"), settings.as_bytes(), 0o644).unwrap();
         host.start_vm(&VmSpec { cores: 2, ..VmSpec::new(id) }).unwrap();
@@ -148,7 +155,7 @@ fn killed_in_post_stop_of_one_of_two(host: &mut Host) {
         expect(host, "hook 100 post-start -q", 0);
         assert!(kill_at(host, &call.0, call.1, "hook 100 post-stop"), "{call:?} was reached");
         expect(host, "hook 100 post-stop -q", 0);
-        let strays = host.strays("18-20", &[101]).unwrap();
+        let strays = host.strays("18", &[101]).unwrap();
         let theirs = if strays.is_clean() { String::new() } else { format!("{strays:#?}") };
         fault(&mut lost, &format!("killed at {call:?}: VM 101 has strays"), &theirs);
         expect(
