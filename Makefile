@@ -13,7 +13,7 @@ all: release
 release:
 	$(CARGO) build --release --workspace
 
-# What the lab needs: QEMU and the tools that make its hosts' images.
+# What the lab needs: QEMU and the tools that make its hosts' images; and a C++ compiler for the fuzzer.
 setup:
 	$(LAB) setup
 
@@ -49,7 +49,7 @@ FUZZ_WORK ?= target/fuzz
 FUZZ_TARGETS = $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))
 FUZZ_BUILD = --sanitizer none --codegen-units 8
 FUZZ_LIMITS = -max_total_time=$(FUZZ_SECONDS) -timeout=10 -max_len=65536 -rss_limit_mb=192
-fuzz:
+fuzz: setup
 	$(CARGO) fuzz --version || $(CARGO) install cargo-fuzz --locked
 	$(CARGO) fuzz build $(FUZZ_BUILD)
 	mkdir -p $(addprefix $(FUZZ_WORK)/,$(FUZZ_TARGETS))

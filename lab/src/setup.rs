@@ -9,8 +9,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-/// Programs that the lab runs, each with the Debian package it comes from.
-const PROGRAMS: [(&str, &str); 8] = [
+/// Programs that the lab and `make fuzz` run, each with the Debian package it comes from.
+const PROGRAMS: [(&str, &str); 9] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("qemu-img", "qemu-utils"),
     ("mmdebstrap", "mmdebstrap"),
@@ -19,6 +19,8 @@ const PROGRAMS: [(&str, &str); 8] = [
     ("setsid", "util-linux"),
     ("cp", "coreutils"),
     ("tar", "tar"),
+    // For libFuzzer, which is C++.
+    ("c++", "g++"),
 ];
 /// The keys that sign the guests' packages.
 const KEYRING: (&str, &str) = ("/usr/share/keyrings/debian-archive-keyring.gpg", "debian-archive-keyring");
