@@ -1,5 +1,6 @@
 //! Threads and kernel threads, read from /proc with the procfs crate's parsers; see proc_pid_stat(5).
 
+use std::collections::BTreeSet;
 use std::io;
 
 use procfs::FromRead;
@@ -90,19 +91,35 @@ pub fn pids(root: &Sysroot) -> Result<Vec<i32>> {
     Ok(root.names("proc")?.iter().filter_map(|name| name.parse().ok()).collect())
 }
 
+/// The ids of all processes but kernel threads; of those too where the kernel does not list them.
+///
+/// # Errors
+/// [`Error::Io`] where /proc cannot be read.
+pub fn user_pids(root: &Sysroot) -> Result<Vec<i32>> {
+    let kthreads: BTreeSet<i32> = kthread_pids(root)?.into_iter().flatten().collect();
+    Ok(pids(root)?.into_iter().filter(|pid| !kthreads.contains(pid)).collect())
+}
+
+/// kthreadd and its children, by one read; `None` where the kernel has no CONFIG_PROC_CHILDREN.
+fn kthread_pids(root: &Sysroot) -> Result<Option<Vec<i32>>> {
+    match root.read(format!("proc/{KTHREADD}/task/{KTHREADD}/children")) {
+        Ok(children) => {
+            let children = children.split_whitespace().filter_map(|pid| pid.parse().ok());
+            Ok(Some(std::iter::once(KTHREADD).chain(children).collect()))
+        }
+        Err(error) if error.is_gone() => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 /// All kernel threads, kthreadd included; those that end meanwhile are left out.
 ///
 /// # Errors
 /// [`Error::Io`] where /proc cannot be read, [`Error::Malformed`] where a line of it cannot.
 pub fn kthreads(root: &Sysroot) -> Result<Vec<Task>> {
-    // One read lists every child of kthreadd, where the kernel has CONFIG_PROC_CHILDREN.
-    let pids = match root.read(format!("proc/{KTHREADD}/task/{KTHREADD}/children")) {
-        Ok(children) => {
-            let children = children.split_whitespace().filter_map(|pid| pid.parse().ok());
-            std::iter::once(KTHREADD).chain(children).collect()
-        }
-        Err(error) if error.is_gone() => pids(root)?,
-        Err(error) => return Err(error),
+    let pids = match kthread_pids(root)? {
+        Some(kthreads) => kthreads,
+        None => pids(root)?,
     };
     let mut kthreads = Vec::with_capacity(pids.len());
     for pid in pids {

@@ -135,8 +135,8 @@ fn notes(root: &Sysroot, vmid: VmId, conf: &VmConf, isolated: &CpuSet) -> Result
             ));
         }
     }
-    for pid in process::pids(root)? {
-        // Kernel threads have no business here, and those that have ended neither.
+    for pid in process::user_pids(root)? {
+        // Those that have ended have no business here.
         if root.read_value(format!("proc/{pid}/comm")).ok().flatten().as_deref() == Some("irqbalance") {
             notes.push(format!(
                 "irqbalance (process {pid}) moves IRQs back within 10 s; stop it, or set IRQBALANCE_BANNED_CPULIST={isolated}"

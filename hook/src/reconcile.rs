@@ -233,7 +233,7 @@ impl<'a> Reconcile<'a> {
         let fenced: Vec<i32> = self.fenced().filter_map(|(_, reservation)| Some(reservation.qemu?.pid)).collect();
         let online = cpu::online(self.root)?;
         let mut objects = Vec::new();
-        for pid in process::pids(self.root)? {
+        for pid in process::user_pids(self.root)? {
             let beside_qemu =
                 || cgroup::of_process(self.root, pid).is_ok_and(|path| path.contains(cg_slice::DECOUPLED));
             if fenced.contains(&pid) || (!fenced.is_empty() && beside_qemu()) {

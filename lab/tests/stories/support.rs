@@ -71,7 +71,11 @@ until (waitpid $strace, 1) {
     my ($pid) = split " ", <$children> // "" or next;
     open my $status, "<", "/proc/$pid/status" or next;
     my $text = join "", grep { /^State:\s+t|ctxt/ } <$status>;
-    kill "KILL", $pid if $text =~ /^State/ && $text eq $last;
+    if ($text =~ /^State/ && $text eq $last) {
+        # strace would sit its minute out.
+        kill "KILL", $pid, $strace;
+        select undef, undef, undef, 0.1 while -e "/proc/$pid";
+    }
     $last = $text;
 }
 exit($? & 127 ? 128 + ($? & 127) : $? >> 8);

@@ -239,8 +239,9 @@ const WALKERS: [(u32, &str); 3] = [(100, "6-8"), (101, "18-20"), (102, "9-11,21-
 fn walkers(host: &Host) {
     host.ok("mkdir -p /etc/pinfold").unwrap();
     for (id, cpus) in WALKERS {
-        let settings =
-            format!("isolated = \"{cpus}\"\npins = [\"{cpus}\", \"{cpus}\"]\n[deadlines]\nlock = 600\nqemu_exit = 1\n");
+        let settings = format!(
+            "isolated = \"{cpus}\"\npins = [\"{cpus}\", \"{cpus}\"]\ntidy_caches = false\n[deadlines]\nlock = 600\nqemu_exit = 1\n"
+        );
         host.put(&format!("/etc/pinfold/{id}.toml"), settings.as_bytes(), 0o644).unwrap();
         let spec = VmSpec { cores: 2, ..VmSpec::new(id) };
         host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640).unwrap();
