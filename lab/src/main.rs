@@ -118,7 +118,7 @@ fn act(args: Args) -> Result<ExitCode> {
             writeln!(out, "{} is up in {}", host.guest, host.slot().folder().display())?;
         }
         Cmd::Demo { bins } => demo::run(&beside(bins)?, &mut out)?,
-        Cmd::Bench { bins } => write!(out, "{}", bench::run(&beside(bins)?)?)?,
+        Cmd::Bench { bins } => bench::run(&beside(bins)?, &mut out)?,
         Cmd::Run { place, command } => {
             let host = place.host()?;
             let words: Vec<&str> = command.iter().map(String::as_str).collect();
