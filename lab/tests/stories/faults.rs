@@ -1,7 +1,7 @@
 //! The faults of the script that Pinfold replaces (docs/design.md, "The original and its faults"), each with a host on
 //! which it would show.
 
-use pinfold_lab::{Host, VmSpec};
+use pinfold_lab::{Host, HostState, VmSpec};
 
 use crate::stories;
 use crate::support::{
@@ -46,14 +46,10 @@ fn what_the_admin_had_set_comes_back(host: &mut Host) {
     host.stop_vm(100).unwrap();
     // Since the admin's units use the cpuset controller it stays, and the kernel does not clear cpuset.cpus of a cgroup that
     // has processes: all CPUs stand there instead of none, which is the same.
-    let after = host.snapshot().unwrap();
-    let same = |text: &str| text.replace("cpuset.cpus=\"0-23\"", "cpuset.cpus=\"\"");
-    let lines =
-        |state: &pinfold_lab::HostState| -> Vec<String> { state.lines().iter().map(|line| same(line)).collect() };
-    let after: Vec<String> = lines(&after).into_iter().filter(|line| !line.starts_with("file /run/pinfold")).collect();
-    let before: Vec<String> =
-        lines(&before).into_iter().filter(|line| !line.starts_with("file /run/pinfold")).collect();
-    assert_eq!(before, after);
+    let same =
+        |state: &HostState| HostState::parse(&state.to_string().replace("cpuset.cpus=\"0-23\"", "cpuset.cpus=\"\""));
+    let difference = same(&before).not_restored(&same(&host.snapshot().unwrap()));
+    assert!(difference.is_empty(), "{difference}");
 }
 
 /// No lock, no count: with two VMs the first stop freed both.
