@@ -24,6 +24,7 @@ pub mod select;
 pub mod store;
 mod sysroot;
 pub mod systemd;
+pub mod topology;
 pub mod vm;
 pub mod vmconf;
 
