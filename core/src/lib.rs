@@ -9,6 +9,7 @@ mod change;
 pub mod cli;
 pub mod command;
 pub mod cpu;
+pub mod cpuexpr;
 pub mod cpufreq;
 mod cpuset;
 mod dbus;
@@ -29,6 +30,7 @@ pub mod vm;
 pub mod vmconf;
 
 pub use change::{Change, Done, Object, Outcome, apply, apply_one};
+pub use cpuexpr::CpuExpr;
 pub use cpuset::{CpuSet, CpuSetError, MAX_CPU};
 pub use error::{Error, Result, os_text};
 pub use knob::{Knob, TaskId};
