@@ -11,7 +11,9 @@ use pinfold_core::cli::{self, Common};
 use pinfold_core::knob::{ABSENT, PRESENT};
 use pinfold_core::save::Entry;
 use pinfold_core::vm::{Qemu, VmId};
-use pinfold_core::{Change, CpuSet, Error, Exit, Knob, Object, Sysroot, Table, cgroup, cpu, process, systemd, vm};
+use pinfold_core::{
+    Change, CpuExpr, CpuSet, Error, Exit, Knob, Object, Sysroot, Table, cgroup, cpu, process, systemd, vm,
+};
 
 const TOOL: &str = "cg-slice";
 
@@ -38,8 +40,8 @@ pub struct Args {
 enum Verb {
     /// Allow slices, scopes and other top cgroups these CPUs only
     Allow {
-        /// CPUs by logical number, as in 0-5,12-17
-        cpus: CpuSet,
+        /// CPUs by logical number, as in 0-5,12-17, or by selector, as in llc:0; see `hook layout`
+        cpus: CpuExpr,
         /// Units or top cgroups; without any, all children of the root cgroup but the VMs'
         units: Vec<String>,
     },
@@ -72,7 +74,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     let changes = match args.verb {
         None => anyhow::bail!("nothing to do: say allow, decouple or couple, or --list or --restore FILE"),
         Some(Verb::Allow { cpus, units }) => {
-            let changes = plan_allow(&root, &cpus, units)?;
+            let changes = plan_allow(&root, &cpus.resolve(&root)?, units)?;
             let entries = entries(&root, &changes)?;
             return args.common.carry_out_saving(&root, &mut report, TOOL, changes, entries);
         }

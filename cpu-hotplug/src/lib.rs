@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use pinfold_core::cli::{self, Common};
-use pinfold_core::{Change, CpuSet, Exit, Knob, Object, Result, Sysroot, Table, cpu};
+use pinfold_core::{Change, CpuExpr, CpuSet, Exit, Knob, Object, Result, Sysroot, Table, cpu};
 
 pub use checks::{bound_tasks, check_offline, check_partitions, check_possible};
 
@@ -29,8 +29,8 @@ pub struct Args {
 enum Verb {
     /// Take CPUs offline
     Offline {
-        /// CPUs by logical number, as in 6-11,18-23
-        cpus: CpuSet,
+        /// CPUs by logical number, as in 6-11,18-23, or by selector, as in llc:1; see `hook layout`
+        cpus: CpuExpr,
 
         /// Go on where a cpuset partition loses all of its CPUs
         #[arg(long)]
@@ -38,8 +38,8 @@ enum Verb {
     },
     /// Bring CPUs online
     Online {
-        /// CPUs by logical number, as in 6-11,18-23
-        cpus: CpuSet,
+        /// CPUs by logical number, as in 6-11,18-23, or by selector, as in llc:1; see `hook layout`
+        cpus: CpuExpr,
     },
 }
 
@@ -63,6 +63,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
             return Ok(Exit::Usage);
         }
         Some(Verb::Offline { cpus, force }) => {
+            let cpus = cpus.resolve(&root)?;
             check_possible(&root, &cpus)?;
             let mut notes = check_partitions(&root, &cpus, force)?;
             notes.extend(bound_tasks(&root, &cpus)?);
@@ -72,6 +73,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
             (cpus, false)
         }
         Some(Verb::Online { cpus }) => {
+            let cpus = cpus.resolve(&root)?;
             cpu::check_present(&root, &cpus)?;
             (cpus, true)
         }

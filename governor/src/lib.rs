@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use pinfold_core::cli::{self, Common};
 use pinfold_core::cpufreq::{self, Policy};
-use pinfold_core::{CpuSet, Error, Exit, Object, Result, Sysroot, Table, cpu};
+use pinfold_core::{CpuExpr, CpuSet, Error, Exit, Object, Result, Sysroot, Table, cpu};
 
 const TOOL: &str = "governor";
 
@@ -29,8 +29,8 @@ enum Verb {
     Set {
         /// The governor's name, as in performance; --list shows those there are
         name: String,
-        /// CPUs by logical number, as in 6-11,18-23
-        cpus: CpuSet,
+        /// CPUs by logical number, as in 6-11,18-23, or by selector, as in llc:1; see `hook layout`
+        cpus: CpuExpr,
     },
 }
 
@@ -56,6 +56,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         report.error("nothing to do: say set NAME CPUS, or --list or --restore FILE");
         return Ok(Exit::Usage);
     };
+    let cpus = cpus.resolve(&root)?;
     for note in check(&root, &name, &cpus)? {
         report.note(&note);
     }

@@ -12,6 +12,7 @@ use pinfold_core::vm::{self, VmId};
 use pinfold_core::{Exit, Report, Sysroot, Table};
 
 mod checks;
+mod layout;
 mod phases;
 mod reconcile;
 mod reservation;
@@ -48,6 +49,11 @@ pub struct Args {
 enum Verb {
     /// Show which CPUs are whose, and what may still run on the isolated ones
     Status {
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Show this host's CPUs: packages, dies, LLC domains, NUMA nodes and cores, and the selectors that name them
+    Layout {
         #[command(flatten)]
         output: Output,
     },
@@ -109,6 +115,7 @@ pub fn main() -> ExitCode {
 fn run(args: Args) -> anyhow::Result<Exit> {
     match (args.verb, args.vmid, args.phase) {
         (Some(Verb::Status { output }), ..) => status::run(&output.root(), output.json),
+        (Some(Verb::Layout { output }), ..) => Ok(layout::run(&output.root(), output.json)?),
         (Some(Verb::Recover { discard, output }), ..) => {
             let mut report = output.report(TOOL);
             let mut run = phases::Run { root: output.root(), report: &mut report };

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use pinfold_core::cli::{self, Common};
 use pinfold_core::select::Select;
-use pinfold_core::{Change, CpuSet, Done, Error, Exit, Knob, Object, Outcome, Result, Sysroot, Table, cpu, irq};
+use pinfold_core::{Change, CpuExpr, Done, Error, Exit, Knob, Object, Outcome, Result, Sysroot, Table, cpu, irq};
 
 const TOOL: &str = "pin-irqs";
 
@@ -23,9 +23,9 @@ const DEFAULT: &str = "default";
 #[derive(Debug, Parser)]
 #[command(name = TOOL, version, after_help = cli::EXIT_CODES)]
 pub struct Args {
-    /// CPUs by logical number, as in 0-5,12-17
+    /// CPUs by logical number, as in 0-5,12-17, or by selector, as in llc:0; see `hook layout`
     #[arg(required_unless_present_any = ["list", "restore"], conflicts_with_all = ["list", "restore"])]
-    cpus: Option<CpuSet>,
+    cpus: Option<CpuExpr>,
 
     #[command(flatten)]
     select: Select,
@@ -52,7 +52,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     if let Some(exit) = args.common.restore(&root, &mut report, TOOL)? {
         return Ok(exit);
     }
-    let cpus = args.cpus.unwrap_or_default();
+    let cpus = args.cpus.map(|cpus| cpus.resolve(&root)).transpose()?.unwrap_or_default();
     cpu::check_usable(&root, &cpus)?;
     let mut changes = chosen(&root, &args.select, &irq::names(&root)?)?
         .into_iter()

@@ -9,7 +9,7 @@ use clap::Parser;
 use pinfold_core::cli::{self, Common};
 use pinfold_core::process::{self, KTHREADD, Task};
 use pinfold_core::select::{Choice, Select};
-use pinfold_core::{CpuSet, Done, Error, Exit, Knob, Object, Outcome, Result, Sysroot, Table, cpu};
+use pinfold_core::{CpuExpr, CpuSet, Done, Error, Exit, Knob, Object, Outcome, Result, Sysroot, Table, cpu};
 
 const TOOL: &str = "pin-kthreads";
 
@@ -24,9 +24,9 @@ const WORKQUEUES: &str = "workqueues";
 #[derive(Debug, Parser)]
 #[command(name = TOOL, version, after_help = cli::EXIT_CODES)]
 pub struct Args {
-    /// CPUs by logical number, as in 0-5,12-17
+    /// CPUs by logical number, as in 0-5,12-17, or by selector, as in llc:0; see `hook layout`
     #[arg(required_unless_present_any = ["list", "restore"], conflicts_with_all = ["list", "restore"])]
-    cpus: Option<CpuSet>,
+    cpus: Option<CpuExpr>,
 
     #[command(flatten)]
     select: Select,
@@ -58,7 +58,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     if let Some(exit) = args.common.restore(&root, &mut report, TOOL)? {
         return Ok(exit);
     }
-    let cpus = args.cpus.unwrap_or_default();
+    let cpus = args.cpus.map(|cpus| cpus.resolve(&root)).transpose()?.unwrap_or_default();
     cpu::check_usable(&root, &cpus)?;
     let offline = &cpus - &cpu::online(&root)?;
     if !offline.is_empty() {

@@ -9,11 +9,11 @@ use std::time::Duration;
 use clap::{ArgGroup, Parser};
 use pinfold_core::cli::{self, Common};
 use pinfold_core::vm::{self, Qemu, VmId};
-use pinfold_core::{CpuSet, Exit, Sysroot, Table, cpu};
+use pinfold_core::{CpuExpr, Exit, Sysroot, Table, cpu};
 
 mod pins;
 
-pub use pins::{IothreadPin, Pins, VcpuPin, object, plan};
+pub use pins::{Asked, IothreadPin, Pins, VcpuPin, object, plan};
 
 const TOOL: &str = "pin-vcpu";
 
@@ -23,7 +23,7 @@ const MONITOR_BUDGET: Duration = Duration::from_secs(5);
 /// Pin a VM's threads by their roles: vCPUs, iothreads, emulator
 ///
 /// Which thread is which is asked of QEMU's monitor. Where that does not answer, the threads' names tell the vCPUs, and
-/// this is said.
+/// this is said. CPUS are logical numbers, as in 0-5,12-17, or selectors, as in llc:1; see `hook layout`.
 #[derive(Debug, Parser)]
 #[command(name = TOOL, version, after_help = cli::EXIT_CODES)]
 #[command(group(ArgGroup::new("what").required(true).multiple(true).args(["vcpu", "iothread", "emulator", "list", "restore"])))]
@@ -36,7 +36,7 @@ pub struct Args {
     #[arg(long, conflicts_with = "vmid", value_parser = clap::value_parser!(i32).range(1..))]
     pid: Option<i32>,
 
-    /// Pin vCPU number N to CPUs, as in 0=6 or 0=6,18; may be repeated
+    /// Pin vCPU number N to CPUs, as in 0=6, 0=6,18 or 0=core:6; may be repeated
     #[arg(long, value_name = "N=CPUS")]
     vcpu: Vec<VcpuPin>,
 
@@ -46,7 +46,7 @@ pub struct Args {
 
     /// Pin all other threads to CPUs
     #[arg(long, value_name = "CPUS")]
-    emulator: Option<CpuSet>,
+    emulator: Option<CpuExpr>,
 
     #[command(flatten)]
     common: Common,
@@ -64,13 +64,14 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     if let Some(exit) = common.restore(&root, &mut report, TOOL)? {
         return Ok(exit);
     }
-    let pins = match Pins::new(vcpu, iothread, emulator) {
-        Ok(pins) => pins,
+    let asked = match Asked::new(vcpu, iothread, emulator) {
+        Ok(asked) => asked,
         Err(why) => {
             report.error(&why);
             return Ok(Exit::Usage);
         }
     };
+    let pins = asked.resolve(&root)?;
     for cpus in pins.cpus() {
         cpu::check_online(&root, cpus)?;
     }

@@ -3,16 +3,17 @@
 use std::collections::BTreeMap;
 use std::str::FromStr;
 
+use pinfold_core::cpuexpr::{CpuExprError, Host};
 use pinfold_core::vm::{QemuThread, Role};
-use pinfold_core::{Change, CpuSet, Error, Knob, Object, Result};
+use pinfold_core::{Change, CpuExpr, CpuSet, Error, Knob, Object, Result, Sysroot};
 
 /// `N=CPUS`: a vCPU and where it may run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VcpuPin {
     /// The vCPU's number.
     pub vcpu: usize,
-    /// CPUs by logical number.
-    pub cpus: CpuSet,
+    /// CPUs by logical number or selector.
+    pub cpus: CpuExpr,
 }
 
 impl FromStr for VcpuPin {
@@ -24,7 +25,7 @@ impl FromStr for VcpuPin {
         let vcpu = is_number.then(|| number.parse().ok()).flatten();
         Ok(Self {
             vcpu: vcpu.ok_or_else(|| format!("{number:?} is no vCPU's number; write as in 0=6"))?,
-            cpus: cpus.parse().map_err(|error: pinfold_core::CpuSetError| error.to_string())?,
+            cpus: cpus.parse().map_err(|error: CpuExprError| error.to_string())?,
         })
     }
 }
@@ -34,8 +35,8 @@ impl FromStr for VcpuPin {
 pub struct IothreadPin {
     /// The iothread's id; `None` stands for all that no other pin names.
     pub id: Option<String>,
-    /// CPUs by logical number.
-    pub cpus: CpuSet,
+    /// CPUs by logical number or selector.
+    pub cpus: CpuExpr,
 }
 
 impl FromStr for IothreadPin {
@@ -47,7 +48,58 @@ impl FromStr for IothreadPin {
             Some((id, cpus)) => (Some(id.to_owned()), cpus),
             None => (None, text),
         };
-        Ok(Self { id, cpus: cpus.parse().map_err(|error: pinfold_core::CpuSetError| error.to_string())? })
+        Ok(Self { id, cpus: cpus.parse().map_err(|error: CpuExprError| error.to_string())? })
+    }
+}
+
+/// Where a VM's threads shall run, as it was typed: each thread at most once.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Asked {
+    vcpus: BTreeMap<usize, CpuExpr>,
+    iothreads: BTreeMap<Option<String>, CpuExpr>,
+    emulator: Option<CpuExpr>,
+}
+
+impl Asked {
+    /// Puts pins together.
+    ///
+    /// # Errors
+    /// In words, where one thread is pinned twice.
+    pub fn new(
+        vcpus: Vec<VcpuPin>,
+        iothreads: Vec<IothreadPin>,
+        emulator: Option<CpuExpr>,
+    ) -> std::result::Result<Self, String> {
+        let mut asked = Self { emulator, ..Self::default() };
+        for VcpuPin { vcpu, cpus } in vcpus {
+            if asked.vcpus.insert(vcpu, cpus).is_some() {
+                return Err(format!("vCPU {vcpu}: pinned twice; write its CPUs as one list, as in {vcpu}=6,18"));
+            }
+        }
+        for IothreadPin { id, cpus } in iothreads {
+            let name = id.clone().unwrap_or_else(|| "without an id".into());
+            if asked.iothreads.insert(id, cpus).is_some() {
+                return Err(format!("iothread {name}: pinned twice; write its CPUs as one list"));
+            }
+        }
+        Ok(asked)
+    }
+
+    /// The pins on this host.
+    ///
+    /// # Errors
+    /// As [`Host::resolve`].
+    pub fn resolve(self, root: &Sysroot) -> Result<Pins> {
+        let host = Host::new(root);
+        let mut pins = Pins::default();
+        for (vcpu, cpus) in self.vcpus {
+            pins.vcpus.insert(vcpu, host.resolve(&cpus)?);
+        }
+        for (id, cpus) in self.iothreads {
+            pins.iothreads.insert(id, host.resolve(&cpus)?);
+        }
+        pins.emulator = self.emulator.map(|cpus| host.resolve(&cpus)).transpose()?;
+        Ok(pins)
     }
 }
 
@@ -63,30 +115,6 @@ pub struct Pins {
 }
 
 impl Pins {
-    /// Puts pins together.
-    ///
-    /// # Errors
-    /// In words, where one thread is pinned twice.
-    pub fn new(
-        vcpus: Vec<VcpuPin>,
-        iothreads: Vec<IothreadPin>,
-        emulator: Option<CpuSet>,
-    ) -> std::result::Result<Self, String> {
-        let mut pins = Self { emulator, ..Self::default() };
-        for VcpuPin { vcpu, cpus } in vcpus {
-            if pins.vcpus.insert(vcpu, cpus).is_some() {
-                return Err(format!("vCPU {vcpu}: pinned twice; write its CPUs as one list, as in {vcpu}=6,18"));
-            }
-        }
-        for IothreadPin { id, cpus } in iothreads {
-            let name = id.clone().unwrap_or_else(|| "without an id".into());
-            if pins.iothreads.insert(id, cpus).is_some() {
-                return Err(format!("iothread {name}: pinned twice; write its CPUs as one list"));
-            }
-        }
-        Ok(pins)
-    }
-
     /// All sets of CPUs that are asked for.
     pub fn cpus(&self) -> impl Iterator<Item = &CpuSet> {
         self.vcpus.values().chain(self.iothreads.values()).chain(&self.emulator)
@@ -163,11 +191,12 @@ mod tests {
     }
 
     fn pins(vcpus: &[&str], iothreads: &[&str], emulator: Option<&str>) -> std::result::Result<Pins, String> {
-        Pins::new(
+        let asked = Asked::new(
             vcpus.iter().map(|text| text.parse().unwrap()).collect(),
             iothreads.iter().map(|text| text.parse().unwrap()).collect(),
             emulator.map(|text| text.parse().unwrap()),
-        )
+        )?;
+        Ok(asked.resolve(&Sysroot::new("/nonexistent")).unwrap())
     }
 
     fn planned(pins: &Pins) -> Vec<String> {
@@ -216,12 +245,29 @@ mod tests {
 
     #[test]
     fn pins_are_read() {
-        for text in ["", "0", "=6", "0=", "x=6", "-1=6", "+1=6", "0=5-3", "0=x", "0=6=7", "99999999999999999999=1"] {
+        for text in [
+            "",
+            "0",
+            "=6",
+            "0=",
+            "x=6",
+            "-1=6",
+            "+1=6",
+            "0=5-3",
+            "0=x",
+            "0=6=7",
+            "0=llc",
+            "0=llc:x",
+            "99999999999999999999=1",
+        ] {
             assert!(text.parse::<VcpuPin>().is_err(), "{text:?}");
         }
         for text in ["", "=6", "io=", "io=x", "5-3"] {
             assert!(text.parse::<IothreadPin>().is_err(), "{text:?}");
         }
+        assert_eq!("0=core:6&online".parse::<VcpuPin>().unwrap().cpus.to_string(), "core:6&online");
+        assert_eq!("io1=!llc:1".parse::<IothreadPin>().unwrap().id.as_deref(), Some("io1"));
+        assert_eq!("llc:0".parse::<IothreadPin>().unwrap().id, None);
         assert_eq!("a=b=6".parse::<IothreadPin>().unwrap().id.as_deref(), Some("a=b"));
     }
 }
