@@ -17,6 +17,7 @@ stories![
     bad_input,
     without_root,
     system_calls,
+    selectors,
 ];
 
 /// A dry run and `--save`, the effect, `--restore`: the host is as it was after the first and after the last.
@@ -282,4 +283,30 @@ fn system_calls(host: &mut Host) {
         let forks = host.ok("grep -c -E ' (clone3?|v?fork)$' /tmp/calls || true").unwrap();
         assert_eq!(forks.trim(), "0", "{tool} forks");
     }
+}
+
+/// CPUs by what the machine has, on a host with the 5900X's numbering; of an offline CPU the kernel tells nothing.
+fn selectors(host: &mut Host) {
+    let (layout, _) = expect(host, "hook layout", 0);
+    assert!(layout.contains("llc:1          6-11,18-23  6      L3 32M\n"), "{layout}");
+    let (by_name, _) = expect(host, "cpu-hotplug offline llc:1 -n", 0);
+    let (by_number, _) = expect(host, "cpu-hotplug offline 6-11,18-23 -n", 0);
+    assert_eq!(by_name, by_number);
+    expect(host, "pin-irqs '!llc:1' -q", 0);
+    assert_eq!(value(host, "/proc/irq/default_smp_affinity"), "03f03f");
+    refuses(
+        host,
+        "governor set performance llc:2",
+        1,
+        "governor: llc:2: no such LLC domain; this host has llc:0 (CPU 0-5,12-17) and llc:1 (CPU 6-11,18-23)",
+    );
+    expect(host, "cpu-hotplug offline 11 -q && test ! -e /sys/devices/system/cpu/cpu11/topology", 0);
+    refuses(
+        host,
+        "governor set performance core:11",
+        1,
+        "governor: core:11: offline, and the kernel does not tell its core; online are 0-10,12-23",
+    );
+    assert!(expect(host, "hook layout", 0).0.contains("offline: 11"));
+    assert_eq!(expect(host, "cpu-hotplug online offline", 0).0, "CPU 11: offline -> online\n");
 }
