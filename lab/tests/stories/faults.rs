@@ -35,7 +35,8 @@ fn what_the_admin_had_set_comes_back(host: &mut Host) {
          printf '[Slice]\\nAllowedCPUs=0-22\\n' > /etc/systemd/system/system.slice.d/admin.conf; systemctl daemon-reload; \
          systemctl set-property --runtime init.scope AllowedCPUs=0-23; systemctl set-property --runtime init.scope AllowedCPUs=; \
          echo 7 > /proc/sys/vm/stat_interval; \
-         echo powersave > /sys/devices/system/cpu/cpu8/cpufreq/scaling_governor; sleep 0.5",
+         echo powersave > /sys/devices/system/cpu/cpu8/cpufreq/scaling_governor; \
+         until pgrep -fx 'sleep 10000' && pgrep -fx 'sleep 10001'; do sleep 0.1; done",
     )
     .unwrap();
     let before = host.snapshot().unwrap();
@@ -128,7 +129,7 @@ fn a_pci_node_that_never_goes(host: &mut Host) {
 fn helpers_and_containers(host: &mut Host) {
     install_hook(host);
     host.start_vm(&VmSpec::new(101)).unwrap();
-    host.ok("mkdir -p /sys/fs/cgroup/lxc/200/ns && (sh -c 'echo $$ > /sys/fs/cgroup/lxc/200/ns/cgroup.procs; exec sleep 10000' >/dev/null 2>&1 &) ; sleep 0.5")
+    host.ok("mkdir -p /sys/fs/cgroup/lxc/200/ns && (sh -c 'echo $$ > /sys/fs/cgroup/lxc/200/ns/cgroup.procs; exec sleep 10000' >/dev/null 2>&1 &) ; until pgrep -fx 'sleep 10000'; do sleep 0.1; done")
         .unwrap();
     let before = host.snapshot().unwrap();
     host.start_vm(&VmSpec { tpm: true, ..vm() }).unwrap();
@@ -175,7 +176,7 @@ fn a_thread_that_refuses(host: &mut Host) {
 
 /// irqbalance undid the rest within 10 s, and nothing said so.
 fn irqbalance_is_named(host: &mut Host) {
-    host.ok("(exec -a irqbalance sleep 10000 >/dev/null 2>&1 &); cp $(command -v sleep) /tmp/irqbalance; (/tmp/irqbalance 10000 >/dev/null 2>&1 &); sleep 0.5")
+    host.ok("(exec -a irqbalance sleep 10000 >/dev/null 2>&1 &); cp $(command -v sleep) /tmp/irqbalance; (/tmp/irqbalance 10000 >/dev/null 2>&1 &); until pgrep -fx '/tmp/irqbalance 10000'; do sleep 0.1; done")
         .unwrap();
     let spec = VmSpec::new(100);
     host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640).unwrap();

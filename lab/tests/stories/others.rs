@@ -224,7 +224,7 @@ fn a_monitor_that_does_not_answer(host: &mut Host) {
     let before = running(host);
     let monitor = "/run/qemu-server/100.qmp";
     let busy = format!(
-        "(setsid perl -MIO::Socket::UNIX -e '$s = IO::Socket::UNIX->new(Peer => \"{monitor}\"); sleep 1000' >/dev/null 2>&1 &) ; sleep 0.5"
+        "(setsid perl -MIO::Socket::UNIX -e '$s = IO::Socket::UNIX->new(Peer => \"{monitor}\"); sleep 1000' >/dev/null 2>&1 &) ; sleep 2"
     );
     host.ok(&busy).unwrap();
     let busy = "its monitor is busy with another client, or QEMU hangs";
@@ -277,7 +277,7 @@ fn everything_hangs(host: &mut Host) {
     for socket in ["/run/systemd/private", "/run/dbus/system_bus_socket", "/run/qemu-server/100.qmp"] {
         in_place_of(host, socket, "");
     }
-    host.ok("(setsid flock /run/pinfold/lock sleep 4 >/dev/null 2>&1 &); sleep 0.5").unwrap();
+    host.ok("(setsid flock /run/pinfold/lock sleep 4 >/dev/null 2>&1 &); while flock -n /run/pinfold/lock true; do sleep 0.1; done").unwrap();
     let timed = "cut -d' ' -f1 /proc/uptime; hook 100 post-start -q; echo $?; cut -d' ' -f1 /proc/uptime";
     let (told, said) = expect(host, timed, 0);
     assert!(said.contains("systemd: ") && said.contains("no answer within 3 s"), "{said}");
@@ -287,7 +287,7 @@ fn everything_hangs(host: &mut Host) {
     println!("with everything hanging post-start ends after {:.1} s; its bound is {bound} s", ended - began);
     assert!(code == 1.0 && ended - began < bound, "{told:?}");
     // Held for longer than its deadline, the lock is named.
-    host.ok("(setsid flock /run/pinfold/lock sleep 20 >/dev/null 2>&1 &); sleep 0.5").unwrap();
+    host.ok("(setsid flock /run/pinfold/lock sleep 20 >/dev/null 2>&1 &); while flock -n /run/pinfold/lock true; do sleep 0.1; done").unwrap();
     let (_, said) = expect(host, "hook 100 post-start", 1);
     assert!(said.contains("/run/pinfold/lock: another hook has held it for 5 s; see `ps -C hook`"), "{said}");
     host.ok("pkill -x flock; pkill -x sleep; for s in /run/systemd/private /run/dbus/system_bus_socket; do mv $s.kept $s; done")

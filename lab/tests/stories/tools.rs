@@ -108,7 +108,7 @@ fn cpu_hotplug(host: &mut Host) {
     let (_, said) = expect(host, "cpu-hotplug online 6 -v", 0);
     assert_eq!(said, "");
     // A task bound to what goes is named first.
-    host.ok("(taskset -c 9 sleep 1000 >/dev/null 2>&1 &) ; sleep 0.5").unwrap();
+    host.ok("(taskset -c 9 sleep 1000 >/dev/null 2>&1 &) ; until pgrep -fx 'sleep 1000'; do sleep 0.1; done").unwrap();
     let (_, said) = expect(host, "cpu-hotplug offline 8-9", 0);
     assert!(said.contains("(sleep): may run on CPU 9 only; once offline, the kernel lets it run anywhere"), "{said}");
 }
