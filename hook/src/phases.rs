@@ -53,8 +53,7 @@ impl Run<'_> {
         let mut store = self.open(&settings.deadlines)?;
         self.drop_dead(&mut store, Some(vmid))?;
         checks::no_overlap(&store.reservations, vmid, settings)?;
-        // One that an earlier hook has not come to start yet is still to be started some day.
-        let owed = store.reservations.get(&vmid.into()).is_some_and(|earlier| earlier.idle_vm_stopped);
+        let owed = owed(&store, vmid);
         let reservation = Reservation {
             phase: Phase::Starting,
             settings: settings.clone(),
@@ -103,8 +102,8 @@ impl Run<'_> {
                 let settings = settings::load(&self.root, vmid)?;
                 checks::before_start(&self.root, vmid, &vm::conf(&self.root, vmid)?, &settings)?;
                 checks::no_overlap(&store.reservations, vmid, &settings)?;
-                let owed = store.reservations.get(&vmid.into()).is_some_and(|earlier| earlier.idle_vm_stopped);
-                Reservation { phase: Phase::Starting, settings, qemu: None, starter: None, idle_vm_stopped: owed }
+                let idle_vm_stopped = owed(&store, vmid);
+                Reservation { phase: Phase::Starting, settings, qemu: None, starter: None, idle_vm_stopped }
             }
         };
         let threads = vm::threads(&self.root, &qemu, Duration::from_secs(reservation.settings.deadlines.qmp))?;
@@ -328,6 +327,11 @@ impl Run<'_> {
         store.save()?;
         Ok(())
     }
+}
+
+/// Whether an earlier hook has stopped the VM's idle VM and not come to start it yet: it is still to be started some day.
+fn owed(store: &Store<Reservation>, vmid: VmId) -> bool {
+    store.reservations.get(&vmid.into()).is_some_and(|earlier| earlier.idle_vm_stopped)
 }
 
 /// A reservation as it was, with its VM.
