@@ -543,8 +543,9 @@ mod tests {
             for (irq, (label, before)) in irqs {
                 baseline.adopt(&Object::new(Knob::Irq(irq), label, ""), &before);
             }
-            for (cgroup, before) in cgroups.into_iter().filter(|(cgroup, _)| !cgroup.contains("//")) {
-                baseline.adopt(&Object::new(Knob::CgroupCpus(cgroup), "", ""), &before);
+            let cgroups = cgroups.into_iter().map(|(cgroup, before)| (Knob::CgroupCpus(cgroup), before));
+            for (cgroup, before) in cgroups.filter(|(cgroup, _)| cgroup.check().is_ok()) {
+                baseline.adopt(&Object::new(cgroup, "", ""), &before);
             }
             for ((pid, tid, start), before) in tasks {
                 baseline.adopt(&Object::new(Knob::Thread(crate::TaskId { pid, tid, start }), "", ""), &before);
