@@ -7,13 +7,17 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use crate::cpu;
+use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
-use crate::knob::{TaskId, into_io};
+use crate::knob::{TaskId, cpu_list, into_io};
 use crate::sysroot::Sysroot;
 use crate::systemd;
 
 /// Where the unified hierarchy is mounted on every host with systemd.
 const ROOT: &str = "sys/fs/cgroup";
+
+/// The type of a cgroup that holds threads.
+pub const THREADED: &str = "threaded";
 
 /// How often we look whether systemd has moved a process into a scope that it has made.
 const MOVED_INTERVAL: Duration = Duration::from_millis(10);
@@ -71,10 +75,52 @@ pub fn parse_proc_cgroup(text: &str) -> Option<&str> {
 /// # Errors
 /// One that [is gone](Error::is_gone) where the process has ended.
 pub fn of_process(root: &Sysroot, pid: i32) -> Result<String> {
-    let path = format!("proc/{pid}/cgroup");
+    read_proc_cgroup(root, format!("proc/{pid}/cgroup"))
+}
+
+fn read_proc_cgroup(root: &Sysroot, path: String) -> Result<String> {
     let text = root.read(&path)?;
     let cgroup = parse_proc_cgroup(&text).ok_or_else(|| Error::malformed(&path, "it has no 0:: line"))?;
     Ok(cgroup.to_owned())
+}
+
+/// The cgroup a thread is in, with its leading slash.
+///
+/// # Errors
+/// One that [is gone](Error::is_gone) where the thread has ended.
+pub fn of_thread(root: &Sysroot, task: &TaskId) -> Result<String> {
+    read_proc_cgroup(root, format!("proc/{}/task/{}/cgroup", task.pid, task.tid))
+}
+
+/// The threads in a threaded cgroup, of whatever process.
+///
+/// # Errors
+/// Where the cgroup cannot be read.
+pub fn threads(root: &Sysroot, cgroup: &str) -> Result<Vec<i32>> {
+    let threads = root.read(file(cgroup, "cgroup.threads"))?;
+    Ok(threads.lines().filter_map(|tid| tid.trim().parse().ok()).collect())
+}
+
+/// A cgroup and those it is in, the top one first, without the root: `a`, `a/b`, `a/b/c`.
+pub fn with_ancestors(cgroup: &str) -> impl Iterator<Item = &str> {
+    let cgroup = cgroup.trim_start_matches('/');
+    cgroup.match_indices('/').map(|(end, _)| &cgroup[..end]).chain((!cgroup.is_empty()).then_some(cgroup))
+}
+
+/// The CPUs in isolated partitions now, those of the boot's isolcpus= too: cpuset.cpus.isolated of the root cgroup. `None`
+/// where the kernel is older than 6.8, which has no partitions but at the top.
+///
+/// # Errors
+/// Where the file cannot be read or understood.
+pub fn isolated(root: &Sysroot) -> Result<Option<CpuSet>> {
+    let file = file("", "cpuset.cpus.isolated");
+    root.read_value(&file)?.map(|list| cpu_list(&file, &list)).transpose()
+}
+
+/// Whether the children of a cgroup have the cpuset controller; `None` where there is no such cgroup.
+pub(crate) fn has_child_cpusets(root: &Sysroot, cgroup: &str) -> Result<Option<bool>> {
+    let enabled = root.read_value(file(cgroup, "cgroup.subtree_control"))?;
+    Ok(enabled.map(|names| names.split_whitespace().any(|name| name == "cpuset")))
 }
 
 /// Sets cpuset.cpus. The kernel clears it for a cgroup without processes only (ENOSPC): one with processes is given all
@@ -103,6 +149,12 @@ pub(crate) fn make_or_remove(root: &Sysroot, cgroup: &str, make: bool) -> io::Re
         false => (fs::remove_dir(path), io::ErrorKind::NotFound),
     };
     done.or_else(|error| if error.kind() == settled { Ok(()) } else { Err(error) })
+}
+
+/// Makes a cgroup for threads, or removes it.
+pub(crate) fn make_threaded_or_remove(root: &Sysroot, cgroup: &str, make: bool) -> io::Result<()> {
+    make_or_remove(root, cgroup, make)?;
+    if make { root.write(file(cgroup, "cgroup.type"), THREADED) } else { Ok(()) }
 }
 
 /// Moves a process with all its threads. A scope that systemd has dropped, because it was empty, is asked for anew.
@@ -145,6 +197,13 @@ mod tests {
         assert_eq!(parse_proc_cgroup("0::/"), Some("/"));
         assert_eq!(parse_proc_cgroup(""), None);
         assert_eq!(parse_proc_cgroup("1::/x"), None);
+    }
+
+    #[test]
+    fn a_cgroup_and_what_it_is_in() {
+        assert_eq!(with_ancestors("/a/b/c").collect::<Vec<_>>(), ["a", "a/b", "a/b/c"]);
+        assert_eq!(with_ancestors("a").collect::<Vec<_>>(), ["a"]);
+        assert_eq!(with_ancestors("/").count(), 0);
     }
 
     #[test]

@@ -423,6 +423,17 @@ impl<'a> Reader<'a> {
         self.text(text)
     }
 
+    /// An array of strings.
+    pub(crate) fn strings(&mut self) -> Result<Vec<&'a str>> {
+        let end = self.u32()? as usize;
+        let end = self.at.checked_add(end).ok_or(DbusError::Garbage("an array without an end"))?;
+        let mut strings = Vec::new();
+        while self.at < end {
+            strings.push(self.string()?);
+        }
+        Ok(strings)
+    }
+
     fn signature(&mut self) -> Result<&'a str> {
         let size = self.take(1)?[0];
         let text = self.take(size.into())?;

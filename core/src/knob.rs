@@ -55,6 +55,20 @@ pub enum Knob {
     Cgroup(String),
     /// The cgroup a process is in, as in /proc/PID/cgroup: `/qemu.slice/100.scope`.
     CgroupOf(TaskId),
+    /// The cgroup a thread is in, within the threaded cgroups of its process (cgroup-v2.rst, "Threads").
+    CgroupOfThread(TaskId),
+    /// A cgroup that holds threads, not processes: `threaded`, `absent`, or another type as in cgroup.type. Made and removed
+    /// as a whole, since a threaded cgroup stays one.
+    ThreadedCgroup(String),
+    /// Whether the children of a cgroup have the cpuset controller: `present` or `absent` in cgroup.subtree_control. The root
+    /// cgroup is the empty path.
+    ChildCpusets(String),
+    /// cpuset.cpus.exclusive of a cgroup: the CPUs that it may give to a partition below (cgroup-v2.rst).
+    ExclusiveCpus(String),
+    /// cpuset.cpus.partition of a cgroup: `member`, `root` or `isolated`, with ` invalid (why)` where the kernel cannot.
+    Partition(String),
+    /// Whether hook has systemd delegate the cpuset controller to a scope that is yet to be made: `present` or `absent`.
+    Delegation(String),
     /// A sysctl by its path below /proc/sys: `vm/stat_interval`.
     Sysctl(String),
     /// `1` written to a file below /proc/sys that does something and holds no state: `vm/compact_memory`.
@@ -93,11 +107,11 @@ impl Knob {
     /// Any [`Error`] but one that says that the object is gone.
     pub fn read(&self, root: &Sysroot) -> Result<Option<String>> {
         let found = match self {
-            Self::Irq(_) | Self::CpuOnline(_) | Self::Governor(_) | Self::Sysctl(_) => {
+            Self::Irq(_) | Self::CpuOnline(_) | Self::Governor(_) | Self::Sysctl(_) | Self::Partition(_) => {
                 return root.read_value(self.file());
             }
             // Without the controller there is no file, which is as good as an empty one.
-            Self::CgroupCpus(path) => match root.read_value(self.file()) {
+            Self::CgroupCpus(path) | Self::ExclusiveCpus(path) => match root.read_value(self.file()) {
                 Ok(Some(text)) => cpu_list(&self.file(), &text).map(|cpus| Some(cpus.to_string())),
                 Ok(None) => Ok(root.exists(cgroup::path(path)).then(String::new)),
                 Err(error) => Err(error),
@@ -118,6 +132,15 @@ impl Knob {
             Self::CgroupOf(task) => {
                 process::check_start(root, task).and_then(|()| cgroup::of_process(root, task.pid)).map(Some)
             }
+            Self::CgroupOfThread(task) => {
+                process::check_start(root, task).and_then(|()| cgroup::of_thread(root, task)).map(Some)
+            }
+            Self::ThreadedCgroup(path) => match root.exists(cgroup::path(path)) {
+                true => root.read_value(cgroup::file(path, "cgroup.type")),
+                false => Ok(Some(ABSENT.into())),
+            },
+            Self::ChildCpusets(path) => cgroup::has_child_cpusets(root, path).map(|has| has.map(presence)),
+            Self::Delegation(scope) => Ok(Some(presence(systemd::is_to_delegate(root, scope)))),
             Self::Trigger(_) => Ok(Some(String::new())),
             Self::PciFunction(address) => Ok(Some(presence(root.exists(pci_path(address, ""))))),
             Self::PciDriver(address) => Ok(root
@@ -141,10 +164,12 @@ impl Knob {
                 }
                 other => other.map(|found| Answer::Taken(Some(found))),
             },
-            Self::CpuOnline(_) | Self::Governor(_) | Self::Sysctl(_) => {
+            Self::CpuOnline(_) | Self::Governor(_) | Self::Sysctl(_) | Self::Partition(_) => {
                 root.write_and_read_back(self.file(), value).map(|found| Answer::Taken(Some(found)))
             }
             Self::CgroupCpus(path) => cgroup::set_cpus(root, path, value).map(taken),
+            // An empty write (no byte) would not reach the kernel.
+            Self::ExclusiveCpus(_) => root.write(self.file(), if value.is_empty() { "\n" } else { value }).map(taken),
             Self::DefaultIrq | Self::Workqueues => {
                 let mask = CpuSet::from_kernel_list(value).map_err(io::Error::other)?.to_mask();
                 root.write(self.file(), &mask).map(taken)
@@ -157,6 +182,16 @@ impl Knob {
                 process::check_start(root, task).map_err(into_io)?;
                 cgroup::move_process(root, task, value).map(taken)
             }
+            Self::CgroupOfThread(task) => {
+                process::check_start(root, task).map_err(into_io)?;
+                root.write(cgroup::file(value, "cgroup.threads"), &task.tid.to_string()).map(taken)
+            }
+            Self::ThreadedCgroup(path) => cgroup::make_threaded_or_remove(root, path, value != ABSENT).map(taken),
+            Self::ChildCpusets(path) => {
+                let sign = if value == PRESENT { '+' } else { '-' };
+                root.write(cgroup::file(path, "cgroup.subtree_control"), &format!("{sign}cpuset")).map(taken)
+            }
+            Self::Delegation(scope) => systemd::delegate(root, scope, value == PRESENT).map(taken),
             Self::Trigger(_) => root.write(self.file(), value).map(taken),
             Self::PciFunction(address) if value == ABSENT => root.write(pci_path(address, "remove"), "1").map(taken),
             Self::PciFunction(_) => root.write("sys/bus/pci/rescan", "1").map(taken),
@@ -202,6 +237,8 @@ impl Knob {
             Self::CpuOnline(cpu) => format!("sys/devices/system/cpu/cpu{cpu}/online"),
             Self::Governor(policy) => format!("sys/devices/system/cpu/cpufreq/{policy}/scaling_governor"),
             Self::CgroupCpus(path) => cgroup::file(path, "cpuset.cpus"),
+            Self::ExclusiveCpus(path) => cgroup::file(path, "cpuset.cpus.exclusive"),
+            Self::Partition(path) => cgroup::file(path, "cpuset.cpus.partition"),
             Self::Sysctl(name) | Self::Trigger(name) => format!("proc/sys/{name}"),
             _ => String::new(),
         }
@@ -218,6 +255,7 @@ impl Knob {
                 | Self::Thread(_)
                 | Self::UnitCpus(_)
                 | Self::CgroupCpus(_)
+                | Self::ExclusiveCpus(_)
         )
     }
 
@@ -227,13 +265,26 @@ impl Knob {
     /// [`Error::Malformed`] naming the knob.
     pub fn check(&self) -> Result<()> {
         let name = match self {
-            Self::Governor(name) | Self::UnitCpus(name) | Self::PciFunction(name) | Self::PciDriver(name) => {
+            // The root cgroup.
+            Self::ChildCpusets(path) if path.is_empty() => return Ok(()),
+            Self::Governor(name)
+            | Self::UnitCpus(name)
+            | Self::Delegation(name)
+            | Self::PciFunction(name)
+            | Self::PciDriver(name) => {
                 if name.contains('/') {
                     return Err(Error::malformed(format!("{name:?}"), "a name with a slash leaves its folder"));
                 }
                 name
             }
-            Self::CgroupCpus(name) | Self::Cgroup(name) | Self::Sysctl(name) | Self::Trigger(name) => name,
+            Self::CgroupCpus(name)
+            | Self::Cgroup(name)
+            | Self::ThreadedCgroup(name)
+            | Self::ChildCpusets(name)
+            | Self::ExclusiveCpus(name)
+            | Self::Partition(name)
+            | Self::Sysctl(name)
+            | Self::Trigger(name) => name,
             _ => return Ok(()),
         };
         check_path(name)
@@ -246,8 +297,12 @@ impl Knob {
     pub fn check_value(&self, value: &str) -> Result<()> {
         match self {
             // The root cgroup is `/`.
-            Self::CgroupOf(_) if !value.is_empty() && value.trim_start_matches('/').is_empty() => Ok(()),
-            Self::CgroupOf(_) => check_path(value.trim_start_matches('/')),
+            Self::CgroupOf(_) | Self::CgroupOfThread(_)
+                if !value.is_empty() && value.trim_start_matches('/').is_empty() =>
+            {
+                Ok(())
+            }
+            Self::CgroupOf(_) | Self::CgroupOfThread(_) => check_path(value.trim_start_matches('/')),
             Self::PciDriver(_) if value.contains('/') => {
                 Err(Error::malformed(format!("{value:?}"), "a name with a slash leaves its folder"))
             }
@@ -270,8 +325,13 @@ impl fmt::Display for Knob {
             Self::Governor(policy) => write!(f, "{policy}"),
             Self::UnitCpus(unit) => write!(f, "{unit}"),
             Self::UnitOverrides => write!(f, "run-time AllowedCPUs"),
-            Self::CgroupCpus(path) | Self::Cgroup(path) => write!(f, "cgroup /{path}"),
+            Self::CgroupCpus(path) | Self::Cgroup(path) | Self::ThreadedCgroup(path) => write!(f, "cgroup /{path}"),
+            Self::ChildCpusets(path) => write!(f, "cpusets below /{path}"),
+            Self::ExclusiveCpus(path) => write!(f, "exclusive CPUs of /{path}"),
+            Self::Partition(path) => write!(f, "partition /{path}"),
+            Self::Delegation(scope) => write!(f, "delegation to {scope}"),
             Self::CgroupOf(task) => write!(f, "process {}", task.pid),
+            Self::CgroupOfThread(task) => write!(f, "thread {}", task.tid),
             Self::Sysctl(name) | Self::Trigger(name) => write!(f, "{}", name.replace('/', ".")),
             Self::PciFunction(address) | Self::PciDriver(address) => write!(f, "PCI {address}"),
         }

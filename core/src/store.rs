@@ -88,9 +88,10 @@ impl Baseline {
         self.entries.values().map(|entry| (&entry.knob, entry.label.as_str(), entry.before.as_str()))
     }
 
-    /// Looks which knobs hold a value that is neither theirs from before nor one we set: they belong to somebody else
-    /// now, and [`plan`](Self::plan) leaves them. Threads that have ended are dropped. To be called once, before a run changes anything.
-    pub fn look(&mut self, root: &Sysroot) {
+    /// Looks which knobs hold a value that is neither theirs from before nor one we set, nor what the kernel makes of their
+    /// value from before by itself (`kernels`): they belong to somebody else now, and [`plan`](Self::plan) leaves them. Threads
+    /// that have ended are dropped. To be called once, before a run changes anything.
+    pub fn look(&mut self, root: &Sysroot, kernels: impl Fn(&Knob, &str) -> Option<String>) {
         self.foreign.clear();
         self.entries.retain(|knob, entry| {
             if entry.last.is_none() && entry.pending.is_none() {
@@ -99,7 +100,7 @@ impl Baseline {
             match knob.read(root) {
                 Ok(Some(found)) => {
                     let ours = [Some(&entry.before), entry.last.as_ref(), entry.pending.as_ref()];
-                    if !ours.contains(&Some(&found)) {
+                    if !ours.contains(&Some(&found)) && kernels(knob, &entry.before).as_ref() != Some(&found) {
                         self.foreign.insert(knob.clone(), found);
                     }
                     true
@@ -149,7 +150,8 @@ impl Baseline {
             Outcome::Changed => {
                 entry.last = entry.pending.take();
             }
-            Outcome::Refused(_) => entry.pending = None,
+            // It holds nothing of ours, even if it held by itself what was wanted the last time.
+            Outcome::Refused(_) => (entry.last, entry.pending) = (None, None),
             // A write that failed may have taken effect all the same: both values stay ours.
             _ => {}
         }
@@ -434,7 +436,7 @@ mod tests {
     }
 
     fn set(store: &mut Store<String>, root: &Sysroot, value: Option<&str>) -> Vec<String> {
-        store.baseline.look(root);
+        store.baseline.look(root, |_, _| None);
         let plan = store.baseline.plan(objects(root), |_, before| value.unwrap_or(before).to_owned());
         let mut told = Vec::new();
         store.carry_out(plan, |done| told.push(done.to_string())).unwrap();
@@ -470,6 +472,21 @@ mod tests {
             set(&mut store, &root, None),
             ["IRQ 1: left as it is: somebody else has set it to 2", "IRQ 2: 0 -> 0-3"]
         );
+    }
+
+    #[test]
+    fn what_the_kernel_makes_of_it_is_nobodys() {
+        let (dir, root) = host();
+        let mut store: Store<String> = Store::open(&root, SOON).unwrap();
+        set(&mut store, &root, Some("0"));
+        fs::write(dir.path().join("proc/irq/1/smp_affinity_list"), "1-3").unwrap();
+        for (kernels, foreign) in [(Some("1-3"), false), (Some("2"), true), (None, true)] {
+            store.baseline.look(&root, |_, before| {
+                assert_eq!(before, "0-3");
+                kernels.map(str::to_owned)
+            });
+            assert_eq!(store.baseline.is_foreign(&Knob::Irq(1)), foreign, "{kernels:?}");
+        }
     }
 
     #[test]

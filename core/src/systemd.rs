@@ -135,6 +135,12 @@ impl Systemd {
         Ok(Some(message.body("v")?.variant("ay")?.bytes()?.to_vec()))
     }
 
+    fn is_delegated(&mut self, unit: &str, interface: &str) -> Called<bool> {
+        let Some(path) = self.unit(unit)? else { return Ok(false) };
+        let message = self.get(&path, interface, "DelegateControllers")?;
+        Ok(message.body("v")?.variant("as")?.strings()?.contains(&"cpuset"))
+    }
+
     fn set_allowed_cpus(&mut self, unit: &str, cpus: &CpuSet) -> Called<()> {
         let bitmap = bitmap(cpus);
         let mut body = Writer::default();
@@ -294,11 +300,56 @@ pub(crate) fn keep_overrides(root: &Sysroot, kept: &str) -> io::Result<()> {
             let _ = fs::remove_dir(drop_ins).and_then(|()| fs::remove_dir(root.path(folder)));
         }
     }
-    let reload = |error| into_io(failed(root, "reload".into())(error));
-    match Systemd::connect(root, root.patience().reload).map_err(reload)? {
-        Some(mut systemd) => systemd.manager("Reload", "", Writer::default()).map(drop).map_err(reload),
+    reload(root)
+}
+
+/// Has systemd read all its units again.
+fn reload(root: &Sysroot) -> io::Result<()> {
+    let words = |error| into_io(failed(root, "reload".into())(error));
+    match Systemd::connect(root, root.patience().reload).map_err(words)? {
+        Some(mut systemd) => systemd.manager("Reload", "", Writer::default()).map(drop).map_err(words),
         None => Ok(()),
     }
+}
+
+/// The drop-in by which a scope that is yet to be made has the cpuset controller delegated: to the partition within it
+/// systemd keeps its hands off then (systemd.resource-control(5), `Delegate=`; CGROUP_DELEGATION.md).
+fn delegation(scope: &str) -> String {
+    format!("run/systemd/system/{scope}.d/50-pinfold.conf")
+}
+
+const DELEGATION: &str = "# Made by hook's pre-start and removed when the VM has stopped.\n[Scope]\nDelegate=cpuset\n";
+
+/// Whether the drop-in of [`delegate`] is there.
+pub(crate) fn is_to_delegate(root: &Sysroot, scope: &str) -> bool {
+    root.exists(delegation(scope))
+}
+
+/// Has systemd delegate the cpuset controller to a scope when it is made, or no more. Without the reload it sees a new drop-in
+/// in some cases only; one that has gone is no matter to it.
+pub(crate) fn delegate(root: &Sysroot, scope: &str, wanted: bool) -> io::Result<()> {
+    let file = root.path(delegation(scope));
+    let folder = file.parent().ok_or(io::ErrorKind::InvalidInput)?;
+    if wanted {
+        fs::create_dir_all(folder)?;
+        fs::write(&file, DELEGATION)?;
+        return reload(root);
+    }
+    fs::remove_file(&file)?;
+    // The folder too, where nothing else is in it.
+    let _ = fs::remove_dir(folder);
+    Ok(())
+}
+
+/// Whether systemd has delegated the cpuset controller to a unit, so that it does not take away what is made within.
+///
+/// # Errors
+/// Where systemd cannot be asked or understood.
+pub fn is_delegated(root: &Sysroot, unit: &str) -> Result<bool> {
+    let words = || failed(root, format!("read Delegate of {unit}"));
+    let connected = Systemd::connect(root, root.patience().call).map_err(|error| words()(error))?;
+    let (Some(mut systemd), Some(interface)) = (connected, interface(unit)) else { return Ok(false) };
+    systemd.is_delegated(unit, interface).map_err(words())
 }
 
 /// Makes a scope around a running process, with what PVE gives its VMs' scopes (PVE/QemuServer.pm, `vm_start`):
