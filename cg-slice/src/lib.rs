@@ -15,6 +15,8 @@ use pinfold_core::{
     Change, CpuExpr, CpuSet, Error, Exit, Knob, Object, Sysroot, Table, cgroup, cpu, process, systemd, vm,
 };
 
+pub mod partition;
+
 const TOOL: &str = "cg-slice";
 
 /// The slice that PVE puts its VMs' scopes in.
@@ -55,6 +57,33 @@ enum Verb {
         /// The VM's number
         vmid: VmId,
     },
+    /// Cpuset partitions: CPUs that one cgroup has for itself
+    Partition {
+        #[command(subcommand)]
+        verb: PartitionVerb,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum PartitionVerb {
+    /// Make a cgroup an isolated partition of these CPUs, which everything else is kept off
+    Make {
+        /// Its path below the cgroup root, as in machine.slice/x.scope
+        cgroup: String,
+        /// CPUs by logical number, as in 6-11,18-23, or by selector, as in llc:1; see `hook layout`
+        cpus: CpuExpr,
+    },
+    /// Show the partitions there are, and the cgroups that have CPUs exclusively
+    Show {
+        /// Below this cgroup only
+        #[arg(default_value = "/")]
+        cgroup: String,
+    },
+    /// Make a partition an ordinary cgroup again
+    Undo {
+        /// Its path below the cgroup root
+        cgroup: String,
+    },
 }
 
 /// The command's whole run.
@@ -72,7 +101,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         return Ok(exit);
     }
     let changes = match args.verb {
-        None => anyhow::bail!("nothing to do: say allow, decouple or couple, or --list or --restore FILE"),
+        None => anyhow::bail!("nothing to do: say allow, decouple, couple or partition, or --list or --restore FILE"),
         Some(Verb::Allow { cpus, units }) => {
             let changes = plan_allow(&root, &cpus.resolve(&root)?, units)?;
             let entries = entries(&root, &changes)?;
@@ -80,8 +109,24 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         }
         Some(Verb::Decouple { vmid }) => plan_decouple(&root, vmid)?,
         Some(Verb::Couple { vmid }) => plan_couple(&root, vmid)?,
+        Some(Verb::Partition { verb }) => match verb {
+            PartitionVerb::Make { cgroup, cpus } => {
+                partition::plan_make(&root, named(&cgroup)?, &cpus.resolve(&root)?)?
+            }
+            PartitionVerb::Show { cgroup } => {
+                return Ok(cli::listed(&mut report, &partition::list(&root, &cgroup)?));
+            }
+            PartitionVerb::Undo { cgroup } => partition::plan_undo(&root, named(&cgroup)?)?,
+        },
     };
     args.common.carry_out(&root, &mut report, TOOL, changes)
+}
+
+/// A cgroup's path as people write it: below the cgroup root, with the leading slash of `systemd-cgls` or without.
+fn named(cgroup: &str) -> pinfold_core::Result<&str> {
+    let cgroup = cgroup.trim_matches('/');
+    Knob::Partition(cgroup.to_owned()).check()?;
+    Ok(cgroup)
 }
 
 /// The top cgroups that everything but the VMs lives in, those of `units` or all: systemd's units with their AllowedCPUs=,
@@ -186,6 +231,24 @@ pub fn decoupled_cgroup(vmid: VmId) -> String {
     format!("{DECOUPLED}/{vmid}.scope")
 }
 
+/// The cgroup that PVE starts a VM in, below the root of the tree.
+pub fn usual_scope(vmid: VmId) -> String {
+    format!("{VM_SLICE}/{vmid}.scope")
+}
+
+/// The scope that a VM runs in, below the root of the tree.
+///
+/// # Errors
+/// [`Error::Unusable`] where it is in no scope of its own; one that [is gone](Error::is_gone) where QEMU has ended.
+pub fn scope(root: &Sysroot, vmid: VmId, qemu: &Qemu) -> pinfold_core::Result<String> {
+    let cgroup = cgroup::of_process(root, qemu.id.pid)?;
+    if !cgroup.ends_with(&format!("/{vmid}.scope")) || cgroup.trim_start_matches('/') == decoupled_cgroup(vmid) {
+        let why = format!("its QEMU is in {cgroup} and not in a scope of its own, {vmid}.scope");
+        return Err(Error::unusable(format!("VM {vmid}"), why));
+    }
+    Ok(cgroup.trim_start_matches('/').to_owned())
+}
+
 /// The changes that take a VM out of its scope: two cgroups made, every process of the scope moved. None where the VM is
 /// out already.
 ///
@@ -208,7 +271,7 @@ pub fn plan_decouple(root: &Sysroot, vmid: VmId) -> pinfold_core::Result<Vec<Cha
 pub fn plan_couple(root: &Sysroot, vmid: VmId) -> pinfold_core::Result<Vec<Change>> {
     let qemu = vm::running(root, vmid)?;
     let from = cgroup::of_process(root, qemu.id.pid)?;
-    let mut changes = moves(root, vmid, qemu.id.pid, &from, &format!("/{VM_SLICE}/{vmid}.scope"))?;
+    let mut changes = moves(root, vmid, qemu.id.pid, &from, &format!("/{}", usual_scope(vmid)))?;
     changes.extend(plan_remove(root, vmid));
     Ok(changes)
 }

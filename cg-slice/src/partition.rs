@@ -1,0 +1,348 @@
+//! Cpuset partitions: CPUs that one cgroup has for itself, with one write and for as long as the cgroup lives.
+//!
+//! The kernel then keeps all other tasks, movable kernel threads and unbound workqueues off these CPUs and balances no load
+//! on them; see cgroup-v2.rst, "cpuset.cpus.partition". It needs the cpuset controller down to the cgroup, and the CPUs
+//! *exclusive* to every cgroup on the way.
+
+use pinfold_core::cgroup::{self, THREADED};
+use pinfold_core::knob::{ABSENT, PRESENT};
+use pinfold_core::vm::VmId;
+use pinfold_core::{Change, CpuSet, Error, Knob, Object, Result, Sysroot, Table, TaskId, cpu, process, systemd};
+
+/// cpuset.cpus.partition of a cgroup that is none.
+pub const MEMBER: &str = "member";
+/// cpuset.cpus.partition of one without load balancing.
+pub const ISOLATED: &str = "isolated";
+
+/// Where the vCPU threads of a VM are, below its scope: threads of one process can be in several cgroups only if these are
+/// threaded ones.
+const VCPUS: &str = "vcpu";
+
+/// The cgroup of a VM's vCPU threads, by the cgroup of its processes.
+pub fn vcpu_cgroup(scope: &str) -> String {
+    format!("{}/{VCPUS}", scope.trim_start_matches('/'))
+}
+
+/// Makes sure that this host can give these CPUs to a partition of `cgroup`, which need not be there yet.
+///
+/// # Errors
+/// [`Error::Unusable`] that says what the kernel lacks, or names the cgroup whose CPUs are in the way: the kernel says
+/// EINVAL alone.
+pub fn check(root: &Sysroot, cgroup: &str, cpus: &CpuSet) -> Result<()> {
+    cgroup::check_unified(root)?;
+    cpu::check_online(root, cpus)?;
+    if cgroup::isolated(root)?.is_none() {
+        let release = root.read_value("proc/sys/kernel/osrelease")?.unwrap_or_default();
+        let why = "a partition below the top needs Linux 6.8 or newer; the method hotplug does without";
+        return Err(Error::unusable(format!("kernel {release}"), why));
+    }
+    check_siblings(root, cgroup, cpus)
+}
+
+/// A cgroup that lives on these CPUs alone, or has some of them exclusively, beside the way to ours.
+fn check_siblings(root: &Sysroot, cgroup: &str, cpus: &CpuSet) -> Result<()> {
+    let mut parent = "";
+    for step in cgroup::with_ancestors(cgroup) {
+        let siblings = match cgroup::children(root, parent) {
+            Err(error) if error.is_gone() => return Ok(()),
+            siblings => siblings?,
+        };
+        for sibling in siblings.iter().map(|name| below(parent, name)).filter(|sibling| sibling != step) {
+            let of = |knob: Knob| Ok::<_, Error>(cpus_of(&knob.read(root)?.unwrap_or_default()));
+            let (own, exclusive) = (of(Knob::CgroupCpus(sibling.clone()))?, of(Knob::ExclusiveCpus(sibling.clone()))?);
+            let why = if !own.is_empty() && own.is_subset(cpus) {
+                format!(
+                    "its cpuset.cpus {own} is all in CPU {cpus}: it would have none left; give it others, or stop what is in it"
+                )
+            } else if exclusive.intersects(cpus) {
+                format!("CPU {} is exclusive to it; see `cg-slice partition show`", &exclusive & cpus)
+            } else {
+                continue;
+            };
+            return Err(Error::unusable(format!("cgroup /{sibling}"), why));
+        }
+        parent = step;
+    }
+    Ok(())
+}
+
+fn below(parent: &str, name: &str) -> String {
+    if parent.is_empty() { name.to_owned() } else { format!("{parent}/{name}") }
+}
+
+fn cpus_of(list: &str) -> CpuSet {
+    CpuSet::from_kernel_list(list).unwrap_or_default()
+}
+
+/// The changes that make a cgroup an isolated partition of these CPUs.
+///
+/// # Errors
+/// As [`check`]; that there is no such cgroup.
+pub fn plan_make(root: &Sysroot, cgroup: &str, cpus: &CpuSet) -> Result<Vec<Change>> {
+    if !root.exists(cgroup::path(cgroup)) {
+        return Err(Error::unusable(format!("cgroup /{cgroup}"), "there is none; see `systemd-cgls`"));
+    }
+    check(root, cgroup, cpus)?;
+    let mut changes = Vec::new();
+    let way: Vec<&str> = cgroup::with_ancestors(cgroup).collect();
+    let parents = std::iter::once("").chain(way[..way.len().saturating_sub(1)].iter().copied());
+    for parent in parents {
+        changes.extend(object(root, Knob::ChildCpusets(parent.to_owned()))?.map(|it| it.want(PRESENT)));
+    }
+    for step in way {
+        // Before the controller is there the file is not.
+        let knob = Knob::ExclusiveCpus(step.to_owned());
+        let found = knob.read(root)?.unwrap_or_default();
+        let wanted = &cpus_of(&found) | cpus;
+        changes.push(Object::new(knob.clone(), knob.to_string(), found).want(wanted.to_string()));
+    }
+    changes.extend(own(root, cgroup, cpus)?);
+    Ok(changes)
+}
+
+/// The changes to the cgroup itself, once its CPUs are exclusive.
+fn own(root: &Sysroot, cgroup: &str, cpus: &CpuSet) -> Result<[Change; 2]> {
+    let cpuset = Knob::CgroupCpus(cgroup.to_owned());
+    let found = cpuset.read(root)?.unwrap_or_default();
+    let partition = Knob::Partition(cgroup.to_owned());
+    let state = partition.read(root)?.unwrap_or_else(|| MEMBER.into());
+    Ok([
+        Object::new(cpuset.clone(), format!("cpuset.cpus of /{cgroup}"), found).want(cpus.to_string()),
+        Object::new(partition.clone(), partition.to_string(), state).want(ISOLATED),
+    ])
+}
+
+fn object(root: &Sysroot, knob: Knob) -> Result<Option<Object>> {
+    Ok(knob.read(root)?.map(|found| Object::new(knob.clone(), knob.to_string(), found)))
+}
+
+/// The changes that make a partition an ordinary cgroup again, and its CPUs everybody's.
+///
+/// # Errors
+/// Where the tree cannot be read; that the cgroup is no partition.
+pub fn plan_undo(root: &Sysroot, cgroup: &str) -> Result<Vec<Change>> {
+    let Some(partition) = object(root, Knob::Partition(cgroup.to_owned()))? else {
+        return Err(Error::unusable(format!("cgroup /{cgroup}"), "it is no partition; see `cg-slice partition show`"));
+    };
+    let cpus = cpus_of(&Knob::ExclusiveCpus(cgroup.to_owned()).read(root)?.unwrap_or_default());
+    let mut changes = vec![partition.want(MEMBER)];
+    changes.extend(object(root, Knob::CgroupCpus(cgroup.to_owned()))?.map(|it| it.want("")));
+    let way: Vec<&str> = cgroup::with_ancestors(cgroup).collect();
+    for step in way.into_iter().rev() {
+        let exclusive = object(root, Knob::ExclusiveCpus(step.to_owned()))?;
+        changes.extend(exclusive.map(|it| {
+            let rest = &cpus_of(&it.found) - &cpus;
+            it.want(rest.to_string())
+        }));
+    }
+    Ok(changes)
+}
+
+/// Makes sure that systemd leaves alone what is made within a VM's scope.
+///
+/// # Errors
+/// [`Error::Unusable`] where it does not, or cannot be asked.
+pub fn check_delegated(root: &Sysroot, vmid: VmId) -> Result<()> {
+    let scope = format!("{vmid}.scope");
+    if systemd::is_delegated(root, &scope)? {
+        return Ok(());
+    }
+    let why = "systemd would take a partition in it away: hook's pre-start was not run before this VM was started. \
+               Stop and start it, or use the method hotplug";
+    Err(Error::unusable(scope, why))
+}
+
+/// The change by which systemd leaves alone what is made within the VM's scope, when that is made next, or no more.
+///
+/// # Errors
+/// Where it cannot be told whether it does.
+pub fn delegation(root: &Sysroot, vmid: VmId, wanted: &str) -> Result<Option<Change>> {
+    Ok(object(root, Knob::Delegation(format!("{vmid}.scope")))?.map(|it| it.want(wanted)))
+}
+
+/// The changes that make a partition for vCPU threads within a VM's scope, whose parents have the CPUs exclusively.
+///
+/// # Errors
+/// Where the tree cannot be read.
+pub fn plan_vcpus(root: &Sysroot, scope: &str, cpus: &CpuSet) -> Result<Vec<Change>> {
+    let scope = scope.trim_start_matches('/');
+    let vcpus = vcpu_cgroup(scope);
+    let folder = Knob::ThreadedCgroup(vcpus.clone());
+    let mut changes = Vec::new();
+    // In this order: one that holds processes can have controllers for its children only when these hold threads.
+    changes.extend(object(root, folder)?.map(|it| it.want(THREADED)));
+    changes.extend(object(root, Knob::ChildCpusets(scope.to_owned()))?.map(|it| it.want(PRESENT)));
+    for step in [scope, &vcpus] {
+        let knob = Knob::ExclusiveCpus(step.to_owned());
+        let found = knob.read(root)?.unwrap_or_default();
+        changes.push(Object::new(knob.clone(), knob.to_string(), found).want(cpus.to_string()));
+    }
+    changes.extend(own(root, &vcpus, cpus)?);
+    Ok(changes)
+}
+
+/// The changes that take the partition for vCPU threads away from a VM that runs on: its threads go back to the scope.
+///
+/// # Errors
+/// Where the tree cannot be read.
+pub fn plan_undo_vcpus(root: &Sysroot, scope: &str, qemu: i32) -> Result<Vec<Change>> {
+    let scope = scope.trim_start_matches('/');
+    let vcpus = vcpu_cgroup(scope);
+    let mut changes = Vec::new();
+    if !root.exists(cgroup::path(&vcpus)) {
+        return Ok(changes);
+    }
+    changes.extend(object(root, Knob::Partition(vcpus.clone()))?.map(|it| it.want(MEMBER)));
+    for task in process::tasks(root, qemu)? {
+        changes.extend(to_cgroup(root, task.id, format!("thread {} ({})", task.id.tid, task.name), scope)?);
+    }
+    changes.extend(object(root, Knob::ThreadedCgroup(vcpus))?.map(|it| it.want(ABSENT)));
+    changes.extend(object(root, Knob::ExclusiveCpus(scope.to_owned()))?.map(|it| it.want("")));
+    changes.extend(object(root, Knob::ChildCpusets(scope.to_owned()))?.map(|it| it.want(ABSENT)));
+    Ok(changes)
+}
+
+/// The change that moves a thread to a cgroup among those of its process; `None` where it has ended.
+///
+/// # Errors
+/// Where it cannot be told which it is in.
+pub fn to_cgroup(root: &Sysroot, task: TaskId, label: String, cgroup: &str) -> Result<Option<Change>> {
+    let found = Knob::CgroupOfThread(task).read(root)?;
+    let wanted = format!("/{}", cgroup.trim_start_matches('/'));
+    Ok(found.map(|found| Object::new(Knob::CgroupOfThread(task), label, found).want(wanted)))
+}
+
+/// Every cgroup that is a partition, or has CPUs for one, below `from`.
+///
+/// # Errors
+/// Where the tree cannot be read.
+pub(crate) fn list(root: &Sysroot, from: &str) -> Result<Table> {
+    let mut table = Table::new(&["cgroup", "partition", "cpus", "exclusive cpus", "effective cpus"]);
+    add_rows(root, from.trim_matches('/'), &mut table)?;
+    Ok(table)
+}
+
+fn add_rows(root: &Sysroot, cgroup: &str, table: &mut Table) -> Result<()> {
+    let of = |knob: Knob| Ok::<_, Error>(knob.read(root)?.unwrap_or_default());
+    if !cgroup.is_empty() {
+        let (state, exclusive) = (of(Knob::Partition(cgroup.to_owned()))?, of(Knob::ExclusiveCpus(cgroup.to_owned()))?);
+        if !exclusive.is_empty() || !matches!(state.as_str(), "" | MEMBER) {
+            let effective = root.read_value(cgroup::file(cgroup, "cpuset.cpus.effective"))?.unwrap_or_default();
+            table.row([format!("/{cgroup}"), state, of(Knob::CgroupCpus(cgroup.to_owned()))?, exclusive, effective]);
+        }
+    }
+    let children = match cgroup::children(root, cgroup) {
+        Err(error) if error.is_gone() => return Ok(()),
+        children => children?,
+    };
+    children.iter().try_for_each(|name| add_rows(root, &below(cgroup, name), table))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    /// A host with CPUs 0-7, cgroups without a cpuset, and what is written in these files of the tree.
+    fn host(files: &[(&str, &str)]) -> (tempfile::TempDir, Sysroot) {
+        let dir = tempfile::tempdir().unwrap();
+        let common = [
+            ("sys/devices/system/cpu/present", "0-7"),
+            ("sys/devices/system/cpu/online", "0-7"),
+            ("sys/fs/cgroup/cgroup.controllers", "cpuset cpu"),
+            ("sys/fs/cgroup/cgroup.subtree_control", "cpu"),
+            ("sys/fs/cgroup/cpuset.cpus.isolated", ""),
+            ("sys/fs/cgroup/a.slice/cgroup.subtree_control", ""),
+            ("sys/fs/cgroup/a.slice/b.scope/cgroup.subtree_control", ""),
+        ];
+        for (path, text) in common.iter().chain(files) {
+            let path = dir.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        let root = Sysroot::new(dir.path());
+        (dir, root)
+    }
+
+    fn cpus(list: &str) -> CpuSet {
+        list.parse().unwrap()
+    }
+
+    fn told(changes: &[Change]) -> Vec<String> {
+        changes.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn from_the_top_down_and_back_up() {
+        let (_dir, root) = host(&[("sys/fs/cgroup/a.slice/cpuset.cpus.exclusive", "2-3")]);
+        assert_eq!(
+            told(&plan_make(&root, "a.slice/b.scope", &cpus("6-7")).unwrap()),
+            [
+                "cpusets below /: absent -> present",
+                "cpusets below /a.slice: absent -> present",
+                "exclusive CPUs of /a.slice: 2-3 -> 2-3,6-7",
+                "exclusive CPUs of /a.slice/b.scope: unset -> 6-7",
+                "cpuset.cpus of /a.slice/b.scope: unset -> 6-7",
+                "partition /a.slice/b.scope: member -> isolated",
+            ]
+        );
+        let (_dir, root) = host(&[
+            ("sys/fs/cgroup/a.slice/cpuset.cpus.exclusive", "2-3,6-7"),
+            ("sys/fs/cgroup/a.slice/b.scope/cpuset.cpus.exclusive", "6-7"),
+            ("sys/fs/cgroup/a.slice/b.scope/cpuset.cpus", "6-7"),
+            ("sys/fs/cgroup/a.slice/b.scope/cpuset.cpus.partition", "isolated invalid (no idea)"),
+        ]);
+        assert_eq!(
+            told(&plan_undo(&root, "a.slice/b.scope").unwrap()),
+            [
+                "partition /a.slice/b.scope: isolated invalid (no idea) -> member",
+                "cgroup /a.slice/b.scope: 6-7 -> unset",
+                "exclusive CPUs of /a.slice/b.scope: 6-7 -> unset",
+                "exclusive CPUs of /a.slice: 2-3,6-7 -> 2-3",
+            ]
+        );
+    }
+
+    #[test]
+    fn what_is_in_the_way_is_named() {
+        let why = |files: &[(&str, &str)]| {
+            let (_dir, root) = host(files);
+            check(&root, "a.slice/b.scope", &cpus("6-7")).map_err(|error| error.to_string())
+        };
+        assert_eq!(why(&[]), Ok(()));
+        // Beside the way, at each step of it.
+        for sibling in ["lxc", "a.slice/c.scope"] {
+            let file = |name: &str| format!("sys/fs/cgroup/{sibling}/{name}");
+            let error = why(&[(&file("cpuset.cpus"), "6")]).unwrap_err();
+            assert!(error.starts_with(&format!("cgroup /{sibling}: its cpuset.cpus 6 is all in CPU 6-7")), "{error}");
+            let error = why(&[(&file("cpuset.cpus.exclusive"), "5-6")]).unwrap_err();
+            assert!(error.starts_with(&format!("cgroup /{sibling}: CPU 6 is exclusive to it")), "{error}");
+            assert_eq!(why(&[(&file("cpuset.cpus"), "5-6")]), Ok(()), "it has others");
+        }
+        assert_eq!(why(&[("sys/fs/cgroup/a.slice/cpuset.cpus", "6-7")]), Ok(()), "it is on the way");
+    }
+
+    #[test]
+    fn a_kernel_that_is_too_old() {
+        let (dir, root) = host(&[("proc/sys/kernel/osrelease", "6.1.0-44-amd64")]);
+        fs::remove_file(dir.path().join("sys/fs/cgroup/cpuset.cpus.isolated")).unwrap();
+        let error = check(&root, "a.slice", &cpus("6-7")).unwrap_err().to_string();
+        assert!(error.starts_with("kernel 6.1.0-44-amd64: a partition below the top needs Linux 6.8"), "{error}");
+    }
+
+    #[test]
+    fn the_way_into_a_scope() {
+        let (_dir, root) = host(&[]);
+        assert_eq!(
+            told(&plan_vcpus(&root, "/a.slice/b.scope", &cpus("6-7")).unwrap()),
+            [
+                "cgroup /a.slice/b.scope/vcpu: absent -> threaded",
+                "cpusets below /a.slice/b.scope: absent -> present",
+                "exclusive CPUs of /a.slice/b.scope: unset -> 6-7",
+                "exclusive CPUs of /a.slice/b.scope/vcpu: unset -> 6-7",
+                "cpuset.cpus of /a.slice/b.scope/vcpu: unset -> 6-7",
+                "partition /a.slice/b.scope/vcpu: member -> isolated",
+            ]
+        );
+    }
+}
