@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use pinfold_core::vm::VmId;
+use pinfold_core::vm::{Qemu, VmId};
 use pinfold_core::vmconf::VmConf;
 use pinfold_core::{CpuSet, Error, Result, Sysroot, cgroup, cpu, cpufreq, process};
 
-use crate::reservation::Reservation;
+use crate::reservation::{Isolation, Reservation};
 use crate::settings::{Method, Settings};
 
 /// Checks the settings against the host and the VM. Returns what does not stop the start and should be known.
@@ -41,9 +41,6 @@ pub(crate) fn before_start(root: &Sysroot, vmid: VmId, conf: &VmConf, settings: 
     }
     let vcpus = conf.vcpus() as usize;
     pins_suffice(settings, vcpus, vcpus.checked_sub(1))?;
-    match settings.method {
-        Method::Hotplug => check_hotplug(root, isolated)?,
-    }
     if let Some(governor) = &settings.governor {
         check_governor(root, isolated, governor).map_err(wrong)?;
     }
@@ -85,6 +82,53 @@ pub(crate) fn no_overlap(reservations: &BTreeMap<u32, Reservation>, vmid: VmId, 
         }
     }
     Ok(())
+}
+
+/// How this VM's CPUs are to be isolated, and why so where the settings leave it open. `qemu` is its QEMU, once that runs.
+///
+/// # Errors
+/// [`Error::Unusable`] that says why the method of the settings cannot be had.
+pub(crate) fn isolation(
+    root: &Sysroot,
+    reservations: &BTreeMap<u32, Reservation>,
+    vmid: VmId,
+    settings: &Settings,
+    qemu: Option<&Qemu>,
+) -> Result<(Isolation, Option<String>)> {
+    // What hotplug does to slices and CPUs would reach into a partition.
+    let not_beside = |isolation: Isolation| {
+        let other = reservations
+            .iter()
+            .find(|(id, other)| **id != u32::from(vmid) && (other.is_claim()) && other.isolation != isolation);
+        other.map_or(Ok(()), |(id, _)| {
+            let why =
+                format!("method: VM {id} is isolated by the other method while that runs; the two cannot be mixed");
+            Err(Error::unusable(&settings.source, why))
+        })
+    };
+    let partition =
+        || not_beside(Isolation::Partition).and_then(|()| check_partition(root, vmid, &settings.isolated, qemu));
+    let hotplug = || not_beside(Isolation::Hotplug).and_then(|()| check_hotplug(root, &settings.isolated));
+    Ok(match settings.method {
+        Method::Hotplug => hotplug().map(|()| (Isolation::Hotplug, None))?,
+        Method::Partition => partition().map(|()| (Isolation::Partition, None))?,
+        Method::Auto => match partition() {
+            Ok(()) => (Isolation::Partition, Some("method auto: by partition".into())),
+            Err(why) => {
+                hotplug()?;
+                (Isolation::Hotplug, Some(format!("method auto: by hotplug, since partition cannot be: {why}")))
+            }
+        },
+    })
+}
+
+fn check_partition(root: &Sysroot, vmid: VmId, isolated: &CpuSet, qemu: Option<&Qemu>) -> Result<()> {
+    let scope = match qemu {
+        Some(qemu) => cg_slice::scope(root, vmid, qemu)?,
+        None => cg_slice::usual_scope(vmid),
+    };
+    cg_slice::partition::check(root, &cg_slice::partition::vcpu_cgroup(&scope), isolated)?;
+    if qemu.is_some() { cg_slice::partition::check_delegated(root, vmid) } else { Ok(()) }
 }
 
 fn check_hotplug(root: &Sysroot, isolated: &CpuSet) -> Result<()> {

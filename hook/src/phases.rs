@@ -2,14 +2,15 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use nix::unistd::Pid;
+use pinfold_core::knob::PRESENT;
 use pinfold_core::store::{self, Store};
 use pinfold_core::vm::{self, Qemu, VmId};
 use pinfold_core::{Exit, Report, Sysroot, TaskId, cgroup, process};
 
 use crate::reconcile::Reconcile;
-use crate::reservation::{Phase, Reservation};
+use crate::reservation::{Isolation, Phase, Reservation};
 use crate::settings::{self, Deadlines, ResetPci, Settings};
 use crate::{checks, steps};
 
@@ -37,9 +38,9 @@ impl Run<'_> {
         for note in checks::before_start(&self.root, vmid, &conf, &settings)? {
             self.report.note(&note);
         }
-        self.reserve(vmid, &settings)?;
+        let isolation = self.reserve(vmid, &settings)?;
         // Without the lock: stopping the idle VM runs its own hook.
-        let prepared = self.prepare(vmid, &settings);
+        let prepared = self.prepare(vmid, &settings, isolation);
         if prepared.is_err() {
             // No post-stop follows a start that this phase aborts.
             self.release(vmid, &settings.deadlines).context("taking back the reservation")?;
@@ -49,13 +50,15 @@ impl Run<'_> {
         Ok(self.report.finish())
     }
 
-    fn reserve(&mut self, vmid: VmId, settings: &Settings) -> anyhow::Result<()> {
+    fn reserve(&mut self, vmid: VmId, settings: &Settings) -> anyhow::Result<Isolation> {
         let mut store = self.open(&settings.deadlines)?;
         self.drop_dead(&mut store, Some(vmid))?;
         checks::no_overlap(&store.reservations, vmid, settings)?;
         let owed = owed(&store, vmid);
+        let isolation = self.isolation(&store, vmid, settings, None)?;
         let reservation = Reservation {
             phase: Phase::Starting,
+            isolation,
             settings: settings.clone(),
             qemu: None,
             starter: task(&self.root, Pid::parent()),
@@ -66,10 +69,31 @@ impl Run<'_> {
         };
         store.reservations.insert(vmid.into(), reservation);
         store.save()?;
-        Ok(())
+        Ok(isolation)
     }
 
-    fn prepare(&mut self, vmid: VmId, settings: &Settings) -> anyhow::Result<()> {
+    /// How the VM's CPUs are to be isolated; says so where the settings leave it open.
+    fn isolation(
+        &mut self,
+        store: &Store<Reservation>,
+        vmid: VmId,
+        settings: &Settings,
+        qemu: Option<&Qemu>,
+    ) -> anyhow::Result<Isolation> {
+        let (isolation, note) = checks::isolation(&self.root, &store.reservations, vmid, settings, qemu)?;
+        if let Some(note) = note {
+            self.report.line(&note);
+        }
+        Ok(isolation)
+    }
+
+    fn prepare(&mut self, vmid: VmId, settings: &Settings, isolation: Isolation) -> anyhow::Result<()> {
+        if isolation == Isolation::Partition {
+            self.report.step("delegation");
+            let change = cg_slice::partition::delegation(&self.root, vmid, PRESENT)?;
+            self.report.changes(&pinfold_core::apply(&self.root, change.into_iter().collect()));
+            ensure!(self.report.failures() == 0, "without delegation systemd would take the partition away");
+        }
         if let Some(idle) = settings.idle_vm {
             steps::stop_idle_vm(&self.root, self.report, idle, Duration::from_secs(settings.deadlines.idle_vm))?;
         }
@@ -102,8 +126,9 @@ impl Run<'_> {
                 let settings = settings::load(&self.root, vmid)?;
                 checks::before_start(&self.root, vmid, &vm::conf(&self.root, vmid)?, &settings)?;
                 checks::no_overlap(&store.reservations, vmid, &settings)?;
+                let isolation = self.isolation(&store, vmid, &settings, Some(&qemu))?;
                 let idle_vm_stopped = owed(&store, vmid);
-                Reservation { phase: Phase::Starting, settings, qemu: None, starter: None, idle_vm_stopped }
+                Reservation { phase: Phase::Starting, isolation, settings, qemu: None, starter: None, idle_vm_stopped }
             }
         };
         let threads = vm::threads(&self.root, &qemu, Duration::from_secs(reservation.settings.deadlines.qmp))?;

@@ -4,16 +4,17 @@
 //! before the first touch: CPUs held to the housekeeping CPUs while any VM is fenced, the old value when none is. So
 //! isolating, releasing, mending after a crash and a second VM are one computation.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use pinfold_core::knob::ABSENT;
 use pinfold_core::store::Store;
 use pinfold_core::vm::{Qemu, VmId};
 use pinfold_core::{
     CpuSet, Error, Knob, Object, Outcome, Report, Result, Sysroot, TaskId, cgroup, cpu, cpufreq, irq, process, vm,
 };
 
-use crate::reservation::{Phase, Reservation};
+use crate::reservation::{Isolation, Phase, Reservation};
 use crate::steps;
 
 /// One run over the host, under the store's lock.
@@ -22,6 +23,8 @@ pub(crate) struct Reconcile<'a> {
     store: &'a mut Store<Reservation>,
     report: &'a mut Report,
     present: CpuSet,
+    /// What partitions left to all others when this run began, where there were any.
+    left: Option<String>,
     /// What new IRQs, kthreads and VMs started with when this run began, by the knob that says so.
     inherited: BTreeMap<Knob, String>,
 }
@@ -33,13 +36,16 @@ impl<'a> Reconcile<'a> {
     /// Where the host's CPUs cannot be read.
     pub(crate) fn new(root: &'a Sysroot, store: &'a mut Store<Reservation>, report: &'a mut Report) -> Result<Self> {
         let present = cpu::present(root)?;
-        store.baseline.look(root);
+        let partitioned = cgroup::isolated(root)?.unwrap_or_default();
+        let left = &present - &partitioned;
+        store.baseline.look(root, |knob, before| by_kernel(knob, before, &left));
         let baseline = &store.baseline;
         let inherited = (baseline.knobs())
             .filter(|(knob, ..)| is_default(knob))
             .filter_map(|(knob, ..)| Some((knob.clone(), baseline.last(knob)?.to_owned())))
             .collect();
-        Ok(Self { root, store, report, present, inherited })
+        let left = (!partitioned.is_empty()).then(|| left.to_string());
+        Ok(Self { root, store, report, present, left, inherited })
     }
 
     /// The isolated CPUs of all fenced VMs.
@@ -73,7 +79,15 @@ impl<'a> Reconcile<'a> {
         let Some(reservation) = self.store.reservations.get(&vmid.into()).cloned() else { return Ok(()) };
         let isolated = reservation.settings.isolated.clone();
         let first_time = reservation.phase == Phase::Isolating;
-        let slices = self.remember(&isolated, vmid, qemu)?;
+        if reservation.isolation == Isolation::Partition {
+            return self.isolate_by_partition(&isolated, vmid, qemu);
+        }
+        let slices = self.slice_objects()?;
+        let mut objects = slices.clone();
+        objects.push(cg_slice::overrides(self.root)?);
+        objects.extend(cpu_hotplug::objects(self.root, &isolated)?);
+        objects.extend(self.task_objects()?);
+        self.remember(objects, &isolated, vmid, qemu)?;
         if !first_time {
             // Its vCPUs run there: taking the CPUs offline now would break their pins.
             self.settle();
@@ -95,16 +109,42 @@ impl<'a> Reconcile<'a> {
         self.kthreads()
     }
 
+    /// The same by a cpuset partition: one write keeps tasks, kernel threads and unbound workqueues off.
+    fn isolate_by_partition(&mut self, isolated: &CpuSet, vmid: VmId, qemu: &Qemu) -> Result<()> {
+        self.remember(Vec::new(), isolated, vmid, qemu)?;
+        // Before the kernel does it: only what is set by hand is handed on to new kernel threads (Linux 6.12; 7.0 needs it no more).
+        self.kthreadd()?;
+        self.exclusive()?;
+        self.partition(vmid, qemu)?;
+        self.pins(vmid, qemu)?;
+        self.all_pins()?;
+        self.irqs()?;
+        self.kthreads()?;
+        self.pace()
+    }
+
     /// Brings everything to what the reservations ask for, CPUs that a killed run left offline first; after the last
     /// reservation that is what was before the first. What fails is told and stops nothing else.
     pub(crate) fn settle(&mut self) {
-        self.attempt(|this| this.online("online", &this.online_before(), "1"));
-        self.attempt(|this| this.slice_objects().and_then(|slices| this.slices(slices)));
-        self.attempt(Self::tasks);
+        if self.uses(Isolation::Partition, |knob| matches!(knob, Knob::ExclusiveCpus(_))) {
+            self.attempt(Self::undo_partitions);
+            self.attempt(Self::exclusive);
+        }
+        if self.uses(Isolation::Hotplug, |knob| matches!(knob, Knob::UnitCpus(_) | Knob::CpuOnline(_))) {
+            self.attempt(|this| this.online("online", &this.online_before(), "1"));
+            self.attempt(|this| this.slice_objects().and_then(|slices| this.slices(slices)));
+            self.attempt(Self::tasks);
+        }
         self.attempt(Self::irqs);
         self.attempt(Self::kthreads);
         self.attempt(Self::pace);
         self.attempt(Self::all_pins);
+    }
+
+    /// Whether there is anything of a method: a VM, or what one has left in the baseline.
+    fn uses(&self, isolation: Isolation, leaves: impl Fn(&Knob) -> bool) -> bool {
+        self.store.reservations.values().any(|reservation| reservation.isolation == isolation)
+            || self.store.baseline.knobs().any(|(knob, ..)| leaves(knob))
     }
 
     /// The CPUs of the baseline that were online before.
@@ -123,28 +163,20 @@ impl<'a> Reconcile<'a> {
         }
     }
 
-    /// Step 0: the value of every knob that will be touched, on disk before the first touch.
-    ///
-    /// Returns the slices as they are, for step 1.
-    fn remember(&mut self, isolated: &CpuSet, vmid: VmId, qemu: &Qemu) -> Result<Vec<Object>> {
+    /// Step 0: the value of every knob that will be touched, on disk before the first touch: these `objects`, and those that
+    /// are touched whatever the method.
+    fn remember(&mut self, mut objects: Vec<Object>, isolated: &CpuSet, vmid: VmId, qemu: &Qemu) -> Result<()> {
         self.report.step("baseline");
-        let slices = self.slice_objects()?;
-        let mut objects = slices.clone();
-        objects.push(cg_slice::overrides(self.root)?);
-        objects.extend(cpu_hotplug::objects(self.root, isolated)?);
         objects.extend(pin_irqs::objects(self.root)?);
-        let kthreads = pin_kthreads::objects(self.root)?;
-        objects.extend(kthreads.movable);
+        objects.extend(pin_kthreads::objects(self.root)?.movable);
         objects.extend(self.pace_objects(isolated)?);
-        objects.extend(self.task_objects()?);
         for pid in cg_slice::processes(self.root, vmid, qemu)? {
             objects.extend(self.thread_objects(pid)?);
         }
         for object in objects {
             self.adopt(&object);
         }
-        self.store.save()?;
-        Ok(slices)
+        self.store.save()
     }
 
     /// Takes an object into the baseline. One born while the fence stood has what its kind's default was narrowed to, now
@@ -158,6 +190,10 @@ impl<'a> Reconcile<'a> {
             Knob::Thread(_) => Some(Knob::UnitCpus(cg_slice::VM_SLICE.to_owned())),
             _ => None,
         };
+        // A partition narrows what is in the VM's slice by itself.
+        if matches!(object.knob, Knob::Thread(_)) && self.left.as_ref() == Some(&object.found) {
+            return baseline.adopt(object, &self.present.to_string());
+        }
         let inherited = default
             .filter(|default| {
                 let at_start = self.inherited.get(default).map(String::as_str);
@@ -295,14 +331,89 @@ impl<'a> Reconcile<'a> {
 
     /// Step 3, and again at the end.
     fn kthreads(&mut self) -> Result<()> {
-        self.report.step("kthreads");
         // kthreadd first, then all, as above.
-        let kthreadd = process::task(self.root, process::KTHREADD, process::KTHREADD)?.id;
-        let found = process::affinity(self.root, &kthreadd)?.to_string();
-        self.set("kthreads", vec![Object::new(Knob::Kthread(kthreadd), "kthread 2 (kthreadd)", found)], self.held())?;
+        self.kthreadd()?;
         let objects = pin_kthreads::objects(self.root)?.movable;
         let wanted = self.held();
         self.set("kthreads", objects, wanted)
+    }
+
+    fn kthreadd(&mut self) -> Result<()> {
+        self.report.step("kthreads");
+        let kthreadd = process::task(self.root, process::KTHREADD, process::KTHREADD)?.id;
+        let found = process::affinity(self.root, &kthreadd)?.to_string();
+        self.set("kthreads", vec![Object::new(Knob::Kthread(kthreadd), "kthread 2 (kthreadd)", found)], self.held())
+    }
+
+    /// The way down to partitions: what is over the scopes of these VMs has their CPUs exclusively.
+    fn exclusive(&mut self) -> Result<()> {
+        self.report.step("exclusive");
+        let mut given: BTreeMap<Knob, CpuSet> = BTreeMap::new();
+        for (id, reservation) in self.fenced().filter(|(_, fenced)| fenced.isolation == Isolation::Partition) {
+            let vmid = VmId::try_from(*id)?;
+            let Some(qemu) = vm::find(self.root, vmid)? else { continue };
+            let scope = cg_slice::scope(self.root, vmid, &qemu)?;
+            for above in cgroup::with_ancestors(&scope).filter(|above| *above != scope) {
+                let cpus = given.entry(Knob::ExclusiveCpus(above.to_owned())).or_default();
+                *cpus = &*cpus | &reservation.settings.isolated;
+            }
+        }
+        let known = self.store.baseline.knobs().map(|(knob, ..)| knob);
+        let knobs: BTreeSet<Knob> =
+            known.filter(|knob| matches!(knob, Knob::ExclusiveCpus(_))).chain(given.keys()).cloned().collect();
+        let mut objects = Vec::new();
+        for knob in knobs {
+            objects.extend(knob.read(self.root)?.map(|found| Object::new(knob.clone(), knob.to_string(), found)));
+        }
+        self.set("exclusive", objects, |knob, before| match (given.get(knob), CpuSet::from_kernel_list(before)) {
+            (Some(cpus), Ok(before)) => (&before | cpus).to_string(),
+            _ => before.to_owned(),
+        })
+    }
+
+    /// A VM's partition, made and looked at.
+    fn partition(&mut self, vmid: VmId, qemu: &Qemu) -> Result<()> {
+        self.report.step("partition");
+        let Some(reservation) = self.store.reservations.get(&vmid.into()) else { return Ok(()) };
+        let isolated = &reservation.settings.isolated;
+        let scope = cg_slice::scope(self.root, vmid, qemu)?;
+        cg_slice::partition::check_delegated(self.root, vmid)?;
+        let mut made = 0;
+        for change in cg_slice::partition::plan_vcpus(self.root, &scope, isolated)? {
+            let done = pinfold_core::apply_one(self.root, change);
+            made += usize::from(done.outcome == Outcome::Changed);
+            self.report.changes(&[done]);
+            if self.report.failures() > 0 {
+                return Ok(());
+            }
+        }
+        let now = cgroup::isolated(self.root)?.unwrap_or_default();
+        if !isolated.is_subset(&now) {
+            let why = format!("the kernel took it and isolates CPU {now} only");
+            return Err(Error::unusable(format!("partition of CPU {isolated}"), why));
+        }
+        if made > 0 {
+            self.report.summary(&format!("partition: {made} set"));
+        }
+        Ok(())
+    }
+
+    /// Takes their partitions from VMs that leave and run on, as after a step that failed.
+    fn undo_partitions(&mut self) -> Result<()> {
+        self.report.step("partition");
+        for (id, reservation) in &self.store.reservations {
+            if reservation.phase != Phase::Leaving || reservation.isolation != Isolation::Partition {
+                continue;
+            }
+            let vmid = VmId::try_from(*id)?;
+            let Some(qemu) = vm::find(self.root, vmid)? else { continue };
+            let scope = cgroup::of_process(self.root, qemu.id.pid)?;
+            for change in cg_slice::partition::plan_undo_vcpus(self.root, &scope, qemu.id.pid)? {
+                let done = pinfold_core::apply_one(self.root, change);
+                self.report.changes(&[done]);
+            }
+        }
+        Ok(())
     }
 
     /// Step 5: governor and statistics interval.
@@ -377,6 +488,9 @@ impl<'a> Reconcile<'a> {
             wanted.insert(object.knob.clone(), cpus.to_string());
             objects.push(object);
         }
+        if reservation.isolation == Isolation::Partition {
+            self.place(&cg_slice::scope(self.root, vmid, qemu)?, &reservation, &objects, &wanted)?;
+        }
         // Its helpers (swtpm, virtiofsd) came along out of the slice, and belong with the emulator.
         let beside = self.cpus_for(&reservation, &vm::Role::Emulator, &housekeeping)?.to_string();
         for pid in cg_slice::processes(self.root, vmid, qemu)?.into_iter().skip(1) {
@@ -386,6 +500,29 @@ impl<'a> Reconcile<'a> {
             }
         }
         self.set("pins", objects, move |knob, before| wanted.get(knob).cloned().unwrap_or_else(|| before.to_owned()))
+    }
+
+    /// Threads to the side of the partition that has the CPUs they are to have.
+    fn place(
+        &mut self,
+        scope: &str,
+        reservation: &Reservation,
+        threads: &[Object],
+        wanted: &BTreeMap<Knob, String>,
+    ) -> Result<()> {
+        let vcpus = cg_slice::partition::vcpu_cgroup(scope);
+        for Object { knob, label, .. } in threads {
+            let Knob::Thread(task) = knob else { continue };
+            let inside = (wanted.get(knob).and_then(|list| CpuSet::from_kernel_list(list).ok()))
+                .is_some_and(|cpus| cpus.is_subset(&reservation.settings.isolated));
+            let cgroup = if inside { &vcpus } else { scope };
+            if let Some(change) = cg_slice::partition::to_cgroup(self.root, *task, label.clone(), cgroup)?
+                && !change.is_noop()
+            {
+                self.report.changes(&[pinfold_core::apply_one(self.root, change)]);
+            }
+        }
+        Ok(())
     }
 
     /// A process's threads with the CPUs they may run on; those that end meanwhile are left out. None of a kernel thread, which
@@ -456,6 +593,8 @@ impl<'a> Reconcile<'a> {
                 Some(qemu) => this.couple(vmid, &qemu)?,
                 None => this.remove_cgroup(vmid),
             }
+            let change = cg_slice::partition::delegation(this.root, vmid, ABSENT)?;
+            this.report.changes(&pinfold_core::apply(this.root, change.into_iter().collect()));
             Ok(())
         });
     }
@@ -520,6 +659,17 @@ fn effective_cpus(root: &Sysroot, pid: i32) -> Option<CpuSet> {
             return CpuSet::from_kernel_list(&list).ok();
         }
         cgroup.truncate(cgroup.rfind('/').filter(|_| cgroup.len() > 1)?);
+    }
+}
+
+/// What the kernel makes of masks by itself when partitions come and go: their value from before, held to the CPUs that are
+/// `left` to all.
+fn by_kernel(knob: &Knob, before: &str, left: &CpuSet) -> Option<String> {
+    match knob {
+        Knob::Kthread(_) | Knob::Thread(_) | Knob::Workqueues => {
+            CpuSet::from_kernel_list(before).ok().map(|cpus| cpus.held_to(left).to_string())
+        }
+        _ => None,
     }
 }
 

@@ -21,12 +21,26 @@ pub(crate) enum Phase {
     Isolated,
 }
 
+/// How a VM's CPUs are isolated.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Isolation {
+    /// By the documented order: slices narrowed, CPUs taken offline and online again, the VM out of its slice.
+    #[default]
+    Hotplug,
+    /// By a cpuset partition in the VM's scope.
+    Partition,
+}
+
 /// A VM's claim to its isolated CPUs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Reservation {
     /// How far it has come.
     pub phase: Phase,
+    /// How its CPUs are isolated.
+    #[serde(default)]
+    pub isolation: Isolation,
     /// The settings as they were resolved then.
     pub settings: Settings,
     /// The VM's QEMU, once it runs.

@@ -68,12 +68,16 @@ enum Iothreads {
     ById(BTreeMap<String, CpuSet>),
 }
 
-/// How CPUs are isolated.
+/// How CPUs are to be isolated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Method {
     /// The documented order: slices narrowed, CPUs taken offline and online again.
     Hotplug,
+    /// A cpuset partition in the VM's scope.
+    Partition,
+    /// By partition where this host can, else by hotplug.
+    Auto,
 }
 
 /// Which PCI functions are reset before the VM starts.
@@ -141,8 +145,18 @@ impl Deadlines {
         // A systemd that hangs is waited for once; the reload and the scope are of the way back.
         let systemd = sum(&[self.systemd, self.systemd, self.reload]);
         Bounds {
-            // Both idle VM and PCI functions are waited for twice: to go and to come back.
-            pre_start: sum(&[self.lock, self.lock, systemd, others, self.idle_vm, self.idle_vm, self.pci, self.pci]),
+            // Both idle VM and PCI functions are waited for twice: to go and to come back. The partition's scope needs a reload.
+            pre_start: sum(&[
+                self.lock,
+                self.lock,
+                systemd,
+                self.reload,
+                others,
+                self.idle_vm,
+                self.idle_vm,
+                self.pci,
+                self.pci,
+            ]),
             // QEMU is asked for its threads at the beginning and when they are pinned.
             post_start: sum(&[self.lock, systemd, others, self.qmp, self.qmp]),
             post_stop: sum(&[self.lock, systemd, others, self.qemu_exit, self.idle_vm]),
