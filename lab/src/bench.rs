@@ -29,7 +29,19 @@ const UNDO: &str = "pin-irqs -q 0-23; pin-kthreads -q 0-23; cg-slice allow -q 0-
                     governor -q set schedutil 0-23; hook step stat-interval -q 1; rmdir /sys/fs/cgroup/qemu-decoupled.slice/* \
                     /sys/fs/cgroup/qemu-decoupled.slice";
 
+/// The same for the bare program: what the VM's end has not undone.
+const UNDO_PARTITION: &str =
+    "pin-irqs -q 0-23; pin-kthreads -q 0-23; governor -q set schedutil 0-23; hook step stat-interval -q 1";
+
 type Times = BTreeMap<String, f64>;
+
+/// hook by partition, and the bare program: microseconds on the last line.
+const PARTITION: &str = "layout = \"5900x\"\nmethod = \"partition\"\n";
+const BARE: &str = "/usr/local/lib/pinfold-lab/lab-agent bare 100";
+
+/// What is promised of the method partition: how many times as fast as the script post-start is, and how many times as long
+/// as the bare system calls it takes.
+const PARTITION_PROMISED: [f64; 2] = [20.0, 2.0];
 
 /// What is promised: how many times as fast hook is in all, and less the kernel's own time for hotplug.
 const PROMISED: [f64; 2] = [2.0, 10.0];
@@ -40,6 +52,7 @@ pub fn run(bins: &Path, out: &mut impl Write) -> Result<()> {
     host.put("/tmp/post-start.sh", SCRIPT.as_bytes(), 0o755)?;
     let vm = VmSpec::new(100);
     let (mut script, mut hook) = (Vec::new(), Vec::new());
+    let (mut partition, mut bare) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
         host.start_vm(&vm)?;
         let text = host.ok("s=$EPOCHREALTIME; /tmp/post-start.sh 100 2>/dev/null")?;
@@ -57,12 +70,53 @@ pub fn run(bins: &Path, out: &mut impl Write) -> Result<()> {
         host.kill_vm(100)?;
         host.cleanup_vm(100, false)?;
         host.ok("hook 100 post-stop -q")?;
+
+        host.ok("mkdir -p /etc/pinfold")?;
+        host.put("/etc/pinfold/100.toml", PARTITION.as_bytes(), 0o644)?;
+        for (program, times) in [("hook 100 post-start", &mut partition), (BARE, &mut bare)] {
+            host.ok("hook 100 pre-start -q")?;
+            host.start_vm(&vm)?;
+            times.push(seconds(&host, program)?);
+            host.kill_vm(100)?;
+            host.cleanup_vm(100, false)?;
+            host.ok("hook 100 post-stop -q")?;
+            host.sh(UNDO_PARTITION)?;
+        }
+        host.ok("rm /etc/pinfold/100.toml")?;
     }
     let (text, ratios) = table(&script, &hook);
     out.write_all(text.as_bytes())?;
     let kept = ratios.iter().zip(PROMISED).all(|(ratio, promised)| *ratio >= promised);
     ensure!(kept, "promised is {:.0}x in all and {:.0}x less the kernel's hotplug", PROMISED[0], PROMISED[1]);
+    let (script, partition, bare) =
+        (STEPS.iter().map(|(step, _)| median(&script, step)).sum(), middle(partition), middle(bare));
+    let (text, ratios) = partition_table(script, partition, bare);
+    out.write_all(text.as_bytes())?;
+    let [faster, of_bare] = PARTITION_PROMISED;
+    ensure!(
+        ratios[0] >= faster && ratios[1] <= of_bare,
+        "promised of partition is {faster:.0}x the script's speed and {of_bare:.0}x the bare calls' time"
+    );
     Ok(())
+}
+
+/// How long a command takes, its start too.
+fn seconds(host: &Host, command: &str) -> Result<f64> {
+    let timed = format!(
+        "s=${{EPOCHREALTIME/./}}; {command} >/dev/null 2>/dev/null || exit; echo $((${{EPOCHREALTIME/./}} - s))"
+    );
+    host.put("/tmp/timed.sh", timed.as_bytes(), 0o755)?;
+    let microseconds: f64 = host.ok("bash /tmp/timed.sh")?.trim().parse().context("no time")?;
+    Ok(microseconds / 1e6)
+}
+
+fn partition_table(script: f64, partition: f64, bare: f64) -> (String, [f64; 2]) {
+    let ratios = [script / partition, partition / bare];
+    let text = format!(
+        "{:<34}{script:>10.3}{partition:>10.3}{:>7.1}x\n{:<34}{bare:>10.3}{partition:>10.3}{:>7.2}x the time\n",
+        "by partition, against the script", ratios[0], "by partition, against bare calls", ratios[1]
+    );
+    (text, ratios)
 }
 
 /// The script's own lines, `step seconds`.
@@ -97,7 +151,10 @@ fn hook_times(text: &str) -> Result<Times> {
 }
 
 fn median(rounds: &[Times], step: &str) -> f64 {
-    let mut values: Vec<f64> = rounds.iter().map(|times| times.get(step).copied().unwrap_or_default()).collect();
+    middle(rounds.iter().map(|times| times.get(step).copied().unwrap_or_default()).collect())
+}
+
+fn middle(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
 }

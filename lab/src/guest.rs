@@ -10,17 +10,29 @@ pub enum Guest {
     Trixie,
     /// Debian 12: systemd 252, kernel 6.1.
     Bookworm,
+    /// Debian 13 with the kernel of its backports, 7.
+    Backports,
 }
 
 impl Guest {
     /// All of them.
-    pub const ALL: [Self; 2] = [Self::Trixie, Self::Bookworm];
+    pub const ALL: [Self; 3] = [Self::Trixie, Self::Bookworm, Self::Backports];
 
     /// Its name, which is the release's.
     pub fn name(self) -> &'static str {
         match self {
             Self::Trixie => "trixie",
             Self::Bookworm => "bookworm",
+            Self::Backports => "trixie-backports",
+        }
+    }
+
+    /// Where its packages come from, those of the kernel from the last.
+    pub(crate) fn suites(self) -> &'static [&'static str] {
+        match self {
+            Self::Trixie => &["trixie"],
+            Self::Bookworm => &["bookworm"],
+            Self::Backports => &["trixie", "trixie-backports"],
         }
     }
 }
@@ -36,7 +48,7 @@ impl FromStr for Guest {
 
     fn from_str(name: &str) -> Result<Self, String> {
         let found = Self::ALL.into_iter().find(|guest| guest.name() == name);
-        found.ok_or_else(|| format!("no such guest: there are {}", Self::ALL.map(Self::name).join(" and ")))
+        found.ok_or_else(|| format!("no such guest: there are {}", Self::ALL.map(Self::name).join(", ")))
     }
 }
 
@@ -49,6 +61,6 @@ mod tests {
         for guest in Guest::ALL {
             assert_eq!(guest.to_string().parse(), Ok(guest));
         }
-        assert_eq!("sid".parse::<Guest>().unwrap_err(), "no such guest: there are trixie and bookworm");
+        assert_eq!("sid".parse::<Guest>().unwrap_err(), "no such guest: there are trixie, bookworm, trixie-backports");
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::cache::{self, Cache};
 use crate::{Guest, setup, tool};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -53,7 +53,7 @@ impl Image {
     /// The image of this guest: the kept one, or built now. Builders of the same image wait for one another.
     pub fn ensure(cache: &Cache, guest: Guest) -> Result<Self> {
         let recipe = HOOKS.map(|(_, _, text)| text).into_iter().chain(PACKAGES.iter().copied());
-        let key = cache::key(recipe.chain([guest.name(), SIZE]));
+        let key = cache::key(recipe.chain([guest.name(), SIZE]).chain(guest.suites().iter().skip(1).copied()));
         let folder = cache.path(format!("images/{guest}-{key}"));
         let image = Self { key, folder };
         if !image.disk().exists() {
@@ -96,7 +96,13 @@ impl Image {
             command.arg(format!("--{phase}-hook={}", path.display()));
         }
         let mirror = std::env::var("PINFOLD_LAB_MIRROR").unwrap_or_else(|_| MIRROR.to_owned());
-        command.args([guest.name(), "/dev/null", &format!("deb {mirror} {guest} main")]);
+        let suites = guest.suites();
+        let (Some(first), Some(last)) = (suites.first(), suites.last()) else { bail!("{guest}: no suite") };
+        let pin = format!("Package: linux-*\nPin: release n={last}\nPin-Priority: 990\n");
+        cache::write(&self.folder.join("kernel.pref"), pin)?;
+        let pin = format!("copy-in {}/kernel.pref /etc/apt/preferences.d", self.folder.display());
+        command.arg("--setup-hook=mkdir -p \"$1/etc/apt/preferences.d\"").arg(format!("--setup-hook={pin}"));
+        command.args([first, "/dev/null"]).args(suites.iter().map(|suite| format!("deb {mirror} {suite} main")));
         tool::run(&mut command)?;
         let own = format!("{}:{}", nix::unistd::getuid(), nix::unistd::getgid());
         tool::run(tool::as_root("chown")?.args(["-R", &own]).arg(&self.folder))?;

@@ -6,6 +6,7 @@
 
 pub mod acpi;
 pub mod agent;
+pub mod bare;
 pub mod bench;
 pub mod cache;
 pub mod channel;

@@ -17,8 +17,10 @@ pub struct Strays {
     pub kthreads: Vec<Stray>,
     /// Unbound kworkers, which follow the workqueues' mask alone.
     pub kworkers: Vec<Stray>,
-    /// IRQs that can be moved, by mask or by effective mask.
+    /// IRQs that can be moved and whose mask holds one of the CPUs.
     pub irqs: Vec<Irq>,
+    /// IRQs whose mask holds none of the CPUs, while the kernel still has their next interrupt, which moves them, come there.
+    pub moving: Vec<Irq>,
     /// `/proc/irq/default_smp_affinity`, where it holds one of the CPUs.
     pub default_irq_mask: Option<String>,
     /// The unbound workqueues' mask, where it holds one of the CPUs.
@@ -58,11 +60,13 @@ pub struct Irq {
 impl Strays {
     /// Nothing that could have been kept away is left.
     pub fn is_clean(&self) -> bool {
-        let Self { threads, kthreads, kworkers, irqs, default_irq_mask, workqueue_mask, kernel_bound: _ } = self;
+        let Self { threads, kthreads, kworkers, irqs, moving, default_irq_mask, workqueue_mask, kernel_bound: _ } =
+            self;
         threads.is_empty()
             && kthreads.is_empty()
             && kworkers.is_empty()
             && irqs.is_empty()
+            && moving.is_empty()
             && default_irq_mask.is_none()
             && workqueue_mask.is_none()
     }
@@ -116,12 +120,14 @@ fn irqs(cpus: &Cpus, found: &mut Strays) -> Result<()> {
             continue;
         };
         // One without a handler gets its place when a driver asks for it.
-        if actions.is_empty() || !(mask.parse::<Cpus>()?.meets(cpus) || effective.parse::<Cpus>()?.meets(cpus)) {
+        let meant = mask.parse::<Cpus>()?.meets(cpus);
+        if actions.is_empty() || !(meant || effective.parse::<Cpus>()?.meets(cpus)) {
             continue;
         }
         let name = actions.join(" ");
         if movable(&own.join("smp_affinity_list"), &mask) {
-            found.irqs.push(Irq { number, name, cpus: mask, effective });
+            let irq = Irq { number, name, cpus: mask, effective };
+            if meant { found.irqs.push(irq) } else { found.moving.push(irq) }
         } else {
             found.kernel_bound.push(format!("irq {number} {name} {mask}"));
         }

@@ -1,7 +1,7 @@
 //! The lab's agent: runs inside the lab host.
 
 use anyhow::{Context, Result, bail};
-use pinfold_lab::{agent, map, qm, snapshot, strays, topology};
+use pinfold_lab::{agent, bare, map, qm, snapshot, strays, topology};
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
@@ -26,6 +26,7 @@ fn act(words: &[&str]) -> Result<()> {
         (Some("swtpm"), _) => qm::helper(),
         (_, ["serve"]) => agent::serve(),
         (_, ["topology"]) => topology::apply(),
+        (_, ["bare", vmid]) => bare::isolate(vmid),
         (_, ["map"]) => print(&map::draw()?),
         (_, ["snapshot"]) => print(&snapshot::take()?.to_string()),
         (_, ["strays", cpus, vms @ ..]) => {
@@ -34,7 +35,7 @@ fn act(words: &[&str]) -> Result<()> {
             let found = strays::find(&cpus.parse()?, &vms.context("--vm: not a VMID")?)?;
             print(&(serde_json::to_string_pretty(&found)? + "\n"))
         }
-        _ => bail!("usage: lab-agent serve | topology | map | snapshot | strays CPUS [--vm VMID]..."),
+        _ => bail!("usage: lab-agent serve | topology | map | bare VMID | snapshot | strays CPUS [--vm VMID]..."),
     }
 }
 

@@ -13,9 +13,11 @@ use crate::support::{assert_clean, assert_restored, expect, injected, install_ho
 
 stories!(only trixie:
     killed_in_post_start,
+    killed_in_post_start_by_partition,
     killed_in_post_stop,
     killed_in_post_stop_of_one_of_two,
     each_call_fails,
+    each_call_fails_by_partition,
     walk,
     cycles,
     twenty_at_once,
@@ -64,17 +66,21 @@ fn sample<T: Clone>(all: &[T], count: usize) -> Vec<T> {
 }
 
 /// VM 100 with a core of its own: the calls are the same as for a CCD's, and emulated CPUs go offline slowly.
-fn small_vm(host: &Host) -> VmSpec {
+fn small_vm(host: &Host, method: &str) -> VmSpec {
     host.ok("mkdir -p /etc/pinfold").unwrap();
-    let settings = "isolated = \"6,18\"\npins = \"6,18\"\n[deadlines]\nqemu_exit = 0\n";
+    let settings = format!("isolated = \"6,18\"\npins = \"6,18\"\nmethod = \"{method}\"\n[deadlines]\nqemu_exit = 0\n");
     host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644).unwrap();
     VmSpec { cores: 2, ..VmSpec::new(100) }
 }
 
 /// A host with a VM that is nobody's business and VM 100, which runs, was fenced once and is not now.
-fn with_vm_100(host: &Host) -> HostState {
+fn with_vm_100(host: &Host, method: &str) -> HostState {
     host.start_vm(&VmSpec::new(101)).unwrap();
-    host.start_vm(&small_vm(host)).unwrap();
+    let spec = small_vm(host, method);
+    host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640).unwrap();
+    // A partition needs a scope that pre-start has seen to.
+    expect(host, "hook 100 pre-start -q", 0);
+    host.start_vm(&spec).unwrap();
     // The scope that systemd is asked for on the way back has another description than PVE's.
     expect(host, "hook 100 post-start -q && hook 100 post-stop -q", 0);
     host.snapshot().unwrap()
@@ -90,10 +96,18 @@ fn fault(lost: &mut String, what: &str, difference: &str) {
 
 /// After a kill at any point of post-start: post-stop restores, or recover ends what was begun.
 fn killed_in_post_start(host: &mut Host) {
-    let before = with_vm_100(host);
+    killed_in_post_start_by(host, "hotplug", 22);
+}
+
+fn killed_in_post_start_by_partition(host: &mut Host) {
+    killed_in_post_start_by(host, "partition", 8);
+}
+
+fn killed_in_post_start_by(host: &Host, method: &str, count: usize) {
+    let before = with_vm_100(host, method);
     let all = calls(host, "hook 100 post-start");
     expect(host, "hook 100 post-stop -q", 0);
-    let tried = sample(&all, 22);
+    let tried = sample(&all, count);
     let mut lost = String::new();
     for (n, call) in tried.iter().enumerate() {
         assert!(kill_at(host, &call.0, call.1, "hook 100 post-start"), "{call:?} was reached");
@@ -105,7 +119,7 @@ fn killed_in_post_start(host: &mut Host) {
         expect(host, "hook 100 post-stop -q", 0);
         fault(&mut lost, &format!("killed at {call:?}"), &before.not_restored(&host.snapshot().unwrap()));
     }
-    println!("killed in post-start: {} of {} calls tried", tried.len(), all.len());
+    println!("killed in post-start by {method}: {} of {} calls tried", tried.len(), all.len());
     assert!(lost.is_empty(), "{lost}");
 }
 
@@ -113,7 +127,7 @@ fn killed_in_post_start(host: &mut Host) {
 fn killed_in_post_stop(host: &mut Host) {
     install_hook(host);
     host.start_vm(&VmSpec::new(101)).unwrap();
-    let spec = VmSpec { hookscript: vm().hookscript, ..small_vm(host) };
+    let spec = VmSpec { hookscript: vm().hookscript, ..small_vm(host, "hotplug") };
     let before = host.snapshot().unwrap();
     let fenced_and_killed = |host: &Host| {
         host.start_vm(&spec).unwrap();
@@ -172,6 +186,14 @@ fn killed_in_post_stop_of_one_of_two(host: &mut Host) {
 
 /// Whatever a call of post-start answers: hook says so and takes back what it did, or does without, and post-stop restores.
 fn each_call_fails(host: &mut Host) {
+    each_call_fails_by(host, "hotplug", 16);
+}
+
+fn each_call_fails_by_partition(host: &mut Host) {
+    each_call_fails_by(host, "partition", 11);
+}
+
+fn each_call_fails_by(host: &Host, method: &str, count: usize) {
     const ERRORS: [(&str, &str); 5] = [
         ("EIO", "Input/output error"),
         ("EINVAL", "Invalid argument"),
@@ -179,13 +201,13 @@ fn each_call_fails(host: &mut Host) {
         ("ENOSPC", "No space left on device"),
         ("ENOENT", "No such file or directory"),
     ];
-    let before = with_vm_100(host);
+    let before = with_vm_100(host, method);
     let all = calls(host, "hook 100 post-start");
     expect(host, "hook 100 post-stop -q", 0);
     let each: Vec<(Call, (&str, &str))> =
         all.iter().flat_map(|call| ERRORS.iter().map(move |error| (call.clone(), *error))).collect();
     // At even distances that are no multiple of five, every error comes.
-    let tried = sample(&each, 16);
+    let tried = sample(&each, count);
     let (mut lost, mut told) = (String::new(), 0);
     for ((call, nth), (error, words)) in &tried {
         let what = format!("{call} {nth} answers {error}");
@@ -203,7 +225,7 @@ fn each_call_fails(host: &mut Host) {
         fault(&mut lost, &what, &before.not_restored(&host.snapshot().unwrap()));
         expect(host, "test ! -e /run/pinfold/state.json", 0);
     }
-    println!("errors in post-start: {} tried, {told} told and taken back", tried.len());
+    println!("errors in post-start by {method}: {} tried, {told} told and taken back", tried.len());
     assert!(told > 0 && lost.is_empty(), "{lost}");
 }
 

@@ -1,0 +1,241 @@
+//! The isolation method `partition`: one write of the kernel's in the VM's own scope.
+
+use pinfold_lab::{Guest, Host, VmSpec};
+
+use crate::stories;
+use crate::support::{
+    HOUSEKEEPING, ISOLATED, assert_clean, assert_fenced, assert_restored, expect, install_hook, refuses, threads, vm,
+};
+
+stories![with partitions:
+    a_vm_has_a_partition,
+    two_vms_and_others,
+    what_partition_refuses,
+    meddled_with,
+];
+
+mod bookworm {
+    #[test]
+    fn too_old_a_kernel() {
+        crate::support::tell(pinfold_lab::Guest::Bookworm, super::too_old_a_kernel);
+    }
+}
+
+/// VM 100's settings: the layout's CPUs, by this method.
+fn settings(host: &Host, method: &str) {
+    host.ok("mkdir -p /etc/pinfold").unwrap();
+    let text = format!("layout = \"5900x\"\nmethod = \"{method}\"\n");
+    host.put("/etc/pinfold/100.toml", text.as_bytes(), 0o644).unwrap();
+}
+
+/// VM 102 on one core, by partition.
+fn small(host: &Host) -> VmSpec {
+    let text = "isolated = \"5,17\"\npins = \"5,17\"\nmethod = \"partition\"\n";
+    host.put("/etc/pinfold/102.toml", text.as_bytes(), 0o644).unwrap();
+    VmSpec { cores: 2, hookscript: vm().hookscript, ..VmSpec::new(102) }
+}
+
+fn value(host: &Host, file: &str) -> String {
+    host.ok(&format!("cat {file}")).unwrap().trim().to_owned()
+}
+
+/// VM 100 is fenced as by hotplug, and where it was: in its scope, whose slice and all others are as they were.
+fn assert_partitioned(host: &Host) {
+    assert_fenced(host);
+    let scope = "/sys/fs/cgroup/qemu.slice/100.scope";
+    assert_eq!(value(host, &format!("{scope}/vcpu/cpuset.cpus.partition")), "isolated");
+    assert_eq!(value(host, &format!("{scope}/cpuset.cpus.effective")), HOUSEKEEPING);
+    let vcpus = host.ok(&format!("wc -l < {scope}/vcpu/cgroup.threads")).unwrap();
+    assert_eq!(vcpus.trim(), "12", "vCPU threads, and no others");
+    expect(host, "test ! -d /sys/fs/cgroup/qemu-decoupled.slice", 0);
+    let (dropped_in, _) = expect(host, "find /run/systemd -path '*.slice.d/50-AllowedCPUs.conf'", 0);
+    assert_eq!(dropped_in, "", "no slice is narrowed");
+}
+
+/// Start, stop; start, killed: fenced, then restored.
+fn a_vm_has_a_partition(host: &mut Host) {
+    install_hook(host);
+    settings(host, "partition");
+    // The first start makes qemu.slice, which stays.
+    host.start_vm(&VmSpec::new(101)).unwrap();
+    // Masks of the admin's: the kernel moves these too, and must not be told from the rest.
+    let admins = "taskset -pc 0-3,8 $(pgrep -x kswapd0) && taskset -pc 9 $(pgrep -x ksmd)";
+    host.ok(admins).unwrap();
+    let before = host.snapshot().unwrap();
+    let told = host.start_vm(&vm()).unwrap();
+    assert!(told.contains("fencing CPU 6-11,18-23 off for VM 100"), "{told}");
+    assert_partitioned(host);
+    let (status, _) = expect(host, "hook status", 0);
+    assert!(status.contains("\nstrays (could be elsewhere): 0\n"), "{status}");
+    let (shown, _) = expect(host, "cg-slice partition show", 0);
+    let row = shown.lines().find(|line| line.starts_with("/qemu.slice/100.scope/vcpu")).unwrap();
+    let words: Vec<&str> = row.split_whitespace().collect();
+    assert_eq!(words[1..], ["isolated", ISOLATED, ISOLATED, ISOLATED], "{shown}");
+    // A kernel thread that is born now starts beside the partition.
+    host.ok("truncate -s 1M /tmp/image && losetup -f --direct-io=off /tmp/image && dd if=/dev/loop0 of=/dev/null")
+        .unwrap();
+    assert_clean(host, ISOLATED, &[100]);
+    host.ok("losetup -D && rm /tmp/image").unwrap();
+
+    let (trace, _) = expect(host, "hook 100 post-start --json", 0);
+    let trace: serde_json::Value = serde_json::from_str(&trace).unwrap();
+    for change in trace["changes"].as_array().unwrap() {
+        assert_ne!(change["outcome"], "changed", "once more changes nothing: {change}");
+    }
+    let told = host.stop_vm(100).unwrap();
+    assert!(told.contains("CPU 6-11,18-23 given back by VM 100"), "{told}");
+    assert_restored(host, &before);
+    expect(host, "test ! -e /run/pinfold/state.json", 0);
+
+    host.start_vm(&vm()).unwrap();
+    assert_partitioned(host);
+    host.kill_vm(100).unwrap();
+    host.cleanup_vm(100, false).unwrap();
+    let (_, notes) = expect(host, "hook recover", 0);
+    assert!(notes.contains("VM 100 runs no more and no hook said so"), "{notes}");
+    assert!(!notes.contains("somebody else"), "what the kernel does by itself is nobody's: {notes}");
+    assert_restored(host, &before);
+
+    // Taken back while the VM runs on.
+    host.start_vm(&VmSpec { hookscript: None, ..vm() }).unwrap();
+    let running = threads(host, 100);
+    host.ok("qm stop 100 2>&1").unwrap();
+    host.start_vm(&vm()).unwrap();
+    expect(host, "hook 100 post-stop -q", 0);
+    assert_eq!(threads(host, 100), running);
+    expect(host, "test ! -d /sys/fs/cgroup/qemu.slice/100.scope/vcpu", 0);
+    host.ok("qm stop 100 2>&1").unwrap();
+    assert_restored(host, &before);
+}
+
+/// Two VMs by partition, another VM and a container that start meanwhile: each one's CPUs stay its own.
+fn two_vms_and_others(host: &mut Host) {
+    install_hook(host);
+    settings(host, "auto");
+    let second = small(host);
+    host.start_vm(&VmSpec::new(101)).unwrap();
+    let before = host.snapshot().unwrap();
+    let told = host.start_vm(&vm()).unwrap();
+    assert!(told.contains("method auto: by partition"), "{told}");
+    host.start_vm(&second).unwrap();
+    let both = "5-11,17-23";
+    assert_clean(host, both, &[100, 102]);
+    assert_eq!(value(host, "/sys/fs/cgroup/cpuset.cpus.isolated"), both);
+    assert!(threads(host, 102).iter().any(|(name, cpus)| name.starts_with("CPU 1/") && cpus == "17"));
+
+    // As PVE's containers are: a tree of its own beside systemd's, without cpusets and with.
+    host.ok("mkdir -p /sys/fs/cgroup/lxc/200 && sh -c 'echo $$ > /sys/fs/cgroup/lxc/200/cgroup.procs; exec setsid sleep 1000 > /dev/null 2>&1 &'")
+        .unwrap();
+    host.start_vm(&VmSpec { cores: 2, ..VmSpec::new(103) }).unwrap();
+    assert_clean(host, both, &[100, 102]);
+    host.ok("pkill -x sleep; while ! rmdir /sys/fs/cgroup/lxc/200 /sys/fs/cgroup/lxc 2> /dev/null; do sleep 0.1; done")
+        .unwrap();
+    host.stop_vm(103).unwrap();
+
+    // In either order.
+    host.stop_vm(100).unwrap();
+    assert_clean(host, "5,17", &[102]);
+    assert_eq!(value(host, "/sys/fs/cgroup/qemu.slice/cpuset.cpus.exclusive"), "5,17");
+    host.start_vm(&vm()).unwrap();
+    host.kill_vm(102).unwrap();
+    host.cleanup_vm(102, true).unwrap();
+    let (status, _) = expect(host, "hook status", 0);
+    assert!(!status.contains("VM 102"), "{status}");
+    assert_partitioned(host);
+    host.stop_vm(100).unwrap();
+    assert_restored(host, &before);
+}
+
+/// What cannot be is said before anything is begun.
+fn what_partition_refuses(host: &mut Host) {
+    small(host);
+    host.start_vm(&VmSpec::new(100)).unwrap();
+    host.start_vm(&VmSpec { cores: 2, ..VmSpec::new(102) }).unwrap();
+    // The scope that systemd is asked for on the way back has another description than PVE's.
+    settings(host, "hotplug");
+    expect(host, "hook 100 post-start -q && hook 100 post-stop -q", 0);
+    let before = host.snapshot().unwrap();
+    settings(host, "partition");
+    refuses(
+        host,
+        "hook 100 post-start",
+        1,
+        "hook: 100.scope: systemd would take a partition in it away: hook's pre-start was not run before this VM was \
+         started. Stop and start it, or use the method hotplug",
+    );
+    // Where it may choose it takes the other way, and says why.
+    settings(host, "auto");
+    let (told, _) = expect(host, "hook 100 post-start", 0);
+    assert!(told.contains("method auto: by hotplug, since partition cannot be: 100.scope: "), "{told}");
+    assert_fenced(host);
+    // The two are not mixed.
+    refuses(
+        host,
+        "hook 102 pre-start",
+        1,
+        "hook: /etc/pinfold/102.toml: method: VM 100 is isolated by the other method while that runs; the two cannot be mixed",
+    );
+    expect(host, "hook 100 post-stop -q", 0);
+    let difference = before.not_restored(&host.snapshot().unwrap());
+    assert!(difference.is_empty(), "{difference}");
+
+    // Whoever lives on those CPUs alone is named, and whoever has them for a partition.
+    host.ok("mkdir -p /sys/fs/cgroup/lxc && echo +cpuset > /sys/fs/cgroup/cgroup.subtree_control && echo 5 > /sys/fs/cgroup/lxc/cpuset.cpus")
+        .unwrap();
+    let (_, why) = expect(host, "hook 102 pre-start", 1);
+    assert!(why.contains("cgroup /lxc: its cpuset.cpus 5 is all in CPU 5,17"), "{why}");
+    host.ok("echo > /sys/fs/cgroup/lxc/cpuset.cpus").unwrap();
+    expect(host, "cg-slice partition make lxc 17-18 -q", 0);
+    let (_, why) = expect(host, "hook 102 pre-start", 1);
+    assert!(why.contains("cgroup /lxc: CPU 17 is exclusive to it"), "{why}");
+    expect(host, "cg-slice partition undo lxc -q", 0);
+    host.ok("rmdir /sys/fs/cgroup/lxc").unwrap();
+    expect(host, "test ! -e /run/pinfold/state.json", 0);
+}
+
+/// Others touch units, scope and slices meanwhile: the partition stays.
+fn meddled_with(host: &mut Host) {
+    install_hook(host);
+    settings(host, "partition");
+    host.start_vm(&VmSpec::new(101)).unwrap();
+    let before = host.snapshot().unwrap();
+    host.start_vm(&vm()).unwrap();
+    for touch in [
+        "systemctl daemon-reload",
+        "systemctl set-property --runtime 100.scope CPUWeight=50",
+        "systemctl set-property --runtime 100.scope AllowedCPUs=0-23",
+        "systemctl set-property --runtime qemu.slice CPUWeight=50",
+        "systemctl set-property --runtime 101.scope CPUWeight=50",
+    ] {
+        host.ok(touch).unwrap();
+        assert_eq!(value(host, "/sys/fs/cgroup/cpuset.cpus.isolated"), ISOLATED, "{touch}");
+    }
+    assert_partitioned(host);
+    // Somebody makes it an ordinary cgroup: told, and mended by the next look.
+    host.ok("echo member > /sys/fs/cgroup/qemu.slice/100.scope/vcpu/cpuset.cpus.partition").unwrap();
+    expect(host, "hook status", 1);
+    expect(host, "hook 100 post-start -q", 0);
+    assert_partitioned(host);
+    host.stop_vm(100).unwrap();
+    host.ok("systemctl set-property --runtime qemu.slice CPUWeight= && systemctl set-property --runtime 101.scope CPUWeight= \
+             && rm -rf /run/systemd/system.control/qemu.slice.d /run/systemd/transient/101.scope.d && systemctl daemon-reload")
+        .unwrap();
+    assert_restored(host, &before);
+}
+
+/// Refused with the reason; where hook may choose it takes the other way.
+fn too_old_a_kernel(host: &mut Host) {
+    assert_eq!(host.guest, Guest::Bookworm);
+    settings(host, "partition");
+    host.start_vm(&VmSpec::new(100)).unwrap();
+    let release = host.ok("uname -r").unwrap();
+    let why = format!(
+        "kernel {}: a partition below the top needs Linux 6.8 or newer; the method hotplug does without",
+        release.trim()
+    );
+    refuses(host, "hook 100 pre-start", 1, &format!("hook: {why}"));
+    refuses(host, "cg-slice partition make qemu.slice 6-7", 1, &format!("cg-slice: {why}"));
+    settings(host, "auto");
+    let (told, _) = expect(host, "hook 100 pre-start", 0);
+    assert!(told.contains(&format!("method auto: by hotplug, since partition cannot be: {why}")), "{told}");
+}
