@@ -218,7 +218,7 @@ fn meddled_with(host: &mut Host) {
     assert_partitioned(host);
     host.stop_vm(100).unwrap();
     host.ok("systemctl set-property --runtime qemu.slice CPUWeight= && systemctl set-property --runtime 101.scope CPUWeight= \
-             && rm -rf /run/systemd/system.control/qemu.slice.d /run/systemd/transient/101.scope.d && systemctl daemon-reload")
+             && rm -rf /run/systemd/system.control/qemu.slice.d /run/systemd/transient/101.scope.d && rmdir /run/systemd/system.control && systemctl daemon-reload")
         .unwrap();
     assert_restored(host, &before);
 }
