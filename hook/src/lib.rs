@@ -205,6 +205,10 @@ fn run_step(step: Step) -> anyhow::Result<Exit> {
 }
 
 #[cfg(test)]
+#[path = "../../core/tests/machine/mod.rs"]
+mod machine;
+
+#[cfg(test)]
 mod tests {
     use clap::CommandFactory;
 

@@ -32,12 +32,16 @@ impl Run<'_> {
     /// the start. Then what must be done before QEMU takes its devices and memory.
     pub(crate) fn pre_start(&mut self, vmid: VmId) -> anyhow::Result<Exit> {
         let conf = vm::conf(&self.root, vmid)?;
+        let deadlines = settings::deadlines(&self.root, vmid);
+        self.heed(&deadlines);
+        let mut store = self.open(&deadlines)?;
+        self.drop_dead(&mut store, Some(vmid))?;
+        // Under the lock: of CPUs that another hook has taken offline the kernel tells neither core nor cache.
         let settings = settings::load(&self.root, vmid)?;
-        self.heed(&settings.deadlines);
         for note in checks::before_start(&self.root, vmid, &conf, &settings)? {
             self.report.note(&note);
         }
-        self.reserve(vmid, &settings)?;
+        self.reserve(store, vmid, &settings)?;
         // Without the lock: stopping the idle VM runs its own hook.
         let prepared = self.prepare(vmid, &settings);
         if prepared.is_err() {
@@ -49,9 +53,7 @@ impl Run<'_> {
         Ok(self.report.finish())
     }
 
-    fn reserve(&mut self, vmid: VmId, settings: &Settings) -> anyhow::Result<()> {
-        let mut store = self.open(&settings.deadlines)?;
-        self.drop_dead(&mut store, Some(vmid))?;
+    fn reserve(&self, mut store: Store<Reservation>, vmid: VmId, settings: &Settings) -> anyhow::Result<()> {
         checks::no_overlap(&store.reservations, vmid, settings)?;
         let owed = owed(&store, vmid);
         let reservation = Reservation {
@@ -238,11 +240,11 @@ impl Run<'_> {
         Ok(Store::<Reservation>::peek(&self.root)?.and_then(|(mut reservations, _)| reservations.remove(&vmid.into())))
     }
 
-    /// A VM's deadlines, as they were at its pre-start. Settings with a fault have the usual ones: the fault is told later.
+    /// A VM's deadlines, as they were at its pre-start.
     fn deadlines(&self, vmid: VmId) -> anyhow::Result<Deadlines> {
         Ok(match self.peek(vmid)? {
             Some(reservation) => reservation.settings.deadlines,
-            None => settings::load(&self.root, vmid).map(|settings| settings.deadlines).unwrap_or_default(),
+            None => settings::deadlines(&self.root, vmid),
         })
     }
 

@@ -7,8 +7,12 @@ use std::os::unix::fs::MetadataExt;
 use pinfold_core::pci::PciSelector;
 use pinfold_core::systemd::Patience;
 use pinfold_core::vm::VmId;
-use pinfold_core::{CpuSet, CpuSetError, Error, MAX_CPU, Result, Sysroot};
+use pinfold_core::{CpuExpr, CpuSet, Error, Result, Sysroot, cpuexpr};
 use serde::{Deserialize, Serialize};
+
+mod pins;
+
+use pins::Pins;
 
 /// The layout for the machine that the documented order is for, used where no settings file is found.
 const DEFAULT_LAYOUT: &str = "5900x";
@@ -26,14 +30,14 @@ struct Layout {
     pins: Pins,
 }
 
-/// A settings file. Unknown keys are refused.
+/// A settings file. Unknown keys are refused. CPUs are texts here, so that what is said of them can name their key.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
     layout: Option<String>,
-    isolated: Option<CpuSet>,
+    isolated: Option<String>,
     pins: Option<Pins>,
-    emulator: Option<CpuSet>,
+    emulator: Option<String>,
     iothreads: Option<Iothreads>,
     method: Option<Method>,
     governor: Option<String>,
@@ -46,26 +50,11 @@ struct File {
     deadlines: Deadlines,
 }
 
-/// Which CPUs each vCPU may run on: one text in vCPU order, or a list per vCPU.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(untagged)]
-enum Pins {
-    InOrder(String),
-    PerVcpu(Vec<Cpus>),
-}
-
-#[derive(Debug, Clone, Deserialize)]
-#[serde(untagged)]
-enum Cpus {
-    One(usize),
-    List(CpuSet),
-}
-
-#[derive(Debug, Clone, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "CPUs, as in \"4-5\", or CPUs by iothread, as in { iothread-virtioscsi0 = \"4\" }")]
 enum Iothreads {
-    All(CpuSet),
-    ById(BTreeMap<String, CpuSet>),
+    All(String),
+    ById(BTreeMap<String, String>),
 }
 
 /// How CPUs are isolated.
@@ -199,35 +188,50 @@ pub(crate) struct Settings {
 /// The value of `governor` that leaves it as it is.
 const KEEP: &str = "keep";
 
+/// Where a VM's settings may be, below the sysroot; the first that is there counts.
+fn candidates(vmid: VmId) -> [String; 3] {
+    [format!("etc/pve/pinfold/{vmid}.toml"), format!("etc/pinfold/{vmid}.toml"), "etc/pinfold/default.toml".to_owned()]
+}
+
 /// Finds and resolves a VM's settings.
 ///
 /// # Errors
 /// Where a file is not root's alone, cannot be read or says something wrong, or the layout is not for this machine.
 pub(crate) fn load(root: &Sysroot, vmid: VmId) -> Result<Settings> {
-    let candidates = [
-        format!("etc/pve/pinfold/{vmid}.toml"),
-        format!("etc/pinfold/{vmid}.toml"),
-        "etc/pinfold/default.toml".to_owned(),
-    ];
-    for candidate in &candidates {
-        match fs::symlink_metadata(root.path(candidate)) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(source) => return Err(Error::io(root.path(candidate), "look at", source)),
-            Ok(meta) => {
-                let path = root.path(candidate).display().to_string();
-                check_owner(&path, &meta)?;
-                return resolve(root, &root.read(candidate)?, &path);
-            }
-        }
+    if let Some((path, text)) = find(root, vmid)? {
+        return resolve(root, &text, &path);
     }
     resolve(root, &format!("layout = \"{DEFAULT_LAYOUT}\""), &format!("the built-in layout {DEFAULT_LAYOUT}")).map_err(
         |error| {
-            let first = root.path(&candidates[1]);
+            let [_, first, _] = candidates(vmid).map(|path| root.path(path));
             let advice =
                 format!("write your CPUs to {}, as in\n  isolated = \"4-7\"\n  pins = \"4,5,6,7\"", first.display());
             Error::unusable(format!("VM {vmid} has no settings file and {error}"), advice)
         },
     )
+}
+
+/// A VM's deadlines, without a look at the host. Settings with a fault have the usual ones: [`load`] tells the fault.
+pub(crate) fn deadlines(root: &Sysroot, vmid: VmId) -> Deadlines {
+    let file = find(root, vmid).ok().flatten().and_then(|(_, text)| toml::from_str::<File>(&text).ok());
+    file.map(|file| file.deadlines).unwrap_or_default()
+}
+
+/// A VM's settings file: its full path and its text.
+fn find(root: &Sysroot, vmid: VmId) -> Result<Option<(String, String)>> {
+    for candidate in candidates(vmid) {
+        let path = root.path(&candidate);
+        match fs::symlink_metadata(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(source) => return Err(Error::io(path, "look at", source)),
+            Ok(meta) => {
+                let path = path.display().to_string();
+                check_owner(&path, &meta)?;
+                return Ok(Some((path, root.read(&candidate)?)));
+            }
+        }
+    }
+    Ok(None)
 }
 
 /// Whoever can write the settings decides where root writes.
@@ -249,7 +253,10 @@ pub(crate) fn resolve(root: &Sysroot, text: &str, source: &str) -> Result<Settin
     let file: File =
         toml::from_str(text).map_err(|error| Error::malformed(source, error.to_string().trim_end().to_owned()))?;
     let wrong = |why: String| Error::malformed(source, why);
-    let (mut isolated, mut pins) = (file.isolated, file.pins);
+    let host = cpuexpr::Host::new(root);
+    let read = |key: &str, text: &str| cpus(&host, text).map_err(|why| wrong(format!("{key}: {why}")));
+    let mut isolated = file.isolated.map(|text| read("isolated", &text)).transpose()?;
+    let mut pins = file.pins;
     if let Some(name) = &file.layout {
         let layout = layout(name).map_err(&wrong)?;
         let present = pinfold_core::cpu::present(root)?;
@@ -264,25 +271,32 @@ pub(crate) fn resolve(root: &Sysroot, text: &str, source: &str) -> Result<Settin
     let isolated =
         isolated.ok_or_else(|| wrong("isolated: the VM's CPUs are missing; write isolated = \"4-7\"".into()))?;
     let pins = pins.ok_or_else(|| wrong("pins: missing; write a CPU per vCPU, as in pins = \"4,5,6,7\"".into()))?;
-    let pins = pins.resolve().map_err(|why| wrong(format!("pins: {why}")))?;
+    let pins = pins.resolve(&host).map_err(|why| wrong(format!("pins: {why}")))?;
     for (vcpu, cpus) in pins.iter().enumerate() {
         let outside = cpus - &isolated;
         if !outside.is_empty() {
             return Err(wrong(format!("pins: vCPU {vcpu}: CPU {outside} is not among the isolated {isolated}")));
         }
     }
-    for (key, cpus) in
-        file.emulator.iter().map(|cpus| ("emulator", cpus)).chain(file.iothreads.iter().flat_map(Iothreads::named))
-    {
-        if cpus.is_empty() {
-            return Err(wrong(format!("{key}: an empty CPU list; leave it out for all housekeeping CPUs")));
+    // An empty text is a slip, since leaving the key out says more.
+    let some = |key: &str, text: &str| match read(key, text)? {
+        cpus if cpus.is_empty() => {
+            Err(wrong(format!("{key}: an empty CPU list; leave it out for all housekeeping CPUs")))
+        }
+        cpus => Ok(cpus),
+    };
+    let emulator = file.emulator.map(|text| some("emulator", &text)).transpose()?;
+    let (mut iothreads, mut iothread) = (None, BTreeMap::new());
+    match file.iothreads {
+        None => {}
+        Some(Iothreads::All(text)) => iothreads = Some(some("iothreads", &text)?),
+        Some(Iothreads::ById(by_id)) => {
+            for (id, text) in by_id {
+                let cpus = some(&format!("iothreads: {id}"), &text)?;
+                iothread.insert(id, cpus);
+            }
         }
     }
-    let (iothreads, iothread) = match file.iothreads {
-        None => (None, BTreeMap::new()),
-        Some(Iothreads::All(cpus)) => (Some(cpus), BTreeMap::new()),
-        Some(Iothreads::ById(by_id)) => (None, by_id),
-    };
     if file.stat_interval == Some(0) {
         return Err(wrong("stat_interval: 0 s is no interval; leave it out for 120".into()));
     }
@@ -290,7 +304,7 @@ pub(crate) fn resolve(root: &Sysroot, text: &str, source: &str) -> Result<Settin
         source: source.to_owned(),
         isolated,
         pins,
-        emulator: file.emulator,
+        emulator,
         iothreads,
         iothread,
         method: file.method.unwrap_or(Method::Hotplug),
@@ -313,57 +327,24 @@ fn layout(name: &str) -> std::result::Result<Layout, String> {
     toml::from_str(text).map_err(|error| format!("layout {name}: {error}"))
 }
 
-impl Iothreads {
-    fn named(&self) -> Vec<(&'static str, &CpuSet)> {
-        match self {
-            Self::All(cpus) => vec![("iothreads", cpus)],
-            Self::ById(by_id) => by_id.values().map(|cpus| ("iothreads", cpus)).collect(),
-        }
+/// The CPUs that a text stands for on the host; none for an empty one.
+fn cpus(host: &cpuexpr::Host<'_>, text: &str) -> std::result::Result<CpuSet, String> {
+    if text.trim().is_empty() {
+        return Ok(CpuSet::new());
     }
-}
-
-/// More pins than the kernel has CPUs are no layout. A pin's set is as large as its CPU's number, so they are counted
-/// before they are made.
-const MAX_PINS: usize = MAX_CPU + 1;
-
-impl Pins {
-    fn resolve(self) -> std::result::Result<Vec<CpuSet>, String> {
-        let too_many = |count: usize| match count {
-            ..=MAX_PINS => Ok(()),
-            _ => Err(format!("more than {MAX_PINS}, the most CPUs the kernel knows")),
-        };
-        let pins: Vec<CpuSet> = match self {
-            Self::PerVcpu(lists) => {
-                too_many(lists.len())?;
-                let pins = lists.into_iter().map(|cpus| match cpus {
-                    Cpus::One(cpu) if cpu > MAX_CPU => Err(CpuSetError::TooLarge(cpu.to_string()).to_string()),
-                    Cpus::One(cpu) => Ok([cpu].into_iter().collect()),
-                    Cpus::List(cpus) => Ok(cpus),
-                });
-                pins.collect::<std::result::Result<_, _>>()?
-            }
-            // A CPU set has no order: token by token, ranges ascending.
-            Self::InOrder(text) => {
-                let mut pins = Vec::new();
-                for token in text.split(',') {
-                    let cpus: CpuSet = token.parse().map_err(|error: CpuSetError| error.to_string())?;
-                    too_many(pins.len() + cpus.len())?;
-                    pins.extend(cpus.iter().map(|cpu| -> CpuSet { [cpu].into_iter().collect() }));
-                }
-                pins
-            }
-        };
-        match pins.iter().position(CpuSet::is_empty) {
-            Some(vcpu) => Err(format!("vCPU {vcpu} has no CPU")),
-            None if pins.is_empty() => Err("no CPU at all".into()),
-            None => Ok(pins),
-        }
+    let expr: CpuExpr = text.parse().map_err(|error: cpuexpr::CpuExprError| error.to_string())?;
+    if expr.names_vms() {
+        // QEMU's monitor would be waited for as well, beyond the deadlines.
+        let why = "where a VM's vCPUs may run changes as VMs come and go, settings do not; write the CPUs themselves";
+        return Err(format!("{expr}: {why}"));
     }
+    host.resolve(&expr).map_err(|error| error.to_string())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::machine;
     use proptest::prelude::*;
 
     fn host(present: &str) -> (tempfile::TempDir, Sysroot) {
@@ -371,6 +352,15 @@ mod tests {
         let cpus = dir.path().join("sys/devices/system/cpu");
         fs::create_dir_all(&cpus).unwrap();
         fs::write(cpus.join("present"), present).unwrap();
+        let root = Sysroot::new(dir.path());
+        (dir, root)
+    }
+
+    /// A captured machine.
+    fn machine(name: &str) -> (tempfile::TempDir, Sysroot) {
+        let dir = tempfile::tempdir().unwrap();
+        let (_, text) = machine::all().into_iter().find(|(known, _)| known == name).unwrap();
+        machine::expand(&text, dir.path());
         let root = Sysroot::new(dir.path());
         (dir, root)
     }
@@ -424,6 +414,80 @@ mod tests {
     }
 
     #[test]
+    fn selectors_stand_for_this_hosts_cpus() {
+        let (_dir, root) = machine("5900x");
+        let text = "isolated = \"llc:1\"\npins = [\"core:6\", 18, \"smt:7&!7\", \"8-9\"]\nemulator = \"!llc:1\"\n\
+                    iothreads = { a = \"first-threads&llc:0\", b = \"4\" }";
+        let settings = resolve(&root, text, "test").unwrap();
+        let shown = |cpus: &Option<CpuSet>| cpus.as_ref().map(ToString::to_string);
+        assert_eq!((settings.isolated.to_string().as_str(), shown(&settings.iothreads)), ("6-11,18-23", None));
+        let pins: Vec<String> = settings.pins.iter().map(ToString::to_string).collect();
+        assert_eq!(pins, ["6,18", "18", "19", "8-9"]);
+        assert_eq!(shown(&settings.emulator).as_deref(), Some("0-5,12-17"));
+        let iothread: Vec<String> = settings.iothread.iter().map(|(id, cpus)| format!("{id}={cpus}")).collect();
+        assert_eq!(iothread, ["a=0-5", "b=4"]);
+        let kept = serde_json::to_value(&settings).unwrap();
+        assert_eq!((&kept["isolated"], &kept["pins"][0]), (&"6-11,18-23".into(), &"6,18".into()), "kept as CPUs");
+        let settings = resolve(&root, "layout = \"5900x\"\niothreads = \"core:4\"", "test").unwrap();
+        assert_eq!(shown(&settings.iothreads).as_deref(), Some("4,16"));
+    }
+
+    #[test]
+    fn wrong_selectors_name_the_key_and_the_token() {
+        let (_dir, root) = machine("5900x");
+        for (text, why) in [
+            (
+                "isolated = \"lcl:1\"",
+                "test: isolated: \"lcl\" in \"lcl:1\" (character 1) is no selector; there are llc:N",
+            ),
+            (
+                "isolated = \"llc:2\"",
+                "test: isolated: llc:2: no such LLC domain; this host has llc:0 (CPU 0-5,12-17) and",
+            ),
+            ("isolated = \"vcache\"", "test: isolated: vcache: no L3 is larger than the others"),
+            ("isolated = \"llc:1&0\"", "test: isolated: llc:1&0: there is no CPU in it"),
+            ("isolated = \"!vm:101\"", "test: isolated: !vm:101: where a VM's vCPUs may run changes"),
+            ("isolated = \"6\"\npins = \"6\"\nemulator = \"node:1\"", "test: emulator: node:1: no such NUMA node"),
+            ("isolated = \"6\"\npins = \"6\"\niothreads = \"core:24\"", "test: iothreads: CPU 24: no such CPU"),
+            (
+                "isolated = \"6\"\npins = \"6\"\niothreads = { io1 = \"cor:4\" }",
+                "test: iothreads: io1: \"cor\" in \"cor:4\"",
+            ),
+            (
+                "isolated = \"6\"\npins = [6, \"core:\"]",
+                "test: pins: vCPU 1: \"\" in \"core:\" (character 6) is no number",
+            ),
+            ("isolated = \"6\"\npins = [\"llc:0\"]", "test: pins: vCPU 0: CPU 0-5,12-17 is not among the isolated 6"),
+            (
+                "isolated = \"6,18\"\npins = \"6,core:6\"",
+                "test: pins: \"core:6\" in \"6,core:6\" has no order; write CPUs in",
+            ),
+            (
+                "isolated = \"llc:1\"\npins = \"llc:1,!6\"",
+                "test: pins: \"llc:1\" in \"llc:1,!6\" has no order; write CPUs in",
+            ),
+            ("isolated = \"6,18\"\npins = \"6,cor:6\"", "test: pins: \"cor:6\" in \"cor:6\" is no CPU number or range"),
+        ] {
+            let error = resolve(&root, text, "test").unwrap_err().to_string();
+            assert!(error.starts_with(why), "{text:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn deadlines_need_no_host() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("etc/pinfold")).unwrap();
+        let root = Sysroot::new(dir.path());
+        let lock = || deadlines(&root, vm()).lock;
+        assert_eq!(lock(), 120, "no file");
+        let file = dir.path().join("etc/pinfold/100.toml");
+        for (text, seconds) in [("isolated = \"llc:1\"\n[deadlines]\nlock = 5", 5), ("[deadlines]\nlock = x", 120)] {
+            fs::write(&file, text).unwrap();
+            assert_eq!(lock(), seconds);
+        }
+    }
+
+    #[test]
     fn wrong_settings_name_the_key() {
         let (_dir, root) = host("0-23");
         for (text, why) in [
@@ -432,12 +496,18 @@ mod tests {
             ("isolated = \"6-5\"\npins = \"6\"", "runs backwards"),
             ("isolated = \"6\"\npins = \"7\"", "pins: vCPU 0: CPU 7 is not among the isolated 6"),
             ("isolated = \"6\"\npins = \"6,\"", "pins: \"\" is an empty CPU list"),
+            ("isolated = \"6\"\npins = 6", "CPUs in vCPU order, as in \"6,18,7,19\", or a list per vCPU"),
             ("isolated = \"6\"\npins = []", "pins: no CPU at all"),
             ("isolated = \"6\"\npins = [\"\"]", "pins: vCPU 0 has no CPU"),
             ("isolated = \"6\"\npins = \"6\"\ncolour = 1", "unknown field `colour`"),
             ("isolated = \"6\"\npins = \"6\"\nmethod = \"magic\"", "unknown variant `magic`"),
             ("layout = \"9999x\"", "no \"9999x\"; there is 5900x"),
             ("isolated = \"6\"\npins = \"6\"\nemulator = \"\"", "emulator: an empty CPU list"),
+            ("isolated = \"6\"\npins = \"6\"\niothreads = { a = \"0\", b = \" \" }", "iothreads: b: an empty CPU list"),
+            (
+                "isolated = \"6\"\npins = \"6\"\niothreads = 4",
+                "CPUs by iothread, as in { iothread-virtioscsi0 = \"4\" }",
+            ),
             ("isolated = \"6\"\npins = \"6\"\nstat_interval = 0", "stat_interval: 0 s"),
             ("isolated = \"6\"\npins = \"6\"\n[deadlines]\nqmp = -1", "qmp"),
             ("isolated = \"6\"\npins = \"6\"\n[deadlines]\nlock = 3601", "the longest deadline is 3600"),
@@ -468,7 +538,7 @@ mod tests {
         }
 
         #[test]
-        fn no_settings_panic(key in "isolated|pins|emulator|iothreads|stat_interval|reset_pci|idle_vm", value in "\\PC*|-?[0-9]{1,20}|\\[\\PC*\\]|\"[0-9,-]*\"") {
+        fn no_settings_panic(key in "isolated|pins|emulator|iothreads|stat_interval|reset_pci|idle_vm", value in "\\PC*|-?[0-9]{1,20}|\\[\\PC*\\]|\"[0-9,-]*\"|\"(llc:|core:|vm:10|all|!|&|[0-9,()-]){0,8}\"") {
             let _ = toml::from_str::<File>(&format!("{key} = {value}"));
             let _ = resolve(&Sysroot::new("/nonexistent"), &format!("{key} = {value}\nisolated = \"6\""), "test");
         }
