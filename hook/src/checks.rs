@@ -59,7 +59,10 @@ pub(crate) fn pins_suffice(settings: &Settings, vcpus: usize, last: Option<usize
     if last.is_none_or(|last| last < pins) {
         return Ok(());
     }
-    let why = format!("the VM has {vcpus} vCPUs and there are pins for {pins}; add pins or take vCPUs away");
+    let why = match settings.auto_pins {
+        Some(_) => format!("isolated: the VM has {vcpus} vCPUs and these are {pins} CPUs; add CPUs or take vCPUs away"),
+        None => format!("the VM has {vcpus} vCPUs and there are pins for {pins}; add pins or take vCPUs away"),
+    };
     Err(Error::unusable(&settings.source, why))
 }
 
@@ -156,4 +159,26 @@ fn siblings_inside(root: &Sysroot, isolated: &CpuSet) -> Result<bool> {
         }
     }
     Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::settings::resolve;
+
+    #[test]
+    fn too_few_cpus_are_told_with_both_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let (_, text) = crate::machine::all().into_iter().find(|(name, _)| name == "5900x").unwrap();
+        crate::machine::expand(&text, dir.path());
+        let root = Sysroot::new(dir.path());
+        for (pins, why) in [
+            ("\"auto\"", "isolated: the VM has 5 vCPUs and these are 4 CPUs; add CPUs or take vCPUs away"),
+            ("[6, 6, 7, 7]", "the VM has 5 vCPUs and there are pins for 4; add pins or take vCPUs away"),
+        ] {
+            let settings = resolve(&root, &format!("isolated = \"core:6-7\"\npins = {pins}"), "test", 2).unwrap();
+            assert!(pins_suffice(&settings, 4, Some(3)).is_ok());
+            assert_eq!(pins_suffice(&settings, 5, Some(4)).unwrap_err().to_string(), format!("test: {why}"));
+        }
+    }
 }

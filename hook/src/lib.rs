@@ -129,12 +129,12 @@ fn run(args: Args) -> anyhow::Result<Exit> {
 }
 
 /// Checks the text of a settings file as pre-start does before it looks at the VM, and says what it comes to: the JSON
-/// that is kept with the VM's reservation. `source` names the file in errors.
+/// that is kept with the VM's reservation, for a guest without SMT. `source` names the file in errors.
 ///
 /// # Errors
 /// What the text says wrong, with the key; that a layout is not for this machine.
 pub fn check_settings(root: &Sysroot, text: &str, source: &str) -> anyhow::Result<String> {
-    Ok(serde_json::to_string(&settings::resolve(root, text, source)?)?)
+    Ok(serde_json::to_string(&settings::resolve(root, text, source, 1)?)?)
 }
 
 /// Checks the text of a state file as every phase does, and gives it back as hook would write it.

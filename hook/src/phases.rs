@@ -37,7 +37,7 @@ impl Run<'_> {
         let mut store = self.open(&deadlines)?;
         self.drop_dead(&mut store, Some(vmid))?;
         // Under the lock: of CPUs that another hook has taken offline the kernel tells neither core nor cache.
-        let settings = settings::load(&self.root, vmid)?;
+        let settings = settings::load(&self.root, vmid, conf.threads_per_core())?;
         for note in checks::before_start(&self.root, vmid, &conf, &settings)? {
             self.report.note(&note);
         }
@@ -101,7 +101,7 @@ impl Run<'_> {
             Some(claim) if claim.is_claim() && claim.qemu.is_none_or(|task| task == qemu.id) => claim.clone(),
             // No pre-start, or that of an earlier QEMU: its checks are made now.
             _ => {
-                let settings = settings::load(&self.root, vmid)?;
+                let settings = settings::load(&self.root, vmid, qemu.threads_per_core)?;
                 checks::before_start(&self.root, vmid, &vm::conf(&self.root, vmid)?, &settings)?;
                 checks::no_overlap(&store.reservations, vmid, &settings)?;
                 let idle_vm_stopped = owed(&store, vmid);
@@ -116,6 +116,8 @@ impl Run<'_> {
             ));
             return Ok(self.report.finish());
         }
+        // VMID.conf may have been another when pre-start read it, or say less than QEMU was told.
+        reservation.settings.fit_guest(&self.root, qemu.threads_per_core)?;
         let vcpus = threads.vcpus();
         checks::pins_suffice(&reservation.settings, vcpus.len(), vcpus.last())?;
         if reservation.phase == Phase::Starting {

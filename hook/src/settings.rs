@@ -6,6 +6,7 @@ use std::os::unix::fs::MetadataExt;
 
 use pinfold_core::pci::PciSelector;
 use pinfold_core::systemd::Patience;
+use pinfold_core::topology::Topology;
 use pinfold_core::vm::VmId;
 use pinfold_core::{CpuExpr, CpuSet, Error, Result, Sysroot, cpuexpr};
 use serde::{Deserialize, Serialize};
@@ -161,6 +162,9 @@ pub(crate) struct Settings {
     pub isolated: CpuSet,
     /// The CPUs of each vCPU, by its number.
     pub pins: Vec<CpuSet>,
+    /// The threads of the guest's cores that hook has ordered the pins for; none where the settings give the order.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub auto_pins: Option<usize>,
     /// The CPUs of emulator threads; all housekeeping CPUs where none.
     pub emulator: Option<CpuSet>,
     /// The CPUs of iothreads that are not named below; those of the emulator where none.
@@ -185,6 +189,20 @@ pub(crate) struct Settings {
     pub deadlines: Deadlines,
 }
 
+impl Settings {
+    /// Orders the pins for a guest with so many threads per core, where that is left to hook and was done for another.
+    ///
+    /// # Errors
+    /// Where the host's topology cannot be read.
+    pub(crate) fn fit_guest(&mut self, root: &Sysroot, threads_per_core: usize) -> Result<()> {
+        if self.auto_pins.is_some_and(|threads| threads != threads_per_core) {
+            self.pins = pins::auto(&Topology::read(root)?, &self.isolated, threads_per_core);
+            self.auto_pins = Some(threads_per_core);
+        }
+        Ok(())
+    }
+}
+
 /// The value of `governor` that leaves it as it is.
 const KEEP: &str = "keep";
 
@@ -193,22 +211,20 @@ fn candidates(vmid: VmId) -> [String; 3] {
     [format!("etc/pve/pinfold/{vmid}.toml"), format!("etc/pinfold/{vmid}.toml"), "etc/pinfold/default.toml".to_owned()]
 }
 
-/// Finds and resolves a VM's settings.
+/// Finds and resolves a VM's settings; `threads_per_core` is of its guest, for pins whose order is left to hook.
 ///
 /// # Errors
 /// Where a file is not root's alone, cannot be read or says something wrong, or the layout is not for this machine.
-pub(crate) fn load(root: &Sysroot, vmid: VmId) -> Result<Settings> {
+pub(crate) fn load(root: &Sysroot, vmid: VmId, threads_per_core: usize) -> Result<Settings> {
     if let Some((path, text)) = find(root, vmid)? {
-        return resolve(root, &text, &path);
+        return resolve(root, &text, &path, threads_per_core);
     }
-    resolve(root, &format!("layout = \"{DEFAULT_LAYOUT}\""), &format!("the built-in layout {DEFAULT_LAYOUT}")).map_err(
-        |error| {
-            let [_, first, _] = candidates(vmid).map(|path| root.path(path));
-            let advice =
-                format!("write your CPUs to {}, as in\n  isolated = \"4-7\"\n  pins = \"4,5,6,7\"", first.display());
-            Error::unusable(format!("VM {vmid} has no settings file and {error}"), advice)
-        },
-    )
+    let (text, source) = (format!("layout = \"{DEFAULT_LAYOUT}\""), format!("the built-in layout {DEFAULT_LAYOUT}"));
+    resolve(root, &text, &source, threads_per_core).map_err(|error| {
+        let [_, first, _] = candidates(vmid).map(|path| root.path(path));
+        let advice = format!("write your CPUs to {}, as in\n  isolated = \"4-7\"\n  pins = \"auto\"", first.display());
+        Error::unusable(format!("VM {vmid} has no settings file and {error}"), advice)
+    })
 }
 
 /// A VM's deadlines, without a look at the host. Settings with a fault have the usual ones: [`load`] tells the fault.
@@ -248,8 +264,8 @@ fn check_owner(path: &str, meta: &fs::Metadata) -> Result<()> {
     Err(Error::unusable(path, format!("settings refused: {fault}")))
 }
 
-/// Resolves the text of a settings file.
-pub(crate) fn resolve(root: &Sysroot, text: &str, source: &str) -> Result<Settings> {
+/// Resolves the text of a settings file, for a guest with so many threads per core.
+pub(crate) fn resolve(root: &Sysroot, text: &str, source: &str, threads_per_core: usize) -> Result<Settings> {
     let file: File =
         toml::from_str(text).map_err(|error| Error::malformed(source, error.to_string().trim_end().to_owned()))?;
     let wrong = |why: String| Error::malformed(source, why);
@@ -270,8 +286,14 @@ pub(crate) fn resolve(root: &Sysroot, text: &str, source: &str) -> Result<Settin
     let isolated = isolated.filter(|cpus| !cpus.is_empty());
     let isolated =
         isolated.ok_or_else(|| wrong("isolated: the VM's CPUs are missing; write isolated = \"4-7\"".into()))?;
-    let pins = pins.ok_or_else(|| wrong("pins: missing; write a CPU per vCPU, as in pins = \"4,5,6,7\"".into()))?;
-    let pins = pins.resolve(&host).map_err(|why| wrong(format!("pins: {why}")))?;
+    let pins = pins.ok_or_else(|| {
+        wrong("pins: missing; write pins = \"auto\", or a CPU per vCPU, as in pins = \"4,5,6,7\"".into())
+    })?;
+    let auto_pins = pins.are_auto().then_some(threads_per_core);
+    let pins = match auto_pins {
+        Some(threads) => pins::auto(&Topology::read(root)?, &isolated, threads),
+        None => pins.resolve(&host).map_err(|why| wrong(format!("pins: {why}")))?,
+    };
     for (vcpu, cpus) in pins.iter().enumerate() {
         let outside = cpus - &isolated;
         if !outside.is_empty() {
@@ -304,6 +326,7 @@ pub(crate) fn resolve(root: &Sysroot, text: &str, source: &str) -> Result<Settin
         source: source.to_owned(),
         isolated,
         pins,
+        auto_pins,
         emulator,
         iothreads,
         iothread,
@@ -372,7 +395,7 @@ mod tests {
     #[test]
     fn without_a_file_the_5900x() {
         let (_dir, root) = host("0-23");
-        let settings = load(&root, vm()).unwrap();
+        let settings = load(&root, vm(), 1).unwrap();
         assert_eq!(settings.isolated.to_string(), "6-11,18-23");
         let pins: Vec<String> = settings.pins.iter().map(ToString::to_string).collect();
         assert_eq!(pins.join(" "), "6 18 7 19 8 20 9 21 10 22 11 23");
@@ -383,9 +406,9 @@ mod tests {
     #[test]
     fn where_the_layout_does_not_fit_it_says_what_to_write() {
         let (_dir, root) = host("0-7");
-        let error = load(&root, vm()).unwrap_err().to_string();
+        let error = load(&root, vm(), 1).unwrap_err().to_string();
         assert!(error.contains("layout 5900x is for a host with CPUs 0-23; this one has 0-7"), "{error}");
-        assert!(error.contains("etc/pinfold/100.toml, as in\n  isolated = \"4-7\""), "{error}");
+        assert!(error.contains("etc/pinfold/100.toml, as in\n  isolated = \"4-7\"\n  pins = \"auto\""), "{error}");
     }
 
     #[test]
@@ -397,7 +420,7 @@ mod tests {
             let folder = dir.path().join(folder);
             fs::create_dir_all(&folder).unwrap();
             fs::write(folder.join(file), format!("isolated = \"{cpu}\"\npins = [{cpu}]")).unwrap();
-            assert_eq!(load(&root, vm()).unwrap().isolated.first(), Some(cpu));
+            assert_eq!(load(&root, vm(), 1).unwrap().isolated.first(), Some(cpu));
         }
     }
 
@@ -407,7 +430,7 @@ mod tests {
         for (pins, resolved) in
             [("\"6,18,7-8\"", "6 18 7 8"), ("[6, 18]", "6 18"), ("[\"6-7\", 18, \"8,20\"]", "6-7 18 8,20")]
         {
-            let settings = resolve(&root, &format!("isolated = \"6-11,18-23\"\npins = {pins}"), "test").unwrap();
+            let settings = resolve(&root, &format!("isolated = \"6-11,18-23\"\npins = {pins}"), "test", 1).unwrap();
             let got: Vec<String> = settings.pins.iter().map(ToString::to_string).collect();
             assert_eq!(got.join(" "), resolved);
         }
@@ -418,7 +441,7 @@ mod tests {
         let (_dir, root) = machine("5900x");
         let text = "isolated = \"llc:1\"\npins = [\"core:6\", 18, \"smt:7&!7\", \"8-9\"]\nemulator = \"!llc:1\"\n\
                     iothreads = { a = \"first-threads&llc:0\", b = \"4\" }";
-        let settings = resolve(&root, text, "test").unwrap();
+        let settings = resolve(&root, text, "test", 1).unwrap();
         let shown = |cpus: &Option<CpuSet>| cpus.as_ref().map(ToString::to_string);
         assert_eq!((settings.isolated.to_string().as_str(), shown(&settings.iothreads)), ("6-11,18-23", None));
         let pins: Vec<String> = settings.pins.iter().map(ToString::to_string).collect();
@@ -428,8 +451,42 @@ mod tests {
         assert_eq!(iothread, ["a=0-5", "b=4"]);
         let kept = serde_json::to_value(&settings).unwrap();
         assert_eq!((&kept["isolated"], &kept["pins"][0]), (&"6-11,18-23".into(), &"6,18".into()), "kept as CPUs");
-        let settings = resolve(&root, "layout = \"5900x\"\niothreads = \"core:4\"", "test").unwrap();
+        let settings = resolve(&root, "layout = \"5900x\"\niothreads = \"core:4\"", "test", 1).unwrap();
         assert_eq!(shown(&settings.iothreads).as_deref(), Some("4,16"));
+    }
+
+    #[test]
+    fn pins_are_ordered_for_the_guest() {
+        let (_dir, root) = machine("5900x");
+        let text = "isolated = \"llc:1\"\npins = \"auto\"";
+        let pins = |settings: &Settings| settings.pins.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+        let (alone, paired) = ("6,7,8,9,10,11,18,19,20,21,22,23", "6,18,7,19,8,20,9,21,10,22,11,23");
+        let mut settings = resolve(&root, text, "test", 1).unwrap();
+        assert_eq!((pins(&settings).as_str(), settings.auto_pins), (alone, Some(1)));
+        let kept = serde_json::to_string(&settings).unwrap();
+        assert_eq!(serde_json::from_str::<Settings>(&kept).unwrap(), settings);
+        settings.fit_guest(&root, 2).unwrap();
+        assert_eq!(settings, resolve(&root, text, "test", 2).unwrap());
+        assert_eq!(pins(&settings), paired);
+        // Nothing is looked at where nothing is to be done.
+        settings.fit_guest(&Sysroot::new("/nonexistent"), 2).unwrap();
+        let mut written = resolve(&root, &format!("isolated = \"llc:1\"\npins = \"{alone}\""), "test", 2).unwrap();
+        written.fit_guest(&root, 2).unwrap();
+        assert_eq!((pins(&written).as_str(), written.auto_pins), (alone, None));
+        let error = resolve(&root, "pins = \"auto\"", "test", 1).unwrap_err().to_string();
+        assert!(error.contains("isolated: the VM's CPUs are missing"), "{error}");
+        let auto = resolve(&root, "layout = \"5900x\"\npins = \" auto \"", "test", 2).unwrap();
+        assert_eq!(pins(&auto), paired);
+    }
+
+    #[test]
+    fn a_state_of_before_is_read() {
+        let (_dir, root) = machine("5900x");
+        let mut kept = serde_json::to_value(resolve(&root, "layout = \"5900x\"", "test", 1).unwrap()).unwrap();
+        assert!(kept.get("auto_pins").is_none());
+        assert_eq!(serde_json::from_value::<Settings>(kept.clone()).unwrap().auto_pins, None);
+        kept["auto_pins"] = 2.into();
+        assert_eq!(serde_json::from_value::<Settings>(kept).unwrap().auto_pins, Some(2));
     }
 
     #[test]
@@ -460,15 +517,15 @@ mod tests {
             ("isolated = \"6\"\npins = [\"llc:0\"]", "test: pins: vCPU 0: CPU 0-5,12-17 is not among the isolated 6"),
             (
                 "isolated = \"6,18\"\npins = \"6,core:6\"",
-                "test: pins: \"core:6\" in \"6,core:6\" has no order; write CPUs in",
+                "test: pins: \"core:6\" in \"6,core:6\" has no order; write \"auto\", CPUs in",
             ),
             (
                 "isolated = \"llc:1\"\npins = \"llc:1,!6\"",
-                "test: pins: \"llc:1\" in \"llc:1,!6\" has no order; write CPUs in",
+                "test: pins: \"llc:1\" in \"llc:1,!6\" has no order; write \"auto\", CPUs in",
             ),
             ("isolated = \"6,18\"\npins = \"6,cor:6\"", "test: pins: \"cor:6\" in \"cor:6\" is no CPU number or range"),
         ] {
-            let error = resolve(&root, text, "test").unwrap_err().to_string();
+            let error = resolve(&root, text, "test", 1).unwrap_err().to_string();
             assert!(error.starts_with(why), "{text:?}: {error}");
         }
     }
@@ -516,7 +573,7 @@ mod tests {
             (&format!("isolated = \"6\"\npins = [{}]", "6,".repeat(8193)), "pins: more than 8192"),
             ("=", "test: "),
         ] {
-            let error = resolve(&root, text, "test").unwrap_err().to_string();
+            let error = resolve(&root, text, "test", 1).unwrap_err().to_string();
             assert!(error.contains(why), "{text:?}: {error}");
         }
     }
@@ -530,7 +587,7 @@ mod tests {
             let list = numbers.join(",");
             let quoted = format!("\"{}\"", numbers.join("\",\""));
             for text in [format!("\"{list}\""), format!("[{list}]"), format!("[{quoted}]")] {
-                let settings = resolve(&root, &format!("isolated = \"0-23\"\npins = {text}"), "test").unwrap();
+                let settings = resolve(&root, &format!("isolated = \"0-23\"\npins = {text}"), "test", 1).unwrap();
                 prop_assert_eq!(&settings.pins, &pins);
                 let kept = serde_json::to_string(&settings).unwrap();
                 prop_assert_eq!(serde_json::from_str::<Settings>(&kept).unwrap(), settings);
@@ -538,9 +595,9 @@ mod tests {
         }
 
         #[test]
-        fn no_settings_panic(key in "isolated|pins|emulator|iothreads|stat_interval|reset_pci|idle_vm", value in "\\PC*|-?[0-9]{1,20}|\\[\\PC*\\]|\"[0-9,-]*\"|\"(llc:|core:|vm:10|all|!|&|[0-9,()-]){0,8}\"") {
+        fn no_settings_panic(key in "isolated|pins|emulator|iothreads|stat_interval|reset_pci|idle_vm", value in "\\PC*|-?[0-9]{1,20}|\\[\\PC*\\]|\"[0-9,-]*\"|\"auto\"|\"(llc:|core:|vm:10|all|!|&|[0-9,()-]){0,8}\"") {
             let _ = toml::from_str::<File>(&format!("{key} = {value}"));
-            let _ = resolve(&Sysroot::new("/nonexistent"), &format!("{key} = {value}\nisolated = \"6\""), "test");
+            let _ = resolve(&Sysroot::new("/nonexistent"), &format!("{key} = {value}\nisolated = \"6\""), "test", 1);
         }
     }
 
@@ -551,9 +608,9 @@ mod tests {
         let blocks: Vec<&str> =
             readme.split("```toml\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
         assert!(blocks.len() > 1, "README.md has no settings any more");
-        let (_dir, root) = host("0-23");
+        let (_dir, root) = machine("5900x");
         for block in &blocks {
-            resolve(&root, block, "README.md").unwrap();
+            resolve(&root, block, "README.md", 1).unwrap();
         }
         let all = blocks[0];
         for unknown in ["unknown = 1\n", "[deadlines]\nunknown = 1\n"] {
@@ -565,13 +622,13 @@ mod tests {
                 assert!(all.lines().any(is_told), "README.md does not show {key}");
             }
         }
-        let shown = resolve(&root, all, "").unwrap();
-        let default = resolve(&root, "isolated = \"6\"\npins = \"6\"", "").unwrap();
+        let shown = resolve(&root, all, "", 1).unwrap();
+        let default = resolve(&root, "isolated = \"6\"\npins = \"6\"", "", 1).unwrap();
         assert_eq!(
             (shown.method, shown.governor, shown.stat_interval, shown.tidy_caches, shown.deadlines),
             (default.method, default.governor, default.stat_interval, default.tidy_caches, default.deadlines),
         );
-        let layout = resolve(&root, "layout = \"5900x\"", "").unwrap();
+        let layout = resolve(&root, "layout = \"5900x\"", "", 1).unwrap();
         assert_eq!((shown.isolated, shown.pins), (layout.isolated, layout.pins));
         for (key, is_default) in [
             ("idle_vm = 107", default.idle_vm.is_none()),
@@ -592,10 +649,10 @@ mod tests {
         fs::write(&path, "isolated = \"6\"\npins = \"6\"").unwrap();
         for (mode, refused) in [(0o644, false), (0o664, true), (0o602, true), (0o600, false)] {
             fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
-            assert_eq!(load(&root, vm()).is_err(), refused, "{mode:o}");
+            assert_eq!(load(&root, vm(), 1).is_err(), refused, "{mode:o}");
         }
         fs::remove_file(&path).unwrap();
         std::os::unix::fs::symlink("/etc/hostname", &path).unwrap();
-        assert!(load(&root, vm()).unwrap_err().to_string().contains("no plain file"));
+        assert!(load(&root, vm(), 1).unwrap_err().to_string().contains("no plain file"));
     }
 }
