@@ -18,6 +18,9 @@ use crate::smp;
 use crate::sysroot::Sysroot;
 use crate::vmconf::{self, PciHolder, PciReservation, VmConf};
 
+/// Where Proxmox VE keeps the VMs' settings.
+const CONFS: &str = "etc/pve/qemu-server";
+
 /// Where Proxmox VE keeps pid files and sockets; /var/run is a link to /run.
 const RUN: &str = "run/qemu-server";
 
@@ -216,6 +219,12 @@ pub fn conf(root: &Sysroot, vmid: VmId) -> Result<VmConf> {
         .map_err(|error| Error::malformed(root.path(path).display().to_string(), error.to_string()))
 }
 
+/// The VMs of this node, by their numbers; none where it is no node of Proxmox VE.
+pub fn all(root: &Sysroot) -> Vec<VmId> {
+    let names = root.names(CONFS).unwrap_or_default();
+    names.iter().filter_map(|name| name.strip_suffix(".conf")?.parse().ok()).collect()
+}
+
 /// Makes sure that the number is a VM's.
 ///
 /// # Errors
@@ -241,7 +250,7 @@ pub fn is_container(root: &Sysroot, vmid: VmId) -> bool {
 }
 
 fn conf_path(vmid: VmId) -> String {
-    format!("etc/pve/qemu-server/{vmid}.conf")
+    format!("{CONFS}/{vmid}.conf")
 }
 
 /// The PCI functions that VMs hold or are about to, by Proxmox VE's own file; stale lines are left out.
@@ -678,6 +687,9 @@ mod tests {
             format!("{}: cores: \"x\" is no count", dir.path().join("etc/pve/qemu-server/102.conf").display())
         );
         assert!(conf(&root, VmId(101)).is_err());
+        write(dir.path(), "etc/pve/qemu-server/99.conf.tmp", "");
+        assert_eq!(all(&root), [VmId(100), VmId(102)]);
+        assert!(all(&Sysroot::new("/nonexistent")).is_empty());
     }
 
     #[test]

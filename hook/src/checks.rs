@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use pinfold_core::vm::VmId;
+use pinfold_core::vm::{self, VmId};
 use pinfold_core::vmconf::VmConf;
 use pinfold_core::{CpuSet, Error, Result, Sysroot, cgroup, cpu, cpufreq, process};
 
@@ -122,16 +122,8 @@ fn notes(root: &Sysroot, vmid: VmId, conf: &VmConf, isolated: &CpuSet) -> Result
             "VM {vmid}: `affinity: {affinity}` is set as well; the pins win. Remove it: qm set {vmid} --delete affinity"
         ));
     }
-    for name in root.names("etc/pve/qemu-server").unwrap_or_default() {
-        let Some(other) =
-            name.strip_suffix(".conf").and_then(|id| id.parse::<VmId>().ok()).filter(|other| *other != vmid)
-        else {
-            continue;
-        };
-        let text = root.read(format!("etc/pve/qemu-server/{name}"));
-        let Some(affinity) = text.ok().and_then(|text| VmConf::parse(&text).ok()).and_then(|conf| conf.affinity) else {
-            continue;
-        };
+    for other in vm::all(root).into_iter().filter(|other| *other != vmid) {
+        let Some(affinity) = vm::conf(root, other).ok().and_then(|conf| conf.affinity) else { continue };
         if affinity.parse::<CpuSet>().is_ok_and(|cpus| cpus.is_subset(isolated)) {
             notes.push(format!(
                 "VM {other} has `affinity: {affinity}`, all of it isolated now: it cannot start while VM {vmid} runs"

@@ -1,8 +1,10 @@
 //! hook's settings: a TOML file per VM, the layouts that come with hook, and what they resolve to.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::PathBuf;
 
 use pinfold_core::pci::PciSelector;
 use pinfold_core::systemd::Patience;
@@ -211,6 +213,53 @@ fn candidates(vmid: VmId) -> [String; 3] {
     [format!("etc/pve/pinfold/{vmid}.toml"), format!("etc/pinfold/{vmid}.toml"), "etc/pinfold/default.toml".to_owned()]
 }
 
+/// A VM's own settings file: where it is, if there is one. What is for all VMs is none.
+pub(crate) fn own_file(root: &Sysroot, vmid: VmId) -> Option<PathBuf> {
+    let [cluster, node, _] = candidates(vmid).map(|path| root.path(path));
+    [cluster, node].into_iter().find(|path| path.symlink_metadata().is_ok())
+}
+
+/// Where a VM's settings for this node are, or would be.
+pub(crate) fn node_file(root: &Sysroot, vmid: VmId) -> PathBuf {
+    let [_, node, _] = candidates(vmid);
+    root.path(node)
+}
+
+/// Writes a VM's settings for this node, where it has none.
+///
+/// # Errors
+/// [`Error::Unusable`] that names a file that is there already, [`Error::Io`] with the path.
+pub(crate) fn create(root: &Sysroot, vmid: VmId, text: &str) -> Result<PathBuf> {
+    no_own_file(root, vmid)?;
+    let path = node_file(root, vmid);
+    if let Some(folder) = path.parent() {
+        let made = DirBuilder::new().recursive(true).mode(0o755).create(folder);
+        made.map_err(|source| Error::io(folder, "make the folder", source))?;
+    }
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(&path);
+    let written = file.and_then(|mut file| {
+        // Half a file would be taken for the whole of it.
+        file.write_all(text.as_bytes()).inspect_err(|_| drop(fs::remove_file(&path)))
+    });
+    written.map_err(|source| Error::io(&path, "write", source))?;
+    Ok(path)
+}
+
+/// Makes sure that a VM has no settings file of its own yet.
+///
+/// # Errors
+/// [`Error::Unusable`] that names it.
+pub(crate) fn no_own_file(root: &Sysroot, vmid: VmId) -> Result<()> {
+    match own_file(root, vmid) {
+        None => Ok(()),
+        Some(path) => {
+            let why =
+                format!("VM {vmid} has these settings already, which are left as they are; change or remove them");
+            Err(Error::unusable(path.display().to_string(), why))
+        }
+    }
+}
+
 /// Finds and resolves a VM's settings; `threads_per_core` is of its guest, for pins whose order is left to hook.
 ///
 /// # Errors
@@ -362,6 +411,18 @@ fn cpus(host: &cpuexpr::Host<'_>, text: &str) -> std::result::Result<CpuSet, Str
         return Err(format!("{expr}: {why}"));
     }
     host.resolve(&expr).map_err(|error| error.to_string())
+}
+
+/// Every key there is: what serde answers to an unknown one names them.
+#[cfg(test)]
+pub(crate) fn known_keys() -> Vec<String> {
+    let mut keys = Vec::new();
+    for unknown in ["unknown = 1\n", "[deadlines]\nunknown = 1\n"] {
+        let answer = toml::from_str::<File>(unknown).unwrap_err().to_string();
+        let known = answer.split("expected one of").nth(1).unwrap();
+        keys.extend(known.split('`').skip(1).step_by(2).map(str::to_owned));
+    }
+    keys
 }
 
 #[cfg(test)]
@@ -613,14 +674,9 @@ mod tests {
             resolve(&root, block, "README.md", 1).unwrap();
         }
         let all = blocks[0];
-        for unknown in ["unknown = 1\n", "[deadlines]\nunknown = 1\n"] {
-            // What serde answers to an unknown key names those it knows.
-            let answer = toml::from_str::<File>(unknown).unwrap_err().to_string();
-            let known = answer.split("expected one of").nth(1).unwrap();
-            for key in known.split('`').skip(1).step_by(2) {
-                let is_told = |line: &str| line.contains(&format!("{key} =")) || line.starts_with(&format!("[{key}]"));
-                assert!(all.lines().any(is_told), "README.md does not show {key}");
-            }
+        for key in known_keys() {
+            let is_told = |line: &str| line.contains(&format!("{key} =")) || line.starts_with(&format!("[{key}]"));
+            assert!(all.lines().any(is_told), "README.md does not show {key}");
         }
         let shown = resolve(&root, all, "", 1).unwrap();
         let default = resolve(&root, "isolated = \"6\"\npins = \"6\"", "", 1).unwrap();
