@@ -148,6 +148,22 @@ impl CpuExpr {
     pub fn resolve(&self, root: &Sysroot) -> Result<CpuSet> {
         Host::new(root).resolve(self)
     }
+
+    /// Whether it names the CPUs of VMs (`vm:100`), which stand for others from one moment to the next.
+    pub fn names_vms(&self) -> bool {
+        self.node.names_vms()
+    }
+}
+
+impl Node {
+    fn names_vms(&self) -> bool {
+        match self {
+            Self::Vms(_) => true,
+            Self::Not(node) | Self::Group(node) => node.names_vms(),
+            Self::Both(nodes) | Self::Any(nodes) => nodes.iter().any(Self::names_vms),
+            Self::Cpus(_) | Self::Parts(..) | Self::Word(_) => false,
+        }
+    }
 }
 
 impl From<CpuSet> for CpuExpr {

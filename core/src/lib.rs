@@ -22,6 +22,7 @@ pub mod qmp;
 pub mod report;
 pub mod save;
 pub mod select;
+mod smp;
 pub mod store;
 mod sysroot;
 pub mod systemd;

@@ -14,8 +14,12 @@ use crate::knob::TaskId;
 use crate::pci::PciSelector;
 use crate::process::{self, Task};
 use crate::qmp;
+use crate::smp;
 use crate::sysroot::Sysroot;
 use crate::vmconf::{self, PciHolder, PciReservation, VmConf};
+
+/// Where Proxmox VE keeps the VMs' settings.
+const CONFS: &str = "etc/pve/qemu-server";
 
 /// Where Proxmox VE keeps pid files and sockets; /var/run is a link to /run.
 const RUN: &str = "run/qemu-server";
@@ -77,6 +81,8 @@ pub struct Qemu {
     pub vmid: Option<VmId>,
     /// The path of its QMP socket, on the host, where it has one.
     pub monitor: Option<String>,
+    /// The threads of each core of its guest.
+    pub threads_per_core: usize,
 }
 
 impl fmt::Display for Qemu {
@@ -146,7 +152,7 @@ fn by_pid_file(root: &Sysroot, vmid: VmId, file: &str, denied: Error) -> Result<
 
 fn of_vm(vmid: VmId, id: TaskId, args: &[String]) -> Qemu {
     let monitor = monitor(args).unwrap_or_else(|| format!("/{RUN}/{vmid}.qmp"));
-    Qemu { id, vmid: Some(vmid), monitor: Some(monitor) }
+    Qemu { id, vmid: Some(vmid), monitor: Some(monitor), threads_per_core: smp::threads(options(args, "smp")) }
 }
 
 /// A VM's QEMU; `None` where it does not run.
@@ -187,7 +193,8 @@ pub fn by_pid(root: &Sysroot, pid: i32) -> Result<Qemu> {
     if !is_qemu(&args) {
         return Err(unusable(format!("it is {}, no QEMU", args.first().map_or("a kernel thread", String::as_str))));
     }
-    Ok(Qemu { id, vmid: None, monitor: monitor(&args) })
+    let threads_per_core = smp::threads(options(&args, "smp"));
+    Ok(Qemu { id, vmid: None, monitor: monitor(&args), threads_per_core })
 }
 
 /// The QEMU of a VM that was found before, though its pid file may have gone since.
@@ -210,6 +217,12 @@ pub fn conf(root: &Sysroot, vmid: VmId) -> Result<VmConf> {
     let path = conf_path(vmid);
     VmConf::parse(&root.read(&path)?)
         .map_err(|error| Error::malformed(root.path(path).display().to_string(), error.to_string()))
+}
+
+/// The VMs of this node, by their numbers; none where it is no node of Proxmox VE.
+pub fn all(root: &Sysroot) -> Vec<VmId> {
+    let names = root.names(CONFS).unwrap_or_default();
+    names.iter().filter_map(|name| name.strip_suffix(".conf")?.parse().ok()).collect()
 }
 
 /// Makes sure that the number is a VM's.
@@ -237,7 +250,7 @@ pub fn is_container(root: &Sysroot, vmid: VmId) -> bool {
 }
 
 fn conf_path(vmid: VmId) -> String {
-    format!("etc/pve/qemu-server/{vmid}.conf")
+    format!("{CONFS}/{vmid}.conf")
 }
 
 /// The PCI functions that VMs hold or are about to, by Proxmox VE's own file; stale lines are left out.
@@ -430,7 +443,7 @@ fn is_qemu(args: &[String]) -> bool {
 }
 
 /// The values of an option, `-name VALUE` or `--name VALUE`.
-fn options<'a>(args: &'a [String], name: &'a str) -> impl Iterator<Item = &'a str> {
+pub(crate) fn options<'a>(args: &'a [String], name: &'a str) -> impl Iterator<Item = &'a str> {
     let is_option =
         move |arg: &str| arg.strip_prefix('-').is_some_and(|rest| rest.strip_prefix('-').unwrap_or(rest) == name);
     args.windows(2).filter(move |pair| is_option(&pair[0])).map(|pair| pair[1].as_str())
@@ -558,7 +571,10 @@ mod tests {
         write("etc/pve/qemu-server/102.conf", "cores: x\n");
         write("etc/pve/lxc/101.conf", "");
         write("run/qemu-server/100.pid", "4711\n");
-        write("proc/4711/cmdline", "/usr/bin/kvm\0-id\0VM\0-pidfile\0/var/run/qemu-server/100.pid\0");
+        write(
+            "proc/4711/cmdline",
+            "/usr/bin/kvm\0-id\0VM\0-smp\0cpus=2,threads=2\0-pidfile\0/var/run/qemu-server/100.pid\0",
+        );
         thread(dir.path(), 4711, 4711, "kvm", "0-5");
         thread(dir.path(), 4711, 4712, "CPU 0/KVM", "6");
         thread(dir.path(), 4711, 4713, "CPU 1/KVM", "0-23");
@@ -591,7 +607,7 @@ mod tests {
     fn a_vm_is_found_and_its_threads_have_roles() {
         let (_dir, root) = host();
         let qemu = running(&root, VmId(100)).unwrap();
-        assert_eq!((qemu.id.pid, qemu.id.start), (4711, 42));
+        assert_eq!((qemu.id.pid, qemu.id.start, qemu.threads_per_core), (4711, 42, 2));
         assert_eq!(qemu.monitor.as_deref(), Some("/run/qemu-server/100.qmp"));
         let found = threads(&root, &qemu, Duration::ZERO).unwrap();
         let shown: Vec<_> = found
@@ -671,6 +687,9 @@ mod tests {
             format!("{}: cores: \"x\" is no count", dir.path().join("etc/pve/qemu-server/102.conf").display())
         );
         assert!(conf(&root, VmId(101)).is_err());
+        write(dir.path(), "etc/pve/qemu-server/99.conf.tmp", "");
+        assert_eq!(all(&root), [VmId(100), VmId(102)]);
+        assert!(all(&Sysroot::new("/nonexistent")).is_empty());
     }
 
     #[test]

@@ -5,7 +5,8 @@
 
 use crate::error::{Error, Result};
 use crate::pci::{PciAddress, PciSelector};
-use crate::vm::VmId;
+use crate::smp;
+use crate::vm::{self, VmId};
 
 /// The number of hostpci entries that a VM may have.
 const MAX_HOSTPCI: u32 = 16;
@@ -21,6 +22,8 @@ pub struct VmConf {
     pub cores: Option<u32>,
     /// vCPUs that the VM starts with, where not all.
     pub vcpus: Option<u32>,
+    /// Arguments for QEMU, as they are written; Proxmox VE puts them behind its own.
+    pub args: Option<String>,
     /// Proxmox VE's own pinning of the whole process, as it is written: a CPU list.
     pub affinity: Option<String>,
     /// The huge pages' size: `2`, `1024` or `any`.
@@ -71,6 +74,7 @@ impl VmConf {
                 "sockets" => conf.sockets = count()?,
                 "cores" => conf.cores = count()?,
                 "vcpus" => conf.vcpus = count()?,
+                "args" => conf.args = text(),
                 "affinity" => conf.affinity = text(),
                 "hugepages" => conf.hugepages = text(),
                 "hookscript" => conf.hookscript = text(),
@@ -90,7 +94,21 @@ impl VmConf {
 
     /// The number of vCPUs that the VM starts with.
     pub fn vcpus(&self) -> u32 {
-        self.vcpus.unwrap_or_else(|| self.sockets.unwrap_or(1).saturating_mul(self.cores.unwrap_or(1)))
+        self.vcpus.unwrap_or_else(|| self.max_vcpus())
+    }
+
+    /// The number of vCPUs that the VM can have, those that can be plugged in among them.
+    pub fn max_vcpus(&self) -> u32 {
+        self.sockets.unwrap_or(1).saturating_mul(self.cores.unwrap_or(1))
+    }
+
+    /// The threads of each core of the guest: one with Proxmox VE's own settings, unless `args` has a `-smp` that says more.
+    pub fn threads_per_core(&self) -> usize {
+        let (sockets, cores) = (self.sockets.unwrap_or(1), self.cores.unwrap_or(1));
+        let own = format!("{},sockets={sockets},cores={cores},maxcpus={}", self.vcpus(), self.max_vcpus());
+        let words = self.args.as_deref().unwrap_or_default().split_whitespace();
+        let words: Vec<String> = words.map(|word| word.trim_matches(['\'', '"']).to_owned()).collect();
+        smp::threads([own.as_str()].into_iter().chain(vm::options(&words, "smp")))
     }
 }
 
@@ -270,6 +288,24 @@ mod tests {
     }
 
     #[test]
+    fn threads_of_the_guests_cores() {
+        for (text, threads) in [
+            ("", 1),
+            ("cores: 12\nsockets: 2\n", 1),
+            ("cores: 12\nargs: -smp 12,sockets=1,cores=6,threads=2\n", 2),
+            ("cores: 12\nargs: -cpu host --smp '12,sockets=1,cores=6,threads=2' -S\n", 2),
+            ("cores: 12\nargs: -smp cores=6\n", 2),
+            ("cores: 12\nvcpus: 4\nargs: -smp cores=4\n", 3),
+            ("cores: 12\nargs: -smp\n", 1),
+            ("cores: 12\nargs: -device x,threads=2\n", 1),
+            ("cores: 12\n[before]\nargs: -smp threads=2\n", 1),
+            ("cores: 4294967295\nsockets: 4294967295\n", 1),
+        ] {
+            assert_eq!(VmConf::parse(text).unwrap().threads_per_core(), threads, "{text:?}");
+        }
+    }
+
+    #[test]
     fn hostpci_has_all_of_its_grammar() {
         for (value, devices) in [
             ("01:00.0", &["0000:01:00.0"] as &[&str]),
@@ -359,7 +395,7 @@ mod tests {
         for (key, count) in [("sockets", conf.sockets), ("cores", conf.cores), ("vcpus", conf.vcpus)] {
             lines.extend(count.map(|count| format!("{key}: {count}\n")));
         }
-        for (key, text) in [("name", &conf.name), ("hookscript", &conf.hookscript)] {
+        for (key, text) in [("name", &conf.name), ("hookscript", &conf.hookscript), ("args", &conf.args)] {
             lines.extend(text.as_ref().map(|text| format!("{key}: {text}\n")));
         }
         for HostPci { index, devices, shared } in &conf.hostpci {
@@ -380,13 +416,14 @@ mod tests {
         fn conf_round_trip(
             name in prop::option::of("[a-z][a-z0-9.-]{0,20}[a-z]"),
             hookscript in prop::option::of("local:snippets/[a-z:#\\[\\]]{1,9}"),
+            args in prop::option::of("-smp [0-9]{1,3},threads=[0-9]"),
             counts in prop::array::uniform3(prop::option::of(1u32..)),
             hostpci in any_hostpci(),
             template: bool,
             rest in "(\\[PENDING\\]\n|\\[before\\]\n)((cores|name|hostpci0): \\PC*\n){0,3}",
         ) {
             let [sockets, cores, vcpus] = counts;
-            let conf = VmConf { name, sockets, cores, vcpus, hostpci, template, hookscript, ..VmConf::default() };
+            let conf = VmConf { name, sockets, cores, vcpus, args, hostpci, template, hookscript, ..VmConf::default() };
             prop_assert_eq!(VmConf::parse(&(render(&conf) + &rest)).unwrap(), conf);
         }
 

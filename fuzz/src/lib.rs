@@ -61,7 +61,7 @@ pub fn proc_stat(data: &[u8]) -> bool {
 pub fn vm_conf(data: &[u8]) -> bool {
     let text = String::from_utf8_lossy(data);
     let Ok(conf) = VmConf::parse(&text) else { return false };
-    assert!(conf.vcpus() >= 1);
+    assert!(conf.vcpus() >= 1 && conf.max_vcpus() >= 1 && conf.threads_per_core() >= 1);
     assert!(conf.hostpci.is_sorted_by(|a, b| a.index < b.index) && conf.hostpci.iter().all(|entry| entry.index < 16));
     for entry in &conf.hostpci {
         match &entry.devices {
@@ -240,9 +240,9 @@ fn joined(selectors: &[PciSelector]) -> String {
 }
 
 fn render_conf(conf: &VmConf) -> String {
-    let VmConf { name, sockets, cores, vcpus, affinity, hugepages, hostpci, template, hookscript } = conf;
+    let VmConf { name, sockets, cores, vcpus, args, affinity, hugepages, hostpci, template, hookscript } = conf;
     let mut text = format!("template: {}\n", u8::from(*template));
-    for (key, value) in [("name", name), ("affinity", affinity), ("hugepages", hugepages), ("hookscript", hookscript)] {
+    for (key, value) in [("name", name), ("args", args), ("affinity", affinity), ("hugepages", hugepages), ("hookscript", hookscript)] {
         text.extend(value.iter().map(|value| format!("{key}: {value}\n")));
     }
     for (key, count) in [("sockets", sockets), ("cores", cores), ("vcpus", vcpus)] {

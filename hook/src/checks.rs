@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use pinfold_core::vm::{Qemu, VmId};
+use pinfold_core::vm::{self, Qemu, VmId};
 use pinfold_core::vmconf::VmConf;
 use pinfold_core::{CpuSet, Error, Result, Sysroot, cgroup, cpu, cpufreq, process};
 
@@ -56,7 +56,10 @@ pub(crate) fn pins_suffice(settings: &Settings, vcpus: usize, last: Option<usize
     if last.is_none_or(|last| last < pins) {
         return Ok(());
     }
-    let why = format!("the VM has {vcpus} vCPUs and there are pins for {pins}; add pins or take vCPUs away");
+    let why = match settings.auto_pins {
+        Some(_) => format!("isolated: the VM has {vcpus} vCPUs and these are {pins} CPUs; add CPUs or take vCPUs away"),
+        None => format!("the VM has {vcpus} vCPUs and there are pins for {pins}; add pins or take vCPUs away"),
+    };
     Err(Error::unusable(&settings.source, why))
 }
 
@@ -163,16 +166,8 @@ fn notes(root: &Sysroot, vmid: VmId, conf: &VmConf, isolated: &CpuSet) -> Result
             "VM {vmid}: `affinity: {affinity}` is set as well; the pins win. Remove it: qm set {vmid} --delete affinity"
         ));
     }
-    for name in root.names("etc/pve/qemu-server").unwrap_or_default() {
-        let Some(other) =
-            name.strip_suffix(".conf").and_then(|id| id.parse::<VmId>().ok()).filter(|other| *other != vmid)
-        else {
-            continue;
-        };
-        let text = root.read(format!("etc/pve/qemu-server/{name}"));
-        let Some(affinity) = text.ok().and_then(|text| VmConf::parse(&text).ok()).and_then(|conf| conf.affinity) else {
-            continue;
-        };
+    for other in vm::all(root).into_iter().filter(|other| *other != vmid) {
+        let Some(affinity) = vm::conf(root, other).ok().and_then(|conf| conf.affinity) else { continue };
         if affinity.parse::<CpuSet>().is_ok_and(|cpus| cpus.is_subset(isolated)) {
             notes.push(format!(
                 "VM {other} has `affinity: {affinity}`, all of it isolated now: it cannot start while VM {vmid} runs"
@@ -200,4 +195,26 @@ fn siblings_inside(root: &Sysroot, isolated: &CpuSet) -> Result<bool> {
         }
     }
     Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::settings::resolve;
+
+    #[test]
+    fn too_few_cpus_are_told_with_both_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let (_, text) = crate::machine::all().into_iter().find(|(name, _)| name == "5900x").unwrap();
+        crate::machine::expand(&text, dir.path());
+        let root = Sysroot::new(dir.path());
+        for (pins, why) in [
+            ("\"auto\"", "isolated: the VM has 5 vCPUs and these are 4 CPUs; add CPUs or take vCPUs away"),
+            ("[6, 6, 7, 7]", "the VM has 5 vCPUs and there are pins for 4; add pins or take vCPUs away"),
+        ] {
+            let settings = resolve(&root, &format!("isolated = \"core:6-7\"\npins = {pins}"), "test", 2).unwrap();
+            assert!(pins_suffice(&settings, 4, Some(3)).is_ok());
+            assert_eq!(pins_suffice(&settings, 5, Some(4)).unwrap_err().to_string(), format!("test: {why}"));
+        }
+    }
 }

@@ -9,9 +9,10 @@ use clap::{Parser, Subcommand};
 use pinfold_core::cli::{self, Output};
 use pinfold_core::store::Store;
 use pinfold_core::vm::{self, VmId};
-use pinfold_core::{Exit, Report, Sysroot, Table};
+use pinfold_core::{CpuExpr, Exit, Report, Sysroot, Table};
 
 mod checks;
+mod init;
 mod layout;
 mod phases;
 mod reconcile;
@@ -54,6 +55,24 @@ enum Verb {
     },
     /// Show this host's CPUs: packages, dies, LLC domains, NUMA nodes and cores, and the selectors that name them
     Layout {
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Write settings for a VM on this host: which CPUs it has, chosen by LLC domain
+    ///
+    /// They are written to /etc/pinfold/VMID.toml, and nowhere where the VM has some. Nothing else is changed.
+    Init {
+        /// The VM's number
+        vmid: VmId,
+        /// The CPUs to isolate, by logical number or selector, as in 6-11,18-23 or llc:1 [default: an LLC domain that fits]
+        #[arg(long, conflicts_with = "vcache")]
+        cpus: Option<CpuExpr>,
+        /// Choose among the LLC domains with a larger L3 (3D V-Cache)
+        #[arg(long)]
+        vcache: bool,
+        /// Print the settings and write nothing
+        #[arg(long, conflicts_with_all = ["json", "quiet"])]
+        print: bool,
         #[command(flatten)]
         output: Output,
     },
@@ -116,6 +135,10 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     match (args.verb, args.vmid, args.phase) {
         (Some(Verb::Status { output }), ..) => status::run(&output.root(), output.json),
         (Some(Verb::Layout { output }), ..) => Ok(layout::run(&output.root(), output.json)?),
+        (Some(Verb::Init { vmid, cpus, vcache, print, output }), ..) => {
+            let wish = init::Wish { vmid, cpus, vcache, print };
+            init::run(&output.root(), &mut output.report(TOOL), &wish, output.json)
+        }
         (Some(Verb::Recover { discard, output }), ..) => {
             let mut report = output.report(TOOL);
             let mut run = phases::Run { root: output.root(), report: &mut report };
@@ -129,12 +152,12 @@ fn run(args: Args) -> anyhow::Result<Exit> {
 }
 
 /// Checks the text of a settings file as pre-start does before it looks at the VM, and says what it comes to: the JSON
-/// that is kept with the VM's reservation. `source` names the file in errors.
+/// that is kept with the VM's reservation, for a guest without SMT. `source` names the file in errors.
 ///
 /// # Errors
 /// What the text says wrong, with the key; that a layout is not for this machine.
 pub fn check_settings(root: &Sysroot, text: &str, source: &str) -> anyhow::Result<String> {
-    Ok(serde_json::to_string(&settings::resolve(root, text, source)?)?)
+    Ok(serde_json::to_string(&settings::resolve(root, text, source, 1)?)?)
 }
 
 /// Checks the text of a state file as every phase does, and gives it back as hook would write it.
@@ -203,6 +226,10 @@ fn run_step(step: Step) -> anyhow::Result<Exit> {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "../../core/tests/machine/mod.rs"]
+mod machine;
 
 #[cfg(test)]
 mod tests {

@@ -33,12 +33,16 @@ impl Run<'_> {
     /// the start. Then what must be done before QEMU takes its devices and memory.
     pub(crate) fn pre_start(&mut self, vmid: VmId) -> anyhow::Result<Exit> {
         let conf = vm::conf(&self.root, vmid)?;
-        let settings = settings::load(&self.root, vmid)?;
-        self.heed(&settings.deadlines);
+        let deadlines = settings::deadlines(&self.root, vmid);
+        self.heed(&deadlines);
+        let mut store = self.open(&deadlines)?;
+        self.drop_dead(&mut store, Some(vmid))?;
+        // Under the lock: of CPUs that another hook has taken offline the kernel tells neither core nor cache.
+        let settings = settings::load(&self.root, vmid, conf.threads_per_core())?;
         for note in checks::before_start(&self.root, vmid, &conf, &settings)? {
             self.report.note(&note);
         }
-        let isolation = self.reserve(vmid, &settings)?;
+        let isolation = self.reserve(store, vmid, &settings)?;
         // Without the lock: stopping the idle VM runs its own hook.
         let prepared = self.prepare(vmid, &settings, isolation);
         if prepared.is_err() {
@@ -50,9 +54,12 @@ impl Run<'_> {
         Ok(self.report.finish())
     }
 
-    fn reserve(&mut self, vmid: VmId, settings: &Settings) -> anyhow::Result<Isolation> {
-        let mut store = self.open(&settings.deadlines)?;
-        self.drop_dead(&mut store, Some(vmid))?;
+    fn reserve(
+        &mut self,
+        mut store: Store<Reservation>,
+        vmid: VmId,
+        settings: &Settings,
+    ) -> anyhow::Result<Isolation> {
         checks::no_overlap(&store.reservations, vmid, settings)?;
         let owed = owed(&store, vmid);
         let isolation = self.isolation(&store, vmid, settings, None)?;
@@ -123,7 +130,7 @@ impl Run<'_> {
             Some(claim) if claim.is_claim() && claim.qemu.is_none_or(|task| task == qemu.id) => claim.clone(),
             // No pre-start, or that of an earlier QEMU: its checks are made now.
             _ => {
-                let settings = settings::load(&self.root, vmid)?;
+                let settings = settings::load(&self.root, vmid, qemu.threads_per_core)?;
                 checks::before_start(&self.root, vmid, &vm::conf(&self.root, vmid)?, &settings)?;
                 checks::no_overlap(&store.reservations, vmid, &settings)?;
                 let isolation = self.isolation(&store, vmid, &settings, Some(&qemu))?;
@@ -139,6 +146,8 @@ impl Run<'_> {
             ));
             return Ok(self.report.finish());
         }
+        // VMID.conf may have been another when pre-start read it, or say less than QEMU was told.
+        reservation.settings.fit_guest(&self.root, qemu.threads_per_core)?;
         let vcpus = threads.vcpus();
         checks::pins_suffice(&reservation.settings, vcpus.len(), vcpus.last())?;
         if reservation.phase == Phase::Starting {
@@ -263,11 +272,11 @@ impl Run<'_> {
         Ok(Store::<Reservation>::peek(&self.root)?.and_then(|(mut reservations, _)| reservations.remove(&vmid.into())))
     }
 
-    /// A VM's deadlines, as they were at its pre-start. Settings with a fault have the usual ones: the fault is told later.
+    /// A VM's deadlines, as they were at its pre-start.
     fn deadlines(&self, vmid: VmId) -> anyhow::Result<Deadlines> {
         Ok(match self.peek(vmid)? {
             Some(reservation) => reservation.settings.deadlines,
-            None => settings::load(&self.root, vmid).map(|settings| settings.deadlines).unwrap_or_default(),
+            None => settings::deadlines(&self.root, vmid),
         })
     }
 

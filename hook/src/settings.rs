@@ -1,14 +1,21 @@
 //! hook's settings: a TOML file per VM, the layouts that come with hook, and what they resolve to.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::PathBuf;
 
 use pinfold_core::pci::PciSelector;
 use pinfold_core::systemd::Patience;
+use pinfold_core::topology::Topology;
 use pinfold_core::vm::VmId;
-use pinfold_core::{CpuSet, CpuSetError, Error, MAX_CPU, Result, Sysroot};
+use pinfold_core::{CpuExpr, CpuSet, Error, Result, Sysroot, cpuexpr};
 use serde::{Deserialize, Serialize};
+
+mod pins;
+
+use pins::Pins;
 
 /// The layout for the machine that the documented order is for, used where no settings file is found.
 const DEFAULT_LAYOUT: &str = "5900x";
@@ -26,14 +33,14 @@ struct Layout {
     pins: Pins,
 }
 
-/// A settings file. Unknown keys are refused.
+/// A settings file. Unknown keys are refused. CPUs are texts here, so that what is said of them can name their key.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
     layout: Option<String>,
-    isolated: Option<CpuSet>,
+    isolated: Option<String>,
     pins: Option<Pins>,
-    emulator: Option<CpuSet>,
+    emulator: Option<String>,
     iothreads: Option<Iothreads>,
     method: Option<Method>,
     governor: Option<String>,
@@ -46,26 +53,11 @@ struct File {
     deadlines: Deadlines,
 }
 
-/// Which CPUs each vCPU may run on: one text in vCPU order, or a list per vCPU.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(untagged)]
-enum Pins {
-    InOrder(String),
-    PerVcpu(Vec<Cpus>),
-}
-
-#[derive(Debug, Clone, Deserialize)]
-#[serde(untagged)]
-enum Cpus {
-    One(usize),
-    List(CpuSet),
-}
-
-#[derive(Debug, Clone, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "CPUs, as in \"4-5\", or CPUs by iothread, as in { iothread-virtioscsi0 = \"4\" }")]
 enum Iothreads {
-    All(CpuSet),
-    ById(BTreeMap<String, CpuSet>),
+    All(String),
+    ById(BTreeMap<String, String>),
 }
 
 /// How CPUs are to be isolated.
@@ -186,6 +178,9 @@ pub(crate) struct Settings {
     pub isolated: CpuSet,
     /// The CPUs of each vCPU, by its number.
     pub pins: Vec<CpuSet>,
+    /// The threads of the guest's cores that hook has ordered the pins for; none where the settings give the order.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub auto_pins: Option<usize>,
     /// The CPUs of emulator threads; all housekeeping CPUs where none.
     pub emulator: Option<CpuSet>,
     /// The CPUs of iothreads that are not named below; those of the emulator where none.
@@ -210,38 +205,112 @@ pub(crate) struct Settings {
     pub deadlines: Deadlines,
 }
 
+impl Settings {
+    /// Orders the pins for a guest with so many threads per core, where that is left to hook and was done for another.
+    ///
+    /// # Errors
+    /// Where the host's topology cannot be read.
+    pub(crate) fn fit_guest(&mut self, root: &Sysroot, threads_per_core: usize) -> Result<()> {
+        if self.auto_pins.is_some_and(|threads| threads != threads_per_core) {
+            self.pins = pins::auto(&Topology::read(root)?, &self.isolated, threads_per_core);
+            self.auto_pins = Some(threads_per_core);
+        }
+        Ok(())
+    }
+}
+
 /// The value of `governor` that leaves it as it is.
 const KEEP: &str = "keep";
 
-/// Finds and resolves a VM's settings.
+/// Where a VM's settings may be, below the sysroot; the first that is there counts.
+fn candidates(vmid: VmId) -> [String; 3] {
+    [format!("etc/pve/pinfold/{vmid}.toml"), format!("etc/pinfold/{vmid}.toml"), "etc/pinfold/default.toml".to_owned()]
+}
+
+/// A VM's own settings file: where it is, if there is one. What is for all VMs is none.
+pub(crate) fn own_file(root: &Sysroot, vmid: VmId) -> Option<PathBuf> {
+    let [cluster, node, _] = candidates(vmid).map(|path| root.path(path));
+    [cluster, node].into_iter().find(|path| path.symlink_metadata().is_ok())
+}
+
+/// Where a VM's settings for this node are, or would be.
+pub(crate) fn node_file(root: &Sysroot, vmid: VmId) -> PathBuf {
+    let [_, node, _] = candidates(vmid);
+    root.path(node)
+}
+
+/// Writes a VM's settings for this node, where it has none.
+///
+/// # Errors
+/// [`Error::Unusable`] that names a file that is there already, [`Error::Io`] with the path.
+pub(crate) fn create(root: &Sysroot, vmid: VmId, text: &str) -> Result<PathBuf> {
+    no_own_file(root, vmid)?;
+    let path = node_file(root, vmid);
+    if let Some(folder) = path.parent() {
+        let made = DirBuilder::new().recursive(true).mode(0o755).create(folder);
+        made.map_err(|source| Error::io(folder, "make the folder", source))?;
+    }
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(&path);
+    let written = file.and_then(|mut file| {
+        // Half a file would be taken for the whole of it.
+        file.write_all(text.as_bytes()).inspect_err(|_| drop(fs::remove_file(&path)))
+    });
+    written.map_err(|source| Error::io(&path, "write", source))?;
+    Ok(path)
+}
+
+/// Makes sure that a VM has no settings file of its own yet.
+///
+/// # Errors
+/// [`Error::Unusable`] that names it.
+pub(crate) fn no_own_file(root: &Sysroot, vmid: VmId) -> Result<()> {
+    match own_file(root, vmid) {
+        None => Ok(()),
+        Some(path) => {
+            let why =
+                format!("VM {vmid} has these settings already, which are left as they are; change or remove them");
+            Err(Error::unusable(path.display().to_string(), why))
+        }
+    }
+}
+
+/// Finds and resolves a VM's settings; `threads_per_core` is of its guest, for pins whose order is left to hook.
 ///
 /// # Errors
 /// Where a file is not root's alone, cannot be read or says something wrong, or the layout is not for this machine.
-pub(crate) fn load(root: &Sysroot, vmid: VmId) -> Result<Settings> {
-    let candidates = [
-        format!("etc/pve/pinfold/{vmid}.toml"),
-        format!("etc/pinfold/{vmid}.toml"),
-        "etc/pinfold/default.toml".to_owned(),
-    ];
-    for candidate in &candidates {
-        match fs::symlink_metadata(root.path(candidate)) {
+pub(crate) fn load(root: &Sysroot, vmid: VmId, threads_per_core: usize) -> Result<Settings> {
+    if let Some((path, text)) = find(root, vmid)? {
+        return resolve(root, &text, &path, threads_per_core);
+    }
+    let (text, source) = (format!("layout = \"{DEFAULT_LAYOUT}\""), format!("the built-in layout {DEFAULT_LAYOUT}"));
+    resolve(root, &text, &source, threads_per_core).map_err(|error| {
+        let [_, first, _] = candidates(vmid).map(|path| root.path(path));
+        let advice = format!("write your CPUs to {}, as in\n  isolated = \"4-7\"\n  pins = \"auto\"", first.display());
+        Error::unusable(format!("VM {vmid} has no settings file and {error}"), advice)
+    })
+}
+
+/// A VM's deadlines, without a look at the host. Settings with a fault have the usual ones: [`load`] tells the fault.
+pub(crate) fn deadlines(root: &Sysroot, vmid: VmId) -> Deadlines {
+    let file = find(root, vmid).ok().flatten().and_then(|(_, text)| toml::from_str::<File>(&text).ok());
+    file.map(|file| file.deadlines).unwrap_or_default()
+}
+
+/// A VM's settings file: its full path and its text.
+fn find(root: &Sysroot, vmid: VmId) -> Result<Option<(String, String)>> {
+    for candidate in candidates(vmid) {
+        let path = root.path(&candidate);
+        match fs::symlink_metadata(&path) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(source) => return Err(Error::io(root.path(candidate), "look at", source)),
+            Err(source) => return Err(Error::io(path, "look at", source)),
             Ok(meta) => {
-                let path = root.path(candidate).display().to_string();
+                let path = path.display().to_string();
                 check_owner(&path, &meta)?;
-                return resolve(root, &root.read(candidate)?, &path);
+                return Ok(Some((path, root.read(&candidate)?)));
             }
         }
     }
-    resolve(root, &format!("layout = \"{DEFAULT_LAYOUT}\""), &format!("the built-in layout {DEFAULT_LAYOUT}")).map_err(
-        |error| {
-            let first = root.path(&candidates[1]);
-            let advice =
-                format!("write your CPUs to {}, as in\n  isolated = \"4-7\"\n  pins = \"4,5,6,7\"", first.display());
-            Error::unusable(format!("VM {vmid} has no settings file and {error}"), advice)
-        },
-    )
+    Ok(None)
 }
 
 /// Whoever can write the settings decides where root writes.
@@ -258,12 +327,15 @@ fn check_owner(path: &str, meta: &fs::Metadata) -> Result<()> {
     Err(Error::unusable(path, format!("settings refused: {fault}")))
 }
 
-/// Resolves the text of a settings file.
-pub(crate) fn resolve(root: &Sysroot, text: &str, source: &str) -> Result<Settings> {
+/// Resolves the text of a settings file, for a guest with so many threads per core.
+pub(crate) fn resolve(root: &Sysroot, text: &str, source: &str, threads_per_core: usize) -> Result<Settings> {
     let file: File =
         toml::from_str(text).map_err(|error| Error::malformed(source, error.to_string().trim_end().to_owned()))?;
     let wrong = |why: String| Error::malformed(source, why);
-    let (mut isolated, mut pins) = (file.isolated, file.pins);
+    let host = cpuexpr::Host::new(root);
+    let read = |key: &str, text: &str| cpus(&host, text).map_err(|why| wrong(format!("{key}: {why}")));
+    let mut isolated = file.isolated.map(|text| read("isolated", &text)).transpose()?;
+    let mut pins = file.pins;
     if let Some(name) = &file.layout {
         let layout = layout(name).map_err(&wrong)?;
         let present = pinfold_core::cpu::present(root)?;
@@ -277,26 +349,39 @@ pub(crate) fn resolve(root: &Sysroot, text: &str, source: &str) -> Result<Settin
     let isolated = isolated.filter(|cpus| !cpus.is_empty());
     let isolated =
         isolated.ok_or_else(|| wrong("isolated: the VM's CPUs are missing; write isolated = \"4-7\"".into()))?;
-    let pins = pins.ok_or_else(|| wrong("pins: missing; write a CPU per vCPU, as in pins = \"4,5,6,7\"".into()))?;
-    let pins = pins.resolve().map_err(|why| wrong(format!("pins: {why}")))?;
+    let pins = pins.ok_or_else(|| {
+        wrong("pins: missing; write pins = \"auto\", or a CPU per vCPU, as in pins = \"4,5,6,7\"".into())
+    })?;
+    let auto_pins = pins.are_auto().then_some(threads_per_core);
+    let pins = match auto_pins {
+        Some(threads) => pins::auto(&Topology::read(root)?, &isolated, threads),
+        None => pins.resolve(&host).map_err(|why| wrong(format!("pins: {why}")))?,
+    };
     for (vcpu, cpus) in pins.iter().enumerate() {
         let outside = cpus - &isolated;
         if !outside.is_empty() {
             return Err(wrong(format!("pins: vCPU {vcpu}: CPU {outside} is not among the isolated {isolated}")));
         }
     }
-    for (key, cpus) in
-        file.emulator.iter().map(|cpus| ("emulator", cpus)).chain(file.iothreads.iter().flat_map(Iothreads::named))
-    {
-        if cpus.is_empty() {
-            return Err(wrong(format!("{key}: an empty CPU list; leave it out for all housekeeping CPUs")));
+    // An empty text is a slip, since leaving the key out says more.
+    let some = |key: &str, text: &str| match read(key, text)? {
+        cpus if cpus.is_empty() => {
+            Err(wrong(format!("{key}: an empty CPU list; leave it out for all housekeeping CPUs")))
+        }
+        cpus => Ok(cpus),
+    };
+    let emulator = file.emulator.map(|text| some("emulator", &text)).transpose()?;
+    let (mut iothreads, mut iothread) = (None, BTreeMap::new());
+    match file.iothreads {
+        None => {}
+        Some(Iothreads::All(text)) => iothreads = Some(some("iothreads", &text)?),
+        Some(Iothreads::ById(by_id)) => {
+            for (id, text) in by_id {
+                let cpus = some(&format!("iothreads: {id}"), &text)?;
+                iothread.insert(id, cpus);
+            }
         }
     }
-    let (iothreads, iothread) = match file.iothreads {
-        None => (None, BTreeMap::new()),
-        Some(Iothreads::All(cpus)) => (Some(cpus), BTreeMap::new()),
-        Some(Iothreads::ById(by_id)) => (None, by_id),
-    };
     if file.stat_interval == Some(0) {
         return Err(wrong("stat_interval: 0 s is no interval; leave it out for 120".into()));
     }
@@ -304,7 +389,8 @@ pub(crate) fn resolve(root: &Sysroot, text: &str, source: &str) -> Result<Settin
         source: source.to_owned(),
         isolated,
         pins,
-        emulator: file.emulator,
+        auto_pins,
+        emulator,
         iothreads,
         iothread,
         method: file.method.unwrap_or(Method::Hotplug),
@@ -327,57 +413,36 @@ fn layout(name: &str) -> std::result::Result<Layout, String> {
     toml::from_str(text).map_err(|error| format!("layout {name}: {error}"))
 }
 
-impl Iothreads {
-    fn named(&self) -> Vec<(&'static str, &CpuSet)> {
-        match self {
-            Self::All(cpus) => vec![("iothreads", cpus)],
-            Self::ById(by_id) => by_id.values().map(|cpus| ("iothreads", cpus)).collect(),
-        }
+/// The CPUs that a text stands for on the host; none for an empty one.
+fn cpus(host: &cpuexpr::Host<'_>, text: &str) -> std::result::Result<CpuSet, String> {
+    if text.trim().is_empty() {
+        return Ok(CpuSet::new());
     }
+    let expr: CpuExpr = text.parse().map_err(|error: cpuexpr::CpuExprError| error.to_string())?;
+    if expr.names_vms() {
+        // QEMU's monitor would be waited for as well, beyond the deadlines.
+        let why = "where a VM's vCPUs may run changes as VMs come and go, settings do not; write the CPUs themselves";
+        return Err(format!("{expr}: {why}"));
+    }
+    host.resolve(&expr).map_err(|error| error.to_string())
 }
 
-/// More pins than the kernel has CPUs are no layout. A pin's set is as large as its CPU's number, so they are counted
-/// before they are made.
-const MAX_PINS: usize = MAX_CPU + 1;
-
-impl Pins {
-    fn resolve(self) -> std::result::Result<Vec<CpuSet>, String> {
-        let too_many = |count: usize| match count {
-            ..=MAX_PINS => Ok(()),
-            _ => Err(format!("more than {MAX_PINS}, the most CPUs the kernel knows")),
-        };
-        let pins: Vec<CpuSet> = match self {
-            Self::PerVcpu(lists) => {
-                too_many(lists.len())?;
-                let pins = lists.into_iter().map(|cpus| match cpus {
-                    Cpus::One(cpu) if cpu > MAX_CPU => Err(CpuSetError::TooLarge(cpu.to_string()).to_string()),
-                    Cpus::One(cpu) => Ok([cpu].into_iter().collect()),
-                    Cpus::List(cpus) => Ok(cpus),
-                });
-                pins.collect::<std::result::Result<_, _>>()?
-            }
-            // A CPU set has no order: token by token, ranges ascending.
-            Self::InOrder(text) => {
-                let mut pins = Vec::new();
-                for token in text.split(',') {
-                    let cpus: CpuSet = token.parse().map_err(|error: CpuSetError| error.to_string())?;
-                    too_many(pins.len() + cpus.len())?;
-                    pins.extend(cpus.iter().map(|cpu| -> CpuSet { [cpu].into_iter().collect() }));
-                }
-                pins
-            }
-        };
-        match pins.iter().position(CpuSet::is_empty) {
-            Some(vcpu) => Err(format!("vCPU {vcpu} has no CPU")),
-            None if pins.is_empty() => Err("no CPU at all".into()),
-            None => Ok(pins),
-        }
+/// Every key there is: what serde answers to an unknown one names them.
+#[cfg(test)]
+pub(crate) fn known_keys() -> Vec<String> {
+    let mut keys = Vec::new();
+    for unknown in ["unknown = 1\n", "[deadlines]\nunknown = 1\n"] {
+        let answer = toml::from_str::<File>(unknown).unwrap_err().to_string();
+        let known = answer.split("expected one of").nth(1).unwrap();
+        keys.extend(known.split('`').skip(1).step_by(2).map(str::to_owned));
     }
+    keys
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::machine;
     use proptest::prelude::*;
 
     fn host(present: &str) -> (tempfile::TempDir, Sysroot) {
@@ -389,6 +454,15 @@ mod tests {
         (dir, root)
     }
 
+    /// A captured machine.
+    fn machine(name: &str) -> (tempfile::TempDir, Sysroot) {
+        let dir = tempfile::tempdir().unwrap();
+        let (_, text) = machine::all().into_iter().find(|(known, _)| known == name).unwrap();
+        machine::expand(&text, dir.path());
+        let root = Sysroot::new(dir.path());
+        (dir, root)
+    }
+
     fn vm() -> VmId {
         "100".parse().unwrap()
     }
@@ -396,7 +470,7 @@ mod tests {
     #[test]
     fn without_a_file_the_5900x() {
         let (_dir, root) = host("0-23");
-        let settings = load(&root, vm()).unwrap();
+        let settings = load(&root, vm(), 1).unwrap();
         assert_eq!(settings.isolated.to_string(), "6-11,18-23");
         let pins: Vec<String> = settings.pins.iter().map(ToString::to_string).collect();
         assert_eq!(pins.join(" "), "6 18 7 19 8 20 9 21 10 22 11 23");
@@ -407,9 +481,9 @@ mod tests {
     #[test]
     fn where_the_layout_does_not_fit_it_says_what_to_write() {
         let (_dir, root) = host("0-7");
-        let error = load(&root, vm()).unwrap_err().to_string();
+        let error = load(&root, vm(), 1).unwrap_err().to_string();
         assert!(error.contains("layout 5900x is for a host with CPUs 0-23; this one has 0-7"), "{error}");
-        assert!(error.contains("etc/pinfold/100.toml, as in\n  isolated = \"4-7\""), "{error}");
+        assert!(error.contains("etc/pinfold/100.toml, as in\n  isolated = \"4-7\"\n  pins = \"auto\""), "{error}");
     }
 
     #[test]
@@ -421,7 +495,7 @@ mod tests {
             let folder = dir.path().join(folder);
             fs::create_dir_all(&folder).unwrap();
             fs::write(folder.join(file), format!("isolated = \"{cpu}\"\npins = [{cpu}]")).unwrap();
-            assert_eq!(load(&root, vm()).unwrap().isolated.first(), Some(cpu));
+            assert_eq!(load(&root, vm(), 1).unwrap().isolated.first(), Some(cpu));
         }
     }
 
@@ -431,9 +505,117 @@ mod tests {
         for (pins, resolved) in
             [("\"6,18,7-8\"", "6 18 7 8"), ("[6, 18]", "6 18"), ("[\"6-7\", 18, \"8,20\"]", "6-7 18 8,20")]
         {
-            let settings = resolve(&root, &format!("isolated = \"6-11,18-23\"\npins = {pins}"), "test").unwrap();
+            let settings = resolve(&root, &format!("isolated = \"6-11,18-23\"\npins = {pins}"), "test", 1).unwrap();
             let got: Vec<String> = settings.pins.iter().map(ToString::to_string).collect();
             assert_eq!(got.join(" "), resolved);
+        }
+    }
+
+    #[test]
+    fn selectors_stand_for_this_hosts_cpus() {
+        let (_dir, root) = machine("5900x");
+        let text = "isolated = \"llc:1\"\npins = [\"core:6\", 18, \"smt:7&!7\", \"8-9\"]\nemulator = \"!llc:1\"\n\
+                    iothreads = { a = \"first-threads&llc:0\", b = \"4\" }";
+        let settings = resolve(&root, text, "test", 1).unwrap();
+        let shown = |cpus: &Option<CpuSet>| cpus.as_ref().map(ToString::to_string);
+        assert_eq!((settings.isolated.to_string().as_str(), shown(&settings.iothreads)), ("6-11,18-23", None));
+        let pins: Vec<String> = settings.pins.iter().map(ToString::to_string).collect();
+        assert_eq!(pins, ["6,18", "18", "19", "8-9"]);
+        assert_eq!(shown(&settings.emulator).as_deref(), Some("0-5,12-17"));
+        let iothread: Vec<String> = settings.iothread.iter().map(|(id, cpus)| format!("{id}={cpus}")).collect();
+        assert_eq!(iothread, ["a=0-5", "b=4"]);
+        let kept = serde_json::to_value(&settings).unwrap();
+        assert_eq!((&kept["isolated"], &kept["pins"][0]), (&"6-11,18-23".into(), &"6,18".into()), "kept as CPUs");
+        let settings = resolve(&root, "layout = \"5900x\"\niothreads = \"core:4\"", "test", 1).unwrap();
+        assert_eq!(shown(&settings.iothreads).as_deref(), Some("4,16"));
+    }
+
+    #[test]
+    fn pins_are_ordered_for_the_guest() {
+        let (_dir, root) = machine("5900x");
+        let text = "isolated = \"llc:1\"\npins = \"auto\"";
+        let pins = |settings: &Settings| settings.pins.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+        let (alone, paired) = ("6,7,8,9,10,11,18,19,20,21,22,23", "6,18,7,19,8,20,9,21,10,22,11,23");
+        let mut settings = resolve(&root, text, "test", 1).unwrap();
+        assert_eq!((pins(&settings).as_str(), settings.auto_pins), (alone, Some(1)));
+        let kept = serde_json::to_string(&settings).unwrap();
+        assert_eq!(serde_json::from_str::<Settings>(&kept).unwrap(), settings);
+        settings.fit_guest(&root, 2).unwrap();
+        assert_eq!(settings, resolve(&root, text, "test", 2).unwrap());
+        assert_eq!(pins(&settings), paired);
+        // Nothing is looked at where nothing is to be done.
+        settings.fit_guest(&Sysroot::new("/nonexistent"), 2).unwrap();
+        let mut written = resolve(&root, &format!("isolated = \"llc:1\"\npins = \"{alone}\""), "test", 2).unwrap();
+        written.fit_guest(&root, 2).unwrap();
+        assert_eq!((pins(&written).as_str(), written.auto_pins), (alone, None));
+        let error = resolve(&root, "pins = \"auto\"", "test", 1).unwrap_err().to_string();
+        assert!(error.contains("isolated: the VM's CPUs are missing"), "{error}");
+        let auto = resolve(&root, "layout = \"5900x\"\npins = \" auto \"", "test", 2).unwrap();
+        assert_eq!(pins(&auto), paired);
+    }
+
+    #[test]
+    fn a_state_of_before_is_read() {
+        let (_dir, root) = machine("5900x");
+        let mut kept = serde_json::to_value(resolve(&root, "layout = \"5900x\"", "test", 1).unwrap()).unwrap();
+        assert!(kept.get("auto_pins").is_none());
+        assert_eq!(serde_json::from_value::<Settings>(kept.clone()).unwrap().auto_pins, None);
+        kept["auto_pins"] = 2.into();
+        assert_eq!(serde_json::from_value::<Settings>(kept).unwrap().auto_pins, Some(2));
+    }
+
+    #[test]
+    fn wrong_selectors_name_the_key_and_the_token() {
+        let (_dir, root) = machine("5900x");
+        for (text, why) in [
+            (
+                "isolated = \"lcl:1\"",
+                "test: isolated: \"lcl\" in \"lcl:1\" (character 1) is no selector; there are llc:N",
+            ),
+            (
+                "isolated = \"llc:2\"",
+                "test: isolated: llc:2: no such LLC domain; this host has llc:0 (CPU 0-5,12-17) and",
+            ),
+            ("isolated = \"vcache\"", "test: isolated: vcache: no L3 is larger than the others"),
+            ("isolated = \"llc:1&0\"", "test: isolated: llc:1&0: there is no CPU in it"),
+            ("isolated = \"!vm:101\"", "test: isolated: !vm:101: where a VM's vCPUs may run changes"),
+            ("isolated = \"6\"\npins = \"6\"\nemulator = \"node:1\"", "test: emulator: node:1: no such NUMA node"),
+            ("isolated = \"6\"\npins = \"6\"\niothreads = \"core:24\"", "test: iothreads: CPU 24: no such CPU"),
+            (
+                "isolated = \"6\"\npins = \"6\"\niothreads = { io1 = \"cor:4\" }",
+                "test: iothreads: io1: \"cor\" in \"cor:4\"",
+            ),
+            (
+                "isolated = \"6\"\npins = [6, \"core:\"]",
+                "test: pins: vCPU 1: \"\" in \"core:\" (character 6) is no number",
+            ),
+            ("isolated = \"6\"\npins = [\"llc:0\"]", "test: pins: vCPU 0: CPU 0-5,12-17 is not among the isolated 6"),
+            (
+                "isolated = \"6,18\"\npins = \"6,core:6\"",
+                "test: pins: \"core:6\" in \"6,core:6\" has no order; write \"auto\", CPUs in",
+            ),
+            (
+                "isolated = \"llc:1\"\npins = \"llc:1,!6\"",
+                "test: pins: \"llc:1\" in \"llc:1,!6\" has no order; write \"auto\", CPUs in",
+            ),
+            ("isolated = \"6,18\"\npins = \"6,cor:6\"", "test: pins: \"cor:6\" in \"cor:6\" is no CPU number or range"),
+        ] {
+            let error = resolve(&root, text, "test", 1).unwrap_err().to_string();
+            assert!(error.starts_with(why), "{text:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn deadlines_need_no_host() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("etc/pinfold")).unwrap();
+        let root = Sysroot::new(dir.path());
+        let lock = || deadlines(&root, vm()).lock;
+        assert_eq!(lock(), 120, "no file");
+        let file = dir.path().join("etc/pinfold/100.toml");
+        for (text, seconds) in [("isolated = \"llc:1\"\n[deadlines]\nlock = 5", 5), ("[deadlines]\nlock = x", 120)] {
+            fs::write(&file, text).unwrap();
+            assert_eq!(lock(), seconds);
         }
     }
 
@@ -446,12 +628,18 @@ mod tests {
             ("isolated = \"6-5\"\npins = \"6\"", "runs backwards"),
             ("isolated = \"6\"\npins = \"7\"", "pins: vCPU 0: CPU 7 is not among the isolated 6"),
             ("isolated = \"6\"\npins = \"6,\"", "pins: \"\" is an empty CPU list"),
+            ("isolated = \"6\"\npins = 6", "CPUs in vCPU order, as in \"6,18,7,19\", or a list per vCPU"),
             ("isolated = \"6\"\npins = []", "pins: no CPU at all"),
             ("isolated = \"6\"\npins = [\"\"]", "pins: vCPU 0 has no CPU"),
             ("isolated = \"6\"\npins = \"6\"\ncolour = 1", "unknown field `colour`"),
             ("isolated = \"6\"\npins = \"6\"\nmethod = \"magic\"", "unknown variant `magic`"),
             ("layout = \"9999x\"", "no \"9999x\"; there is 5900x"),
             ("isolated = \"6\"\npins = \"6\"\nemulator = \"\"", "emulator: an empty CPU list"),
+            ("isolated = \"6\"\npins = \"6\"\niothreads = { a = \"0\", b = \" \" }", "iothreads: b: an empty CPU list"),
+            (
+                "isolated = \"6\"\npins = \"6\"\niothreads = 4",
+                "CPUs by iothread, as in { iothread-virtioscsi0 = \"4\" }",
+            ),
             ("isolated = \"6\"\npins = \"6\"\nstat_interval = 0", "stat_interval: 0 s"),
             ("isolated = \"6\"\npins = \"6\"\n[deadlines]\nqmp = -1", "qmp"),
             ("isolated = \"6\"\npins = \"6\"\n[deadlines]\nlock = 3601", "the longest deadline is 3600"),
@@ -460,7 +648,7 @@ mod tests {
             (&format!("isolated = \"6\"\npins = [{}]", "6,".repeat(8193)), "pins: more than 8192"),
             ("=", "test: "),
         ] {
-            let error = resolve(&root, text, "test").unwrap_err().to_string();
+            let error = resolve(&root, text, "test", 1).unwrap_err().to_string();
             assert!(error.contains(why), "{text:?}: {error}");
         }
     }
@@ -474,7 +662,7 @@ mod tests {
             let list = numbers.join(",");
             let quoted = format!("\"{}\"", numbers.join("\",\""));
             for text in [format!("\"{list}\""), format!("[{list}]"), format!("[{quoted}]")] {
-                let settings = resolve(&root, &format!("isolated = \"0-23\"\npins = {text}"), "test").unwrap();
+                let settings = resolve(&root, &format!("isolated = \"0-23\"\npins = {text}"), "test", 1).unwrap();
                 prop_assert_eq!(&settings.pins, &pins);
                 let kept = serde_json::to_string(&settings).unwrap();
                 prop_assert_eq!(serde_json::from_str::<Settings>(&kept).unwrap(), settings);
@@ -482,9 +670,9 @@ mod tests {
         }
 
         #[test]
-        fn no_settings_panic(key in "isolated|pins|emulator|iothreads|stat_interval|reset_pci|idle_vm", value in "\\PC*|-?[0-9]{1,20}|\\[\\PC*\\]|\"[0-9,-]*\"") {
+        fn no_settings_panic(key in "isolated|pins|emulator|iothreads|stat_interval|reset_pci|idle_vm", value in "\\PC*|-?[0-9]{1,20}|\\[\\PC*\\]|\"[0-9,-]*\"|\"auto\"|\"(llc:|core:|vm:10|all|!|&|[0-9,()-]){0,8}\"") {
             let _ = toml::from_str::<File>(&format!("{key} = {value}"));
-            let _ = resolve(&Sysroot::new("/nonexistent"), &format!("{key} = {value}\nisolated = \"6\""), "test");
+            let _ = resolve(&Sysroot::new("/nonexistent"), &format!("{key} = {value}\nisolated = \"6\""), "test", 1);
         }
     }
 
@@ -495,27 +683,22 @@ mod tests {
         let blocks: Vec<&str> =
             readme.split("```toml\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
         assert!(blocks.len() > 1, "README.md has no settings any more");
-        let (_dir, root) = host("0-23");
+        let (_dir, root) = machine("5900x");
         for block in &blocks {
-            resolve(&root, block, "README.md").unwrap();
+            resolve(&root, block, "README.md", 1).unwrap();
         }
         let all = blocks[0];
-        for unknown in ["unknown = 1\n", "[deadlines]\nunknown = 1\n"] {
-            // What serde answers to an unknown key names those it knows.
-            let answer = toml::from_str::<File>(unknown).unwrap_err().to_string();
-            let known = answer.split("expected one of").nth(1).unwrap();
-            for key in known.split('`').skip(1).step_by(2) {
-                let is_told = |line: &str| line.contains(&format!("{key} =")) || line.starts_with(&format!("[{key}]"));
-                assert!(all.lines().any(is_told), "README.md does not show {key}");
-            }
+        for key in known_keys() {
+            let is_told = |line: &str| line.contains(&format!("{key} =")) || line.starts_with(&format!("[{key}]"));
+            assert!(all.lines().any(is_told), "README.md does not show {key}");
         }
-        let shown = resolve(&root, all, "").unwrap();
-        let default = resolve(&root, "isolated = \"6\"\npins = \"6\"", "").unwrap();
+        let shown = resolve(&root, all, "", 1).unwrap();
+        let default = resolve(&root, "isolated = \"6\"\npins = \"6\"", "", 1).unwrap();
         assert_eq!(
             (shown.method, shown.governor, shown.stat_interval, shown.tidy_caches, shown.deadlines),
             (default.method, default.governor, default.stat_interval, default.tidy_caches, default.deadlines),
         );
-        let layout = resolve(&root, "layout = \"5900x\"", "").unwrap();
+        let layout = resolve(&root, "layout = \"5900x\"", "", 1).unwrap();
         assert_eq!((shown.isolated, shown.pins), (layout.isolated, layout.pins));
         for (key, is_default) in [
             ("idle_vm = 107", default.idle_vm.is_none()),
@@ -536,10 +719,10 @@ mod tests {
         fs::write(&path, "isolated = \"6\"\npins = \"6\"").unwrap();
         for (mode, refused) in [(0o644, false), (0o664, true), (0o602, true), (0o600, false)] {
             fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
-            assert_eq!(load(&root, vm()).is_err(), refused, "{mode:o}");
+            assert_eq!(load(&root, vm(), 1).is_err(), refused, "{mode:o}");
         }
         fs::remove_file(&path).unwrap();
         std::os::unix::fs::symlink("/etc/hostname", &path).unwrap();
-        assert!(load(&root, vm()).unwrap_err().to_string().contains("no plain file"));
+        assert!(load(&root, vm(), 1).unwrap_err().to_string().contains("no plain file"));
     }
 }

@@ -119,6 +119,15 @@ fn settings_take_them_as_text() {
 }
 
 #[test]
+fn vms_are_seen_wherever_they_are_named() {
+    for (text, names) in
+        [("vm:100", true), ("online&!vm:100", true), ("0,(llc:1,!vm:101)", true), ("0-5", false), ("!llc:1,0", false)]
+    {
+        assert_eq!(text.parse::<CpuExpr>().unwrap().names_vms(), names, "{text}");
+    }
+}
+
+#[test]
 fn a_plain_list_asks_the_host_nothing() {
     let nowhere = Sysroot::new("/nonexistent");
     let resolve = |text: &str| text.parse::<CpuExpr>().unwrap().resolve(&nowhere).map(|cpus| cpus.to_string());

@@ -36,11 +36,17 @@ fn start_and_stop_as_pve_does(host: &mut Host) {
     expect(host, "test ! -e /run/pinfold/state.json", 0);
 }
 
+/// With the settings that `hook init` writes for a guest with SMT: the second CCD, a core for each of the guest's.
 fn killed_without_pre_stop(host: &mut Host) {
     install_hook(host);
     host.start_vm(&VmSpec::new(101)).unwrap();
+    let spec = VmSpec { more: "args: -smp 12,sockets=1,cores=6,threads=2\n".into(), ..vm() };
+    host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640).unwrap();
+    let (written, _) = expect(host, "hook init 100", 0);
+    assert!(written.starts_with("/etc/pinfold/100.toml is written: VM 100 gets llc:1, CPU 6-11,18-23\n"), "{written}");
     let before = host.snapshot().unwrap();
-    host.start_vm(&vm()).unwrap();
+    let told = host.start_vm(&spec).unwrap();
+    assert!(told.contains("CPU 6-11,18-23 reserved for VM 100, by /etc/pinfold/100.toml"), "{told}");
     assert_fenced(host);
     host.kill_vm(100).unwrap();
     host.cleanup_vm(100, true).unwrap();

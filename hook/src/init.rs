@@ -1,0 +1,524 @@
+//! `hook init`: settings for a VM, by what this host has.
+
+use std::collections::BTreeMap;
+
+use pinfold_core::report::out;
+use pinfold_core::store::Store;
+use pinfold_core::topology::{Domain, Kind, Topology};
+use pinfold_core::vm::{self, VmId};
+use pinfold_core::{CpuExpr, CpuSet, Error, Exit, Report, Result, Sysroot, cpu};
+use serde_json::json;
+
+use crate::checks;
+use crate::reservation::Reservation;
+use crate::settings;
+
+/// How many domains a message tells of.
+const TOLD: usize = 8;
+
+/// The keys that are not chosen here, with what holds where they are not set.
+const OTHER_KEYS: &str = "\
+#method = \"hotplug\"            # the one there is
+#governor = \"performance\"      # or \"keep\"
+#stat_interval = 120           # vm.stat_interval in seconds
+#idle_vm = 107                 # a VM that is stopped before and started after; none where it is not set
+#reset_pci = false             # true: the VM's hostpci devices are reset before the start; or a list of addresses
+#tidy_caches = true            # caches are dropped and memory is compacted before the start
+#min_housekeeping = 1          # how many CPUs must stay
+
+#[deadlines]                   # the longest wait in seconds
+#lock = 120                    # for another hook to end
+#systemd = 10                  # for one call to systemd
+#reload = 60                   # for systemd to read all units again
+#qmp = 5                       # for QEMU's monitor
+#pci = 10                      # for PCI functions to go, and again to come back
+#idle_vm = 60                  # for the idle VM to shut down, or to start
+#qemu_exit = 10                # for QEMU to be gone at post-stop
+";
+
+/// What is asked for.
+#[derive(Debug)]
+pub(crate) struct Wish {
+    pub vmid: VmId,
+    /// The CPUs, where they are not to be chosen.
+    pub cpus: Option<CpuExpr>,
+    /// Whether the L3 has to be a large one.
+    pub vcache: bool,
+    /// Whether the settings are printed and nothing is written.
+    pub print: bool,
+}
+
+/// What the VM needs.
+#[derive(Debug, Clone, Copy)]
+struct Guest {
+    vcpus: usize,
+    /// The threads of each of its cores.
+    threads: usize,
+}
+
+/// The CPUs chosen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Choice {
+    /// As they are written.
+    isolated: String,
+    cpus: CpuSet,
+    /// Why these, and what else there was: lines of the file's comment.
+    why: Vec<String>,
+}
+
+/// The command's whole run.
+///
+/// # Errors
+/// Where there is no such VM, no domain has room for it, it has settings already, or they cannot be written.
+pub(crate) fn run(root: &Sysroot, report: &mut Report, wish: &Wish, json: bool) -> anyhow::Result<Exit> {
+    let vmid = wish.vmid;
+    let conf = vm::conf(root, vmid)?;
+    if !wish.print {
+        settings::no_own_file(root, vmid)?;
+    }
+    let guest = Guest { vcpus: conf.vcpus().max(conf.max_vcpus()) as usize, threads: conf.threads_per_core() };
+    let others = others(root, report, vmid);
+    let topology = Topology::read(root)?;
+    let mut choice = match &wish.cpus {
+        Some(expr) => given(root, expr, guest)?,
+        None => {
+            if wish.vcache {
+                // It says what there is where there is none.
+                "vcache".parse::<CpuExpr>()?.resolve(root)?;
+            }
+            choose(&topology, guest, wish.vcache, &others).map_err(|why| Error::unusable(format!("VM {vmid}"), why))?
+        }
+    };
+    for shared in shared(&choice.cpus, &others) {
+        let only_one = format!("{shared} too: of the two only one can run at a time");
+        report.note(&only_one);
+        choice.why.push(format!("{only_one}."));
+    }
+    let text = text(vmid, guest, &choice, &(&topology.online - &choice.cpus));
+    let source = settings::node_file(root, vmid).display().to_string();
+    let settings = settings::resolve(root, &text, &source, guest.threads)?;
+    checks::pins_suffice(&settings, guest.vcpus, guest.vcpus.checked_sub(1))?;
+    if wish.print {
+        out(&text);
+        return Ok(Exit::Done);
+    }
+    let path = settings::create(root, vmid, &text)?;
+    let pins: Vec<String> = settings.pins.iter().take(guest.vcpus).map(ToString::to_string).collect();
+    if json {
+        let told = json!({"path": path, "isolated": choice.isolated, "cpus": choice.cpus, "pins": pins});
+        out(&format!("{told:#}\n"));
+        return Ok(Exit::Done);
+    }
+    report.line(&format!("{} is written: VM {vmid} gets {}", path.display(), in_words(&choice)));
+    report.line(&format!("its {} vCPUs are pinned to {}", guest.vcpus, pins.join(",")));
+    match &conf.hookscript {
+        None => report.line(&format!("next: qm set {vmid} --hookscript local:snippets/hook")),
+        Some(volume) => report.line(&format!("its hookscript is {volume}")),
+    }
+    report.line("once it runs, hook status shows what may still run on its CPUs");
+    Ok(report.finish())
+}
+
+fn in_words(choice: &Choice) -> String {
+    let Choice { isolated, cpus, .. } = choice;
+    if *isolated == cpus.to_string() { format!("CPU {cpus}") } else { format!("{isolated}, CPU {cpus}") }
+}
+
+/// The CPUs that other VMs have now, or will have when they start.
+fn others(root: &Sysroot, report: &mut Report, vmid: VmId) -> BTreeMap<VmId, CpuSet> {
+    let mut others: BTreeMap<VmId, CpuSet> = BTreeMap::new();
+    let mut add = |other: VmId, cpus: &CpuSet| {
+        let all = others.entry(other).or_default();
+        *all = &*all | cpus;
+    };
+    match Store::<Reservation>::peek(root) {
+        Ok(state) => {
+            let (reservations, _) = state.unwrap_or_default();
+            for (id, reservation) in reservations.iter().filter(|(_, reservation)| reservation.is_claim()) {
+                if let Ok(other) = VmId::try_from(*id) {
+                    add(other, &reservation.settings.isolated);
+                }
+            }
+        }
+        Err(error) => report.note(&format!("the CPUs of running VMs are not known: {error}")),
+    }
+    for other in vm::all(root) {
+        // Those without hook may have settings for later; those with it have some in any case.
+        let has_hook =
+            || vm::conf(root, other).is_ok_and(|conf| conf.hookscript.is_some_and(|at| at.ends_with("/hook")));
+        let own = settings::own_file(root, other);
+        if own.is_none() && !has_hook() {
+            continue;
+        }
+        match settings::load(root, other, 1) {
+            Ok(settings) => add(other, &settings.isolated),
+            // Without a file of its own it has what comes with hook, which may not be for this host.
+            Err(_) if own.is_none() => {}
+            Err(error) => report.note(&format!("the CPUs of VM {other} are not known: {error}")),
+        }
+    }
+    others.remove(&vmid);
+    others
+}
+
+/// The CPUs that were asked for.
+fn given(root: &Sysroot, expr: &CpuExpr, guest: Guest) -> Result<Choice> {
+    let cpus = expr.resolve(root)?;
+    let unusable = |why: String| Error::unusable(format!("CPU {cpus}"), why);
+    cpu::check_online(root, &cpus)?;
+    if cpus.contains(0) {
+        return Err(unusable("CPU 0 cannot be isolated, the kernel needs it for itself; leave it out".into()));
+    }
+    if cpus.len() < guest.vcpus {
+        return Err(unusable(format!("{} CPUs are too few for the VM's {} vCPUs", cpus.len(), guest.vcpus)));
+    }
+    let isolated = expr.to_string();
+    let why = if isolated == cpus.to_string() { Vec::new() } else { vec![format!("{isolated} is CPU {cpus}.")] };
+    Ok(Choice { isolated, cpus, why })
+}
+
+/// What a domain could give the VM.
+#[derive(Debug)]
+struct Offer<'a> {
+    domain: &'a Domain,
+    cpus: CpuSet,
+    /// Whether there are small cores among these.
+    small: bool,
+    /// Whether the host's own CPU 0 is in the domain.
+    beside_host: bool,
+}
+
+/// Chooses CPUs for a guest, in an LLC domain with room for it: one that other VMs leave room in, with fast cores enough,
+/// without CPU 0, and a small one, in this order (docs/design.md, "What init chooses").
+///
+/// # Errors
+/// That none has room for it, with what each has.
+fn choose(
+    topology: &Topology,
+    guest: Guest,
+    vcache: bool,
+    others: &BTreeMap<VmId, CpuSet>,
+) -> std::result::Result<Choice, String> {
+    let taken = others.values().fold(CpuSet::new(), |all, cpus| &all | cpus);
+    let domains = if vcache { topology.vcache() } else { topology.domains(Kind::Llc).iter().collect() };
+    let offers = |taken: &CpuSet| {
+        let offers = domains.iter().filter_map(|domain| offer(topology, domain, taken, guest));
+        let mut offers: Vec<Offer<'_>> = offers.collect();
+        offers.sort_by_key(|offer| (offer.small, offer.beside_host, offer.domain.cpus.len(), offer.domain.number));
+        offers
+    };
+    let (free, all) = (offers(&taken), offers(&CpuSet::new()));
+    let Some(best) = free.first().or(all.first()) else {
+        let list = domains.iter().take(TOLD).map(|domain| size(topology, domain)).collect::<Vec<_>>().join(", ");
+        let more = if domains.len() > TOLD { " and more (`hook layout` shows all)" } else { "" };
+        return Err(format!(
+            "no LLC domain has room for {} vCPUs: {list}{more}; take vCPUs away, or name CPUs of more than one by --cpus",
+            guest.vcpus
+        ));
+    };
+    let Offer { domain, cpus, .. } = best;
+    // What a selector stands for changes when CPUs come online.
+    let whole = *cpus == domain.cpus && domain.sure && topology.offline().is_empty();
+    let name = format!("llc:{}", domain.number);
+    let isolated = if whole { name.clone() } else { cpus.to_string() };
+    let cores = topology.cores.iter().filter(|core| core.intersects(cpus)).count();
+    let part = if *cpus == domain.cpus { "all" } else { "a part" };
+    let cores_there = format!("{cores} {}", if cores == 1 { "core" } else { "cores" });
+    let mut why =
+        vec![format!("{name} is CPU {}, {}. The VM has {part} of it: {cores_there}.", domain.cpus, domain.extent)];
+    if best.beside_host {
+        why.push("CPU 0, which stays the host's, is in it too: the VM shares the cache with it.".into());
+    }
+    if cores == guest.vcpus && cpus.len() > cores {
+        why.push("Each vCPU has a core of its own; the second threads have nothing to do.".into());
+    }
+    // Of those of which the same is to be said it is said once.
+    let mut rest: Vec<(String, Vec<&Domain>)> = Vec::new();
+    for other in domains.iter().copied().filter(|other| other.number != domain.number) {
+        let is_it = |offer: &&Offer<'_>| offer.domain.number == other.number;
+        let verdict = match (free.iter().find(is_it), all.iter().find(is_it)) {
+            (Some(offer), _) => verdict(offer, best).to_owned(),
+            (None, Some(_)) => shared(&other.cpus, others).join(", "),
+            (None, None) => "too few".to_owned(),
+        };
+        match rest.iter_mut().find(|(said, _)| *said == verdict) {
+            Some((_, domains)) => domains.push(other),
+            None => rest.push((verdict, vec![other])),
+        }
+    }
+    if !rest.is_empty() {
+        why.push("Looked at as well:".into());
+    }
+    for (verdict, domains) in rest {
+        let which = match domains[..] {
+            [domain] => size(topology, domain),
+            _ => format!("llc:{}", domains.iter().map(|domain| domain.number).collect::<CpuSet>()),
+        };
+        why.push(format!("  {which}: {verdict}"));
+    }
+    Ok(Choice { isolated, cpus: cpus.clone(), why })
+}
+
+/// Why an offer was not the best.
+fn verdict(offer: &Offer<'_>, best: &Offer<'_>) -> &'static str {
+    if offer.small && !best.small {
+        "small cores among them"
+    } else if offer.beside_host && !best.beside_host {
+        "its cache is the host's as well"
+    } else if offer.domain.cpus.len() > best.domain.cpus.len() {
+        "larger"
+    } else {
+        "as good"
+    }
+}
+
+/// What other VMs have of some CPUs.
+fn shared(cpus: &CpuSet, others: &BTreeMap<VmId, CpuSet>) -> Vec<String> {
+    let shared = others.iter().map(|(other, theirs)| (other, theirs & cpus)).filter(|(_, shared)| !shared.is_empty());
+    shared.map(|(other, shared)| format!("CPU {shared} is VM {other}'s")).collect()
+}
+
+/// `llc:1 (CPU 6-11,18-23) has 12 CPUs`: how many there are to be given away.
+fn size(topology: &Topology, domain: &Domain) -> String {
+    let cpus: usize = cores(topology, &domain.cpus).map(CpuSet::len).sum();
+    let less = if domain.cpus.contains(0) { " beside the core of CPU 0" } else { "" };
+    format!("llc:{} (CPU {}) has {cpus} CPUs{less}", domain.number, domain.cpus)
+}
+
+/// The whole cores within some CPUs that a VM may have: all but that of CPU 0.
+fn cores<'a>(topology: &'a Topology, within: &'a CpuSet) -> impl DoubleEndedIterator<Item = &'a CpuSet> {
+    topology.cores.iter().filter(|core| core.is_subset(within) && !core.contains(0))
+}
+
+/// What a domain has for a guest; none where it is too little.
+///
+/// Cores are given away whole, the last ones first. A guest without SMT has a core for each vCPU where there are enough.
+/// Small cores are only taken where the fast ones are too few.
+fn offer<'a>(topology: &Topology, domain: &'a Domain, taken: &CpuSet, guest: Guest) -> Option<Offer<'a>> {
+    let free = &domain.cpus - taken;
+    let (small, fast): (Vec<&CpuSet>, Vec<&CpuSet>) =
+        cores(topology, &free).rev().partition(|core| core.intersects(&topology.ecores));
+    let all = [fast.clone(), small].concat();
+    let fill = |cores: &[&CpuSet], vcpus_of: fn(&CpuSet) -> usize| {
+        let (mut cpus, mut vcpus) = (CpuSet::new(), 0);
+        for core in cores {
+            if vcpus < guest.vcpus {
+                cpus = &cpus | core;
+                vcpus += vcpus_of(core);
+            }
+        }
+        (vcpus >= guest.vcpus).then_some(cpus)
+    };
+    let within = |cores: &[&CpuSet]| {
+        let alone = if guest.threads == 1 { fill(cores, |_| 1) } else { None };
+        alone.or_else(|| fill(cores, CpuSet::len))
+    };
+    let cpus = within(&fast).or_else(|| within(&all))?;
+    let (small, beside_host) = (cpus.intersects(&topology.ecores), domain.cpus.contains(0));
+    Some(Offer { domain, cpus, small, beside_host })
+}
+
+/// The text of the settings file.
+fn text(vmid: VmId, guest: Guest, choice: &Choice, housekeeping: &CpuSet) -> String {
+    let cores = match guest.threads {
+        1 => String::new(),
+        threads => format!(", {threads} threads per core"),
+    };
+    let mut text = format!("# VM {vmid} on this host, by `hook init`: {} vCPUs{cores}.\n", guest.vcpus);
+    for line in &choice.why {
+        text += &format!("# {line}\n");
+    }
+    text += &format!("isolated = \"{}\"\n\n", choice.isolated);
+    text += "# The vCPUs' order, by the cores that the guest is told of; pin-vcpu --list shows it while the VM runs.\n";
+    text += "pins = \"auto\"\n\n";
+    text += "# The other keys, with what holds where they are not set. README.md, \"Settings\", tells more.\n";
+    let (emulator, iothreads) = (format!("#emulator = \"{housekeeping}\""), format!("#iothreads = \"{housekeeping}\""));
+    text += &format!("{emulator:30} # all housekeeping CPUs\n");
+    text += &format!("{iothreads:30} # as the emulator; or {{ iothread-virtioscsi0 = \"0\" }}\n");
+    text + OTHER_KEYS
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine;
+    use crate::settings::Settings;
+    use pinfold_core::Verbosity;
+
+    /// A captured machine with VMs.
+    fn host(name: &str, vms: &[(u32, &str)]) -> (tempfile::TempDir, Sysroot) {
+        let dir = tempfile::tempdir().unwrap();
+        let (_, text) = machine::all().into_iter().find(|(known, _)| known == name).unwrap();
+        machine::expand(&text, dir.path());
+        let confs = dir.path().join("etc/pve/qemu-server");
+        std::fs::create_dir_all(&confs).unwrap();
+        for (id, conf) in vms {
+            std::fs::write(confs.join(format!("{id}.conf")), conf).unwrap();
+        }
+        let root = Sysroot::new(dir.path());
+        (dir, root)
+    }
+
+    fn init(root: &Sysroot, id: u32, cpus: Option<&str>) -> std::result::Result<Settings, String> {
+        let vmid = VmId::try_from(id).unwrap();
+        let wish = Wish { vmid, cpus: cpus.map(|text| text.parse().unwrap()), vcache: false, print: false };
+        let mut report = Report::new("hook", Verbosity::Quiet, false);
+        run(root, &mut report, &wish, false).map_err(|error| error.to_string())?;
+        Ok(settings::load(root, vmid, vm::conf(root, vmid).unwrap().threads_per_core()).unwrap())
+    }
+
+    fn guest(vcpus: usize, threads: usize) -> Guest {
+        Guest { vcpus, threads }
+    }
+
+    #[test]
+    fn choices() {
+        for (name, vcpus, threads, isolated) in [
+            ("5900x", 12, 2, "llc:1"),
+            ("5900x", 12, 1, "llc:1"),
+            ("5900x", 6, 1, "llc:1"),
+            ("5900x", 4, 1, "8-11,20-23"),
+            ("5900x", 4, 2, "10-11,22-23"),
+            ("5900x", 5, 2, "9-11,21-23"),
+            ("5900x", 8, 1, "8-11,20-23"),
+            ("7950x3d", 16, 2, "llc:1"),
+            ("one-l3", 8, 2, "4-7,12-15"),
+            ("one-l3", 14, 1, "1-7,9-15"),
+            ("two-sockets", 16, 1, "none"),
+            ("two-sockets", 8, 1, "llc:1"),
+            ("epyc-7763", 16, 2, "llc:1"),
+            ("epyc-fenced", 16, 2, "8-15,72-79"),
+            ("hybrid", 4, 1, "8-15"),
+            ("hybrid", 10, 1, "6-15"),
+            ("hybrid", 14, 1, "2-15"),
+            ("hybrid", 16, 1, "2-15,22-23"),
+            ("hybrid", 15, 2, "2-15,23"),
+            ("meteor-lake", 2, 1, "4-7"),
+            ("meteor-lake", 9, 1, "2-7,9-11"),
+            ("big-little", 4, 1, "4-7"),
+            ("big-little", 5, 1, "3-7"),
+            ("smt-off", 6, 2, "6-11"),
+            ("no-l3", 4, 1, "llc:1"),
+            ("bare", 3, 1, "1-3"),
+            ("bare", 4, 1, "none"),
+        ] {
+            let (_dir, root) = host(name, &[]);
+            let choice = choose(&Topology::read(&root).unwrap(), guest(vcpus, threads), false, &BTreeMap::new());
+            let chosen = choice.map_or("none".to_owned(), |choice| choice.isolated);
+            assert_eq!(chosen, isolated, "{name}: {vcpus} vCPUs, {threads} threads per core");
+        }
+    }
+
+    /// Whatever the guest and the machine, what is written is taken, and keeps what is promised.
+    #[test]
+    fn what_is_written_loads() {
+        for (name, _) in machine::all() {
+            let (_dir, root) = host(&name, &[]);
+            let topology = Topology::read(&root).unwrap();
+            let mut fits = 0;
+            for (vcpus, threads) in (1..=16).flat_map(|vcpus| [(vcpus, 1), (vcpus, 2)]) {
+                let Ok(choice) = choose(&topology, guest(vcpus, threads), false, &BTreeMap::new()) else { continue };
+                fits += 1;
+                let text = text("100".parse().unwrap(), guest(vcpus, threads), &choice, &CpuSet::new());
+                let text = text.replace("\"\"", "\"0\"");
+                let settings = settings::resolve(&root, &text, "test", threads).unwrap();
+                let told = format!("{name}: {vcpus} vCPUs, {threads} threads per core: {}", choice.isolated);
+                assert_eq!(settings.isolated, choice.cpus, "{told}");
+                assert!(settings.pins.len() >= vcpus && settings.isolated.is_subset(&topology.online), "{told}");
+                assert!(!settings.isolated.contains(0), "{told}");
+                let is_whole = |core: &&CpuSet| !core.intersects(&choice.cpus) || core.is_subset(&choice.cpus);
+                assert!(topology.cores.iter().all(|core| is_whole(&core)), "{told}");
+                let is_in = |llc: &&Domain| choice.cpus.is_subset(&llc.cpus);
+                assert_eq!(topology.domains(Kind::Llc).iter().filter(is_in).count(), 1, "{told}");
+            }
+            assert!(fits > 0, "{name}");
+        }
+    }
+
+    #[test]
+    fn the_other_keys_are_told_as_they_are() {
+        let (_dir, root) = host("5900x", &[(100, "cores: 12\n")]);
+        let as_written = init(&root, 100, None).unwrap();
+        let path = settings::node_file(&root, as_vmid(100));
+        let text = std::fs::read_to_string(path).unwrap();
+        let set: Vec<&str> = text.lines().map(|line| line.strip_prefix('#').unwrap_or(line)).collect();
+        let set: String = set.iter().filter(|line| !line.starts_with(' ')).map(|line| format!("{line}\n")).collect();
+        let mut all_set = settings::resolve(&root, &set, &as_written.source, 1).unwrap();
+        assert_eq!((all_set.idle_vm, as_written.idle_vm), (Some(107), None));
+        let housekeeping = Some("0-5,12-17".parse().unwrap());
+        assert_eq!((&all_set.emulator, &all_set.iothreads), (&housekeeping, &housekeeping));
+        (all_set.idle_vm, all_set.emulator, all_set.iothreads) = (None, None, None);
+        assert_eq!(all_set, as_written);
+        for key in settings::known_keys() {
+            let is_told =
+                set.lines().any(|line| line.starts_with(&format!("{key} =")) || line.starts_with(&format!("[{key}]")));
+            assert!(is_told || key == "layout", "{key} is not told");
+        }
+    }
+
+    fn as_vmid(id: u32) -> VmId {
+        id.try_into().unwrap()
+    }
+
+    #[test]
+    fn other_vms_are_kept_clear_of() {
+        let vms = [(100, "cores: 4\n"), (101, "cores: 12\n"), (102, "cores: 5\n"), (103, "cores: 12\n")];
+        let (dir, root) = host("5900x", &vms);
+        assert_eq!(init(&root, 100, None).unwrap().isolated.to_string(), "8-11,20-23");
+        assert_eq!(init(&root, 102, None).unwrap().isolated.to_string(), "1-5,13-17", "a part of llc:1 is taken");
+        // There is no room but beside others.
+        let settings = init(&root, 101, None).unwrap();
+        assert_eq!(settings.isolated.to_string(), "6-11,18-23");
+        let text = std::fs::read_to_string(&settings.source).unwrap();
+        assert!(text.contains("# CPU 8-11,20-23 is VM 100's too: of the two only one can run at a time.\n"), "{text}");
+        // One with hook and no file has the built-in layout.
+        std::fs::remove_dir_all(dir.path().join("etc/pinfold")).unwrap();
+        let hook = "cores: 12\nhookscript: local:snippets/hook\n";
+        std::fs::write(dir.path().join("etc/pve/qemu-server/103.conf"), hook).unwrap();
+        assert_eq!(init(&root, 100, None).unwrap().isolated.to_string(), "2-5,14-17");
+    }
+
+    #[test]
+    fn no_file_is_written_over() {
+        use std::os::unix::fs::PermissionsExt;
+        let (dir, root) = host("5900x", &[(100, "cores: 12\n")]);
+        for own in ["etc/pve/pinfold/100.toml", "etc/pinfold/100.toml"] {
+            let path = dir.path().join(own);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, "mine").unwrap();
+            let error = init(&root, 100, None).unwrap_err();
+            assert!(error.starts_with(&format!("{}: VM 100 has these settings already", path.display())), "{error}");
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), "mine");
+            std::fs::remove_file(&path).unwrap();
+        }
+        // A link that leads nowhere would be written through.
+        let path = dir.path().join("etc/pinfold/100.toml");
+        std::os::unix::fs::symlink("elsewhere", &path).unwrap();
+        assert!(init(&root, 100, None).is_err() && !dir.path().join("etc/pinfold/elsewhere").exists());
+        std::fs::remove_file(&path).unwrap();
+        // What is for all VMs is no VM's own.
+        std::fs::write(dir.path().join("etc/pinfold/default.toml"), "layout = \"5900x\"").unwrap();
+        init(&root, 100, None).unwrap();
+        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o7133, 0, "0644, or less where the umask says so");
+    }
+
+    #[test]
+    fn cpus_by_name() {
+        let vms = [(100, "cores: 4\n"), (101, "cores: 4\n"), (102, "cores: 2\n")];
+        let (_dir, root) = host("7950x3d", &vms);
+        let settings = init(&root, 100, Some("vcache,!core:0")).unwrap();
+        assert_eq!(settings.isolated.to_string(), "1-7,17-23");
+        let text = std::fs::read_to_string(&settings.source).unwrap();
+        assert!(text.contains("# vcache,!core:0 is CPU 1-7,17-23.\nisolated = \"vcache,!core:0\"\n"), "{text}");
+        for (cpus, why) in [
+            ("vcache", "CPU 0-7,16-23: CPU 0 cannot be isolated"),
+            ("8-10", "CPU 8-10: 3 CPUs are too few for the VM's 4 vCPUs"),
+            ("llc:2", "llc:2: no such LLC domain"),
+            ("40-47", "CPU 40-47: no such CPU"),
+        ] {
+            let error = init(&root, 101, Some(cpus)).unwrap_err();
+            assert!(error.starts_with(why), "{cpus}: {error}");
+        }
+        assert!(!settings::node_file(&root, as_vmid(101)).exists(), "nothing is written where it fails");
+    }
+}
