@@ -1,13 +1,13 @@
 //! The face of every tool: what goes to stdout and stderr, as text or JSON, and the exit code.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::Instant;
 
 use serde_json::{Map, Value, json};
 
-use crate::change::{Done, Outcome};
+use crate::change::{Change, Done, Outcome};
 
 /// The exit codes, the same in every tool (as util-linux's chcpu).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,16 +86,29 @@ impl Table {
     }
 }
 
+/// A step, as a report has it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Step {
+    /// Its name.
+    pub name: &'static str,
+    /// Why its changes are not known, where changes are planned only.
+    pub unknown: Option<String>,
+    /// What became of its changes.
+    pub changes: Vec<Done>,
+    /// When it began.
+    began: Instant,
+}
+
 /// What a tool says, and what became of its changes.
 #[derive(Debug)]
 pub struct Report {
     tool: &'static str,
     verbosity: Verbosity,
     json: bool,
-    step: Option<&'static str>,
-    /// When each step began, in order.
-    steps: Vec<(&'static str, Instant)>,
-    changes: Vec<Value>,
+    /// The steps so far, in order.
+    steps: Vec<Step>,
+    /// What became of changes before the first step; kept for JSON, as are those of the steps.
+    changes: Vec<Done>,
     notes: Vec<String>,
     done: usize,
     failed: usize,
@@ -103,7 +116,12 @@ pub struct Report {
     /// Lines for stdout that have not gone out yet: in a pipe they go together, as stdio does it. A line per object is
     /// hundreds of writes otherwise.
     held: Option<RefCell<String>>,
+    /// Whether the terminal's last line is one of [`progress`](Self::progress), which the next text takes the place of.
+    half_said: Cell<bool>,
 }
+
+/// ECMA-48: to the line's first column, and what stands there erased.
+const LINE_ANEW: &str = "\r\x1b[K";
 
 /// How much text is held back before it goes out.
 const HELD_MAX: usize = 4096;
@@ -121,7 +139,6 @@ impl Report {
             tool,
             verbosity,
             json,
-            step: None,
             steps: Vec::new(),
             changes: Vec::new(),
             notes: Vec::new(),
@@ -129,6 +146,7 @@ impl Report {
             failed: 0,
             refused: 0,
             held: (!io::stdout().is_terminal()).then(RefCell::default),
+            half_said: Cell::new(false),
         }
     }
 
@@ -138,15 +156,35 @@ impl Report {
             return;
         }
         let line = format!("{text}\n");
-        let Some(held) = &self.held else { return out(&line) };
+        let Some(held) = &self.held else {
+            self.flush();
+            return out(&line);
+        };
         held.borrow_mut().push_str(&line);
         if held.borrow().len() > HELD_MAX {
             self.flush();
         }
     }
 
-    /// Sends off the lines that are held back.
+    /// How far a long step has come: on a terminal a line that is rewritten, `offline: 5/12`. In a pipe the step's own line
+    /// has to do, and where each change has a line, that one.
+    pub fn progress(&self, step: &str, done: usize, of: usize) {
+        if let Some(text) = self.progress_text(step, done, of) {
+            out(&text);
+            self.half_said.set(true);
+        }
+    }
+
+    fn progress_text(&self, step: &str, done: usize, of: usize) -> Option<String> {
+        let shown = self.held.is_none() && !self.json && self.verbosity == Verbosity::Normal;
+        shown.then(|| format!("{LINE_ANEW}{step}: {done}/{of}"))
+    }
+
+    /// Sends off the lines that are held back, or erases a line of [`progress`](Self::progress).
     fn flush(&self) {
+        if self.half_said.take() {
+            out(LINE_ANEW);
+        }
         if let Some(held) = self.held.as_ref().map(RefCell::take).filter(|held| !held.is_empty()) {
             out(&held);
         }
@@ -179,8 +217,31 @@ impl Report {
     /// Names the step that the changes to come belong to. One line per step is told then, by
     /// [`summary`](Self::summary), and one per change with `-v` only.
     pub fn step(&mut self, step: &'static str) {
-        self.step = Some(step);
-        self.steps.push((step, Instant::now()));
+        self.steps.push(Step { name: step, unknown: None, changes: Vec::new(), began: Instant::now() });
+    }
+
+    /// Names a step whose changes cannot be planned, and why.
+    pub fn unknown_step(&mut self, step: &'static str, why: impl Into<String>) {
+        self.step(step);
+        if let Some(step) = self.steps.last_mut() {
+            step.unknown = Some(why.into());
+        }
+    }
+
+    /// The steps so far; with `json` those of their changes are kept too.
+    pub fn steps(&self) -> &[Step] {
+        &self.steps
+    }
+
+    /// How long each step took in seconds, in order; the last until now.
+    pub fn seconds(&self) -> Vec<(&'static str, f64)> {
+        let ends = self.steps.iter().skip(1).map(|step| step.began).chain([Instant::now()]);
+        self.steps.iter().zip(ends).map(|(step, end)| (step.name, (end - step.began).as_secs_f64())).collect()
+    }
+
+    /// What was to be known, in order.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// A line about a whole step; with `-v` its changes stand there already.
@@ -216,16 +277,16 @@ impl Report {
 
     /// What became of a change, with the step it belongs to.
     fn placed(&self, done: &Done) -> String {
-        self.step.map_or_else(|| done.to_string(), |step| format!("{step}: {done}"))
+        self.steps.last().map_or_else(|| done.to_string(), |step| format!("{}: {done}", step.name))
     }
 
     fn change(&mut self, done: &Done) {
         match &done.outcome {
             Outcome::Planned | Outcome::Changed => {
                 self.done += 1;
-                match self.step {
-                    Some(_) => self.detail(&self.placed(done)),
-                    None => self.line(&done.to_string()),
+                match self.steps.is_empty() {
+                    false => self.detail(&self.placed(done)),
+                    true => self.line(&done.to_string()),
                 }
             }
             Outcome::Already => {
@@ -244,17 +305,10 @@ impl Report {
             Outcome::Failed(_) => self.error(&done.to_string()),
         }
         if self.json {
-            let change = &done.change;
-            let mut entry = json!({
-                "step": self.step,
-                "object": change.label, "knob": change.knob, "found": change.found, "wanted": change.wanted,
-            });
-            if let (Some(entry), Ok(Value::Object(outcome))) =
-                (entry.as_object_mut(), serde_json::to_value(&done.outcome))
-            {
-                entry.extend(outcome);
+            match self.steps.last_mut() {
+                Some(step) => step.changes.push(done.clone()),
+                None => self.changes.push(done.clone()),
             }
-            self.changes.push(entry);
         }
     }
 
@@ -270,12 +324,13 @@ impl Report {
             _ => Exit::Some,
         };
         if self.json {
-            let ends = self.steps.iter().skip(1).map(|(_, began)| *began).chain([Instant::now()]);
-            let steps: Vec<Value> = (self.steps.iter().zip(ends))
-                .map(|((step, began), end)| json!({"step": step, "seconds": (end - *began).as_secs_f64()}))
-                .collect();
+            let steps: Vec<Value> =
+                (self.seconds().into_iter()).map(|(step, seconds)| json!({"step": step, "seconds": seconds})).collect();
+            let of_steps = self.steps.iter().flat_map(|step| step.changes.iter().map(|done| (Some(step.name), done)));
+            let changes = self.changes.iter().map(|done| (None, done)).chain(of_steps);
+            let changes: Vec<Value> = changes.map(|(step, done)| done_to_json(step, done)).collect();
             let report = json!({
-                "tool": self.tool, "steps": steps, "changes": self.changes, "notes": self.notes,
+                "tool": self.tool, "steps": steps, "changes": changes, "notes": self.notes,
                 "refused": self.refused, "failed": self.failed, "exit_code": exit as u8,
             });
             out(&format!("{report:#}\n"));
@@ -289,10 +344,44 @@ impl Report {
     }
 }
 
+/// A change and what became of it, for programs.
+pub fn done_to_json(step: Option<&str>, done: &Done) -> Value {
+    let Change { label, knob, found, wanted } = &done.change;
+    let mut entry = json!({"step": step, "object": label, "knob": knob, "found": found, "wanted": wanted});
+    if let (Some(entry), Ok(Value::Object(outcome))) = (entry.as_object_mut(), serde_json::to_value(&done.outcome)) {
+        entry.extend(outcome);
+    }
+    entry
+}
+
 /// Writes to stdout. A reader that has gone (`| head`) is no reason to die half way through the host's changes.
 pub fn out(text: &str) {
+    let _ = try_out(text);
+}
+
+/// Writes to stdout, for one that writes as long as somebody reads.
+///
+/// # Errors
+/// `BrokenPipe` where the reader has gone.
+pub fn try_out(text: &str) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
-    let _ = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+    stdout.write_all(text.as_bytes())?;
+    stdout.flush()
+}
+
+/// Text with ANSI colours as stdout takes it: plain in a pipe, and where `NO_COLOR` or `TERM` say so; `CLICOLOR_FORCE` keeps
+/// them in a pipe too.
+pub fn coloured(text: &str) -> String {
+    match anstream::AutoStream::choice(&io::stdout()) {
+        anstream::ColorChoice::Never => anstream::adapter::strip_str(text).to_string(),
+        _ => text.to_owned(),
+    }
+}
+
+/// The columns and rows of the terminal that stdout is; `None` where it is none.
+pub fn terminal() -> Option<(usize, usize)> {
+    let (columns, rows) = terminal_size::terminal_size_of(io::stdout())?;
+    Some((columns.0.into(), rows.0.into()))
 }
 
 /// Writes to stderr, likewise.
@@ -323,6 +412,31 @@ mod tests {
             report.changes(&outcomes.into_iter().map(done).collect::<Vec<_>>());
             assert_eq!(report.finish(), exit);
         }
+    }
+
+    #[test]
+    fn progress_is_for_people_at_a_terminal() {
+        let report = |verbosity, json, terminal: bool| {
+            let mut report = Report::new("test", verbosity, json);
+            report.held = (!terminal).then(RefCell::default);
+            report
+        };
+        let text = |report: Report| report.progress_text("offline", 5, 12);
+        assert_eq!(text(report(Verbosity::Normal, false, true)).unwrap(), "\r\x1b[Koffline: 5/12");
+        for (verbosity, json, terminal) in [
+            (Verbosity::Normal, false, false),
+            (Verbosity::Normal, true, true),
+            (Verbosity::Quiet, false, true),
+            (Verbosity::Verbose, false, true),
+        ] {
+            assert_eq!(text(report(verbosity, json, terminal)), None, "{verbosity:?} {json} {terminal}");
+        }
+        // Whatever is said next takes its place.
+        let report = report(Verbosity::Normal, false, true);
+        report.progress("offline", 5, 12);
+        assert!(report.half_said.get());
+        report.line("");
+        assert!(!report.half_said.get());
     }
 
     #[test]

@@ -11,15 +11,22 @@ use pinfold_core::store::Store;
 use pinfold_core::vm::{self, VmId};
 use pinfold_core::{CpuExpr, Exit, Report, Sysroot, Table};
 
+mod advice;
+mod check;
 mod checks;
+#[cfg(test)]
+mod fixture;
 mod init;
 mod layout;
 mod phases;
+mod plan;
 mod reconcile;
 mod reservation;
+mod screen;
 mod settings;
 mod status;
 mod steps;
+mod times;
 
 use reservation::Reservation;
 
@@ -49,7 +56,13 @@ pub struct Args {
 #[derive(Debug, Subcommand)]
 enum Verb {
     /// Show which CPUs are whose, and what may still run on the isolated ones
+    ///
+    /// Exit code 1 where something that could be elsewhere may run on an isolated CPU.
     Status {
+        /// Look again every so many seconds, 2 where none are given, until interrupted
+        #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2")]
+        #[arg(value_parser = clap::value_parser!(u64).range(1..=settings::MAX_DEADLINE))]
+        watch: Option<u64>,
         #[command(flatten)]
         output: Output,
     },
@@ -73,6 +86,25 @@ enum Verb {
         /// Print the settings and write nothing
         #[arg(long, conflicts_with_all = ["json", "quiet"])]
         print: bool,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Show every change that post-start would make now, in order, and how long each step took last time; changes nothing
+    ///
+    /// Of a VM that does not run it is what is known without its threads.
+    Plan {
+        /// The VM's number
+        vmid: VmId,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Look for what would keep a VM from having its CPUs, or from making the most of them, each with what to do
+    ///
+    /// It is what pre-start checks, and more. Without a number: all VMs that have settings, or hook as their hookscript. Exit
+    /// code 1 where a line says error.
+    Check {
+        /// The VM's number
+        vmid: Option<VmId>,
         #[command(flatten)]
         output: Output,
     },
@@ -133,12 +165,16 @@ pub fn main() -> ExitCode {
 
 fn run(args: Args) -> anyhow::Result<Exit> {
     match (args.verb, args.vmid, args.phase) {
-        (Some(Verb::Status { output }), ..) => status::run(&output.root(), output.json),
+        (Some(Verb::Status { watch, output }), ..) => {
+            status::run(&output.root(), output.json, watch.map(std::time::Duration::from_secs))
+        }
         (Some(Verb::Layout { output }), ..) => Ok(layout::run(&output.root(), output.json)?),
         (Some(Verb::Init { vmid, cpus, vcache, print, output }), ..) => {
             let wish = init::Wish { vmid, cpus, vcache, print };
             init::run(&output.root(), &mut output.report(TOOL), &wish, output.json)
         }
+        (Some(Verb::Plan { vmid, output }), ..) => plan::run(&output, vmid),
+        (Some(Verb::Check { vmid, output }), ..) => check::run(&output, vmid),
         (Some(Verb::Recover { discard, output }), ..) => {
             let mut report = output.report(TOOL);
             let mut run = phases::Run { root: output.root(), report: &mut report };

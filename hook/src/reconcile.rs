@@ -71,11 +71,11 @@ impl<'a> Reconcile<'a> {
     }
 
     /// Fences a VM's CPUs in the documented order (docs/design.md, "The order"). The reservation is in the store, with its
-    /// QEMU. Afterwards the caller looks at the report: any failure means that the VM is to be released.
+    /// QEMU; without one, which only a plan may be, what its threads need is left open. Afterwards the caller looks at the report: any failure means that the VM is to be released.
     ///
     /// # Errors
     /// Where the host cannot be read or the state cannot be saved; what was done so far is in the baseline.
-    pub(crate) fn isolate(&mut self, vmid: VmId, qemu: &Qemu) -> Result<()> {
+    pub(crate) fn isolate(&mut self, vmid: VmId, qemu: Option<&Qemu>) -> Result<()> {
         let Some(reservation) = self.store.reservations.get(&vmid.into()).cloned() else { return Ok(()) };
         let isolated = reservation.settings.isolated.clone();
         let first_time = reservation.phase == Phase::Isolating;
@@ -101,8 +101,13 @@ impl<'a> Reconcile<'a> {
         // Those too that a killed run of another VM's hook left offline.
         self.online("online", &self.online_before(), "1")?;
         self.pace()?;
-        self.decouple(vmid)?;
-        self.pins(vmid, qemu)?;
+        match qemu {
+            Some(qemu) => {
+                self.decouple(vmid)?;
+                self.pins(vmid, qemu)?;
+            }
+            None => self.leave_open(&["decouple", "pins"]),
+        }
         self.all_pins()?;
         // Coming online, CPUs have got back some of what was thrown off them.
         self.irqs()?;
@@ -110,17 +115,27 @@ impl<'a> Reconcile<'a> {
     }
 
     /// The same by a cpuset partition: one write keeps tasks, kernel threads and unbound workqueues off.
-    fn isolate_by_partition(&mut self, isolated: &CpuSet, vmid: VmId, qemu: &Qemu) -> Result<()> {
+    fn isolate_by_partition(&mut self, isolated: &CpuSet, vmid: VmId, qemu: Option<&Qemu>) -> Result<()> {
         self.remember(Vec::new(), isolated, vmid, qemu)?;
         // Before the kernel does it: only what is set by hand is handed on to new kernel threads (Linux 6.12; 7.0 needs it no more).
         self.kthreadd()?;
-        self.exclusive()?;
-        self.partition(vmid, qemu)?;
-        self.pins(vmid, qemu)?;
+        match qemu {
+            Some(qemu) => {
+                self.exclusive()?;
+                self.partition(vmid, qemu)?;
+                self.pins(vmid, qemu)?;
+            }
+            None => self.leave_open(&["exclusive", "partition", "pins"]),
+        }
         self.all_pins()?;
         self.irqs()?;
         self.kthreads()?;
         self.pace()
+    }
+
+    /// Steps of a plan that need the VM's threads, without a QEMU.
+    fn leave_open(&mut self, steps: &[&'static str]) {
+        steps.iter().for_each(|step| self.report.unknown_step(step, "its QEMU is needed"));
     }
 
     /// Brings everything to what the reservations ask for, CPUs that a killed run left offline first; after the last
@@ -165,12 +180,13 @@ impl<'a> Reconcile<'a> {
 
     /// Step 0: the value of every knob that will be touched, on disk before the first touch: these `objects`, and those that
     /// are touched whatever the method.
-    fn remember(&mut self, mut objects: Vec<Object>, isolated: &CpuSet, vmid: VmId, qemu: &Qemu) -> Result<()> {
+    fn remember(&mut self, mut objects: Vec<Object>, isolated: &CpuSet, vmid: VmId, qemu: Option<&Qemu>) -> Result<()> {
         self.report.step("baseline");
         objects.extend(pin_irqs::objects(self.root)?);
         objects.extend(pin_kthreads::objects(self.root)?.movable);
         objects.extend(self.pace_objects(isolated)?);
-        for pid in cg_slice::processes(self.root, vmid, qemu)? {
+        let processes = qemu.map(|qemu| cg_slice::processes(self.root, vmid, qemu)).transpose()?;
+        for pid in processes.into_iter().flatten() {
             objects.extend(self.thread_objects(pid)?);
         }
         for object in objects {
@@ -212,8 +228,13 @@ impl<'a> Reconcile<'a> {
         let plan = self.store.baseline.plan(objects, wanted);
         let mut changed = 0;
         let report = &mut *self.report;
+        let all = plan.iter().filter(|planned| planned.left.is_none() && !planned.change.is_noop()).count();
         self.store.carry_out(plan, |done| {
             changed += usize::from(done.outcome == Outcome::Changed);
+            if matches!(done.change.knob, Knob::CpuOnline(_)) && done.outcome == Outcome::Changed {
+                // Each takes the kernel a while.
+                report.progress(step, changed, all);
+            }
             report.changes(std::slice::from_ref(done));
         })?;
         if changed > 0 {
@@ -388,7 +409,7 @@ impl<'a> Reconcile<'a> {
             }
         }
         let now = cgroup::isolated(self.root)?.unwrap_or_default();
-        if !isolated.is_subset(&now) {
+        if !isolated.is_subset(&now) && !self.root.is_for_looking() {
             let why = format!("the kernel took it and isolates CPU {now} only");
             return Err(Error::unusable(format!("partition of CPU {isolated}"), why));
         }
