@@ -8,7 +8,7 @@ use pinfold_core::report::{coloured, err, out, terminal, try_out};
 use pinfold_core::store::{Baseline, Store};
 use pinfold_core::topology::Topology;
 use pinfold_core::vm::{self, Role};
-use pinfold_core::{CpuSet, Exit, Knob, Object, Result, Sysroot, TaskId, process};
+use pinfold_core::{CpuSet, Exit, Knob, Object, Result, Sysroot, TaskId, irq, process};
 use serde::Serialize;
 use serde_json::json;
 
@@ -26,6 +26,8 @@ pub(crate) enum Class {
     KernelBound,
     /// An IRQ that the kernel does not let user space move.
     ManagedIrq,
+    /// An IRQ that has been moved, and comes to its old CPU once more: without interrupt remapping the kernel moves it then.
+    MovingIrq,
 }
 
 /// A thing that may run on an isolated CPU.
@@ -79,7 +81,12 @@ pub(crate) fn strays(
         // One that the kernel refused to move has a value from before and none that was set.
         let refused = baseline.has(&knob) && baseline.last(&knob).is_none();
         let class = if refused { Class::ManagedIrq } else { Class::Stray };
-        see(class, label, &CpuSet::from_kernel_list(&found).unwrap_or_default());
+        let cpus = CpuSet::from_kernel_list(&found).unwrap_or_default();
+        if let (Knob::Irq(number), false) = (&knob, cpus.intersects(isolated)) {
+            see(Class::MovingIrq, label, &irq::effective(root, *number)?);
+        } else {
+            see(class, label, &cpus);
+        }
     }
     if let Some(found) = Knob::Workqueues.read(root)? {
         see(Class::Stray, Knob::Workqueues.to_string(), &CpuSet::from_kernel_list(&found).unwrap_or_default());
@@ -181,7 +188,7 @@ impl Seen {
     fn to_json(&self, root: &Sysroot) -> serde_json::Value {
         let bounds = |r: &Reservation| r.settings.deadlines.bounds(self.reservations.len() - 1);
         let vms: BTreeMap<String, serde_json::Value> = (self.reservations.iter())
-            .map(|(id, r)| (id.to_string(), json!({"phase": r.phase, "isolated": r.settings.isolated, "alive": r.is_alive(root), "bounds": bounds(r), "settings": r.settings})))
+            .map(|(id, r)| (id.to_string(), json!({"phase": r.phase, "isolation": r.isolation, "isolated": r.settings.isolated, "alive": r.is_alive(root), "bounds": bounds(r), "settings": r.settings})))
             .collect();
         let cpus: Vec<&Cpu> = self.cpus.values().collect();
         json!({"vms": vms, "isolated": self.isolated, "cpus": cpus, "strays": self.strays, "missed": self.missed()})
@@ -240,9 +247,13 @@ fn text(
     for (class, title) in [
         (Class::Stray, "strays (could be elsewhere)"),
         (Class::ManagedIrq, "IRQs the kernel does not let go"),
+        (Class::MovingIrq, "IRQs that move with their next interrupt"),
         (Class::KernelBound, "threads the kernel binds"),
     ] {
         let of_class: Vec<&Stray> = strays.iter().filter(|stray| stray.class == class).collect();
+        if class == Class::MovingIrq && of_class.is_empty() {
+            continue;
+        }
         text += &format!("{title}: {}\n", of_class.len());
         // CPUs with the same on them share a line.
         let mut lines: Vec<(CpuSet, Vec<String>)> = Vec::new();
@@ -356,6 +367,17 @@ mod tests {
         assert_eq!(json["cpus"][0], json!({"cpu": 0, "owner": "housekeeping", "stray": false}));
         assert_eq!((&json["missed"], &json["isolated"]), (&json!(2), &json!("6-11,18-23")));
         assert!(json["vms"]["100"]["bounds"]["post_start"].is_u64() && json["strays"].is_array());
+    }
+
+    #[test]
+    fn an_irq_that_still_comes_is_told_and_no_stray() {
+        let host = fenced();
+        host.file("proc/irq/24/effective_affinity_list", "7");
+        assert_eq!(look(&host.root).unwrap().missed(), 0);
+        let text = screen(&host, 100);
+        assert!(text.contains("\nIRQs that move with their next interrupt: 1\n  CPU 7: IRQ 24 (nvme0q0)\n"), "{text}");
+        host.file("proc/irq/24/effective_affinity_list", "3");
+        assert!(!screen(&host, 100).contains("next interrupt"));
     }
 
     #[test]
