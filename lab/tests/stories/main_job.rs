@@ -14,6 +14,9 @@ stories![
     killed_half_way,
 ];
 
+/// A line of VMID.conf: six cores of two threads.
+const SMT: &str = "args: -smp 12,sockets=1,cores=6,threads=2\n";
+
 fn start_and_stop_as_pve_does(host: &mut Host) {
     install_hook(host);
     // The first start makes qemu.slice, which stays: the host to come back to has it.
@@ -46,7 +49,7 @@ fn start_and_stop_as_pve_does(host: &mut Host) {
 fn killed_without_pre_stop(host: &mut Host) {
     install_hook(host);
     host.start_vm(&VmSpec::new(101)).unwrap();
-    let spec = VmSpec { more: "args: -smp 12,sockets=1,cores=6,threads=2\n".into(), ..vm() };
+    let spec = VmSpec { more: SMT.into(), ..vm() };
     host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640).unwrap();
     let (written, _) = expect(host, "hook init 100", 0);
     assert!(written.starts_with("/etc/pinfold/100.toml is written: VM 100 gets llc:1, CPU 6-11,18-23\n"), "{written}");
@@ -97,8 +100,14 @@ fn the_documented_order(host: &mut Host) {
     assert!(pins.is_sorted_by(|a, b| a >= b), "{pins:?}");
 }
 
+/// The settings leave the order of the pins to hook, and VMID.conf has changed since QEMU was started: QEMU itself tells of
+/// its guest's cores.
 fn once_more_changes_nothing(host: &mut Host) {
-    host.start_vm(&VmSpec::new(100)).unwrap();
+    host.start_vm(&VmSpec { more: SMT.into(), ..VmSpec::new(100) }).unwrap();
+    let spec = VmSpec::new(100);
+    host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640).unwrap();
+    host.ok("mkdir -p /etc/pinfold").unwrap();
+    host.put("/etc/pinfold/100.toml", b"isolated = \"llc:1\"\npins = \"auto\"\n", 0o644).unwrap();
     expect(host, "hook 100 pre-start && hook 100 post-start", 0);
     let fenced = host.snapshot().unwrap();
     let (trace, _) = expect(host, "hook 100 post-start --json", 0);
