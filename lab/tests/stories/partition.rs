@@ -6,9 +6,11 @@ use crate::stories;
 use crate::support::{
     HOUSEKEEPING, ISOLATED, assert_clean, assert_fenced, assert_restored, expect, install_hook, refuses, threads, vm,
 };
+use crate::tools::there_and_back;
 
 stories![with partitions:
     a_vm_has_a_partition,
+    a_partition_by_hand,
     two_vms_and_others,
     what_partition_refuses,
     meddled_with,
@@ -106,6 +108,38 @@ fn a_vm_has_a_partition(host: &mut Host) {
     expect(host, "test ! -d /sys/fs/cgroup/qemu.slice/100.scope/vcpu", 0);
     host.ok("qm stop 100 2>&1").unwrap();
     assert_restored(host, &before);
+}
+
+/// The tool alone, on a cgroup of whoever's.
+fn a_partition_by_hand(host: &mut Host) {
+    host.ok(
+        "mkdir /sys/fs/cgroup/pen && (sh -c 'echo $$ > /sys/fs/cgroup/pen/cgroup.procs; exec setsid sleep 1000 > /dev/null 2>&1' &); \
+         until pgrep -xf 'sleep 1000' > /dev/null; do sleep 0.1; done",
+    )
+    .unwrap();
+    there_and_back(host, "cg-slice partition", "make pen 7-8", || {
+        assert_eq!(value(host, "/sys/fs/cgroup/cpuset.cpus.isolated"), "7-8");
+        assert_eq!(value(host, "/proc/$(pgrep -xf 'sleep 1000')/status | grep -o '7-8$'"), "7-8");
+        let (shown, _) = expect(host, "cg-slice partition show", 0);
+        assert_eq!(shown.lines().count(), 2, "{shown}");
+    });
+    let before = host.snapshot().unwrap();
+    expect(host, "cg-slice partition make /pen 7-8 -q && cg-slice partition undo /pen -q", 0);
+    expect(host, "test $(cat /sys/fs/cgroup/pen/cpuset.cpus.partition) = member", 0);
+    host.ok("echo -cpuset > /sys/fs/cgroup/cgroup.subtree_control").unwrap();
+    assert_restored(host, &before);
+    refuses(
+        host,
+        "cg-slice partition make nowhere 7-8",
+        1,
+        "cg-slice: cgroup /nowhere: there is none; see `systemd-cgls`",
+    );
+    refuses(
+        host,
+        "cg-slice partition undo pen",
+        1,
+        "cg-slice: cgroup /pen: it is no partition; see `cg-slice partition show`",
+    );
 }
 
 /// Two VMs by partition, another VM and a container that start meanwhile: each one's CPUs stay its own.

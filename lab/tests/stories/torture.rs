@@ -15,6 +15,7 @@ stories!(only trixie:
     killed_in_post_start,
     killed_in_post_start_by_partition,
     killed_in_post_stop,
+    killed_in_post_stop_by_partition,
     killed_in_post_stop_of_one_of_two,
     each_call_fails,
     each_call_fails_by_partition,
@@ -125,9 +126,17 @@ fn killed_in_post_start_by(host: &Host, method: &str, count: usize) {
 
 /// After a kill at any point of post-stop, of a VM that is gone: recover restores, or post-stop once more.
 fn killed_in_post_stop(host: &mut Host) {
+    killed_in_post_stop_by(host, "hotplug", 6);
+}
+
+fn killed_in_post_stop_by_partition(host: &mut Host) {
+    killed_in_post_stop_by(host, "partition", 4);
+}
+
+fn killed_in_post_stop_by(host: &Host, method: &str, count: usize) {
     install_hook(host);
     host.start_vm(&VmSpec::new(101)).unwrap();
-    let spec = VmSpec { hookscript: vm().hookscript, ..small_vm(host, "hotplug") };
+    let spec = VmSpec { hookscript: vm().hookscript, ..small_vm(host, method) };
     let before = host.snapshot().unwrap();
     let fenced_and_killed = |host: &Host| {
         host.start_vm(&spec).unwrap();
@@ -136,7 +145,7 @@ fn killed_in_post_stop(host: &mut Host) {
     };
     fenced_and_killed(host);
     let all = calls(host, "hook 100 post-stop");
-    let tried = sample(&all, 6);
+    let tried = sample(&all, count);
     let mut lost = String::new();
     for (n, call) in tried.iter().enumerate() {
         fenced_and_killed(host);
@@ -144,7 +153,7 @@ fn killed_in_post_stop(host: &mut Host) {
         expect(host, if n % 2 == 0 { "hook recover -q" } else { "hook 100 post-stop -q" }, 0);
         fault(&mut lost, &format!("killed at {call:?}"), &before.not_restored(&host.snapshot().unwrap()));
     }
-    println!("killed in post-stop, the VM gone: {} of {} calls tried", tried.len(), all.len());
+    println!("killed in post-stop by {method}, the VM gone: {} of {} calls tried", tried.len(), all.len());
     assert!(lost.is_empty(), "{lost}");
 }
 
