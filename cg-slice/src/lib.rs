@@ -111,7 +111,9 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         Some(Verb::Couple { vmid }) => plan_couple(&root, vmid)?,
         Some(Verb::Partition { verb }) => match verb {
             PartitionVerb::Make { cgroup, cpus } => {
-                partition::plan_make(&root, named(&cgroup)?, &cpus.resolve(&root)?)?
+                let changes = partition::plan_make(&root, named(&cgroup)?, &cpus.resolve(&root)?)?;
+                let entries = partition::entries(&root, &changes)?;
+                return args.common.carry_out_saving(&root, &mut report, TOOL, changes, entries);
             }
             PartitionVerb::Show { cgroup } => {
                 return Ok(cli::listed(&mut report, &partition::list(&root, &cgroup)?));

@@ -6,6 +6,7 @@
 
 use pinfold_core::cgroup::{self, THREADED};
 use pinfold_core::knob::{ABSENT, PRESENT};
+use pinfold_core::save::Entry;
 use pinfold_core::vm::VmId;
 use pinfold_core::{Change, CpuSet, Error, Knob, Object, Result, Sysroot, Table, TaskId, cpu, process, systemd};
 
@@ -110,6 +111,24 @@ fn own(root: &Sysroot, cgroup: &str, cpus: &CpuSet) -> Result<[Change; 2]> {
         Object::new(cpuset.clone(), format!("cpuset.cpus of /{cgroup}"), found).want(cpus.to_string()),
         Object::new(partition.clone(), partition.to_string(), state).want(ISOLATED),
     ])
+}
+
+/// What `--save` keeps: the masks of kernel threads first, which come back last. Where nobody had set them by hand the kernel
+/// forgets them, as those of IRQs' threads, and leaves the threads on all CPUs when the partition has gone.
+pub(crate) fn entries(root: &Sysroot, changes: &[Change]) -> Result<Vec<Entry>> {
+    let all = cpu::present(root)?.to_string();
+    let kthreads = process::kthreads(root)?.into_iter().filter(|task| !task.bound);
+    let mut entries = Vec::new();
+    for task in kthreads {
+        let knob = Knob::Kthread(task.id);
+        if let Some(found) = knob.read(root)?.filter(|found| *found != all) {
+            entries.push(Entry::from(
+                &Object::new(knob, format!("kthread {} ({})", task.id.pid, task.name), found).want(&*all),
+            ));
+        }
+    }
+    entries.extend(changes.iter().filter(|change| !change.is_noop()).map(Entry::from));
+    Ok(entries)
 }
 
 fn object(root: &Sysroot, knob: Knob) -> Result<Option<Object>> {

@@ -92,10 +92,10 @@ impl Baseline {
         self.entries.values().map(|entry| (&entry.knob, entry.label.as_str(), entry.before.as_str()))
     }
 
-    /// Looks which knobs hold a value that is neither theirs from before nor one we set, nor what the kernel makes of their
-    /// value from before by itself (`kernels`): they belong to somebody else now, and [`plan`](Self::plan) leaves them. Threads
+    /// Looks which knobs hold a value that is neither theirs from before nor one we set, nor one that the kernel
+    /// has set by itself (`is_kernels`, by the value from before and the one found): they belong to somebody else now, and [`plan`](Self::plan) leaves them. Threads
     /// that have ended are dropped. To be called once, before a run changes anything.
-    pub fn look(&mut self, root: &Sysroot, kernels: impl Fn(&Knob, &str) -> Option<String>) {
+    pub fn look(&mut self, root: &Sysroot, is_kernels: impl Fn(&Knob, &str, &str) -> bool) {
         self.foreign.clear();
         self.entries.retain(|knob, entry| {
             if entry.last.is_none() && entry.pending.is_none() {
@@ -104,7 +104,7 @@ impl Baseline {
             match knob.read(root) {
                 Ok(Some(found)) => {
                     let ours = [Some(&entry.before), entry.last.as_ref(), entry.pending.as_ref()];
-                    if !ours.contains(&Some(&found)) && kernels(knob, &entry.before).as_ref() != Some(&found) {
+                    if !ours.contains(&Some(&found)) && !is_kernels(knob, &entry.before, &found) {
                         self.foreign.insert(knob.clone(), found);
                     }
                     true
@@ -489,7 +489,7 @@ mod tests {
     }
 
     fn set(store: &mut Store<String>, root: &Sysroot, value: Option<&str>) -> Vec<String> {
-        store.baseline.look(root, |_, _| None);
+        store.baseline.look(root, |_, _, _| false);
         let plan = store.baseline.plan(objects(root), |_, before| value.unwrap_or(before).to_owned());
         let mut told = Vec::new();
         store.carry_out(plan, |done| told.push(done.to_string())).unwrap();
@@ -563,12 +563,12 @@ mod tests {
         let mut store: Store<String> = Store::open(&root, SOON).unwrap();
         set(&mut store, &root, Some("0"));
         fs::write(dir.path().join("proc/irq/1/smp_affinity_list"), "1-3").unwrap();
-        for (kernels, foreign) in [(Some("1-3"), false), (Some("2"), true), (None, true)] {
-            store.baseline.look(&root, |_, before| {
-                assert_eq!(before, "0-3");
-                kernels.map(str::to_owned)
+        for kernels in [true, false] {
+            store.baseline.look(&root, |_, before, found| {
+                assert_eq!((before, found), ("0-3", "1-3"));
+                kernels
             });
-            assert_eq!(store.baseline.is_foreign(&Knob::Irq(1)), foreign, "{kernels:?}");
+            assert_eq!(store.baseline.is_foreign(&Knob::Irq(1)), !kernels);
         }
     }
 

@@ -38,7 +38,8 @@ impl<'a> Reconcile<'a> {
         let present = cpu::present(root)?;
         let partitioned = cgroup::isolated(root)?.unwrap_or_default();
         let left = &present - &partitioned;
-        store.baseline.look(root, |knob, before| by_kernel(knob, before, &left));
+        let by_partition = store.reservations.values().any(|reservation| reservation.isolation == Isolation::Partition);
+        store.baseline.look(root, |knob, before, found| by_partition && is_by_kernel(knob, before, found, &left));
         let baseline = &store.baseline;
         let inherited = (baseline.knobs())
             .filter(|(knob, ..)| is_default(knob))
@@ -683,15 +684,14 @@ fn effective_cpus(root: &Sysroot, pid: i32) -> Option<CpuSet> {
     }
 }
 
-/// What the kernel makes of masks by itself when partitions come and go: their value from before, held to the CPUs that are
-/// `left` to all.
-fn by_kernel(knob: &Knob, before: &str, left: &CpuSet) -> Option<String> {
-    match knob {
-        Knob::Kthread(_) | Knob::Thread(_) | Knob::Workqueues => {
-            CpuSet::from_kernel_list(before).ok().map(|cpus| cpus.held_to(left).to_string())
-        }
-        _ => None,
-    }
+/// Whether a mask is the kernel's doing, who changes them as partitions come and go: of what was set by hand what is `left` to
+/// all, else all that is.
+fn is_by_kernel(knob: &Knob, before: &str, found: &str, left: &CpuSet) -> bool {
+    let (Ok(before), Ok(found)) = (CpuSet::from_kernel_list(before), CpuSet::from_kernel_list(found)) else {
+        return false;
+    };
+    matches!(knob, Knob::Kthread(_) | Knob::Thread(_) | Knob::Workqueues)
+        && (found == before.held_to(left) || found == *left)
 }
 
 /// Whether the knob is what new IRQs, new kthreads or new VMs start with.
@@ -701,4 +701,27 @@ fn is_default(knob: &Knob) -> bool {
 
 fn is_kthreadd(knob: &Knob) -> bool {
     matches!(knob, Knob::Kthread(task) if task.pid == process::KTHREADD)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_partitions_do_to_masks_is_told_from_what_people_do() {
+        let kthread = Knob::Kthread(TaskId { pid: 9, tid: 9, start: 1 });
+        let left: CpuSet = "0-5,10-23".parse().unwrap();
+        for (knob, before, found, kernels) in [
+            (&kthread, "0-3,8", "0-3", true),
+            // It had been set by nobody (an IRQ's thread): the kernel gives it all.
+            (&kthread, "2", "0-5,10-23", true),
+            (&kthread, "7", "0-5,10-23", true),
+            (&kthread, "0-23", "0-5", false),
+            (&kthread, "0-23", "0-23", false),
+            (&Knob::Workqueues, "0-23", "0-5,10-23", true),
+            (&Knob::Irq(4), "0-23", "0-5,10-23", false),
+        ] {
+            assert_eq!(is_by_kernel(knob, before, found, &left), kernels, "{knob:?} {before} {found}");
+        }
+    }
 }
