@@ -8,8 +8,8 @@ use pinfold_core::{CpuSet, Exit, Result, Sysroot, Table};
 use serde::Serialize;
 use serde_json::json;
 
-/// How many cores a line of the map has.
-const CORES_PER_LINE: usize = 8;
+/// How many cores a line of a map has at most.
+pub(crate) const CORES_PER_LINE: usize = 8;
 
 /// CPUs that a selector names.
 #[derive(Debug, Serialize)]
@@ -27,14 +27,14 @@ struct Named {
 
 /// Where a core is, by selectors.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-struct Place {
-    package: String,
+pub(crate) struct Place {
+    pub package: String,
     die: String,
-    llc: String,
-    node: String,
+    pub llc: String,
+    pub node: String,
     /// `pcores` or `ecores`; nothing where all are of one kind.
     #[serde(skip_serializing_if = "str::is_empty")]
-    kind: &'static str,
+    pub kind: &'static str,
 }
 
 /// The command's whole run.
@@ -153,16 +153,22 @@ fn place(topology: &Topology, core: &CpuSet) -> Place {
     Place { package: of(Kind::Package), die: of(Kind::Die), llc: of(Kind::Llc), node: of(Kind::Node), kind }
 }
 
-/// The cores by where they are, each as its threads: `0,12  1,13`.
-fn map(topology: &Topology) -> Table {
-    let mut cells: Vec<(Place, Vec<&CpuSet>)> = Vec::new();
+/// The cores by where they are, the places in the order of their first CPUs.
+pub(crate) fn by_place(topology: &Topology) -> Vec<(Place, Vec<&CpuSet>)> {
+    let mut places: Vec<(Place, Vec<&CpuSet>)> = Vec::new();
     for core in &topology.cores {
         let place = place(topology, core);
-        match cells.iter_mut().find(|(known, _)| *known == place) {
+        match places.iter_mut().find(|(known, _)| *known == place) {
             Some((_, cores)) => cores.push(core),
-            None => cells.push((place, vec![core])),
+            None => places.push((place, vec![core])),
         }
     }
+    places
+}
+
+/// The cores by where they are, each as its threads: `0,12  1,13`.
+fn map(topology: &Topology) -> Table {
+    let cells = by_place(topology);
     let hybrid = cells.iter().map(|(place, _)| place.kind).collect::<BTreeSet<_>>().len() > 1;
     let mut table = if hybrid {
         Table::new(&["package", "die", "llc", "node", "kind", "cores by their threads"])

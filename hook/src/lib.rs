@@ -12,10 +12,13 @@ use pinfold_core::vm::{self, VmId};
 use pinfold_core::{Exit, Report, Sysroot, Table};
 
 mod checks;
+#[cfg(test)]
+mod fixture;
 mod layout;
 mod phases;
 mod reconcile;
 mod reservation;
+mod screen;
 mod settings;
 mod status;
 mod steps;
@@ -48,7 +51,13 @@ pub struct Args {
 #[derive(Debug, Subcommand)]
 enum Verb {
     /// Show which CPUs are whose, and what may still run on the isolated ones
+    ///
+    /// Exit code 1 where something that could be elsewhere may run on an isolated CPU.
     Status {
+        /// Look again every so many seconds, 2 where none are given, until interrupted
+        #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2")]
+        #[arg(value_parser = clap::value_parser!(u64).range(1..=settings::MAX_DEADLINE))]
+        watch: Option<u64>,
         #[command(flatten)]
         output: Output,
     },
@@ -114,7 +123,9 @@ pub fn main() -> ExitCode {
 
 fn run(args: Args) -> anyhow::Result<Exit> {
     match (args.verb, args.vmid, args.phase) {
-        (Some(Verb::Status { output }), ..) => status::run(&output.root(), output.json),
+        (Some(Verb::Status { watch, output }), ..) => {
+            status::run(&output.root(), output.json, watch.map(std::time::Duration::from_secs))
+        }
         (Some(Verb::Layout { output }), ..) => Ok(layout::run(&output.root(), output.json)?),
         (Some(Verb::Recover { discard, output }), ..) => {
             let mut report = output.report(TOOL);

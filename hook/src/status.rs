@@ -1,14 +1,19 @@
 //! `hook status`: which CPUs are whose, and what may still run on the isolated ones.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
-use pinfold_core::report::{err, out};
+use anyhow::Context;
+use pinfold_core::report::{coloured, err, out, terminal, try_out};
 use pinfold_core::store::{Baseline, Store};
+use pinfold_core::topology::Topology;
+use pinfold_core::vm::{self, Role};
 use pinfold_core::{CpuSet, Exit, Knob, Object, Result, Sysroot, TaskId, process};
 use serde::Serialize;
 use serde_json::json;
 
 use crate::reservation::{Phase, Reservation};
+use crate::screen::{self, Cpu, Owner};
 use crate::settings::Bounds;
 
 /// Why something may run on an isolated CPU.
@@ -83,49 +88,136 @@ pub(crate) fn strays(
     Ok(strays)
 }
 
-/// The command's whole run. Exit code 1 where something movable was missed, so that monitoring can call it.
+/// What there is to see.
+struct Seen {
+    topology: Topology,
+    reservations: BTreeMap<u32, Reservation>,
+    /// The CPUs of all fenced VMs.
+    isolated: CpuSet,
+    strays: Vec<Stray>,
+    cpus: BTreeMap<usize, Cpu>,
+}
+
+/// The command's whole run. Exit code 1 where something movable was missed, so that monitoring can call it. With an `interval`
+/// it looks again and again, until nobody reads any more.
 ///
 /// # Errors
 /// Where the state or the host cannot be read.
-pub(crate) fn run(root: &Sysroot, json: bool) -> anyhow::Result<Exit> {
-    let peeked = match Store::<Reservation>::peek(root) {
-        Err(error) if error.is_denied() => {
-            err(&format!("hook: {error}; the reservations are root's to see\n"));
-            return Ok(Exit::Failed);
+pub(crate) fn run(root: &Sysroot, json: bool, interval: Option<Duration>) -> anyhow::Result<Exit> {
+    loop {
+        let seen = match look(root) {
+            Err(error) if error.is_denied() => {
+                err(&format!("hook: {error}; the reservations are root's to see\n"));
+                return Ok(Exit::Failed);
+            }
+            seen => seen?,
+        };
+        let exit = if seen.missed() == 0 { Exit::Done } else { Exit::Failed };
+        let text =
+            if json { format!("{:#}\n", seen.to_json(root)) } else { coloured(&seen.to_text(root, screen::columns())) };
+        let Some(interval) = interval else {
+            out(&text);
+            return Ok(exit);
+        };
+        let text = match terminal() {
+            Some((_, rows)) if !json => redrawn(&text, rows),
+            _ => text + "\n",
+        };
+        match try_out(&text) {
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => return Ok(exit),
+            shown => shown.context("stdout")?,
         }
-        peeked => peeked?,
-    };
-    let (reservations, baseline) = peeked.unwrap_or_default();
+        std::thread::sleep(interval);
+    }
+}
+
+/// Looks at the host and the state, without the lock.
+fn look(root: &Sysroot) -> Result<Seen> {
+    let (reservations, baseline) = Store::<Reservation>::peek(root)?.unwrap_or_default();
+    let topology = Topology::read(root)?;
+    let mut cpus: BTreeMap<usize, Cpu> = (topology.present.iter())
+        .map(|cpu| {
+            let owner = if topology.online.contains(cpu) { Owner::Housekeeping } else { Owner::Offline };
+            (cpu, Cpu { cpu, owner, vm: None, vcpus: CpuSet::new(), stray: false })
+        })
+        .collect();
     let mut isolated = CpuSet::new();
     let mut pinned = BTreeMap::new();
-    for reservation in reservations.values().filter(|reservation| reservation.is_fenced()) {
-        isolated = &isolated | &reservation.settings.isolated;
+    for (id, reservation) in reservations.iter().filter(|(_, reservation)| reservation.is_claim()) {
+        let own = &reservation.settings.isolated;
+        for cpu in cpus.values_mut().filter(|cpu| own.contains(cpu.cpu)) {
+            cpu.vm = Some(*id);
+            if cpu.owner == Owner::Housekeeping {
+                cpu.owner = if reservation.is_fenced() { Owner::Isolated } else { Owner::Reserved };
+            }
+        }
+        if !reservation.is_fenced() {
+            continue;
+        }
+        isolated = &isolated | own;
         for task in reservation.qemu.iter().flat_map(|qemu| process::tasks(root, qemu.pid).unwrap_or_default()) {
             // What hook pinned inside the fence is where it belongs: the vCPU threads.
-            if let Some(cpus) =
-                baseline.last(&Knob::Thread(task.id)).and_then(|last| CpuSet::from_kernel_list(last).ok())
-                && cpus.is_subset(&reservation.settings.isolated)
-            {
-                pinned.insert(task.id, cpus);
+            let last = baseline.last(&Knob::Thread(task.id)).and_then(|last| CpuSet::from_kernel_list(last).ok());
+            let Some(last) = last.filter(|last| last.is_subset(own)) else { continue };
+            let now = process::affinity(root, &task.id).unwrap_or_default();
+            if let (Role::Vcpu(vcpu), true) = (vm::role_by_name(&task.name), now.is_subset(own)) {
+                cpus.values_mut().filter(|cpu| now.contains(cpu.cpu)).for_each(|cpu| cpu.vcpus.insert(vcpu));
             }
+            pinned.insert(task.id, last);
         }
     }
     let strays = if isolated.is_empty() { Vec::new() } else { strays(root, &isolated, &pinned, &baseline)? };
-    let missed = strays.iter().filter(|stray| stray.class == Class::Stray).count();
-    if json {
-        let bounds = |r: &Reservation| r.settings.deadlines.bounds(reservations.len() - 1);
-        let vms: BTreeMap<String, serde_json::Value> = reservations
-            .iter()
-            .map(|(id, r)| (id.to_string(), json!({"phase": r.phase, "isolated": r.settings.isolated, "alive": r.is_alive(root), "bounds": bounds(r), "settings": r.settings})))
-            .collect();
-        out(&format!("{:#}\n", json!({"vms": vms, "isolated": isolated, "strays": strays, "missed": missed})));
-    } else {
-        out(&text(root, &reservations, &isolated, &strays));
-    }
-    Ok(if missed == 0 { Exit::Done } else { Exit::Failed })
+    let strayed = |cpu: usize| strays.iter().any(|stray| stray.class == Class::Stray && stray.cpus.contains(cpu));
+    cpus.values_mut().for_each(|cpu| cpu.stray = strayed(cpu.cpu));
+    Ok(Seen { topology, reservations, isolated, strays, cpus })
 }
 
-fn text(root: &Sysroot, reservations: &BTreeMap<u32, Reservation>, isolated: &CpuSet, strays: &[Stray]) -> String {
+impl Seen {
+    /// How many things could be elsewhere.
+    fn missed(&self) -> usize {
+        self.strays.iter().filter(|stray| stray.class == Class::Stray).count()
+    }
+
+    fn to_json(&self, root: &Sysroot) -> serde_json::Value {
+        let bounds = |r: &Reservation| r.settings.deadlines.bounds(self.reservations.len() - 1);
+        let vms: BTreeMap<String, serde_json::Value> = (self.reservations.iter())
+            .map(|(id, r)| (id.to_string(), json!({"phase": r.phase, "isolated": r.settings.isolated, "alive": r.is_alive(root), "bounds": bounds(r), "settings": r.settings})))
+            .collect();
+        let cpus: Vec<&Cpu> = self.cpus.values().collect();
+        json!({"vms": vms, "isolated": self.isolated, "cpus": cpus, "strays": self.strays, "missed": self.missed()})
+    }
+
+    fn to_text(&self, root: &Sysroot, columns: usize) -> String {
+        let picture = screen::draw(&self.topology, &self.cpus, columns);
+        format!("{picture}\n{}", text(root, &self.reservations, &self.isolated, &self.strays, columns))
+    }
+}
+
+/// The screen over the last one, without a moment in which it is empty; no more lines than there are `rows`, lest it scroll.
+fn redrawn(text: &str, rows: usize) -> String {
+    // ECMA-48: cursor to the first column of the first line; erase to the end of the line; of the screen.
+    const HOME: &str = "\x1b[H";
+    const END_OF_LINE: &str = "\x1b[K";
+    const TO_THE_END: &str = "\x1b[J";
+    let lines: Vec<&str> = text.lines().collect();
+    let fit = if lines.len() < rows { lines.len() } else { rows.saturating_sub(2) };
+    let mut screen = HOME.to_owned();
+    for line in &lines[..fit] {
+        screen += &format!("{line}{END_OF_LINE}\n");
+    }
+    if fit < lines.len() {
+        screen += &format!("... and {} lines more{END_OF_LINE}\n", lines.len() - fit);
+    }
+    screen + TO_THE_END
+}
+
+fn text(
+    root: &Sysroot,
+    reservations: &BTreeMap<u32, Reservation>,
+    isolated: &CpuSet,
+    strays: &[Stray],
+    columns: usize,
+) -> String {
     if reservations.is_empty() {
         return "no CPU is isolated\n".into();
     }
@@ -152,23 +244,30 @@ fn text(root: &Sysroot, reservations: &BTreeMap<u32, Reservation>, isolated: &Cp
     ] {
         let of_class: Vec<&Stray> = strays.iter().filter(|stray| stray.class == class).collect();
         text += &format!("{title}: {}\n", of_class.len());
+        // CPUs with the same on them share a line.
+        let mut lines: Vec<(CpuSet, Vec<String>)> = Vec::new();
         for cpu in isolated.iter() {
-            let on: Vec<&str> = of_class.iter().filter(|s| s.cpus.contains(cpu)).map(|s| s.object.as_str()).collect();
-            match class {
+            let on = || of_class.iter().filter(|stray| stray.cpus.contains(cpu)).map(|stray| stray.object.as_str());
+            let on = if class == Class::KernelBound { kinds(on()) } else { on().map(str::to_owned).collect() };
+            match lines.iter_mut().find(|(_, known)| *known == on) {
                 _ if on.is_empty() => {}
-                Class::KernelBound => text += &format!("  CPU {cpu}: {}\n", kinds(&on)),
-                _ => text += &format!("  CPU {cpu}: {}\n", on.join(", ")),
+                Some((cpus, _)) => cpus.insert(cpu),
+                None => lines.push(([cpu].into_iter().collect(), on)),
             }
+        }
+        for (cpus, on) in lines {
+            let items: Vec<(String, usize)> = on.into_iter().map(|item| (item.clone(), item.chars().count())).collect();
+            text += &screen::wrapped(&format!("  CPU {cpus}: "), &items, ", ", columns);
         }
     }
     text
 }
 
 /// What the kernel binds comes in a few kinds, the same on every CPU: `kthread 40 (kworker/6:0-events)` is a kworker.
-fn kinds(objects: &[&str]) -> String {
+fn kinds<'a>(objects: impl Iterator<Item = &'a str>) -> Vec<String> {
     let mut counts = BTreeMap::new();
     for object in objects {
-        let name = object.split_once('(').map_or(*object, |(_, name)| name.trim_end_matches(')'));
+        let name = object.split_once('(').map_or(object, |(_, name)| name.trim_end_matches(')'));
         let kind = if name.starts_with("kworker/R-") { "rescuer" } else { name.split('/').next().unwrap_or(name) };
         *counts.entry(kind).or_insert(0) += 1;
     }
@@ -176,5 +275,135 @@ fn kinds(objects: &[&str]) -> String {
         1 => (*kind).to_owned(),
         _ => format!("{kind} x{count}"),
     });
-    shown.collect::<Vec<_>>().join(", ")
+    shown.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::Host;
+
+    const LAYOUT: &str = "layout = \"5900x\"";
+
+    fn screen(host: &Host, columns: usize) -> String {
+        let text = look(&host.root).unwrap().to_text(&host.root, columns);
+        anstream::adapter::strip_str(&text).to_string()
+    }
+
+    fn fenced() -> Host {
+        let host = Host::new("5900x");
+        host.vm(100, &[6, 18, 7, 19]);
+        host.file("proc/irq/24/smp_affinity_list", "0-5");
+        host.file("sys/devices/virtual/workqueue/cpumask", "03f03f");
+        host.file("proc/irq/default_smp_affinity", "03f03f");
+        for (pid, name) in [(1, "systemd"), (2, "kthreadd"), (3, "kswapd0"), (100, "kvm")] {
+            let flags = if matches!(pid, 2 | 3) { 0x0020_0000 } else { 0 };
+            host.thread(pid, pid, name, "0-5,12-17", flags);
+        }
+        host.reserve(100, Phase::Isolated, LAYOUT);
+        host
+    }
+
+    #[test]
+    fn a_host_without_a_fence_is_drawn_all_the_same() {
+        let host = Host::new("5900x");
+        assert_eq!(
+            screen(&host, 100),
+            "package:0\n\
+             \x20 llc:0   0 .   1 .   2 .   3 .   4 .   5 .\n\
+             \x20        12 .  13 .  14 .  15 .  16 .  17 .\n\
+             \x20 llc:1   6 .   7 .   8 .   9 .  10 .  11 .\n\
+             \x20        18 .  19 .  20 .  21 .  22 .  23 .\n\
+             . housekeeping\n\
+             \n\
+             no CPU is isolated\n"
+        );
+        assert!(!host.root.exists("run/pinfold"));
+    }
+
+    #[test]
+    fn each_vcpu_stands_on_its_cpu() {
+        let text = screen(&fenced(), 100);
+        let picture: Vec<&str> = text.lines().collect();
+        assert_eq!(
+            picture[3..=6],
+            [
+                "  llc:1   6 100:v0   7 100:v2   8 100      9 100     10 100     11 100",
+                "         18 100:v1  19 100:v3  20 100     21 100     22 100     23 100",
+                ". housekeeping   100:v0 a vCPU of VM 100   100 VM 100's, no vCPU on it",
+                ""
+            ],
+            "{text}"
+        );
+        assert!(text.contains("\nVM 100 has CPU 6-11,18-23\n"), "{text}");
+        assert!(text.contains("\nstrays (could be elsewhere): 0\n"), "{text}");
+        assert!(text.contains("\nthreads the kernel binds: 1\n  CPU 6: ksoftirqd\n"), "{text}");
+        assert!(text.lines().all(|line| line.len() <= 100), "{text}");
+    }
+
+    #[test]
+    fn a_stray_is_marked_listed_and_counted() {
+        let host = fenced();
+        host.thread(900, 900, "stress", "7,20", 0);
+        host.thread(901, 901, "wide", "0-7", 0);
+        let seen = look(&host.root).unwrap();
+        assert_eq!(seen.missed(), 2);
+        let text = screen(&host, 100);
+        assert!(text.contains(" 7 100:v2!") && text.contains("20 100! ") && text.contains("! something strays there"));
+        assert!(text.contains("\n  CPU 6: thread 901 (wide)\n  CPU 7: thread 901 (wide), thread 900 (stress)\n  CPU 20: thread 900 (stress)\n"), "{text}");
+        let json = seen.to_json(&host.root);
+        assert_eq!(json["cpus"][7], json!({"cpu": 7, "owner": "isolated", "vm": 100, "vcpus": "2", "stray": true}));
+        assert_eq!(json["cpus"][0], json!({"cpu": 0, "owner": "housekeeping", "stray": false}));
+        assert_eq!((&json["missed"], &json["isolated"]), (&json!(2), &json!("6-11,18-23")));
+        assert!(json["vms"]["100"]["bounds"]["post_start"].is_u64() && json["strays"].is_array());
+    }
+
+    #[test]
+    fn what_is_reserved_or_offline_has_marks_of_its_own() {
+        let host = Host::new("5900x-offline");
+        host.vm(100, &[6]);
+        host.reserve(100, Phase::Starting, "isolated = \"6,11\"\npins = [6]");
+        let text = screen(&host, 100);
+        assert!(text.contains(" 6 (100)  ") && text.contains("(100) for VM 100, which starts"), "{text}");
+        assert!(text.contains("\n  offline   2 off    11 off\n"), "{text}");
+        assert!(text.contains("\nVM 100 is starting, to have CPU 6,11\n"), "{text}");
+        assert_eq!(look(&host.root).unwrap().to_json(&host.root)["cpus"][11]["owner"], "offline");
+    }
+
+    #[test]
+    fn a_large_host_folds_what_is_all_alike() {
+        let host = Host::new("512-cpus");
+        host.vm(100, &[]);
+        host.reserve(100, Phase::Isolated, "isolated = \"8-11,264\"\npins = [8]");
+        let text = screen(&host, 80);
+        assert!(text.contains("\n  llc:0 node:0   0-7,256-263 .\n"), "{text}");
+        assert!(text.contains("package:1\n") && text.contains("264 100"), "{text}");
+        let picture = text.split("\n\n").next().unwrap();
+        assert!(picture.lines().count() < 40 && picture.lines().all(|line| line.len() <= 80), "{text}");
+    }
+
+    #[test]
+    fn long_lists_are_wrapped_and_never_cut() {
+        let host = fenced();
+        (900..930).for_each(|pid| host.thread(pid, pid, "stress", "7", 0));
+        let text = screen(&host, 60);
+        assert!((900..930).all(|pid| text.contains(&format!("thread {pid} (stress)"))), "{text}");
+        let listed = text.split("elsewhere): 30\n").nth(1).unwrap().split("IRQs").next().unwrap();
+        assert!(listed.lines().all(|line| line.len() <= 60 && line.starts_with("  ")), "{listed}");
+    }
+
+    #[test]
+    fn a_redrawn_screen_never_scrolls() {
+        assert_eq!(redrawn("a\nb\n", 3), "\x1b[Ha\x1b[K\nb\x1b[K\n\x1b[J");
+        assert_eq!(redrawn("a\nb\nc\nd\n", 4), "\x1b[Ha\x1b[K\nb\x1b[K\n... and 2 lines more\x1b[K\n\x1b[J");
+        assert_eq!(redrawn("a\nb\n", 1), "\x1b[H... and 2 lines more\x1b[K\n\x1b[J");
+    }
+
+    #[test]
+    fn colours_are_there_for_terminals_alone() {
+        let host = fenced();
+        let text = look(&host.root).unwrap().to_text(&host.root, 100);
+        assert!(text.contains("\x1b[1m\x1b[32m100:v0\x1b[0m"), "{text:?}");
+        assert!(!coloured(&text).contains('\x1b'), "tests write to a pipe or a file");
+    }
 }

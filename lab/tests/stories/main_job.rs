@@ -3,7 +3,7 @@
 use pinfold_lab::{Host, VmSpec};
 
 use crate::stories;
-use crate::support::{assert_fenced, assert_restored, expect, install_hook, kill_at, vm};
+use crate::support::{PINS, assert_fenced, assert_restored, expect, install_hook, kill_at, vm};
 
 stories![
     start_and_stop_as_pve_does,
@@ -24,10 +24,18 @@ fn start_and_stop_as_pve_does(host: &mut Host) {
     assert!(told.contains("fencing CPU 6-11,18-23 off for VM 100"), "{told}");
     assert_fenced(host);
     let (status, _) = expect(host, "hook status", 0);
-    assert!(status.starts_with("VM 100 has CPU 6-11,18-23\n"), "{status}");
+    assert!(status.contains("\nVM 100 has CPU 6-11,18-23\n"), "{status}");
+    for (vcpu, cpu) in PINS.iter().enumerate() {
+        assert!(
+            status.contains(&format!(" {cpu} 100:v{vcpu} ")) || status.contains(&format!(" {cpu} 100:v{vcpu}\n")),
+            "{status}"
+        );
+    }
     assert!(status.contains("\nstrays (could be elsewhere): 0\n"), "{status}");
     // Linux 6.1 names rescuers after their queues, and has no idle_inject.
-    let bound = |kind: &str| status.lines().any(|line| line.starts_with("  CPU 6: ") && line.contains(kind));
+    let of_cpu_6 =
+        status.split("\nthreads the kernel binds: ").nth(1).and_then(|list| list.split("\n  CPU ").nth(1)).unwrap();
+    let bound = |kind: &str| of_cpu_6.starts_with('6') && of_cpu_6.contains(kind);
     assert!(bound("cpuhp") && bound("ksoftirqd") && bound("migration"), "what the kernel binds is listed: {status}");
 
     let told = host.stop_vm(100).unwrap();
