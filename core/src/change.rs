@@ -114,12 +114,15 @@ impl fmt::Display for Done {
     }
 }
 
-/// Carries out one change. Everything that Pinfold writes to a kernel goes through here.
+/// Carries out one change. Everything that Pinfold writes to a kernel goes through here. On a root that is
+/// [for looking](Sysroot::for_looking) nothing is written, and what would be is planned.
 ///
 /// The caller has saved what must come back before ([`crate::save`], [`crate::store`]).
 pub fn apply_one(root: &Sysroot, change: Change) -> Done {
     let outcome = if change.is_noop() {
         Outcome::Already
+    } else if root.is_for_looking() {
+        change.knob.known_refusal(root).map_or(Outcome::Planned, Outcome::Refused)
     } else {
         match change.knob.write(root, &change.wanted) {
             Ok(Answer::Taken(Some(kept))) if kept != change.wanted => Outcome::Failed(format!(
@@ -194,6 +197,20 @@ mod tests {
         assert_eq!(Knob::Irq(24).read(&root).unwrap().unwrap(), "0-5");
         let again = apply(&root, vec![change(Knob::Irq(24), "0-5", "0-5")]);
         assert_eq!(again[0].outcome, Outcome::Already);
+    }
+
+    #[test]
+    fn on_a_root_for_looking_changes_are_planned() {
+        let (_dir, root) = tree();
+        let root = root.for_looking();
+        assert_eq!(apply_one(&root, change(Knob::Irq(24), "0-23", "0-5")).outcome, Outcome::Planned);
+        assert_eq!(apply_one(&root, change(Knob::Irq(24), "0-5", "0-5")).outcome, Outcome::Already);
+        assert_eq!(Knob::Irq(24).read(&root).unwrap().unwrap(), "0-23");
+        // What the kernel holds is told without trying, where it can be.
+        let file = root.path("proc/irq/24/smp_affinity_list");
+        fs::set_permissions(file, std::os::unix::fs::PermissionsExt::from_mode(0o444)).unwrap();
+        let refused = apply_one(&root, change(Knob::Irq(24), "0-23", "0-5"));
+        assert!(matches!(refused.outcome, Outcome::Refused(_)), "{refused}");
     }
 
     #[test]

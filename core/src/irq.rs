@@ -1,10 +1,11 @@
 //! Interrupts: /proc/irq and /proc/interrupts; see Documentation/core-api/irq/irq-affinity.rst.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
 
 use crate::change::Object;
 use crate::cpuset::CpuSet;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::knob::{Knob, cpu_list};
 use crate::sysroot::Sysroot;
 
@@ -64,6 +65,21 @@ pub fn irqs(root: &Sysroot, names: &BTreeMap<u32, String>) -> Result<Vec<Object>
 pub fn default_mask(root: &Sysroot) -> Result<Option<Object>> {
     let knob = Knob::DefaultIrq;
     Ok(knob.read(root)?.map(|found| Object::new(knob.clone(), knob.to_string(), found)))
+}
+
+/// Whether the kernel does not let user space move an IRQ, as far as it shows that: since Linux 6.12 the file is read-only then
+/// (register_irq_proc in kernel/irq/proc.c).
+///
+/// # Errors
+/// Where the file cannot be looked at. An IRQ that has gone is not held.
+pub fn is_held(root: &Sysroot, number: u32) -> Result<bool> {
+    const OWNER_MAY_WRITE: u32 = 0o200;
+    let path = root.path(format!("proc/irq/{number}/smp_affinity_list"));
+    match path.metadata().map_err(|source| Error::io(path, "look at", source)) {
+        Ok(file) => Ok(file.mode() & OWNER_MAY_WRITE == 0),
+        Err(error) if error.is_gone() => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// The CPU or CPUs that an IRQ is really delivered to; empty for one without a handler.

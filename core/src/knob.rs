@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
 use crate::sysroot::Sysroot;
-use crate::{cgroup, process, systemd};
+use crate::{cgroup, irq, process, systemd};
 
 /// A process or thread that cannot be mistaken for a later one with the same number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -77,6 +77,9 @@ const WORKQUEUE_MASK: &str = "sys/devices/virtual/workqueue/cpumask";
 /// Where the default IRQ mask stands.
 const DEFAULT_IRQ_MASK: &str = "proc/irq/default_smp_affinity";
 
+/// Why an IRQ stays where it is.
+const HELD_IRQ: &str = "the kernel does not let user space move this IRQ";
+
 /// How the kernel or systemd answered a write.
 #[derive(Debug)]
 pub(crate) enum Answer {
@@ -137,7 +140,7 @@ impl Knob {
             Self::Irq(_) => match root.write_and_read_back(self.file(), value) {
                 // Managed queues and timers answer EIO; since Linux 6.13 EPERM (kernel/irq/proc.c).
                 Err(error) if matches!(error.raw_os_error(), Some(nix::libc::EIO | nix::libc::EPERM)) => {
-                    Ok(Answer::Refused("the kernel does not let user space move this IRQ".into()))
+                    Ok(Answer::Refused(HELD_IRQ.into()))
                 }
                 other => other.map(|found| Answer::Taken(Some(found))),
             },
@@ -170,6 +173,12 @@ impl Knob {
                 Ok(taken(()))
             }
         }
+    }
+
+    /// Why the kernel would refuse a write, where that is known without trying.
+    pub(crate) fn known_refusal(&self, root: &Sysroot) -> Option<String> {
+        let held = matches!(self, Self::Irq(number) if irq::is_held(root, *number).unwrap_or(false));
+        held.then(|| HELD_IRQ.into())
     }
 
     fn pin(&self, root: &Sysroot, task: &TaskId, value: &str) -> io::Result<Answer> {

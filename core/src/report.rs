@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use serde_json::{Map, Value, json};
 
-use crate::change::{Done, Outcome};
+use crate::change::{Change, Done, Outcome};
 
 /// The exit codes, the same in every tool (as util-linux's chcpu).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,16 +86,29 @@ impl Table {
     }
 }
 
+/// A step, as a report has it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Step {
+    /// Its name.
+    pub name: &'static str,
+    /// Why its changes are not known, where changes are planned only.
+    pub unknown: Option<String>,
+    /// What became of its changes.
+    pub changes: Vec<Done>,
+    /// When it began.
+    began: Instant,
+}
+
 /// What a tool says, and what became of its changes.
 #[derive(Debug)]
 pub struct Report {
     tool: &'static str,
     verbosity: Verbosity,
     json: bool,
-    step: Option<&'static str>,
-    /// When each step began, in order.
-    steps: Vec<(&'static str, Instant)>,
-    changes: Vec<Value>,
+    /// The steps so far, in order.
+    steps: Vec<Step>,
+    /// What became of changes before the first step; kept for JSON, as are those of the steps.
+    changes: Vec<Done>,
     notes: Vec<String>,
     done: usize,
     failed: usize,
@@ -121,7 +134,6 @@ impl Report {
             tool,
             verbosity,
             json,
-            step: None,
             steps: Vec::new(),
             changes: Vec::new(),
             notes: Vec::new(),
@@ -179,8 +191,31 @@ impl Report {
     /// Names the step that the changes to come belong to. One line per step is told then, by
     /// [`summary`](Self::summary), and one per change with `-v` only.
     pub fn step(&mut self, step: &'static str) {
-        self.step = Some(step);
-        self.steps.push((step, Instant::now()));
+        self.steps.push(Step { name: step, unknown: None, changes: Vec::new(), began: Instant::now() });
+    }
+
+    /// Names a step whose changes cannot be planned, and why.
+    pub fn unknown_step(&mut self, step: &'static str, why: impl Into<String>) {
+        self.step(step);
+        if let Some(step) = self.steps.last_mut() {
+            step.unknown = Some(why.into());
+        }
+    }
+
+    /// The steps so far; with `json` those of their changes are kept too.
+    pub fn steps(&self) -> &[Step] {
+        &self.steps
+    }
+
+    /// How long each step took in seconds, in order; the last until now.
+    pub fn seconds(&self) -> Vec<(&'static str, f64)> {
+        let ends = self.steps.iter().skip(1).map(|step| step.began).chain([Instant::now()]);
+        self.steps.iter().zip(ends).map(|(step, end)| (step.name, (end - step.began).as_secs_f64())).collect()
+    }
+
+    /// What was to be known, in order.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// A line about a whole step; with `-v` its changes stand there already.
@@ -216,16 +251,16 @@ impl Report {
 
     /// What became of a change, with the step it belongs to.
     fn placed(&self, done: &Done) -> String {
-        self.step.map_or_else(|| done.to_string(), |step| format!("{step}: {done}"))
+        self.steps.last().map_or_else(|| done.to_string(), |step| format!("{}: {done}", step.name))
     }
 
     fn change(&mut self, done: &Done) {
         match &done.outcome {
             Outcome::Planned | Outcome::Changed => {
                 self.done += 1;
-                match self.step {
-                    Some(_) => self.detail(&self.placed(done)),
-                    None => self.line(&done.to_string()),
+                match self.steps.is_empty() {
+                    false => self.detail(&self.placed(done)),
+                    true => self.line(&done.to_string()),
                 }
             }
             Outcome::Already => {
@@ -244,17 +279,10 @@ impl Report {
             Outcome::Failed(_) => self.error(&done.to_string()),
         }
         if self.json {
-            let change = &done.change;
-            let mut entry = json!({
-                "step": self.step,
-                "object": change.label, "knob": change.knob, "found": change.found, "wanted": change.wanted,
-            });
-            if let (Some(entry), Ok(Value::Object(outcome))) =
-                (entry.as_object_mut(), serde_json::to_value(&done.outcome))
-            {
-                entry.extend(outcome);
+            match self.steps.last_mut() {
+                Some(step) => step.changes.push(done.clone()),
+                None => self.changes.push(done.clone()),
             }
-            self.changes.push(entry);
         }
     }
 
@@ -270,12 +298,13 @@ impl Report {
             _ => Exit::Some,
         };
         if self.json {
-            let ends = self.steps.iter().skip(1).map(|(_, began)| *began).chain([Instant::now()]);
-            let steps: Vec<Value> = (self.steps.iter().zip(ends))
-                .map(|((step, began), end)| json!({"step": step, "seconds": (end - *began).as_secs_f64()}))
-                .collect();
+            let steps: Vec<Value> =
+                (self.seconds().into_iter()).map(|(step, seconds)| json!({"step": step, "seconds": seconds})).collect();
+            let of_steps = self.steps.iter().flat_map(|step| step.changes.iter().map(|done| (Some(step.name), done)));
+            let changes = self.changes.iter().map(|done| (None, done)).chain(of_steps);
+            let changes: Vec<Value> = changes.map(|(step, done)| done_to_json(step, done)).collect();
             let report = json!({
-                "tool": self.tool, "steps": steps, "changes": self.changes, "notes": self.notes,
+                "tool": self.tool, "steps": steps, "changes": changes, "notes": self.notes,
                 "refused": self.refused, "failed": self.failed, "exit_code": exit as u8,
             });
             out(&format!("{report:#}\n"));
@@ -287,6 +316,16 @@ impl Report {
     pub fn failures(&self) -> usize {
         self.failed
     }
+}
+
+/// A change and what became of it, for programs.
+pub fn done_to_json(step: Option<&str>, done: &Done) -> Value {
+    let Change { label, knob, found, wanted } = &done.change;
+    let mut entry = json!({"step": step, "object": label, "knob": knob, "found": found, "wanted": wanted});
+    if let (Some(entry), Ok(Value::Object(outcome))) = (entry.as_object_mut(), serde_json::to_value(&done.outcome)) {
+        entry.extend(outcome);
+    }
+    entry
 }
 
 /// Writes to stdout. A reader that has gone (`| head`) is no reason to die half way through the host's changes.

@@ -22,6 +22,8 @@ use crate::sysroot::Sysroot;
 
 /// The folder, below the sysroot.
 const FOLDER: &str = "run/pinfold";
+/// The file with the state, in it.
+const STATE: &str = "state.json";
 /// The layout of the state file; another number is refused.
 const VERSION: u32 = 1;
 /// How often a lock that is held is tried again.
@@ -49,12 +51,14 @@ pub struct Baseline {
     entries: BTreeMap<Knob, Entry>,
     /// Knobs that held, when this run began, what neither we nor anyone before us had set.
     foreign: BTreeMap<Knob, String>,
+    /// What knobs would hold by now, where changes are planned only: the host does not show it to the steps that follow.
+    planned: BTreeMap<Knob, String>,
 }
 
 impl Baseline {
     fn from_entries(entries: Vec<Entry>) -> Self {
         let entries = entries.into_iter().map(|entry| (entry.knob.clone(), entry)).collect();
-        Self { entries, foreign: BTreeMap::new() }
+        Self { entries, ..Self::default() }
     }
 
     /// Puts an object in, with the value it had before the first touch. One that is in already stays as it is.
@@ -121,8 +125,11 @@ impl Baseline {
     /// noted as pending: save the state before applying.
     pub fn plan(&mut self, objects: Vec<Object>, wanted: impl Fn(&Knob, &str) -> String) -> Vec<Planned> {
         let mut plan = Vec::with_capacity(objects.len());
-        for object in objects {
+        for mut object in objects {
             self.adopt(&object, &object.found.clone());
+            if let Some(planned) = self.planned.get(&object.knob) {
+                object.found.clone_from(planned);
+            }
             let Some(entry) = self.entries.get_mut(&object.knob) else { continue };
             let wanted = wanted(&object.knob, &entry.before);
             if let Some(now) = self.foreign.get(&object.knob) {
@@ -148,6 +155,10 @@ impl Baseline {
         match done.outcome {
             Outcome::Changed => {
                 entry.last = entry.pending.take();
+            }
+            Outcome::Planned => {
+                entry.last = entry.pending.take();
+                self.planned.insert(done.change.knob.clone(), done.change.wanted.clone());
             }
             Outcome::Refused(_) => entry.pending = None,
             // A write that failed may have taken effect all the same: both values stay ours.
@@ -193,12 +204,12 @@ impl<R: DeserializeOwned> OnDisk<R> {
     }
 }
 
-/// The state, held under its lock. `R` is what is kept per VM, by its number.
+/// The state, held under its lock, or looked at. `R` is what is kept per VM, by its number.
 #[derive(Debug)]
 pub struct Store<R> {
     root: Sysroot,
     folder: PathBuf,
-    _lock: Flock<File>,
+    _lock: Option<Flock<File>>,
     /// What is kept per VM.
     pub reservations: BTreeMap<u32, R>,
     /// What every touched knob held before.
@@ -206,20 +217,25 @@ pub struct Store<R> {
 }
 
 impl<R: Serialize + DeserializeOwned> Store<R> {
-    /// Takes the lock, waiting for another hook to end, and reads the state; empty where there is none.
+    /// Takes the lock, waiting for another hook to end, and reads the state; empty where there is none. On a root that is
+    /// [for looking](Sysroot::for_looking) there is no lock, and nothing is ever saved.
     ///
     /// # Errors
     /// [`Error::Unusable`] where the lock is not to be had in time, the folder is not ours alone, or the state file cannot
     /// be trusted; the text says what to do.
     pub fn open(root: &Sysroot, deadline: Duration) -> Result<Self> {
         let folder = root.path(FOLDER);
-        if let Err(source) = DirBuilder::new().mode(0o700).create(&folder)
-            && source.kind() != io::ErrorKind::AlreadyExists
-        {
-            return Err(Error::io(folder, "make the folder", source));
-        }
-        check_private(&folder)?;
-        let lock = take_lock(&folder, deadline)?;
+        let lock = if root.is_for_looking() {
+            None
+        } else {
+            if let Err(source) = DirBuilder::new().mode(0o700).create(&folder)
+                && source.kind() != io::ErrorKind::AlreadyExists
+            {
+                return Err(Error::io(folder, "make the folder", source));
+            }
+            check_private(&folder)?;
+            Some(take_lock(&folder, deadline)?)
+        };
         let on_disk = read_state::<R>(&folder)?;
         Ok(Self {
             root: root.clone(),
@@ -230,13 +246,18 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
         })
     }
 
+    /// The root it was opened on.
+    pub fn root(&self) -> &Sysroot {
+        &self.root
+    }
+
     /// Reads the state without the lock, for looking only; `None` where there is none.
     ///
     /// # Errors
     /// As [`open`](Self::open), less the lock.
     pub fn peek(root: &Sysroot) -> Result<Option<(BTreeMap<u32, R>, Baseline)>> {
         let folder = root.path(FOLDER);
-        match fs::symlink_metadata(folder.join("state.json")) {
+        match fs::symlink_metadata(folder.join(STATE)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(source) => Err(Error::io(folder, "look into", source)),
             Ok(_) => {
@@ -271,26 +292,27 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
     /// # Errors
     /// [`Error::Io`] with the path.
     pub fn save(&self) -> Result<()> {
-        let path = self.folder.join("state.json");
+        if self.root.is_for_looking() {
+            return Ok(());
+        }
+        let path = self.folder.join(STATE);
         if self.reservations.is_empty() && self.baseline.entries.is_empty() {
             return match fs::remove_file(&path) {
                 Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::io(path, "remove", source)),
                 _ => Ok(()),
             };
         }
-        let new = self.folder.join("state.json.new");
-        let write = || -> io::Result<()> {
-            let text = Self::to_text(&self.reservations, &self.baseline)?;
-            // A leftover of a run that was killed while it wrote.
-            if let Err(error) = fs::remove_file(&new)
-                && error.kind() != io::ErrorKind::NotFound
-            {
-                return Err(error);
-            }
-            OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?.write_all(text.as_bytes())?;
-            fs::rename(&new, &path)
-        };
-        write().map_err(|source| Error::io(&path, "save", source))
+        let text = Self::to_text(&self.reservations, &self.baseline)
+            .map_err(|error| Error::io(&path, "save", error.into()))?;
+        write_own(&path, &text)
+    }
+
+    /// Writes another file of hook's beside the state, whole or not at all; nothing that undo depends on.
+    ///
+    /// # Errors
+    /// [`Error::Io`] with the path.
+    pub fn keep(&self, name: &str, text: &str) -> Result<()> {
+        if self.root.is_for_looking() { Ok(()) } else { write_own(&self.folder.join(name), text) }
     }
 
     /// Saves the state, then makes the planned changes one by one, each told to `progress`.
@@ -318,6 +340,30 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
     }
 }
 
+/// Reads a file that [`Store::keep`] wrote; `None` where there is none.
+///
+/// # Errors
+/// Where it cannot be read, or is not ours alone.
+pub fn kept(root: &Sysroot, name: &str) -> Result<Option<String>> {
+    read_own(&root.path(FOLDER).join(name))
+}
+
+/// Writes a file of the folder, whole or not at all.
+fn write_own(path: &Path, text: &str) -> Result<()> {
+    let new = path.with_extension("json.new");
+    let write = || -> io::Result<()> {
+        // A leftover of a run that was killed while it wrote.
+        if let Err(error) = fs::remove_file(&new)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            return Err(error);
+        }
+        OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?.write_all(text.as_bytes())?;
+        fs::rename(&new, path)
+    };
+    write().map_err(|source| Error::io(path, "save", source))
+}
+
 /// Removes a state that cannot be read, under the lock; what it covered is not put back.
 ///
 /// # Errors
@@ -329,7 +375,7 @@ pub fn discard(root: &Sysroot, deadline: Duration) -> Result<bool> {
     }
     check_private(&folder)?;
     let _lock = take_lock(&folder, deadline)?;
-    let path = folder.join("state.json");
+    let path = folder.join(STATE);
     match fs::remove_file(&path) {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
@@ -380,32 +426,39 @@ fn take_lock(folder: &Path, deadline: Duration) -> Result<Flock<File>> {
 }
 
 fn read_state<R: DeserializeOwned>(folder: &Path) -> Result<OnDisk<R>> {
-    let path = folder.join("state.json");
+    let path = folder.join(STATE);
     let bad = |why: String| {
         let why = format!(
             "{why}; it cannot be trusted. `hook recover --discard` removes it and leaves the host as it is now"
         );
         Error::unusable(path.display().to_string(), why)
     };
-    let text = match OpenOptions::new().read(true).custom_flags(nix::libc::O_NOFOLLOW).open(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Ok(OnDisk { version: VERSION, reservations: BTreeMap::new(), baseline: Vec::new() });
-        }
-        Err(source) if source.raw_os_error() == Some(nix::libc::ELOOP) => {
-            return Err(bad("it is a symbolic link".into()));
-        }
-        Err(source) => return Err(Error::io(path, "read", source)),
-        Ok(mut file) => {
-            let meta = file.metadata().map_err(|source| Error::io(&path, "look at", source))?;
-            if meta.uid() != nix::unistd::geteuid().as_raw() || meta.mode() & 0o077 != 0 {
-                return Err(bad("it is not ours alone".into()));
-            }
-            let mut text = String::new();
-            io::Read::read_to_string(&mut file, &mut text).map_err(|source| Error::io(&path, "read", source))?;
-            text
-        }
+    let text = match read_own(&path) {
+        Ok(None) => return Ok(OnDisk { version: VERSION, reservations: BTreeMap::new(), baseline: Vec::new() }),
+        Ok(Some(text)) => text,
+        Err(Error::Malformed { why, .. }) => return Err(bad(why)),
+        Err(error) => return Err(error),
     };
     OnDisk::parse(&text).map_err(bad)
+}
+
+/// Reads a file of the folder; `None` where there is none. [`Error::Malformed`] is one that is not ours alone.
+fn read_own(path: &Path) -> Result<Option<String>> {
+    let bad = |why: &str| Error::malformed(path.display().to_string(), why);
+    match OpenOptions::new().read(true).custom_flags(nix::libc::O_NOFOLLOW).open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) if source.raw_os_error() == Some(nix::libc::ELOOP) => Err(bad("it is a symbolic link")),
+        Err(source) => Err(Error::io(path, "read", source)),
+        Ok(mut file) => {
+            let meta = file.metadata().map_err(|source| Error::io(path, "look at", source))?;
+            if meta.uid() != nix::unistd::geteuid().as_raw() || meta.mode() & 0o077 != 0 {
+                return Err(bad("it is not ours alone"));
+            }
+            let mut text = String::new();
+            io::Read::read_to_string(&mut file, &mut text).map_err(|source| Error::io(path, "read", source))?;
+            Ok(Some(text))
+        }
+    }
 }
 
 #[cfg(test)]
@@ -458,6 +511,36 @@ mod tests {
         store.baseline.forget(&Knob::Irq(2));
         store.save().unwrap();
         assert!(!root.exists("run/pinfold/state.json"));
+    }
+
+    #[test]
+    fn on_a_root_for_looking_each_step_sees_what_the_one_before_would_set() {
+        let (dir, root) = host();
+        let root = root.for_looking();
+        let mut store: Store<String> = Store::open(&root, SOON).unwrap();
+        store.reservations.insert(100, "a".into());
+        assert_eq!(set(&mut store, &root, Some("0")), ["IRQ 1: 0-3 -> 0", "IRQ 2: 0-3 -> 0"]);
+        assert_eq!(set(&mut store, &root, Some("0"))[0], "IRQ 1: already 0");
+        assert_eq!(set(&mut store, &root, None)[0], "IRQ 1: 0 -> 0-3");
+        store.keep("times.json", "{}").unwrap();
+        assert!(!dir.path().join("run/pinfold").exists());
+        // Nor does it wait for another hook.
+        let root = Sysroot::new(dir.path());
+        let _lock = Store::<String>::open(&root, SOON).unwrap();
+        Store::<String>::open(&root.for_looking(), Duration::ZERO).unwrap();
+    }
+
+    #[test]
+    fn what_is_kept_beside_the_state_is_ours_alone() {
+        let (dir, root) = host();
+        let store: Store<String> = Store::open(&root, SOON).unwrap();
+        assert_eq!(kept(&root, "times.json").unwrap(), None);
+        store.keep("times.json", "a").unwrap();
+        store.keep("times.json", "b").unwrap();
+        assert_eq!(kept(&root, "times.json").unwrap().unwrap(), "b");
+        let path = dir.path().join("run/pinfold/times.json");
+        fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
+        assert!(kept(&root, "times.json").unwrap_err().to_string().contains("not ours alone"));
     }
 
     #[test]

@@ -16,6 +16,7 @@ use crate::systemd::Patience;
 pub struct Sysroot {
     root: PathBuf,
     patience: Patience,
+    for_looking: bool,
 }
 
 impl Default for Sysroot {
@@ -27,12 +28,23 @@ impl Default for Sysroot {
 impl Sysroot {
     /// A root at `root`.
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into(), patience: Patience::default() }
+        Self { root: root.into(), patience: Patience::default(), for_looking: false }
     }
 
     /// The same root, whose systemd is waited for so long.
     pub fn with_patience(self, patience: Patience) -> Self {
         Self { patience, ..self }
+    }
+
+    /// The same root, on which nothing is ever changed: [`apply_one`](crate::apply_one) plans, and a
+    /// [`Store`](crate::store::Store) neither locks nor saves. So what would be done is found by the code that does it.
+    pub fn for_looking(self) -> Self {
+        Self { for_looking: true, ..self }
+    }
+
+    /// Whether nothing is to be changed here.
+    pub fn is_for_looking(&self) -> bool {
+        self.for_looking
     }
 
     /// How long systemd is waited for.

@@ -1,6 +1,7 @@
 //! A made-up host for tests: a machine of core's tests with processes, IRQs, cgroups and VMs on it.
 
 use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 use pinfold_core::store::Store;
@@ -18,7 +19,7 @@ const KTHREAD: u32 = 0x0020_0000;
 const BOUND: u32 = 0x0420_0000;
 
 pub(crate) struct Host {
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
     pub root: Sysroot,
 }
 
@@ -29,7 +30,7 @@ impl Host {
         let (_, text) = machine::all().into_iter().find(|(name, _)| name == machine).unwrap();
         machine::expand(&text, dir.path());
         let root = Sysroot::new(dir.path());
-        let host = Self { _dir: dir, root };
+        let host = Self { dir, root };
         let present = cpu::present(&host.root).unwrap();
         let all = present.to_string();
         for cpu in present.iter().skip(1) {
@@ -84,6 +85,14 @@ impl Host {
         self.file(&format!("etc/pve/qemu-server/{vmid}.conf"), conf);
     }
 
+    /// A VM's settings, which must be root's alone.
+    pub(crate) fn settings(&self, vmid: u32, text: &str) {
+        use std::os::unix::fs::PermissionsExt;
+        let path = format!("etc/pinfold/{vmid}.toml");
+        self.file(&path, text);
+        fs::set_permissions(self.root.path(path), fs::Permissions::from_mode(0o644)).unwrap();
+    }
+
     /// A VM that runs: its QEMU is process `vmid`, with a thread per vCPU on these CPUs.
     pub(crate) fn vm(&self, vmid: u32, cpus: &[usize]) {
         let all = cpu::present(&self.root).unwrap().to_string();
@@ -116,5 +125,22 @@ impl Host {
         let reservation = Reservation { phase, settings, qemu, starter: None, idle_vm_stopped: false };
         store.reservations.insert(vmid, reservation);
         store.save().unwrap();
+    }
+
+    /// Every file with its text, in order.
+    pub(crate) fn snapshot(&self) -> Vec<(String, String)> {
+        fn walk(folder: &Path, files: &mut Vec<(String, String)>) {
+            for entry in fs::read_dir(folder).unwrap() {
+                let path = entry.unwrap().path();
+                files.push((path.display().to_string(), fs::read_to_string(&path).unwrap_or_default()));
+                if path.is_dir() {
+                    walk(&path, files);
+                }
+            }
+        }
+        let mut files = Vec::new();
+        walk(self.dir.path(), &mut files);
+        files.sort();
+        files
     }
 }

@@ -16,12 +16,14 @@ mod checks;
 mod fixture;
 mod layout;
 mod phases;
+mod plan;
 mod reconcile;
 mod reservation;
 mod screen;
 mod settings;
 mod status;
 mod steps;
+mod times;
 
 use reservation::Reservation;
 
@@ -63,6 +65,15 @@ enum Verb {
     },
     /// Show this host's CPUs: packages, dies, LLC domains, NUMA nodes and cores, and the selectors that name them
     Layout {
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Show every change that post-start would make now, in order, and how long each step took last time; changes nothing
+    ///
+    /// Of a VM that does not run it is what is known without its threads.
+    Plan {
+        /// The VM's number
+        vmid: VmId,
         #[command(flatten)]
         output: Output,
     },
@@ -127,6 +138,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
             status::run(&output.root(), output.json, watch.map(std::time::Duration::from_secs))
         }
         (Some(Verb::Layout { output }), ..) => Ok(layout::run(&output.root(), output.json)?),
+        (Some(Verb::Plan { vmid, output }), ..) => plan::run(&output, vmid),
         (Some(Verb::Recover { discard, output }), ..) => {
             let mut report = output.report(TOOL);
             let mut run = phases::Run { root: output.root(), report: &mut report };

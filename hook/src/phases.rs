@@ -6,12 +6,12 @@ use anyhow::{Context, bail};
 use nix::unistd::Pid;
 use pinfold_core::store::{self, Store};
 use pinfold_core::vm::{self, Qemu, VmId};
-use pinfold_core::{Exit, Report, Sysroot, TaskId, cgroup, process};
+use pinfold_core::{CpuSet, Exit, Report, Sysroot, TaskId, cgroup, process};
 
 use crate::reconcile::Reconcile;
 use crate::reservation::{Phase, Reservation};
 use crate::settings::{self, Deadlines, ResetPci, Settings};
-use crate::{checks, steps};
+use crate::{checks, steps, times};
 
 /// How often a QEMU that is to be gone is looked at.
 const EXIT_INTERVAL: Duration = Duration::from_millis(20);
@@ -91,12 +91,19 @@ impl Run<'_> {
     /// When QEMU runs: its CPUs are fenced off. Once more on a VM that is fenced already, it mends and pins newcomers.
     pub(crate) fn post_start(&mut self, vmid: VmId) -> anyhow::Result<Exit> {
         let qemu = vm::running(&self.root, vmid)?;
+        self.begin(vmid, Some(&qemu))?;
+        Ok(self.report.finish())
+    }
+
+    /// What post-start does, but for the report's end. A plan may be without a QEMU. Returns the CPUs that are the VM's then.
+    pub(crate) fn begin(&mut self, vmid: VmId, qemu: Option<&Qemu>) -> anyhow::Result<CpuSet> {
+        let task = qemu.map(|qemu| qemu.id);
         let deadlines = self.deadlines(vmid)?;
         self.heed(&deadlines);
         let mut store = self.open(&deadlines)?;
         self.drop_dead(&mut store, Some(vmid))?;
         let mut reservation = match store.reservations.get(&vmid.into()) {
-            Some(claim) if claim.is_claim() && claim.qemu.is_none_or(|task| task == qemu.id) => claim.clone(),
+            Some(claim) if claim.is_claim() && claim.qemu.is_none_or(|known| task == Some(known)) => claim.clone(),
             // No pre-start, or that of an earlier QEMU: its checks are made now.
             _ => {
                 let settings = settings::load(&self.root, vmid)?;
@@ -106,32 +113,36 @@ impl Run<'_> {
                 Reservation { phase: Phase::Starting, settings, qemu: None, starter: None, idle_vm_stopped }
             }
         };
-        let threads = vm::threads(&self.root, &qemu, Duration::from_secs(reservation.settings.deadlines.qmp))?;
-        if threads.status.as_deref() == Some(NEVER_RUNS) {
-            self.give_back(&mut store, &[vmid], Some(qemu.id))?;
-            self.report.line(&format!(
-                "VM {vmid} is in {NEVER_RUNS}, as for a backup: its guest will not run, nothing is isolated"
-            ));
-            return Ok(self.report.finish());
+        if let Some(qemu) = qemu {
+            let threads = vm::threads(&self.root, qemu, Duration::from_secs(reservation.settings.deadlines.qmp))?;
+            if threads.status.as_deref() == Some(NEVER_RUNS) {
+                self.give_back(&mut store, &[vmid], task)?;
+                self.report.note(&format!(
+                    "VM {vmid} is in {NEVER_RUNS}, as for a backup: its guest will not run, nothing is isolated"
+                ));
+                return Ok(CpuSet::new());
+            }
+            let vcpus = threads.vcpus();
+            checks::pins_suffice(&reservation.settings, vcpus.len(), vcpus.last())?;
         }
-        let vcpus = threads.vcpus();
-        checks::pins_suffice(&reservation.settings, vcpus.len(), vcpus.last())?;
         if reservation.phase == Phase::Starting {
             reservation.phase = Phase::Isolating;
         }
-        reservation.qemu = Some(qemu.id);
+        reservation.qemu = task;
         let isolated = reservation.settings.isolated.clone();
         store.reservations.insert(vmid.into(), reservation);
         store.save()?;
 
         self.report.line(&format!("fencing CPU {isolated} off for VM {vmid}"));
-        self.fence(&mut store, vmid, &qemu)?;
-        Ok(self.report.finish())
+        self.fence(&mut store, vmid, qemu)?;
+        Ok(isolated)
     }
 
     /// Fences the CPUs of a VM off whose reservation is in the store with its QEMU. Where that fails the VM keeps running, on
     /// whatever CPUs there are, and nothing of the fence stays.
-    fn fence(&mut self, store: &mut Store<Reservation>, vmid: VmId, qemu: &Qemu) -> anyhow::Result<()> {
+    fn fence(&mut self, store: &mut Store<Reservation>, vmid: VmId, qemu: Option<&Qemu>) -> anyhow::Result<()> {
+        let earlier = self.report.steps().len();
+        let whole = store.reservations.get(&vmid.into()).is_some_and(|claim| claim.phase == Phase::Isolating);
         let fenced = Reconcile::new(&self.root, store, self.report)
             .and_then(|mut reconcile| reconcile.isolate(vmid, qemu))
             .and_then(|()| match store.reservations.get_mut(&vmid.into()) {
@@ -141,13 +152,20 @@ impl Run<'_> {
                 }
                 _ => Ok(()),
             });
+        if self.root.is_for_looking() {
+            return Ok(fenced?);
+        }
         if let Err(cause) = &fenced {
             self.report.error(&cause.to_string());
         }
         if self.report.failures() > 0 {
-            self.give_back(store, &[vmid], Some(qemu.id))?;
+            self.give_back(store, &[vmid], qemu.map(|qemu| qemu.id))?;
             self.report.finish();
             bail!("VM {vmid} runs without isolated CPUs: what was begun has been taken back");
+        }
+        if whole && let Err(error) = times::keep(store, vmid, &self.report.seconds()[earlier..]) {
+            // The VM has its CPUs; that `hook plan` cannot tell how long it took is no failure.
+            self.report.note(&error.to_string());
         }
         Ok(())
     }
@@ -207,7 +225,7 @@ impl Run<'_> {
             .collect();
         for vmid in &half {
             if let Some(qemu) = vm::find(&self.root, *vmid)? {
-                self.fence(&mut store, *vmid, &qemu)?;
+                self.fence(&mut store, *vmid, Some(&qemu))?;
             }
         }
         if dead.is_empty() && half.is_empty() {

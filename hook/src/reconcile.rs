@@ -65,11 +65,11 @@ impl<'a> Reconcile<'a> {
     }
 
     /// Fences a VM's CPUs in the documented order (docs/design.md, "The order"). The reservation is in the store, with its
-    /// QEMU. Afterwards the caller looks at the report: any failure means that the VM is to be released.
+    /// QEMU; without one, which only a plan may be, what its threads need is left open. Afterwards the caller looks at the report: any failure means that the VM is to be released.
     ///
     /// # Errors
     /// Where the host cannot be read or the state cannot be saved; what was done so far is in the baseline.
-    pub(crate) fn isolate(&mut self, vmid: VmId, qemu: &Qemu) -> Result<()> {
+    pub(crate) fn isolate(&mut self, vmid: VmId, qemu: Option<&Qemu>) -> Result<()> {
         let Some(reservation) = self.store.reservations.get(&vmid.into()).cloned() else { return Ok(()) };
         let isolated = reservation.settings.isolated.clone();
         let first_time = reservation.phase == Phase::Isolating;
@@ -87,8 +87,15 @@ impl<'a> Reconcile<'a> {
         // Those too that a killed run of another VM's hook left offline.
         self.online("online", &self.online_before(), "1")?;
         self.pace()?;
-        self.decouple(vmid)?;
-        self.pins(vmid, qemu)?;
+        match qemu {
+            Some(qemu) => {
+                self.decouple(vmid)?;
+                self.pins(vmid, qemu)?;
+            }
+            None => {
+                ["decouple", "pins"].into_iter().for_each(|step| self.report.unknown_step(step, "its QEMU is needed"))
+            }
+        }
         self.all_pins()?;
         // Coming online, CPUs have got back some of what was thrown off them.
         self.irqs()?;
@@ -126,7 +133,7 @@ impl<'a> Reconcile<'a> {
     /// Step 0: the value of every knob that will be touched, on disk before the first touch.
     ///
     /// Returns the slices as they are, for step 1.
-    fn remember(&mut self, isolated: &CpuSet, vmid: VmId, qemu: &Qemu) -> Result<Vec<Object>> {
+    fn remember(&mut self, isolated: &CpuSet, vmid: VmId, qemu: Option<&Qemu>) -> Result<Vec<Object>> {
         self.report.step("baseline");
         let slices = self.slice_objects()?;
         let mut objects = slices.clone();
@@ -137,7 +144,8 @@ impl<'a> Reconcile<'a> {
         objects.extend(kthreads.movable);
         objects.extend(self.pace_objects(isolated)?);
         objects.extend(self.task_objects()?);
-        for pid in cg_slice::processes(self.root, vmid, qemu)? {
+        let processes = qemu.map(|qemu| cg_slice::processes(self.root, vmid, qemu)).transpose()?;
+        for pid in processes.into_iter().flatten() {
             objects.extend(self.thread_objects(pid)?);
         }
         for object in objects {

@@ -3,13 +3,12 @@
 //! Some the kernel never lets user space move: managed queues (NVMe, virtio-blk) and timers. They are no failures.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::unix::fs::MetadataExt;
 use std::process::ExitCode;
 
 use clap::Parser;
 use pinfold_core::cli::{self, Common};
 use pinfold_core::select::Select;
-use pinfold_core::{Change, CpuExpr, Done, Error, Exit, Knob, Object, Outcome, Result, Sysroot, Table, cpu, irq};
+use pinfold_core::{Change, CpuExpr, Done, Exit, Knob, Object, Outcome, Result, Sysroot, Table, cpu, irq};
 
 const TOOL: &str = "pin-irqs";
 
@@ -84,22 +83,15 @@ fn named_objects(root: &Sysroot, names: &BTreeMap<u32, String>) -> Result<Vec<Ob
 
 /// The IRQs that the kernel does not let user space move, known without trying; `None` where it does not show them.
 ///
-/// Since Linux 6.12 it makes their smp_affinity files read-only (register_irq_proc in kernel/irq/proc.c). Nothing else
-/// tells, and where no file is read-only this kernel may be an older one.
+/// Nothing else tells than what [`irq::is_held`] looks at, and where none is held this kernel may be an older one.
 ///
 /// # Errors
 /// Where /proc/irq cannot be listed.
 pub fn held(root: &Sysroot) -> Result<Option<BTreeSet<u32>>> {
-    const OWNER_MAY_WRITE: u32 = 0o200;
     let mut held = BTreeSet::new();
     for number in root.names("proc/irq")?.iter().filter_map(|name| name.parse().ok()) {
-        let path = root.path(format!("proc/irq/{number}/smp_affinity_list"));
-        match path.metadata().map_err(|source| Error::io(path, "look at", source)) {
-            Ok(file) if file.mode() & OWNER_MAY_WRITE == 0 => {
-                held.insert(number);
-            }
-            Err(error) if !error.is_gone() => return Err(error),
-            _ => {}
+        if irq::is_held(root, number)? {
+            held.insert(number);
         }
     }
     Ok(Some(held).filter(|held| !held.is_empty()))
