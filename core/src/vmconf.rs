@@ -31,6 +31,12 @@ pub struct VmConf {
     pub template: bool,
     /// The volume of the hook script: `local:snippets/hook`.
     pub hookscript: Option<String>,
+    /// More arguments for QEMU: `-smp 12,sockets=1,cores=6,threads=2`.
+    pub args: Option<String>,
+    /// Whether it has a TPM, for which swtpm runs beside QEMU.
+    pub tpm: bool,
+    /// Whether it shares a folder, for each of which virtiofsd runs beside QEMU.
+    pub virtiofs: bool,
 }
 
 /// One `hostpciN` entry.
@@ -74,8 +80,11 @@ impl VmConf {
                 "affinity" => conf.affinity = text(),
                 "hugepages" => conf.hugepages = text(),
                 "hookscript" => conf.hookscript = text(),
+                "args" => conf.args = text(),
+                "tpmstate0" => conf.tpm = true,
                 "template" => conf.template = matches!(value, "1" | "on" | "yes" | "true"),
                 _ => {
+                    conf.virtiofs |= key.trim_end_matches(|c: char| c.is_ascii_digit()) == "virtiofs";
                     if let Some(index) = key.strip_prefix("hostpci").and_then(hostpci_index) {
                         let entry = parse_hostpci(index, value)?;
                         conf.hostpci.retain(|other| other.index != index);
@@ -258,6 +267,10 @@ mod tests {
             assert_eq!(VmConf::parse(text).unwrap().vcpus(), vcpus, "{text:?}");
         }
         assert!(VmConf::parse("template: 1\n").unwrap().template);
+        let conf = VmConf::parse("args: -smp 12,threads=2\ntpmstate0: local:x\nvirtiofs3: share\n").unwrap();
+        assert_eq!((conf.args.as_deref(), conf.tpm, conf.virtiofs), (Some("-smp 12,threads=2"), true, true));
+        let conf = VmConf::parse("tpmstate1: x\nvirtiofsx: y\n[PENDING]\nargs: z\ntpmstate0: x\n").unwrap();
+        assert_eq!(conf, VmConf::default());
         assert!(!VmConf::parse("template: 0\n").unwrap().template);
         for (text, message) in [
             ("cores: x", "cores: \"x\" is no count"),

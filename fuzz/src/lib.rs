@@ -240,10 +240,15 @@ fn joined(selectors: &[PciSelector]) -> String {
 }
 
 fn render_conf(conf: &VmConf) -> String {
-    let VmConf { name, sockets, cores, vcpus, affinity, hugepages, hostpci, template, hookscript } = conf;
+    let VmConf { name, sockets, cores, vcpus, affinity, hugepages, hostpci, template, hookscript, args, .. } = conf;
     let mut text = format!("template: {}\n", u8::from(*template));
-    for (key, value) in [("name", name), ("affinity", affinity), ("hugepages", hugepages), ("hookscript", hookscript)] {
+    let texts =
+        [("name", name), ("affinity", affinity), ("hugepages", hugepages), ("hookscript", hookscript), ("args", args)];
+    for (key, value) in texts {
         text.extend(value.iter().map(|value| format!("{key}: {value}\n")));
+    }
+    for (key, there) in [("tpmstate0", conf.tpm), ("virtiofs0", conf.virtiofs)] {
+        text.extend(there.then(|| format!("{key}: x\n")));
     }
     for (key, count) in [("sockets", sockets), ("cores", cores), ("vcpus", vcpus)] {
         text.extend(count.iter().map(|count| format!("{key}: {count}\n")));

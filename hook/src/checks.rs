@@ -1,66 +1,155 @@
-//! What pre-start checks: everything that could fail later.
+//! What pre-start checks: everything that could fail later, as findings, which pre-start folds into a refusal and notes.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use pinfold_core::vm::VmId;
 use pinfold_core::vmconf::VmConf;
 use pinfold_core::{CpuSet, Error, Result, Sysroot, cgroup, cpu, cpufreq, process};
+use serde::Serialize;
 
 use crate::reservation::Reservation;
 use crate::settings::{Method, Settings};
+
+/// How much a finding matters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Level {
+    /// As it should be.
+    Ok,
+    /// Stops no start, and should be known.
+    Warn,
+    /// The VM cannot start so, or not have its CPUs.
+    Error,
+}
+
+/// What a check has found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct Finding {
+    /// How much it matters.
+    pub level: Level,
+    /// What was looked at: a key of the settings, or a word.
+    pub check: &'static str,
+    /// What is so.
+    pub what: String,
+    /// What to do about it; empty where that goes without saying.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub fix: String,
+}
+
+impl Finding {
+    pub(crate) fn ok(check: &'static str, what: impl Into<String>) -> Self {
+        Self { level: Level::Ok, check, what: what.into(), fix: String::new() }
+    }
+
+    pub(crate) fn warn(check: &'static str, what: impl Into<String>, fix: impl Into<String>) -> Self {
+        Self { level: Level::Warn, check, what: what.into(), fix: fix.into() }
+    }
+
+    pub(crate) fn error(check: &'static str, what: impl Into<String>, fix: impl Into<String>) -> Self {
+        Self { level: Level::Error, check, what: what.into(), fix: fix.into() }
+    }
+}
+
+/// As a note of pre-start has it.
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.what)?;
+        if self.fix.is_empty() { Ok(()) } else { write!(f, "; {}", self.fix) }
+    }
+}
 
 /// Checks the settings against the host and the VM. Returns what does not stop the start and should be known.
 ///
 /// # Errors
 /// [`Error::Unusable`] that names the setting, the host's side of it, and the next step.
 pub(crate) fn before_start(root: &Sysroot, vmid: VmId, conf: &VmConf, settings: &Settings) -> Result<Vec<String>> {
+    let findings = findings(root, vmid, conf, settings)?;
+    refuse(&findings, settings)?;
+    let warnings = findings.iter().filter(|finding| finding.level == Level::Warn);
+    Ok(warnings.map(ToString::to_string).collect())
+}
+
+/// The first error there is.
+fn refuse(findings: &[Finding], settings: &Settings) -> Result<()> {
+    match findings.iter().find(|finding| finding.level == Level::Error) {
+        Some(error) => Err(Error::unusable(&settings.source, format!("{}: {error}", error.check))),
+        None => Ok(()),
+    }
+}
+
+/// All that pre-start looks at, in order, but for other VMs' claims ([`overlap`]).
+///
+/// # Errors
+/// Where the host cannot be read.
+pub(crate) fn findings(root: &Sysroot, vmid: VmId, conf: &VmConf, settings: &Settings) -> Result<Vec<Finding>> {
     let isolated = &settings.isolated;
-    let wrong = |why: String| Error::unusable(&settings.source, why);
-    cpu::check_online(root, isolated).map_err(|error| wrong(format!("isolated: {error}")))?;
+    let mut findings = vec![isolated_cpus(root, settings)?];
+    let places = settings.emulator.iter().map(|cpus| ("emulator", cpus));
+    for (key, cpus) in places.chain(settings.iothreads.iter().map(|cpus| ("iothreads", cpus))) {
+        findings.push(match cpu::check_online(root, cpus) {
+            Err(error) => Finding::error(key, error.to_string(), ""),
+            Ok(()) if key == "emulator" && cpus.intersects(isolated) => {
+                let what = format!("CPU {} is isolated", cpus & isolated);
+                Finding::error(key, what, "emulator threads belong on others")
+            }
+            Ok(()) => Finding::ok(key, format!("CPU {cpus}")),
+        });
+    }
+    let vcpus = conf.vcpus() as usize;
+    findings.push(pins(settings, vcpus, vcpus.checked_sub(1)));
+    let method = match settings.method {
+        Method::Hotplug => check_hotplug(root, isolated),
+    };
+    findings.push(match method {
+        Ok(()) => Finding::ok("method", "this kernel can do it"),
+        Err(error) => Finding::error("method", error.to_string(), ""),
+    });
+    if let Some(governor) = &settings.governor {
+        findings.push(check_governor(root, isolated, governor)?);
+    }
+    findings.extend(others(root, vmid, conf, isolated)?);
+    Ok(findings)
+}
+
+/// Whether the isolated CPUs are there, and leave enough of the others.
+fn isolated_cpus(root: &Sysroot, settings: &Settings) -> Result<Finding> {
+    const CHECK: &str = "isolated";
+    let isolated = &settings.isolated;
+    if let Err(error) = cpu::check_online(root, isolated) {
+        return Ok(Finding::error(CHECK, error.to_string(), ""));
+    }
     if isolated.contains(0) {
-        return Err(wrong("isolated: CPU 0 cannot be isolated, the kernel needs it for itself; choose others".into()));
+        return Ok(Finding::error(CHECK, "CPU 0 cannot be isolated, the kernel needs it for itself", "choose others"));
     }
     let housekeeping = &cpu::online(root)? - isolated;
     if housekeeping.len() < settings.min_housekeeping {
-        return Err(wrong(format!(
-            "isolated: {isolated} leaves {} housekeeping CPUs, fewer than min_housekeeping = {}",
+        let what = format!(
+            "{isolated} leaves {} housekeeping CPUs, fewer than min_housekeeping = {}",
             housekeeping.len(),
             settings.min_housekeeping
-        )));
+        );
+        return Ok(Finding::error(CHECK, what, "isolate fewer"));
     }
-    for (key, cpus) in settings
-        .emulator
-        .iter()
-        .map(|cpus| ("emulator", cpus))
-        .chain(settings.iothreads.iter().map(|cpus| ("iothreads", cpus)))
-    {
-        cpu::check_online(root, cpus).map_err(|error| wrong(format!("{key}: {error}")))?;
-    }
-    if let Some(cpus) = settings.emulator.as_ref().filter(|cpus| cpus.intersects(isolated)) {
-        return Err(wrong(format!("emulator: CPU {} is isolated; emulator threads belong on others", cpus & isolated)));
-    }
-    let vcpus = conf.vcpus() as usize;
-    pins_suffice(settings, vcpus, vcpus.checked_sub(1))?;
-    match settings.method {
-        Method::Hotplug => check_hotplug(root, isolated)?,
-    }
-    if let Some(governor) = &settings.governor {
-        check_governor(root, isolated, governor).map_err(wrong)?;
-    }
-    notes(root, vmid, conf, isolated)
+    Ok(Finding::ok(CHECK, format!("CPU {isolated}, which leaves {housekeeping} for housekeeping")))
 }
 
 /// Every vCPU needs a pin, up to the `last` by its number: with some unplugged that is more than there are.
+fn pins(settings: &Settings, vcpus: usize, last: Option<usize>) -> Finding {
+    let pins = settings.pins.len();
+    if last.is_none_or(|last| last < pins) {
+        return Finding::ok("pins", format!("{pins}, for {vcpus} vCPUs"));
+    }
+    let what = format!("the VM has {vcpus} vCPUs and there are pins for {pins}");
+    Finding::error("pins", what, "add pins or take vCPUs away")
+}
+
+/// Makes sure that each vCPU has a pin.
 ///
 /// # Errors
 /// [`Error::Unusable`] with both counts.
 pub(crate) fn pins_suffice(settings: &Settings, vcpus: usize, last: Option<usize>) -> Result<()> {
-    let pins = settings.pins.len();
-    if last.is_none_or(|last| last < pins) {
-        return Ok(());
-    }
-    let why = format!("the VM has {vcpus} vCPUs and there are pins for {pins}; add pins or take vCPUs away");
-    Err(Error::unusable(&settings.source, why))
+    refuse(&[pins(settings, vcpus, last)], settings)
 }
 
 /// No CPU for two VMs.
@@ -68,23 +157,29 @@ pub(crate) fn pins_suffice(settings: &Settings, vcpus: usize, last: Option<usize
 /// # Errors
 /// [`Error::Unusable`] that names the other VM and the CPUs.
 pub(crate) fn no_overlap(reservations: &BTreeMap<u32, Reservation>, vmid: VmId, settings: &Settings) -> Result<()> {
+    refuse(&[overlap(reservations, vmid, settings)], settings)
+}
+
+/// Whether another VM has some of the CPUs.
+pub(crate) fn overlap(reservations: &BTreeMap<u32, Reservation>, vmid: VmId, settings: &Settings) -> Finding {
+    const CHECK: &str = "isolated";
     let others = || reservations.iter().filter(|(other, claim)| **other != u32::from(vmid) && claim.is_claim());
     for (other, reservation) in others() {
         let shared = &reservation.settings.isolated & &settings.isolated;
         if !shared.is_empty() {
-            let why = format!("isolated: CPU {shared} belongs to VM {other} while that runs; stop it or choose others");
-            return Err(Error::unusable(&settings.source, why));
+            let what = format!("CPU {shared} belongs to VM {other} while that runs");
+            return Finding::error(CHECK, what, "stop it or choose others");
         }
     }
     let taken =
         others().fold(settings.isolated.clone(), |taken, (_, reservation)| &taken | &reservation.settings.isolated);
     for (_, reservation) in others() {
         if let Some(emulator) = reservation.settings.emulator.as_ref().filter(|cpus| cpus.is_subset(&taken)) {
-            let why = format!("isolated: it would take CPU {emulator}, all that another VM's emulator threads have");
-            return Err(Error::unusable(&settings.source, why));
+            let what = format!("it would take CPU {emulator}, all that another VM's emulator threads have");
+            return Finding::error(CHECK, what, "");
         }
     }
-    Ok(())
+    Finding::ok(CHECK, "no other VM that runs has any of them")
 }
 
 fn check_hotplug(root: &Sysroot, isolated: &CpuSet) -> Result<()> {
@@ -96,29 +191,33 @@ fn check_hotplug(root: &Sysroot, isolated: &CpuSet) -> Result<()> {
     }
 }
 
-fn check_governor(root: &Sysroot, isolated: &CpuSet, governor: &str) -> std::result::Result<(), String> {
-    let policies = cpufreq::policies(root).map_err(|error| error.to_string())?;
+fn check_governor(root: &Sysroot, isolated: &CpuSet, governor: &str) -> Result<Finding> {
+    const CHECK: &str = "governor";
+    let policies = match cpufreq::policies(root) {
+        Err(error) => return Ok(Finding::error(CHECK, error.to_string(), "")),
+        policies => policies?,
+    };
     // A host without cpufreq (a VM, a BIOS that keeps it) has nothing to set, which is no reason to stay off.
     for policy in policies.iter().filter(|policy| policy.cpus.intersects(isolated)) {
         if !policy.available.iter().any(|name| name == governor) {
-            return Err(format!(
-                "governor: no {governor:?} for CPU {}; there is {}",
-                policy.cpus,
-                policy.available.join(", ")
-            ));
+            let what = format!("no {governor:?} for CPU {}", policy.cpus);
+            return Ok(Finding::error(CHECK, what, format!("there is {}", policy.available.join(", "))));
         }
     }
-    Ok(())
+    Ok(Finding::ok(CHECK, if policies.is_empty() { "this host has none to set" } else { governor }))
 }
 
 /// What may go wrong with others meanwhile.
-fn notes(root: &Sysroot, vmid: VmId, conf: &VmConf, isolated: &CpuSet) -> Result<Vec<String>> {
-    let mut notes = Vec::new();
-    if let Some(affinity) = &conf.affinity {
-        notes.push(format!(
-            "VM {vmid}: `affinity: {affinity}` is set as well; the pins win. Remove it: qm set {vmid} --delete affinity"
-        ));
-    }
+fn others(root: &Sysroot, vmid: VmId, conf: &VmConf, isolated: &CpuSet) -> Result<Vec<Finding>> {
+    let mut findings = vec![match &conf.affinity {
+        None => Finding::ok("affinity", "not set, so that nothing vies with the pins"),
+        Some(affinity) => Finding::warn(
+            "affinity",
+            format!("VM {vmid}: `affinity: {affinity}` is set as well; the pins win"),
+            format!("remove it: qm set {vmid} --delete affinity"),
+        ),
+    }];
+    let mut shut_out = Vec::new();
     for name in root.names("etc/pve/qemu-server").unwrap_or_default() {
         let Some(other) =
             name.strip_suffix(".conf").and_then(|id| id.parse::<VmId>().ok()).filter(|other| *other != vmid)
@@ -130,23 +229,41 @@ fn notes(root: &Sysroot, vmid: VmId, conf: &VmConf, isolated: &CpuSet) -> Result
             continue;
         };
         if affinity.parse::<CpuSet>().is_ok_and(|cpus| cpus.is_subset(isolated)) {
-            notes.push(format!(
-                "VM {other} has `affinity: {affinity}`, all of it isolated now: it cannot start while VM {vmid} runs"
+            shut_out.push(Finding::warn(
+                "other VMs",
+                format!(
+                    "VM {other} has `affinity: {affinity}`, all of it isolated now: it cannot start while VM {vmid} runs"
+                ),
+                format!("give it other CPUs: qm set {other} --affinity LIST"),
             ));
         }
     }
+    if shut_out.is_empty() {
+        shut_out.push(Finding::ok("other VMs", "none has all of its `affinity:` on the isolated CPUs"));
+    }
+    findings.append(&mut shut_out);
+    let mut balancers = Vec::new();
     for pid in process::user_pids(root)? {
         // Those that have ended have no business here.
         if root.read_value(format!("proc/{pid}/comm")).ok().flatten().as_deref() == Some("irqbalance") {
-            notes.push(format!(
-                "irqbalance (process {pid}) moves IRQs back within 10 s; stop it, or set IRQBALANCE_BANNED_CPULIST={isolated}"
+            balancers.push(Finding::warn(
+                "irqbalance",
+                format!("irqbalance (process {pid}) moves IRQs back within 10 s"),
+                format!("stop it, or set IRQBALANCE_BANNED_CPULIST={isolated}"),
             ));
         }
     }
-    if !siblings_inside(root, isolated)? {
-        notes.push(format!("CPU {isolated} leaves SMT siblings outside: what runs there slows the VM's cores"));
+    if balancers.is_empty() {
+        balancers.push(Finding::ok("irqbalance", "does not run"));
     }
-    Ok(notes)
+    findings.append(&mut balancers);
+    findings.push(if siblings_inside(root, isolated)? {
+        Finding::ok("SMT", "whole cores are isolated")
+    } else {
+        let what = format!("CPU {isolated} leaves SMT siblings outside: what runs there slows the VM's cores");
+        Finding::warn("SMT", what, "isolate whole cores; `hook layout` shows them")
+    });
+    Ok(findings)
 }
 
 fn siblings_inside(root: &Sysroot, isolated: &CpuSet) -> Result<bool> {
@@ -156,4 +273,46 @@ fn siblings_inside(root: &Sysroot, isolated: &CpuSet) -> Result<bool> {
         }
     }
     Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::Host;
+    use crate::settings;
+
+    #[test]
+    fn pre_start_refuses_with_the_first_error_and_notes_the_warnings() {
+        let host = Host::new("5900x");
+        let vmid = "100".parse().unwrap();
+        let told = |conf: &str, text: &str| {
+            let settings = settings::resolve(&host.root, text, "test").unwrap();
+            before_start(&host.root, vmid, &VmConf::parse(conf).unwrap(), &settings)
+        };
+        assert_eq!(told("cores: 12", "layout = \"5900x\"").unwrap(), [""; 0]);
+        let notes = told("affinity: 0-3", "isolated = \"6\"\npins = [6]").unwrap();
+        assert_eq!(
+            notes,
+            [
+                "VM 100: `affinity: 0-3` is set as well; the pins win; remove it: qm set 100 --delete affinity",
+                "CPU 6 leaves SMT siblings outside: what runs there slows the VM's cores; isolate whole cores; \
+                 `hook layout` shows them"
+            ]
+        );
+        for (conf, text, why) in [
+            (
+                "cores: 99",
+                "isolated = \"0,6\"\npins = [6]",
+                "test: isolated: CPU 0 cannot be isolated, the kernel needs it",
+            ),
+            (
+                "cores: 13",
+                "layout = \"5900x\"",
+                "test: pins: the VM has 13 vCPUs and there are pins for 12; add pins or take vCPUs away",
+            ),
+        ] {
+            let error = told(conf, text).unwrap_err().to_string();
+            assert!(error.starts_with(why), "{error}");
+        }
+    }
 }

@@ -11,6 +11,8 @@ use pinfold_core::store::Store;
 use pinfold_core::vm::{self, VmId};
 use pinfold_core::{Exit, Report, Sysroot, Table};
 
+mod advice;
+mod check;
 mod checks;
 #[cfg(test)]
 mod fixture;
@@ -77,6 +79,16 @@ enum Verb {
         #[command(flatten)]
         output: Output,
     },
+    /// Look for what would keep a VM from having its CPUs, or from making the most of them, each with what to do
+    ///
+    /// It is what pre-start checks, and more. Without a number: all VMs that have settings, or hook as their hookscript. Exit
+    /// code 1 where a line says error.
+    Check {
+        /// The VM's number
+        vmid: Option<VmId>,
+        #[command(flatten)]
+        output: Output,
+    },
     /// Give back the CPUs of VMs that run no more, and mend what a killed hook left
     Recover {
         /// Remove a saved state that cannot be read; the host stays as it is now
@@ -139,6 +151,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         }
         (Some(Verb::Layout { output }), ..) => Ok(layout::run(&output.root(), output.json)?),
         (Some(Verb::Plan { vmid, output }), ..) => plan::run(&output, vmid),
+        (Some(Verb::Check { vmid, output }), ..) => check::run(&output, vmid),
         (Some(Verb::Recover { discard, output }), ..) => {
             let mut report = output.report(TOOL);
             let mut run = phases::Run { root: output.root(), report: &mut report };

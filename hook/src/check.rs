@@ -1,0 +1,436 @@
+//! `hook check`: what pre-start would say, and what helps beside it, each with what to do.
+
+use std::collections::BTreeMap;
+
+use anstyle::{AnsiColor, Style};
+use pinfold_core::cli::Output;
+use pinfold_core::report::{coloured, out};
+use pinfold_core::store::Store;
+use pinfold_core::vm::{self, VmId};
+use pinfold_core::vmconf::VmConf;
+use pinfold_core::{Exit, Sysroot};
+use serde::Serialize;
+use serde_json::json;
+
+use crate::checks::{self, Finding, Level};
+use crate::reservation::Reservation;
+use crate::{advice, settings};
+
+/// Where settings are, the cluster's first.
+const SETTINGS: [&str; 2] = ["etc/pve/pinfold", "etc/pinfold"];
+
+/// What was found about a VM.
+#[derive(Debug, Serialize)]
+struct Checked {
+    /// Where its settings are from, where there are some.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    source: Option<String>,
+    findings: Vec<Finding>,
+}
+
+impl Checked {
+    fn count(&self, level: Level) -> usize {
+        self.findings.iter().filter(|finding| finding.level == level).count()
+    }
+}
+
+/// The command's whole run: of one VM, or of all that are hook's. Exit code 1 where anything is an error.
+///
+/// # Errors
+/// Where /etc/pve cannot be listed.
+pub(crate) fn run(output: &Output, vmid: Option<VmId>) -> anyhow::Result<Exit> {
+    let root = output.root();
+    let vmids = match vmid {
+        Some(vmid) => vec![vmid],
+        None => ours(&root)?,
+    };
+    let checked: BTreeMap<u32, Checked> = vmids.into_iter().map(|vmid| (vmid.into(), check(&root, vmid))).collect();
+    let count = |level| checked.values().map(|checked| checked.count(level)).sum::<usize>();
+    let errors = count(Level::Error);
+    if output.json {
+        out(&format!("{:#}\n", json!({"vms": checked, "errors": errors, "warnings": count(Level::Warn)})));
+    } else if checked.is_empty() {
+        out("no VM has settings, or hook as its hookscript\n");
+    } else {
+        let least = if output.quiet { Level::Warn } else { Level::Ok };
+        out(&coloured(&checked.iter().map(|(vmid, checked)| to_text(*vmid, checked, least)).collect::<String>()));
+    }
+    Ok(if errors == 0 { Exit::Done } else { Exit::Failed })
+}
+
+/// The VMs with settings of their own, or with hook as their hookscript.
+fn ours(root: &Sysroot) -> pinfold_core::Result<Vec<VmId>> {
+    let mut vmids = Vec::new();
+    for (folder, end) in SETTINGS.map(|folder| (folder, ".toml")).into_iter().chain([("etc/pve/qemu-server", ".conf")])
+    {
+        let names = match root.names(folder) {
+            Err(error) if error.is_gone() => continue,
+            names => names?,
+        };
+        let ids = names.iter().filter_map(|name| name.strip_suffix(end)?.parse::<VmId>().ok());
+        vmids.extend(ids.filter(|vmid| end == ".toml" || vm::conf(root, *vmid).is_ok_and(|conf| calls_hook(&conf))));
+    }
+    // The cluster's settings are for whichever node has the VM.
+    vmids.retain(|vmid| vm::check_exists(root, *vmid).is_ok() || !is_elsewhere(root, *vmid));
+    vmids.sort_unstable();
+    vmids.dedup();
+    Ok(vmids)
+}
+
+fn calls_hook(conf: &VmConf) -> bool {
+    !conf.template && conf.hookscript.as_deref().is_some_and(|volume| volume.rsplit('/').next() == Some("hook"))
+}
+
+/// Whether another node of the cluster has the VM.
+fn is_elsewhere(root: &Sysroot, vmid: VmId) -> bool {
+    let nodes = root.names("etc/pve/nodes").unwrap_or_default();
+    nodes.iter().any(|node| root.exists(format!("etc/pve/nodes/{node}/qemu-server/{vmid}.conf")))
+}
+
+/// Everything about a VM. What cannot be looked at is a finding too.
+fn check(root: &Sysroot, vmid: VmId) -> Checked {
+    let told = |check, error: &dyn std::fmt::Display| Finding::error(check, error.to_string(), "");
+    let conf = match vm::conf(root, vmid) {
+        Ok(conf) => conf,
+        Err(error) => {
+            let left =
+                SETTINGS.map(|folder| format!("{folder}/{vmid}.toml")).into_iter().find(|file| root.exists(file));
+            let gone = vm::check_exists(root, vmid).is_err();
+            let finding = match left.filter(|_| gone) {
+                Some(file) => {
+                    let file = root.path(file).display().to_string();
+                    Finding::warn("settings", format!("{file} is for a VM that is not there"), format!("rm {file}"))
+                }
+                None => told("VM", &error),
+            };
+            return Checked { source: None, findings: vec![finding] };
+        }
+    };
+    let mut findings = vec![advice::hookscript(root, vmid, &conf)];
+    let settings = match settings::load(root, vmid) {
+        Ok(settings) => settings,
+        Err(error) => {
+            findings.push(told("settings", &error));
+            return Checked { source: None, findings };
+        }
+    };
+    match checks::findings(root, vmid, &conf, &settings) {
+        Ok(found) => findings.extend(found),
+        Err(error) => findings.push(told("host", &error)),
+    }
+    findings.push(match Store::<Reservation>::peek(root) {
+        Ok(state) => checks::overlap(&state.unwrap_or_default().0, vmid, &settings),
+        Err(error) if error.is_denied() => {
+            Finding::warn("state", error.to_string(), "the reservations are root's to see")
+        }
+        Err(error) => told("state", &error),
+    });
+    match advice::findings(root, vmid, &conf, &settings) {
+        Ok(found) => findings.extend(found),
+        Err(error) => findings.push(told("host", &error)),
+    }
+    Checked { source: Some(settings.source), findings }
+}
+
+/// The findings that are at least so bad.
+fn to_text(vmid: u32, checked: &Checked, least: Level) -> String {
+    let by = checked.source.as_ref().map(|source| format!(", by {source}")).unwrap_or_default();
+    let mut text = format!("VM {vmid}{by}\n");
+    let width = checked.findings.iter().map(|finding| finding.check.len()).max().unwrap_or(0);
+    for Finding { level, check, what, fix } in checked.findings.iter().filter(|finding| finding.level >= least) {
+        let (word, colour) = match level {
+            Level::Ok => ("ok", AnsiColor::Green),
+            Level::Warn => ("warn", AnsiColor::Yellow),
+            Level::Error => ("error", AnsiColor::Red),
+        };
+        let style = Style::new().fg_color(Some(colour.into()));
+        text += &format!("  {style}{word:<5}{style:#}  {check:<width$}  {what}\n");
+        if !fix.is_empty() {
+            text += &format!("         {:width$}  fix: {fix}\n", "");
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::Host;
+    use crate::reservation::Phase;
+    use std::os::unix::fs::PermissionsExt;
+
+    const CONF: &str =
+        "cores: 12\nargs: -smp 12,sockets=1,cores=6,threads=2\nhookscript: local:snippets/hook\nmemory: 4096";
+    const HOOK: &str = "var/lib/vz/snippets/hook";
+
+    fn vmid() -> VmId {
+        "100".parse().unwrap()
+    }
+
+    fn mode(host: &Host, path: &str, mode: u32) {
+        std::fs::set_permissions(host.root.path(path), std::fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    /// A host and VM 100 that nothing is wrong with.
+    fn host_of(machine: &str, settings: &str) -> Host {
+        let host = Host::new(machine);
+        host.conf(100, CONF);
+        host.settings(100, settings);
+        host.file(HOOK, "");
+        mode(&host, HOOK, 0o755);
+        host
+    }
+
+    fn host() -> Host {
+        host_of("5900x", "layout = \"5900x\"")
+    }
+
+    /// What is not as it should be: `warn affinity: what => fix`.
+    fn faults(host: &Host) -> Vec<String> {
+        let findings = check(&host.root, vmid()).findings.into_iter().filter(|finding| finding.level > Level::Ok);
+        let show = |Finding { level, check, what, fix }: Finding| {
+            format!("{} {check}: {what} => {fix}", format!("{level:?}").to_lowercase())
+        };
+        findings
+            .map(show)
+            .map(|text| text.replace(&format!("{}/", host.root.path("").display()).replace("//", "/"), "/"))
+            .collect()
+    }
+
+    #[test]
+    fn where_nothing_is_wrong_each_check_says_so() {
+        let host = host();
+        assert_eq!(faults(&host), [""; 0]);
+        let checked = check(&host.root, vmid());
+        let checks: Vec<&str> = checked.findings.iter().map(|finding| finding.check).collect();
+        assert_eq!(
+            checks,
+            [
+                "hookscript",
+                "isolated",
+                "pins",
+                "method",
+                "governor",
+                "affinity",
+                "other VMs",
+                "irqbalance",
+                "SMT",
+                "isolated",
+                "command line",
+                "L3",
+                "vCPUs",
+                "guest cores",
+                "hugepages",
+                "helpers"
+            ]
+        );
+        let text = to_text(100, &checked, Level::Ok);
+        assert!(text.contains("isolated      CPU 6-11,18-23, which leaves 0-5,12-17 for housekeeping\n"), "{text}");
+    }
+
+    /// A host that is as it should be but for one thing, and what is found.
+    #[test]
+    fn each_fault_is_found_with_its_fix() {
+        type Arrange = fn(&Host);
+        let cases: [(Arrange, &str); 24] = [
+            (
+                |h| h.conf(100, &CONF.replace("hookscript", "#")),
+                "warn hookscript: not set: Proxmox VE does not call hook for this VM => qm set 100 --hookscript local:snippets/hook",
+            ),
+            (
+                |h| std::fs::remove_file(h.root.path(HOOK)).unwrap(),
+                "error hookscript: /var/lib/vz/snippets/hook: No such file or directory => copy hook there: install -m 0755 $(command -v hook) /var/lib/vz/snippets/hook",
+            ),
+            (
+                |h| mode(h, HOOK, 0o644),
+                "error hookscript: /var/lib/vz/snippets/hook: not executable => chmod 0755 /var/lib/vz/snippets/hook",
+            ),
+            (|h| h.settings(100, "layout = 5"), "error settings: /etc/pinfold/100.toml: "),
+            (
+                |h| {
+                    h.settings(
+                        100,
+                        "isolated = \"6-11,18-23\"\npins = \"6,18,7,19,8,20,9,21,10,22,11,23\"\nmin_housekeeping = 13",
+                    )
+                },
+                "error isolated: 6-11,18-23 leaves 12 housekeeping CPUs, fewer than min_housekeeping = 13 => isolate fewer",
+            ),
+            (
+                |h| h.file("sys/devices/system/cpu/online", "0-10,12-23"),
+                "error isolated: CPU 11: offline; online are 0-10,12-23 => ",
+            ),
+            (
+                |h| h.settings(100, "layout = \"5900x\"\nemulator = \"5-6\""),
+                "error emulator: CPU 6 is isolated => emulator threads belong on others",
+            ),
+            (
+                |h| h.settings(100, "layout = \"5900x\"\niothreads = \"24\""),
+                "error iothreads: CPU 24: no such CPU; this host has 0-23 => ",
+            ),
+            (
+                |h| h.conf(100, &CONF.replace("12", "14")),
+                "error pins: the VM has 14 vCPUs and there are pins for 12 => add pins or take vCPUs away",
+            ),
+            (
+                |h| std::fs::remove_file(h.root.path("sys/fs/cgroup/cgroup.controllers")).unwrap(),
+                "error method: /sys/fs/cgroup/cgroup.controllers: no unified cgroup hierarchy (v2) here; boot without systemd.unified_cgroup_hierarchy=0 => ",
+            ),
+            (
+                |h| {
+                    let policy = "sys/devices/system/cpu/cpufreq/policy6";
+                    for (file, text) in
+                        [("related_cpus", "6"), ("scaling_governor", "x"), ("scaling_available_governors", "x y")]
+                    {
+                        h.file(&format!("{policy}/{file}"), text);
+                    }
+                },
+                "error governor: no \"performance\" for CPU 6 => there is x, y",
+            ),
+            (
+                |h| h.conf(100, &format!("{CONF}\naffinity: 0-3")),
+                "warn affinity: VM 100: `affinity: 0-3` is set as well; the pins win => remove it: qm set 100 --delete affinity",
+            ),
+            (
+                |h| h.conf(101, "affinity: 8-9"),
+                "warn other VMs: VM 101 has `affinity: 8-9`, all of it isolated now: it cannot start while VM 100 runs => give it other CPUs: qm set 101 --affinity LIST",
+            ),
+            (
+                |h| h.thread(900, 900, "irqbalance", "0-23", 0),
+                "warn irqbalance: irqbalance (process 900) moves IRQs back within 10 s => stop it, or set IRQBALANCE_BANNED_CPULIST=6-11,18-23",
+            ),
+            (
+                |h| h.file("proc/cmdline", "quiet isolcpus=managed_irq,domain,6-11,18-23"),
+                "warn command line: isolcpus=managed_irq,domain,6-11,18-23 keeps these CPUs from everybody also while the VM does not run => take it out: hook fences them off while it does",
+            ),
+            (
+                |h| h.file("proc/cmdline", "nohz_full=6-11 quiet"),
+                "warn command line: nohz_full=6-11 has not all of the isolated CPUs, and vCPUs differ by it => make it nohz_full=6-11,18-23, or take it out",
+            ),
+            (
+                |h| h.file("proc/cmdline", "rcu_nocbs=1"),
+                "warn command line: rcu_nocbs=1 has not all of the isolated CPUs, and vCPUs differ by it => make it rcu_nocbs=6-11,18-23, or take it out",
+            ),
+            (
+                |h| {
+                    h.conf(100, &CONF.replace("12", "4").replace("cores=6", "cores=2"));
+                    h.settings(100, "isolated = \"5-6,17-18\"\npins = \"5,17,6,18\"");
+                },
+                "warn L3: CPU 5-6,17-18 is split across llc:0, llc:1: vCPUs share caches with the host => 1 would do; `hook layout` shows which CPUs share one",
+            ),
+            (
+                |h| {
+                    h.conf(100, "cores: 1\nhookscript: local:snippets/hook");
+                    h.settings(100, "isolated = \"6\"\npins = [6]");
+                },
+                "warn SMT: CPU 6 leaves SMT siblings outside: what runs there slows the VM's cores => isolate whole cores; `hook layout` shows them",
+            ),
+            (
+                |h| h.conf(100, &CONF.replace("12", "10")),
+                "warn vCPUs: 10, and pins for 12: CPU 11,23 is taken from the host for nobody => give the VM more cores, or isolate fewer CPUs",
+            ),
+            (
+                |h| h.conf(100, &CONF.replace("args", "#")),
+                "warn guest cores: vCPUs 0 and 1, 2 and 3, … are threads of one core, and the guest takes each for a core of its own => qm set 100 --args '-smp 12,sockets=1,cores=6,threads=2'",
+            ),
+            (
+                |h| h.settings(100, "isolated = \"6-11,18-23\"\npins = \"6-11,18-23\""),
+                "warn guest cores: the guest takes vCPUs 0 and 1, 2 and 3, … for threads of one core, and their pins are on two => put the threads of a core behind each other: pins = \"6,18,7,19,8,20,9,21,10,22,11,23\"",
+            ),
+            (
+                |h| {
+                    h.vm(102, &[6]);
+                    h.reserve(102, Phase::Isolated, "isolated = \"6\"\npins = [6]");
+                },
+                "error isolated: CPU 6 belongs to VM 102 while that runs => stop it or choose others",
+            ),
+            (
+                |h| {
+                    h.vm(102, &[]);
+                    h.reserve(102, Phase::Isolated, "isolated = \"0\"\npins = [0]");
+                    mode(h, "run/pinfold/state.json", 0o644);
+                },
+                "error state: ",
+            ),
+        ];
+        let mut wrong = Vec::new();
+        for (arrange, fault) in cases {
+            let host = host();
+            arrange(&host);
+            let faults = faults(&host);
+            let open_ended = |found: &String| fault.ends_with(": ") && found.starts_with(fault);
+            match faults.as_slice() {
+                [found] if found == fault || open_ended(found) => {}
+                _ => wrong.push((fault, faults)),
+            }
+        }
+        assert!(wrong.is_empty(), "{wrong:#?}");
+    }
+
+    #[test]
+    fn settings_that_ask_for_what_is_there_are_fine() {
+        for (number, arrange) in ([
+            |h| h.file("proc/cmdline", "nohz_full=6-11,18-23 rcu_nocbs=6-11,18-23"),
+            |h| h.conf(101, "affinity: 0-9"),
+            |h| h.conf(100, &CONF.replace("local:snippets/hook", "nas:snippets/hook")),
+            |h| h.settings(100, "layout = \"5900x\"\nemulator = \"0-5\"\niothreads = \"4\""),
+            |h| h.file("sys/devices/system/node/node0/hugepages/hugepages-1048576kB/nr_hugepages", "4"),
+        ] as [fn(&Host); 5])
+            .into_iter()
+            .enumerate()
+        {
+            let host = host();
+            arrange(&host);
+            assert_eq!(faults(&host), [""; 0], "case {number}");
+        }
+    }
+
+    #[test]
+    fn huge_pages_belong_where_the_cpus_are() {
+        let settings = "isolated = \"1,3,5,7,9,11,13,15\"\npins = \"1,9,3,11,5,13,7,15\"";
+        let host = host_of("two-sockets", settings);
+        host.conf(100, &format!("{}\nhugepages: 1024", CONF.replace("12", "8").replace("cores=6", "cores=4")));
+        let pages = |node, count| {
+            let path = format!("sys/devices/system/node/node{node}/hugepages/hugepages-1048576kB/nr_hugepages");
+            host.file(&path, count);
+        };
+        pages(0, "8");
+        pages(1, "0");
+        let fault = "warn hugepages: all on node 0, and the isolated CPUs are on node 1 => reserve them there, in \
+                     /sys/devices/system/node/node1/hugepages/hugepages-1048576kB/nr_hugepages";
+        assert_eq!(faults(&host), [fault]);
+        pages(1, "8");
+        assert_eq!(faults(&host), [""; 0]);
+    }
+
+    #[test]
+    fn helpers_are_told_where_they_go() {
+        let host = host();
+        let told = || check(&host.root, vmid()).findings.pop().unwrap().what;
+        assert_eq!(told(), "none beside QEMU");
+        host.conf(100, &format!("{CONF}\ntpmstate0: local:x"));
+        assert_eq!(told(), "swtpm goes to the housekeeping CPUs, with the emulator threads");
+        host.conf(100, &format!("{CONF}\ntpmstate0: local:x\nvirtiofs0: share"));
+        host.settings(100, "layout = \"5900x\"\nemulator = \"0-1\"");
+        assert_eq!(told(), "swtpm and virtiofsd go where emulator threads go, to CPU 0-1");
+    }
+
+    #[test]
+    fn without_a_number_all_that_are_ours() {
+        let host = host();
+        host.conf(101, "cores: 1");
+        host.conf(102, "hookscript: local:snippets/hook");
+        host.conf(103, "hookscript: local:snippets/hook\ntemplate: 1");
+        host.conf(104, "hookscript: local:snippets/other.pl");
+        host.settings(999, "isolated = \"6\"");
+        host.settings(998, "isolated = \"6\"");
+        host.file("etc/pve/nodes/other/qemu-server/998.conf", "");
+        host.file("etc/pinfold/default.toml", "");
+        let ours: Vec<u32> = ours(&host.root).unwrap().into_iter().map(u32::from).collect();
+        assert_eq!(ours, [100, 102, 999]);
+        let gone = check(&host.root, "999".parse().unwrap());
+        let file = host.root.path("etc/pinfold/999.toml").display().to_string();
+        let fault = Finding::warn("settings", format!("{file} is for a VM that is not there"), format!("rm {file}"));
+        assert_eq!(gone.findings, [fault]);
+        assert_eq!(check(&host.root, "997".parse().unwrap()).findings[0].level, Level::Error);
+    }
+}
