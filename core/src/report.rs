@@ -1,6 +1,6 @@
 //! The face of every tool: what goes to stdout and stderr, as text or JSON, and the exit code.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -116,7 +116,12 @@ pub struct Report {
     /// Lines for stdout that have not gone out yet: in a pipe they go together, as stdio does it. A line per object is
     /// hundreds of writes otherwise.
     held: Option<RefCell<String>>,
+    /// Whether the terminal's last line is one of [`progress`](Self::progress), which the next text takes the place of.
+    half_said: Cell<bool>,
 }
+
+/// ECMA-48: to the line's first column, and what stands there erased.
+const LINE_ANEW: &str = "\r\x1b[K";
 
 /// How much text is held back before it goes out.
 const HELD_MAX: usize = 4096;
@@ -141,6 +146,7 @@ impl Report {
             failed: 0,
             refused: 0,
             held: (!io::stdout().is_terminal()).then(RefCell::default),
+            half_said: Cell::new(false),
         }
     }
 
@@ -150,15 +156,35 @@ impl Report {
             return;
         }
         let line = format!("{text}\n");
-        let Some(held) = &self.held else { return out(&line) };
+        let Some(held) = &self.held else {
+            self.flush();
+            return out(&line);
+        };
         held.borrow_mut().push_str(&line);
         if held.borrow().len() > HELD_MAX {
             self.flush();
         }
     }
 
-    /// Sends off the lines that are held back.
+    /// How far a long step has come: on a terminal a line that is rewritten, `offline: 5/12`. In a pipe the step's own line
+    /// has to do, and where each change has a line, that one.
+    pub fn progress(&self, step: &str, done: usize, of: usize) {
+        if let Some(text) = self.progress_text(step, done, of) {
+            out(&text);
+            self.half_said.set(true);
+        }
+    }
+
+    fn progress_text(&self, step: &str, done: usize, of: usize) -> Option<String> {
+        let shown = self.held.is_none() && !self.json && self.verbosity == Verbosity::Normal;
+        shown.then(|| format!("{LINE_ANEW}{step}: {done}/{of}"))
+    }
+
+    /// Sends off the lines that are held back, or erases a line of [`progress`](Self::progress).
     fn flush(&self) {
+        if self.half_said.take() {
+            out(LINE_ANEW);
+        }
         if let Some(held) = self.held.as_ref().map(RefCell::take).filter(|held| !held.is_empty()) {
             out(&held);
         }
@@ -386,6 +412,31 @@ mod tests {
             report.changes(&outcomes.into_iter().map(done).collect::<Vec<_>>());
             assert_eq!(report.finish(), exit);
         }
+    }
+
+    #[test]
+    fn progress_is_for_people_at_a_terminal() {
+        let report = |verbosity, json, terminal: bool| {
+            let mut report = Report::new("test", verbosity, json);
+            report.held = (!terminal).then(RefCell::default);
+            report
+        };
+        let text = |report: Report| report.progress_text("offline", 5, 12);
+        assert_eq!(text(report(Verbosity::Normal, false, true)).unwrap(), "\r\x1b[Koffline: 5/12");
+        for (verbosity, json, terminal) in [
+            (Verbosity::Normal, false, false),
+            (Verbosity::Normal, true, true),
+            (Verbosity::Quiet, false, true),
+            (Verbosity::Verbose, false, true),
+        ] {
+            assert_eq!(text(report(verbosity, json, terminal)), None, "{verbosity:?} {json} {terminal}");
+        }
+        // Whatever is said next takes its place.
+        let report = report(Verbosity::Normal, false, true);
+        report.progress("offline", 5, 12);
+        assert!(report.half_said.get());
+        report.line("");
+        assert!(!report.half_said.get());
     }
 
     #[test]

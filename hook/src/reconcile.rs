@@ -184,8 +184,13 @@ impl<'a> Reconcile<'a> {
         let plan = self.store.baseline.plan(objects, wanted);
         let mut changed = 0;
         let report = &mut *self.report;
+        let all = plan.iter().filter(|planned| planned.left.is_none() && !planned.change.is_noop()).count();
         self.store.carry_out(plan, |done| {
             changed += usize::from(done.outcome == Outcome::Changed);
+            if matches!(done.change.knob, Knob::CpuOnline(_)) && done.outcome == Outcome::Changed {
+                // Each takes the kernel a while.
+                report.progress(step, changed, all);
+            }
             report.changes(std::slice::from_ref(done));
         })?;
         if changed > 0 {

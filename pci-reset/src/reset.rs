@@ -141,7 +141,9 @@ pub fn reset(
 /// Removes one function after the other. When one does not go in time, the rest stays: the kernel is still at it.
 fn remove(root: &Sysroot, removals: Vec<Change>, deadline: Duration, report: &mut Report) {
     let until = Instant::now() + deadline;
-    for removal in removals {
+    let all = removals.len();
+    for (number, removal) in removals.into_iter().enumerate() {
+        report.progress("PCI removal", number, all);
         let knob = removal.knob.clone();
         let mut done = apply_one(root, removal);
         let went = || matches!(knob.read(root), Ok(Some(value)) if value == ABSENT);
@@ -162,7 +164,15 @@ fn bring_back<'a>(root: &Sysroot, all: &'a [Before], deadline: Duration, report:
     let mut missing: Vec<&Before> = all.iter().filter(is_missing).collect();
     let Some(first) = missing.first() else { return missing };
     let rescan = apply_one(root, first.to_be_back());
-    wait(Instant::now() + deadline, || !all.iter().any(|before| is_missing(&before)));
+    let (mut last, of) = (None, missing.len());
+    wait(Instant::now() + deadline, || {
+        let left = all.iter().filter(is_missing).count();
+        // Said once, not at every look.
+        if last.replace(left) != Some(left) {
+            report.progress("PCI rescan", of.saturating_sub(left), of);
+        }
+        left == 0
+    });
     // One that went late.
     missing.extend(
         all.iter()
@@ -207,7 +217,7 @@ fn driver(root: &Sysroot, address: &PciAddress) -> String {
 }
 
 /// Looks until it is so, and says whether it is.
-fn wait(until: Instant, is_so: impl Fn() -> bool) -> bool {
+fn wait(until: Instant, mut is_so: impl FnMut() -> bool) -> bool {
     loop {
         if is_so() {
             return true;
