@@ -180,6 +180,8 @@ fn irqbalance_is_named(host: &mut Host) {
         .unwrap();
     let spec = VmSpec::new(100);
     host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640).unwrap();
+    let (checked, _) = expect(host, "hook check 100 -q", 0);
+    assert!(checked.contains("  warn   irqbalance    irqbalance (process "), "{checked}");
     let (_, said) = expect(host, "hook 100 pre-start", 0);
     assert!(
         said.contains("moves IRQs back within 10 s; stop it, or set IRQBALANCE_BANNED_CPULIST=6-11,18-23"),

@@ -1,6 +1,7 @@
 //! What comes in between: phases that never come, and others who meddle.
 
 use pinfold_lab::{Host, HostState, VmSpec};
+use serde_json::Value;
 
 use crate::stories;
 use crate::support::{
@@ -23,6 +24,7 @@ stories![only trixie:
     others_set_what_is_ours,
     the_idle_vm,
     a_device_reset_on_the_way,
+    looked_at_before_and_after,
 ];
 
 /// QMP from a shell: each argument is a command; what comes back is printed.
@@ -473,4 +475,69 @@ fn a_device_reset_on_the_way(host: &mut Host) {
     host.stop_vm(100).unwrap();
     host.ok("rm -r /etc/pinfold").unwrap();
     assert_restored(host, &before);
+}
+
+/// What post-start changes is what was planned, and neither the plan nor a check changes anything; the screen shows vCPUs and
+/// strays where they are.
+fn looked_at_before_and_after(host: &mut Host) {
+    let before = running(host);
+    let (checked, _) = expect(host, "hook check 100", 0);
+    assert!(checked.contains("warn   guest cores") && checked.contains("cores=6,threads=2'"), "{checked}");
+    let planned = json(host, "hook plan 100 --json");
+    assert_restored(host, &before);
+    expect(host, "test ! -e /run/pinfold", 0);
+    let done = json(host, "hook 100 pre-start -q && hook 100 post-start --json");
+    // Kernel threads come and go between the two, and what CPUs get back as they come online only a second look finds.
+    let listed = |changes: &[&Value], outcomes: &[&str]| -> Vec<String> {
+        let ours = changes.iter().filter(|change| outcomes.iter().any(|outcome| change["outcome"] == *outcome));
+        let lines = ours.map(|c| format!("{}: {}: {}", c["step"], c["object"], c["wanted"]).replace('"', ""));
+        lines.filter(|line| !line.contains(": kthread ")).collect()
+    };
+    let of_plan: Vec<&Value> = array(&planned["steps"]).flat_map(|step| array(&step["changes"])).collect();
+    let mut of_run: Vec<&Value> = array(&done["changes"]).collect();
+    let last_pin = of_run.iter().rposition(|change| change["step"] == "pins").unwrap();
+    of_run.truncate(last_pin + 1);
+    let mut planned = listed(&of_plan, &["planned"]);
+    let done = listed(&of_run, &["changed"]);
+    assert!(done.len() > 60, "{done:#?}");
+    // An IRQ that was sent to a CPU that goes offline is moved by the kernel itself.
+    let already = listed(&of_run, &["already"]);
+    planned.retain(|line| !(line.starts_with("irqs: IRQ ") && already.contains(line)));
+    assert_eq!(planned.join("\n"), done.join("\n"));
+
+    host.renew_topology().unwrap();
+    let (screen, _) = expect(host, "hook status", 0);
+    assert!(
+        screen.contains("  llc:1   6 100:v0    7 100:v2    8 100:v4    9 100:v6   10 100:v8   11 100:v10\n"),
+        "{screen}"
+    );
+    assert!(!screen.contains('!') && !screen.contains('\x1b'), "{screen}");
+    let kswapd = |cpus: &str| host.ok(&format!("taskset -pc {cpus} $(pgrep -x kswapd0)")).unwrap();
+    kswapd("8");
+    let (screen, _) = expect(host, "CLICOLOR_FORCE=1 hook status", 1);
+    assert!(screen.contains("\x1b[1m\x1b[31m100:v4!\x1b[0m"), "{screen}");
+    kswapd(HOUSEKEEPING);
+    expect(host, "hook status", 0);
+    expect(host, "hook 100 post-stop -q", 0);
+
+    // What steps took is remembered, and at a terminal the long ones count.
+    let planned = json(host, "hook plan 100 --json");
+    let offline = array(&planned["steps"]).find(|step| step["step"] == "offline").unwrap();
+    assert!(offline["last_seconds"].as_f64().unwrap() > 0.0, "{offline}");
+    host.ok("mkdir -p /etc/pinfold").unwrap();
+    let settings = format!("isolated = \"6,18\"\npins = [{}]\n", ["6, 18"; 6].join(", "));
+    host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644).unwrap();
+    let (typed, _) = expect(host, "script -qec 'hook 100 post-start' /dev/null", 0);
+    assert!(typed.contains("\r\x1b[Koffline: 1/2") && typed.contains("\r\x1b[Koffline: 2 set"), "{typed:?}");
+    expect(host, "hook 100 post-stop -q && rm -r /etc/pinfold", 0);
+    restored_but_for_the_scope(host, &before);
+}
+
+/// What a command prints, for programs.
+fn json(host: &Host, command: &str) -> Value {
+    serde_json::from_str(&expect(host, command, 0).0).unwrap()
+}
+
+fn array(value: &Value) -> impl Iterator<Item = &Value> {
+    value.as_array().unwrap().iter()
 }
