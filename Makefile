@@ -6,7 +6,7 @@ PRODUCT = cg-slice cpu-hotplug governor hook pci-reset pin-irqs pin-kthreads pin
 export RUSTFLAGS ?=
 LAB = $(CARGO) run --quiet --release -p pinfold-lab --bin lab --
 
-.PHONY: all demo test check lint docs unit fuzz fuzz-short lab torture selftest bench setup release install clean
+.PHONY: all demo test check lint docs unit fuzz fuzz-short lab torture selftest bench picture setup release install clean
 
 all: release
 
@@ -76,6 +76,10 @@ torture: setup release
 # The lab's own proof, on both guests.
 selftest: setup release
 	$(CARGO) test --release -p pinfold-lab --test selftest -- --test-threads 1
+
+# docs/status.svg, from what hook status shows in the lab.
+picture: setup release
+	$(LAB) picture docs/status.svg
 
 # hook against the same steps done by a shell script, in one boot.
 bench: setup release

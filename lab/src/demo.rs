@@ -1,12 +1,13 @@
 //! `lab demo`: the main job on a real host, before, during and after.
 
+use std::fs;
 use std::io::Write;
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
-use crate::{Guest, Host, VmSpec};
+use crate::{Guest, Host, VmSpec, svg};
 
 const ISOLATED: &str = "6-11,18-23";
 
@@ -59,6 +60,26 @@ pub fn run(bins: &Path, out: &mut impl Write) -> Result<()> {
     )?;
     writeln!(out, "# sysctls, PCI devices, kernel threads), none differs")?;
     Ok(())
+}
+
+/// Draws `hook status` as it is while a VM is fenced, another starts, and something strays.
+pub fn picture(bins: &Path, file: &Path) -> Result<()> {
+    let host = Host::acquire(Guest::Trixie, bins)?;
+    host.ok("mkdir -p /var/lib/vz/snippets /etc/pinfold && cp $(command -v hook) /var/lib/vz/snippets/hook")?;
+    let settings = "isolated = \"8-11,20-23\"\npins = \"8,20,9,21,10,22\"\n";
+    host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644)?;
+    host.put("/etc/pinfold/101.toml", b"isolated = \"6-7,18-19\"\npins = \"6,18,7,19\"\n", 0o644)?;
+    let vm = |id, cores| VmSpec { cores, hookscript: Some("local:snippets/hook".into()), ..VmSpec::new(id) };
+    host.start_vm(&vm(100, 6))?;
+    let starting = VmSpec { hookscript: None, ..vm(101, 4) };
+    host.put(&starting.conf_path(), starting.conf().as_bytes(), 0o640)?;
+    // The kernel has taken the files away that were mounted over those of CPUs that were offline.
+    host.renew_topology()?;
+    let status =
+        "taskset -pc 11 $(pgrep -x kswapd0) > /dev/null; hook 101 pre-start -q && CLICOLOR_FORCE=1 hook status";
+    // Its exit code tells of the stray.
+    let text = host.sh(status)?.stdout;
+    fs::write(file, svg::draw("hook status", &text)).with_context(|| format!("{}: cannot write", file.display()))
 }
 
 fn show(host: &Host, out: &mut impl Write, command: &str) -> Result<()> {

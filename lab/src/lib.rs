@@ -24,6 +24,7 @@ pub mod qmp;
 pub mod setup;
 pub mod snapshot;
 pub mod strays;
+pub mod svg;
 pub mod tool;
 pub mod topology;
 mod vm;

@@ -35,6 +35,14 @@ enum Cmd {
         #[arg(long, value_name = "DIR")]
         bins: Option<PathBuf>,
     },
+    /// Draw what `hook status` shows on a real host, as SVG
+    Picture {
+        /// Where the picture goes
+        file: PathBuf,
+        /// Folder with the programs; beside this one without
+        #[arg(long, value_name = "DIR")]
+        bins: Option<PathBuf>,
+    },
     /// Measure hook against the same steps done by a shell script
     Bench {
         /// Folder with the programs; beside this one without
@@ -118,6 +126,7 @@ fn act(args: Args) -> Result<ExitCode> {
             writeln!(out, "{} is up in {}", host.guest, host.slot().folder().display())?;
         }
         Cmd::Demo { bins } => demo::run(&beside(bins)?, &mut out)?,
+        Cmd::Picture { file, bins } => demo::picture(&beside(bins)?, &file)?,
         Cmd::Bench { bins } => bench::run(&beside(bins)?, &mut out)?,
         Cmd::Run { place, command } => {
             let host = place.host()?;
