@@ -36,7 +36,9 @@ fn start_and_stop_as_pve_does(host: &mut Host) {
     }
     assert!(status.contains("\nstrays (could be elsewhere): 0\n"), "{status}");
     // Linux 6.1 names rescuers after their queues, and has no idle_inject.
-    let bound = |kind: &str| status.lines().any(|line| line.starts_with("  CPU 6") && line.contains(kind));
+    let of_cpu_6 =
+        status.split("\nthreads the kernel binds: ").nth(1).and_then(|list| list.split("\n  CPU ").nth(1)).unwrap();
+    let bound = |kind: &str| of_cpu_6.starts_with('6') && of_cpu_6.contains(kind);
     assert!(bound("cpuhp") && bound("ksoftirqd") && bound("migration"), "what the kernel binds is listed: {status}");
 
     let told = host.stop_vm(100).unwrap();
