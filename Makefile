@@ -59,6 +59,7 @@ fuzz: setup
 # The corpus in the tree, then a moment of each: for CI.
 fuzz-short:
 	$(CARGO) fmt --manifest-path fuzz/Cargo.toml --check
+	$(CARGO) clippy --manifest-path fuzz/Cargo.toml --locked --all-targets --no-default-features -- -D warnings
 	$(CARGO) test --manifest-path fuzz/Cargo.toml --locked --no-default-features
 	$(MAKE) fuzz FUZZ_SECONDS=10
 

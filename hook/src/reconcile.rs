@@ -615,8 +615,10 @@ impl<'a> Reconcile<'a> {
                 Some(qemu) => this.couple(vmid, &qemu)?,
                 None => this.remove_cgroup(vmid),
             }
-            let change = cg_slice::partition::delegation(this.root, vmid, ABSENT)?;
-            this.report.changes(&pinfold_core::apply(this.root, change.into_iter().collect()));
+            if let Some(change) = cg_slice::partition::delegation(this.root, vmid, ABSENT)?.filter(|it| !it.is_noop()) {
+                this.report.step("delegation");
+                this.report.changes(&[pinfold_core::apply_one(this.root, change)]);
+            }
             Ok(())
         });
     }

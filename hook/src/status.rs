@@ -12,7 +12,7 @@ use pinfold_core::{CpuSet, Exit, Knob, Object, Result, Sysroot, TaskId, irq, pro
 use serde::Serialize;
 use serde_json::json;
 
-use crate::reservation::{Phase, Reservation};
+use crate::reservation::{Isolation, Phase, Reservation};
 use crate::screen::{self, Cpu, Owner};
 use crate::settings::Bounds;
 
@@ -238,7 +238,8 @@ fn text(
             Phase::Isolated => "has",
         };
         let dead = if reservation.is_alive(root) { "" } else { ", but runs no more: `hook recover` gives them back" };
-        text += &format!("VM {id} {phase} CPU {}{dead}\n", reservation.settings.isolated);
+        let by = if reservation.isolation == Isolation::Partition { ", by partition" } else { "" };
+        text += &format!("VM {id} {phase} CPU {}{by}{dead}\n", reservation.settings.isolated);
         let Bounds { pre_start, post_start, post_stop } = reservation.settings.deadlines.bounds(reservations.len() - 1);
         text += &format!(
             "  whatever hangs, its pre-start ends within {pre_start} s, post-start {post_start} s, post-stop {post_stop} s\n"

@@ -3,7 +3,7 @@
 //!
 //! The main job, the tools and the old faults are told on Debian 13 and 12, partitions on Debian 13 with its own kernel and
 //! with that of its backports, the rest on Debian 13. `PINFOLD_LAB_GUESTS` (`trixie`,
-//! `bookworm`, comma between) leaves guests out, and says so.
+//! `bookworm`, `trixie-backports`, comma between) leaves guests out, and says so.
 
 // A story that cannot go on says where.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout)]
@@ -19,41 +19,24 @@ mod torture;
 
 /// A test per story and guest; `only trixie:` for those that are long, `with partitions:` for kernels that have them.
 macro_rules! stories {
-    (only trixie: $($story:ident),* $(,)?) => {
-        mod trixie {
+    (@ $module:ident $guest:ident $($story:ident)*) => {
+        mod $module {
             $(#[test]
             fn $story() {
-                crate::support::tell(pinfold_lab::Guest::Trixie, super::$story);
+                crate::support::tell(pinfold_lab::Guest::$guest, super::$story);
             })*
         }
+    };
+    (only trixie: $($story:ident),* $(,)?) => {
+        crate::stories!(@ trixie Trixie $($story)*);
     };
     (with partitions: $($story:ident),* $(,)?) => {
-        mod trixie {
-            $(#[test]
-            fn $story() {
-                crate::support::tell(pinfold_lab::Guest::Trixie, super::$story);
-            })*
-        }
-        mod backports {
-            $(#[test]
-            fn $story() {
-                crate::support::tell(pinfold_lab::Guest::Backports, super::$story);
-            })*
-        }
+        crate::stories!(@ trixie Trixie $($story)*);
+        crate::stories!(@ backports Backports $($story)*);
     };
     ($($story:ident),* $(,)?) => {
-        mod trixie {
-            $(#[test]
-            fn $story() {
-                crate::support::tell(pinfold_lab::Guest::Trixie, super::$story);
-            })*
-        }
-        mod bookworm {
-            $(#[test]
-            fn $story() {
-                crate::support::tell(pinfold_lab::Guest::Bookworm, super::$story);
-            })*
-        }
+        crate::stories!(@ trixie Trixie $($story)*);
+        crate::stories!(@ bookworm Bookworm $($story)*);
     };
 }
 pub(crate) use stories;

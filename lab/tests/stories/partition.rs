@@ -68,6 +68,7 @@ fn a_vm_has_a_partition(host: &mut Host) {
     assert!(told.contains("fencing CPU 6-11,18-23 off for VM 100"), "{told}");
     assert_partitioned(host);
     let (status, _) = expect(host, "hook status", 0);
+    assert!(status.contains("\nVM 100 has CPU 6-11,18-23, by partition\n"), "{status}");
     assert!(status.contains("\nstrays (could be elsewhere): 0\n"), "{status}");
     let (shown, _) = expect(host, "cg-slice partition show", 0);
     let row = shown.lines().find(|line| line.starts_with("/qemu.slice/100.scope/vcpu")).unwrap();
