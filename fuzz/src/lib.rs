@@ -138,7 +138,7 @@ pub fn settings(data: &[u8]) -> bool {
     assert!(resolved["deadlines"].as_object().unwrap().values().all(|seconds| seconds.as_u64().unwrap() <= 3600));
     // They live on in the state, and have to come back from it.
     let reservation = json!({
-        "phase": "isolated", "settings": resolved, "qemu": {"pid": 1, "tid": 1, "start": 1}, "starter": null,
+        "phase": "isolated", "isolation": "hotplug", "settings": resolved, "qemu": {"pid": 1, "tid": 1, "start": 1}, "starter": null,
         "idle_vm_stopped": false,
     });
     let state = json!({"version": 1, "reservations": {"100": reservation}, "baseline": []});
@@ -200,11 +200,24 @@ fn check_selectors(selectors: &[PciSelector]) {
 /// A knob's name becomes a part of a path, which must not lead out of the knob's folder.
 fn check_knob(knob: &Knob) {
     match knob {
-        Knob::Governor(name) | Knob::UnitCpus(name) | Knob::PciFunction(name) | Knob::PciDriver(name) => {
+        Knob::Governor(name)
+        | Knob::UnitCpus(name)
+        | Knob::Delegation(name)
+        | Knob::PciFunction(name)
+        | Knob::PciDriver(name) => {
             assert!(!name.contains('/'), "{knob:?}");
             check_path(name);
         }
-        Knob::CgroupCpus(path) | Knob::Cgroup(path) | Knob::Sysctl(path) | Knob::Trigger(path) => check_path(path),
+        // The root cgroup.
+        Knob::ChildCpusets(path) if path.is_empty() => {}
+        Knob::CgroupCpus(path)
+        | Knob::Cgroup(path)
+        | Knob::ThreadedCgroup(path)
+        | Knob::ChildCpusets(path)
+        | Knob::ExclusiveCpus(path)
+        | Knob::Partition(path)
+        | Knob::Sysctl(path)
+        | Knob::Trigger(path) => check_path(path),
         Knob::Irq(_)
         | Knob::DefaultIrq
         | Knob::Workqueues
@@ -212,7 +225,8 @@ fn check_knob(knob: &Knob) {
         | Knob::Thread(_)
         | Knob::CpuOnline(_)
         | Knob::UnitOverrides
-        | Knob::CgroupOf(_) => {}
+        | Knob::CgroupOf(_)
+        | Knob::CgroupOfThread(_) => {}
     }
 }
 
@@ -223,8 +237,10 @@ fn check_value(knob: &Knob, value: &str) {
             assert!(!value.contains('/'), "{knob:?} {value:?}");
             check_path(value);
         }
-        Knob::CgroupOf(_) if value.trim_start_matches('/').is_empty() => assert!(!value.is_empty(), "{knob:?}"),
-        Knob::CgroupOf(_) => check_path(value.trim_start_matches('/')),
+        Knob::CgroupOf(_) | Knob::CgroupOfThread(_) if value.trim_start_matches('/').is_empty() => {
+            assert!(!value.is_empty(), "{knob:?}")
+        }
+        Knob::CgroupOf(_) | Knob::CgroupOfThread(_) => check_path(value.trim_start_matches('/')),
         _ => {}
     }
 }
