@@ -630,6 +630,9 @@ impl<'a> Reconcile<'a> {
                 let done = pinfold_core::apply_one(self.root, change);
                 self.report.changes(&[done]);
             }
+        } else {
+            // Killed after the cgroup was made and before the VM was moved there.
+            self.remove_cgroup(vmid);
         }
         let mut objects = Vec::new();
         for pid in cg_slice::processes(self.root, vmid, qemu)? {
