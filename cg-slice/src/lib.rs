@@ -112,7 +112,11 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         Some(Verb::Partition { verb }) => match verb {
             PartitionVerb::Make { cgroup, cpus } => {
                 let changes = partition::plan_make(&root, named(&cgroup)?, &cpus.resolve(&root)?)?;
-                let entries = partition::entries(&root, &changes)?;
+                // All kernel threads are looked at for it.
+                let entries = match args.common.save {
+                    Some(_) => partition::entries(&root, &changes)?,
+                    None => Vec::new(),
+                };
                 return args.common.carry_out_saving(&root, &mut report, TOOL, changes, entries);
             }
             PartitionVerb::Show { cgroup } => {

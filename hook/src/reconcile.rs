@@ -80,6 +80,7 @@ impl<'a> Reconcile<'a> {
         let Some(reservation) = self.store.reservations.get(&vmid.into()).cloned() else { return Ok(()) };
         let isolated = reservation.settings.isolated.clone();
         let first_time = reservation.phase == Phase::Isolating;
+        self.report.step("baseline");
         if reservation.isolation == Isolation::Partition {
             return self.isolate_by_partition(&isolated, vmid, qemu);
         }
@@ -182,7 +183,6 @@ impl<'a> Reconcile<'a> {
     /// Step 0: the value of every knob that will be touched, on disk before the first touch: these `objects`, and those that
     /// are touched whatever the method.
     fn remember(&mut self, mut objects: Vec<Object>, isolated: &CpuSet, vmid: VmId, qemu: Option<&Qemu>) -> Result<()> {
-        self.report.step("baseline");
         objects.extend(pin_irqs::objects(self.root)?);
         objects.extend(pin_kthreads::objects(self.root)?.movable);
         objects.extend(self.pace_objects(isolated)?);
@@ -625,14 +625,16 @@ impl<'a> Reconcile<'a> {
 
     fn couple(&mut self, vmid: VmId, qemu: &Qemu) -> Result<()> {
         self.report.step("couple");
-        if cgroup::of_process(self.root, qemu.id.pid)?.trim_start_matches('/') == cg_slice::decoupled_cgroup(vmid) {
-            for change in cg_slice::plan_couple(self.root, vmid)? {
-                let done = pinfold_core::apply_one(self.root, change);
-                self.report.changes(&[done]);
-            }
-        } else {
-            // Killed after the cgroup was made and before the VM was moved there.
-            self.remove_cgroup(vmid);
+        let decoupled =
+            cgroup::of_process(self.root, qemu.id.pid)?.trim_start_matches('/') == cg_slice::decoupled_cgroup(vmid);
+        // A hook may have been killed when the cgroup was made and the VM not yet moved there.
+        let changes = match decoupled {
+            true => cg_slice::plan_couple(self.root, vmid)?,
+            false => cg_slice::plan_remove(self.root, vmid),
+        };
+        for change in changes {
+            let done = pinfold_core::apply_one(self.root, change);
+            self.report.changes(&[done]);
         }
         let mut objects = Vec::new();
         for pid in cg_slice::processes(self.root, vmid, qemu)? {

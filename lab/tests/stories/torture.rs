@@ -149,13 +149,14 @@ fn killed_in_post_stop_by(host: &Host, method: &str, count: usize) {
     let (mut lost, mut missed) = (String::new(), 0);
     for (n, call) in tried.iter().enumerate() {
         fenced_and_killed(host);
-        // How many kernel threads there are to put back is not the same each time: the last call may not come.
         missed += usize::from(!kill_at(host, &call.0, call.1, "hook 100 post-stop"));
         expect(host, if n % 2 == 0 { "hook recover -q" } else { "hook 100 post-stop -q" }, 0);
         fault(&mut lost, &format!("killed at {call:?}"), &before.not_restored(&host.snapshot().unwrap()));
     }
     println!("killed in post-stop by {method}, the VM gone: {} of {} calls tried", tried.len(), all.len());
-    assert!(lost.is_empty() && missed <= 1, "{missed} not reached; {lost}");
+    // By partition the kernel puts back a part of the kernel threads, not the same one each time: the last call may not come.
+    let may_miss = usize::from(method == "partition");
+    assert!(lost.is_empty() && missed <= may_miss, "{missed} not reached; {lost}");
 }
 
 /// The same while its QEMU and another fenced VM live: the other's CPUs stay its own.
