@@ -140,8 +140,45 @@ pub fn apply_one(root: &Sysroot, change: Change) -> Done {
 
 /// Carries out changes in their order; one that fails does not stop the others.
 pub fn apply(root: &Sysroot, changes: Vec<Change>) -> Vec<Done> {
-    changes.into_iter().map(|change| apply_one(root, change)).collect()
+    let mut dones = Vec::with_capacity(changes.len());
+    apply_each(root, changes, |done| dones.push(done));
+    dones
 }
+
+/// As [`apply()`], each told to `told` as it is done. Of neighbours that have the kernel wait ([`Knob::waits`]) all wait at the
+/// same time, and are told in their order.
+pub(crate) fn apply_each(root: &Sysroot, changes: Vec<Change>, mut told: impl FnMut(Done)) {
+    let waits = |change: &Change| change.knob.waits() && !change.is_noop() && !root.is_for_looking();
+    for group in changes.chunk_by(|a, b| waits(a) && waits(b)) {
+        match group {
+            [change] => told(apply_one(root, change.clone())),
+            group => group.chunks(SIDE_BY_SIDE).flat_map(|some| apply_together(root, some)).for_each(&mut told),
+        }
+    }
+}
+
+/// How many wait at the same time.
+const SIDE_BY_SIDE: usize = 64;
+
+fn apply_together(root: &Sysroot, changes: &[Change]) -> Vec<Done> {
+    std::thread::scope(|scope| {
+        let start = |change: &Change| {
+            let own = change.clone();
+            std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, move || apply_one(root, own)).ok()
+        };
+        let running: Vec<_> = changes.iter().map(|change| (change, start(change))).collect();
+        let ended = running.into_iter().map(|(change, thread)| match thread.map(std::thread::ScopedJoinHandle::join) {
+            Some(Ok(done)) => done,
+            Some(Err(panic)) => std::panic::resume_unwind(panic),
+            // No thread to be had: here, then.
+            None => apply_one(root, change.clone()),
+        });
+        ended.collect()
+    })
+}
+
+/// For one write; what it says of a failure is short.
+const STACK: usize = 128 * 1024;
 
 /// The kernel may answer so for other reasons too; then the object is still there.
 fn has_gone(root: &Sysroot, knob: &Knob) -> bool {
@@ -197,6 +234,25 @@ mod tests {
         assert_eq!(Knob::Irq(24).read(&root).unwrap().unwrap(), "0-5");
         let again = apply(&root, vec![change(Knob::Irq(24), "0-5", "0-5")]);
         assert_eq!(again[0].outcome, Outcome::Already);
+    }
+
+    #[test]
+    fn those_that_wait_are_told_in_their_order() {
+        let (dir, root) = tree();
+        let policy = |n: usize| dir.path().join(format!("sys/devices/system/cpu/cpufreq/policy{n}"));
+        for n in (0..100).filter(|n| *n != 70) {
+            fs::create_dir_all(policy(n)).unwrap();
+            fs::write(policy(n).join("scaling_governor"), "schedutil\n").unwrap();
+        }
+        let mut changes: Vec<Change> =
+            (0..100).map(|n| change(Knob::Governor(format!("policy{n}")), "schedutil", "performance")).collect();
+        changes.insert(50, change(Knob::Irq(24), "0-23", "0-5"));
+        let done = apply(&root, changes.clone());
+        assert_eq!(done.iter().map(|done| done.change.clone()).collect::<Vec<_>>(), changes);
+        let changed = |done: &Done| done.outcome == Outcome::Changed;
+        assert!(done.iter().enumerate().all(|(n, done)| changed(done) != (n == 71)), "{done:?}");
+        assert_eq!(done[71].outcome, Outcome::Gone);
+        assert_eq!(fs::read_to_string(policy(99).join("scaling_governor")).unwrap(), "performance");
     }
 
     #[test]

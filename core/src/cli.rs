@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::change::{Change, Done, Outcome, apply_one};
+use crate::change::{Change, Done, Outcome, apply_each};
 use crate::report::{Exit, Report, Table, Verbosity, err};
 use crate::save::{self, Entry};
 use crate::sysroot::Sysroot;
@@ -129,13 +129,11 @@ impl Common {
         if let Some(path) = self.save.as_ref().filter(|_| !self.dry_run) {
             save::write(path, tool, entries)?;
         }
-        for change in changes {
-            let done = if self.dry_run && !change.is_noop() {
-                Done { change, outcome: Outcome::Planned }
-            } else {
-                apply_one(root, change)
-            };
-            report.changes(&[done]);
+        if self.dry_run {
+            let outcome = |change: &Change| if change.is_noop() { Outcome::Already } else { Outcome::Planned };
+            changes.into_iter().for_each(|change| report.changes(&[Done { outcome: outcome(&change), change }]));
+        } else {
+            apply_each(root, changes, |done| report.changes(&[done]));
         }
         Ok(())
     }

@@ -237,6 +237,12 @@ impl Knob {
         }
     }
 
+    /// Whether a write does little but wait for the kernel, which waits for others at the same time too. For a governor that is
+    /// an RCU grace period, tens of milliseconds for each policy (kernel/sched/cpufreq_schedutil.c, `sugov_stop`).
+    pub(crate) fn waits(&self) -> bool {
+        matches!(self, Self::Governor(_))
+    }
+
     /// The file behind the knob, below the root; empty for those that are no file.
     fn file(&self) -> String {
         match self {

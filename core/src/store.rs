@@ -15,7 +15,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::change::{Change, Done, Object, Outcome, apply_one};
+use crate::change::{Change, Done, Object, Outcome, apply_each};
 use crate::error::{Error, Result};
 use crate::knob::Knob;
 use crate::sysroot::Sysroot;
@@ -330,13 +330,20 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
         if plan.iter().any(is_new) {
             self.save()?;
         }
-        for Planned { change, left } in plan {
-            let done = match left {
-                Some(why) => Done { change, outcome: Outcome::Left(why) },
-                None => apply_one(&self.root, change),
-            };
+        let mut settle = |done: Done| {
             self.baseline.settle(&done);
             progress(&done);
+        };
+        for group in plan.chunk_by(|a, b| a.left.is_none() && b.left.is_none()) {
+            match group {
+                [Planned { change, left: Some(why) }] => {
+                    settle(Done { change: change.clone(), outcome: Outcome::Left(why.clone()) });
+                }
+                group => {
+                    let changes = group.iter().map(|planned| planned.change.clone()).collect();
+                    apply_each(&self.root, changes, &mut settle);
+                }
+            }
         }
         Ok(())
     }
@@ -466,6 +473,7 @@ fn read_own(path: &Path) -> Result<Option<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::change::apply_one;
     use proptest::prelude::*;
 
     const SOON: Duration = Duration::from_secs(5);

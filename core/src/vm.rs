@@ -1,5 +1,6 @@
 //! Virtual machines: from Proxmox VE's number to the QEMU process and the roles of its threads.
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
@@ -83,6 +84,8 @@ pub struct Qemu {
     pub monitor: Option<String>,
     /// The threads of each core of its guest.
     pub threads_per_core: usize,
+    /// What it said when it was first asked; an answer takes it a while.
+    said: OnceCell<qmp::Facts>,
 }
 
 impl fmt::Display for Qemu {
@@ -152,7 +155,8 @@ fn by_pid_file(root: &Sysroot, vmid: VmId, file: &str, denied: Error) -> Result<
 
 fn of_vm(vmid: VmId, id: TaskId, args: &[String]) -> Qemu {
     let monitor = monitor(args).unwrap_or_else(|| format!("/{RUN}/{vmid}.qmp"));
-    Qemu { id, vmid: Some(vmid), monitor: Some(monitor), threads_per_core: smp::threads(options(args, "smp")) }
+    let threads_per_core = smp::threads(options(args, "smp"));
+    Qemu { id, vmid: Some(vmid), monitor: Some(monitor), threads_per_core, said: OnceCell::new() }
 }
 
 /// A VM's QEMU; `None` where it does not run.
@@ -194,7 +198,7 @@ pub fn by_pid(root: &Sysroot, pid: i32) -> Result<Qemu> {
         return Err(unusable(format!("it is {}, no QEMU", args.first().map_or("a kernel thread", String::as_str))));
     }
     let threads_per_core = smp::threads(options(&args, "smp"));
-    Ok(Qemu { id, vmid: None, monitor: monitor(&args), threads_per_core })
+    Ok(Qemu { id, vmid: None, monitor: monitor(&args), threads_per_core, said: OnceCell::new() })
 }
 
 /// The QEMU of a VM that was found before, though its pid file may have gone since.
@@ -350,16 +354,19 @@ impl Threads {
 
 /// The threads of a QEMU with their roles; those that end meanwhile are left out.
 ///
-/// QEMU is asked which thread is which, for at most `budget`. Where it does not answer, names tell the vCPUs; most
-/// iothreads are emulator threads then, for the kernel has lost names of over 15 bytes.
+/// QEMU is asked which thread is which, for at most `budget`; what it says holds for this [`Qemu`] from then on. Where it does
+/// not answer, names tell the vCPUs; most iothreads are emulator threads then, for the kernel has lost names of over 15 bytes.
 ///
 /// # Errors
 /// One that [is gone](Error::is_gone) where QEMU has ended.
 pub fn threads(root: &Sysroot, qemu: &Qemu, budget: Duration) -> Result<Threads> {
-    let facts = match &qemu.monitor {
-        Some(path) if root.is_live() => qmp::ask(&root.path(path), budget).map_err(|error| error.to_string()),
-        Some(_) => Err("its monitor is not asked under --sysroot".into()),
-        None => Err("it has no QMP monitor".into()),
+    let facts = match (qemu.said.get(), &qemu.monitor) {
+        (Some(facts), _) => Ok(facts),
+        (None, Some(path)) if root.is_live() => qmp::ask(&root.path(path), budget)
+            .map(|facts| qemu.said.get_or_init(|| facts))
+            .map_err(|error| error.to_string()),
+        (None, Some(_)) => Err("its monitor is not asked under --sysroot".into()),
+        (None, None) => Err("it has no QMP monitor".into()),
     };
     process::check_start(root, &qemu.id)?;
     let tasks = process::tasks(root, qemu.id.pid)?;
@@ -384,7 +391,7 @@ pub fn threads(root: &Sysroot, qemu: &Qemu, budget: Duration) -> Result<Threads>
         }
     }
     let (status, notes) = match facts {
-        Ok(facts) => (Some(facts.status), Vec::new()),
+        Ok(facts) => (Some(facts.status.clone()), Vec::new()),
         Err(why) => (None, vec![format!("{qemu}: {why}; going on with the threads' names from /proc")]),
     };
     Ok(Threads { threads, status, notes })

@@ -56,7 +56,15 @@ udevadm settle
 timeout 60 qemu-system-x86_64 -accel kvm -smp 2 -m 64M -nodefaults -display none -S -daemonize -pidfile /run/warm.pid
 kill $(cat /run/warm.pid)
 while [ -e /run/warm.pid ]; do sleep 0.1; done
+# One VM of KVM's, empty, for good (ioctl KVM_CREATE_VM): with the first and after the last the kernel patches its
+# context switch, and see EMULATOR_FAULT.
+systemd-run -q --unit lab-kvm perl -e 'open my $kvm, \"+<\", \"/dev/kvm\" or die $!; ioctl $kvm, 0xae01, 0 or die $!; sleep'
+until ls -l /proc/$(systemctl show -P MainPID lab-kvm)/fd | grep -q kvm-vm; do sleep 0.1; done
 ";
+
+/// A kernel that patches its code puts a breakpoint there for a moment. Under TCG a CPU may run into it when it is gone, and
+/// then that is a bug to the kernel, which kills the process or panics (<https://bugzilla.redhat.com/2216496>).
+const EMULATOR_FAULT: &str = "int3: 0000";
 
 /// How a command in the lab host ended, and what it said.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -265,6 +273,11 @@ impl Host {
         let vms: String = vms.iter().map(|vm| format!(" --vm {vm}")).collect();
         let json = self.ok(&format!("{AGENT_PATH} strays {cpus}{vms}"))?;
         serde_json::from_str(&json).context("the agent's list of strays: not as expected")
+    }
+
+    /// What the kernel said where it broke since the host was reset, through no fault of its own but of the emulator's.
+    pub fn emulator_fault(&self) -> Option<String> {
+        fault_in(&self.slot.console_tail(1000))
     }
 
     /// Renews the 5900X numbering, which CPU hotplug takes away.
@@ -545,6 +558,13 @@ fn told_of(slot: &Slot) -> String {
     format!("its QEMU {life}; QEMU's last words:\n{said}\nlast lines of its console:\n{shown}\n")
 }
 
+/// The kernel's report of [`EMULATOR_FAULT`], its first lines.
+fn fault_in(console: &str) -> Option<String> {
+    let report = console.lines().skip_while(|line| !line.contains(EMULATOR_FAULT));
+    let text = report.take(4).collect::<Vec<_>>().join("\n");
+    (!text.is_empty()).then_some(text)
+}
+
 /// The tags in what `qemu-img snapshot -l` prints, whose lines are `ID TAG SIZE DATE ...`.
 fn tags(listing: &str) -> Vec<String> {
     let lines = listing.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
@@ -564,6 +584,13 @@ mod tests {
             2         ready-00ff        650 MiB 2026-01-02 03:04:05 00:01:44.043\n";
         assert_eq!(tags(listing), ["booted", "ready-00ff"]);
         assert!(tags("").is_empty());
+    }
+
+    #[test]
+    fn the_emulators_fault_is_told_from_the_kernels_own() {
+        let console = "[    1.0] Linux\n[   97.1] Oops: int3: 0000 [#1] PREEMPT SMP NOPTI\n[   97.1] CPU: 2\n";
+        assert_eq!(fault_in(console).unwrap().lines().count(), 2);
+        assert_eq!(fault_in("[   97.1] BUG: kernel NULL pointer dereference\n[   97.1] Oops: 0002 [#1]\n"), None);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use pinfold_lab::{Host, VmSpec};
 
 use crate::stories;
-use crate::support::{PINS, assert_fenced, assert_restored, expect, install_hook, kill_at, vm};
+use crate::support::{Call, PINS, assert_fenced, assert_restored, expect, install_hook, kill_at, vm};
 
 stories![
     start_and_stop_as_pve_does,
@@ -128,7 +128,7 @@ fn killed_half_way(host: &mut Host) {
     for nth in [14, 90] {
         host.start_vm(&VmSpec::new(100)).unwrap();
         expect(host, "hook 100 pre-start -q", 0);
-        assert!(kill_at(host, "write", nth, "hook 100 post-start"), "the {nth}th write was reached");
+        assert!(kill_at(host, &Call::nth("write", nth), "hook 100 post-start"), "the {nth}th write was reached");
         host.kill_vm(100).unwrap();
         host.cleanup_vm(100, false).unwrap();
         expect(host, "hook 100 post-stop", 0);

@@ -1,5 +1,6 @@
 //! What the stories share.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
 
 use pinfold_lab::{Guest, Host, VmSpec};
@@ -14,7 +15,7 @@ pub(crate) const PINS: [usize; 12] = [6, 18, 7, 19, 8, 20, 9, 21, 10, 22, 11, 23
 /// The cgroup of the helper beside a VM's QEMU. (On Linux 6.1 a kernel thread of KVM's is in the VM's cgroup too.)
 pub(crate) const HELPER_CGROUP: &str = "cat /proc/$(pgrep -x swtpm)/cgroup";
 
-/// Runs a story on a fresh host of a guest.
+/// Runs a story on a fresh host of a guest; once more where the emulator broke the host.
 pub(crate) fn tell(guest: Guest, story: fn(&mut Host)) {
     if let Ok(guests) = std::env::var("PINFOLD_LAB_GUESTS")
         && !guests.split(',').any(|name| name == guest.to_string())
@@ -23,6 +24,10 @@ pub(crate) fn tell(guest: Guest, story: fn(&mut Host)) {
         return;
     }
     let mut host = Host::acquire(guest, &bins()).unwrap_or_else(|error| panic!("{guest}: no host: {error:#}"));
+    let Err(why) = catch_unwind(AssertUnwindSafe(|| story(&mut host))) else { return };
+    let Some(oops) = host.emulator_fault() else { resume_unwind(why) };
+    println!("told again: the emulator broke the host's kernel:\n{oops}");
+    host.reset().unwrap();
     story(&mut host);
 }
 
@@ -45,7 +50,14 @@ pub(crate) fn install_hook(host: &Host) {
 /// A command that must end with an exit code, and its stdout and stderr.
 pub(crate) fn expect(host: &Host, command: &str, code: i32) -> (String, String) {
     let output = host.sh(command).unwrap();
-    assert_eq!(output.code, Some(code), "{command}\nstdout: {}\nstderr: {}", output.stdout, output.stderr);
+    let (signal, late) = (output.signal, output.timed_out);
+    assert_eq!(
+        output.code,
+        Some(code),
+        "{command} (signal: {signal:?}, timed out: {late})\nstdout: {}\nstderr: {}",
+        output.stdout,
+        output.stderr
+    );
     (output.stdout, output.stderr)
 }
 
@@ -69,9 +81,13 @@ until (waitpid $strace, 1) {
     select undef, undef, undef, 0.3;
     open my $children, "<", "/proc/$strace/task/$strace/children" or next;
     my ($pid) = split " ", <$children> // "" or next;
-    open my $status, "<", "/proc/$pid/status" or next;
-    my $text = join "", grep { /^State:\s+t|ctxt/ } <$status>;
-    if ($text =~ /^State/ && $text eq $last) {
+    my $text = "";
+    for my $file (glob "/proc/$pid/task/*/status") {
+        open my $status, "<", $file or next;
+        my $thread = join "", grep { /^State:\s+t|ctxt/ } <$status>;
+        $text .= "$file $thread" if $thread =~ /^State/;
+    }
+    if ($text && $text eq $last) {
         # strace would sit its minute out.
         kill "KILL", $pid, $strace;
         select undef, undef, undef, 0.1 while -e "/proc/$pid";
@@ -81,14 +97,47 @@ until (waitpid $strace, 1) {
 exit($? & 127 ? 128 + ($? & 127) : $? >> 8);
 "#;
 
-/// Runs a command that is killed as it enters the `nth` call of this name; false where it ended before.
-pub(crate) fn kill_at(host: &Host, call: &str, nth: usize, command: &str) -> bool {
+/// A system call of a run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Call {
+    /// Its name.
+    pub(crate) name: String,
+    /// Which one of that name of its thread's, from 1.
+    pub(crate) nth: usize,
+    /// The file it writes to, where it is made by another thread than the first; strace counts by thread.
+    pub(crate) file: Option<String>,
+}
+
+impl Call {
+    /// One of the first thread's.
+    pub(crate) fn nth(name: &str, nth: usize) -> Self {
+        Self { name: name.to_owned(), nth, file: None }
+    }
+
+    /// As `when=` and the command behind it.
+    fn of(&self, command: &str) -> (usize, String) {
+        match &self.file {
+            None => (self.nth, command.to_owned()),
+            Some(file) => (1, format!("-P {file} {command}")),
+        }
+    }
+
+    /// A command that has this call answered with an error.
+    pub(crate) fn failing(&self, error: &str, command: &str) -> String {
+        let (when, command) = self.of(command);
+        injected(&format!("{}:error={error}:when={when}", self.name), &command)
+    }
+}
+
+/// Runs a command that is killed as it enters this call; false where it ended before.
+pub(crate) fn kill_at(host: &Host, call: &Call, command: &str) -> bool {
     host.put("/tmp/kill-at.pl", KILL_AT.as_bytes(), 0o644).unwrap();
-    let output = host.sh(&format!("perl /tmp/kill-at.pl {call} {nth} {command} > /dev/null")).unwrap();
+    let (name, (when, what)) = (&call.name, call.of(command));
+    let output = host.sh(&format!("perl /tmp/kill-at.pl {name} {when} {what} > /dev/null")).unwrap();
     match output.code {
         Some(137) => true,
         Some(0) => false,
-        _ => panic!("{command}, killed at {call} {nth}: {output:?}"),
+        _ => panic!("{command}, killed at {call:?}: {output:?}"),
     }
 }
 

@@ -9,7 +9,7 @@ use std::fmt::Write as _;
 use pinfold_lab::{Host, HostState, VmSpec};
 
 use crate::stories;
-use crate::support::{assert_clean, assert_restored, expect, injected, install_hook, kill_at, vm};
+use crate::support::{Call, assert_clean, assert_restored, expect, install_hook, kill_at, vm};
 
 stories!(only trixie:
     killed_in_post_start,
@@ -41,20 +41,21 @@ fn asked(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text}: no number")))
 }
 
-/// A system call of a run: the name, and which one of that name, from 1.
-type Call = (String, usize);
-
 /// The calls of a command that change something, in their order.
 fn calls(host: &Host, command: &str) -> Vec<Call> {
-    expect(host, &format!("strace -f --seccomp-bpf -o /tmp/calls -e trace={CALLS} {command} > /dev/null"), 0);
-    let trace = host.ok("sed -nE 's/^[0-9]+ +([a-z_]+)\\(.*/\\1/p' /tmp/calls").unwrap();
+    expect(host, &format!("strace -f -y --seccomp-bpf -o /tmp/calls -e trace={CALLS} {command} > /dev/null"), 0);
+    // Thread, call, and the file where there is one.
+    let trace = host.ok("sed -nE 's/^([0-9]+) +([a-z_]+)\\(([0-9]+<([^>]*)>)?.*/\\1|\\2|\\4/p' /tmp/calls").unwrap();
+    let lines: Vec<Vec<&str>> = trace.lines().map(|line| line.splitn(3, '|').collect()).collect();
+    let first = lines.first().map_or("", |line| line[0]);
     let mut counts = BTreeMap::new();
-    let number = |name: &str| {
-        let count = counts.entry(name.to_owned()).or_insert(0);
+    let call = |line: &Vec<&str>| {
+        let count = counts.entry((line[0].to_owned(), line[1].to_owned())).or_insert(0);
         *count += 1;
-        (name.to_owned(), *count)
+        let file = (line[0] != first).then(|| line[2].to_owned());
+        Call { name: line[1].to_owned(), nth: *count, file }
     };
-    trace.lines().map(number).collect()
+    lines.iter().map(call).collect()
 }
 
 /// Some of them at even distances, the first and the last among them; `count`, unless more are asked for.
@@ -111,7 +112,7 @@ fn killed_in_post_start_by(host: &Host, method: &str, count: usize) {
     let tried = sample(&all, count);
     let mut lost = String::new();
     for (n, call) in tried.iter().enumerate() {
-        assert!(kill_at(host, &call.0, call.1, "hook 100 post-start"), "{call:?} was reached");
+        assert!(kill_at(host, call, "hook 100 post-start"), "{call:?} was reached");
         if n % 2 == 1 {
             expect(host, "hook recover -q", 0);
             let half = host.sh("hook status").unwrap();
@@ -149,7 +150,7 @@ fn killed_in_post_stop_by(host: &Host, method: &str, count: usize) {
     let (mut lost, mut missed) = (String::new(), 0);
     for (n, call) in tried.iter().enumerate() {
         fenced_and_killed(host);
-        missed += usize::from(!kill_at(host, &call.0, call.1, "hook 100 post-stop"));
+        missed += usize::from(!kill_at(host, call, "hook 100 post-stop"));
         expect(host, if n % 2 == 0 { "hook recover -q" } else { "hook 100 post-stop -q" }, 0);
         fault(&mut lost, &format!("killed at {call:?}"), &before.not_restored(&host.snapshot().unwrap()));
     }
@@ -178,7 +179,7 @@ fn killed_in_post_stop_of_one_of_two(host: &mut Host) {
     let mut lost = String::new();
     for call in &tried {
         expect(host, "hook 100 post-start -q", 0);
-        assert!(kill_at(host, &call.0, call.1, "hook 100 post-stop"), "{call:?} was reached");
+        assert!(kill_at(host, call, "hook 100 post-stop"), "{call:?} was reached");
         expect(host, "hook 100 post-stop -q", 0);
         let strays = host.strays("18", &[101]).unwrap();
         let theirs = if strays.is_clean() { String::new() } else { format!("{strays:#?}") };
@@ -220,10 +221,9 @@ fn each_call_fails_by(host: &Host, method: &str, count: usize) {
     // At even distances that are no multiple of five, every error comes.
     let tried = sample(&each, count);
     let (mut lost, mut told) = (String::new(), 0);
-    for ((call, nth), (error, words)) in &tried {
-        let what = format!("{call} {nth} answers {error}");
-        let failing = injected(&format!("{call}:error={error}:when={nth}"), "hook 100 post-start");
-        let output = host.sh(&format!("{failing} > /dev/null")).unwrap();
+    for (call, (error, words)) in &tried {
+        let what = format!("{call:?} answers {error}");
+        let output = host.sh(&format!("{} > /dev/null", call.failing(error, "hook 100 post-start"))).unwrap();
         match output.code {
             Some(1) => {
                 told += usize::from(output.stderr.contains("what was begun has been taken back"));
@@ -363,7 +363,7 @@ fn half(host: &Host, random: &mut Random, id: u32, what: &str) -> String {
     }
     let names: Vec<&str> = CALLS.split(',').collect();
     let (call, nth) = (names[random.below(names.len())], 1 + random.below(60));
-    let reached = kill_at(host, call, nth, &format!("hook {id} post-start"));
+    let reached = kill_at(host, &Call::nth(call, nth), &format!("hook {id} post-start"));
     format!("{what} {id}, killed at {call} {nth}: {reached}")
 }
 
