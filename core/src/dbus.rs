@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, socket};
 
 use crate::error::os_text;
 
@@ -89,6 +89,8 @@ pub(crate) struct Connection {
     patience: Duration,
     until: Instant,
     serial: u32,
+    /// A call is under way, or ended without its answer.
+    in_call: bool,
     /// What came and was not looked at yet.
     bytes: Vec<u8>,
 }
@@ -105,7 +107,7 @@ impl Connection {
                 Ok(stream) => break stream,
             }
         };
-        let mut connection = Self { stream, patience, until, serial: 0, bytes: Vec::new() };
+        let mut connection = Self { stream, patience, until, serial: 0, in_call: false, bytes: Vec::new() };
         let uid: String = nix::unistd::geteuid().to_string().bytes().map(|digit| format!("{digit:02x}")).collect();
         // BEGIN goes along, and the first message not before the answer: a message that systemd reads together with BEGIN
         // lies there until more comes. sd-bus does it so too.
@@ -117,10 +119,22 @@ impl Connection {
         Ok(connection)
     }
 
+    /// The same, where each call may take so long.
+    pub(crate) fn with_patience(self, patience: Duration) -> Self {
+        Self { patience, ..self }
+    }
+
+    /// Whether it can be called on once more: it was left in order, and the other end still holds it.
+    pub(crate) fn is_usable(&self) -> bool {
+        let peek = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        !self.in_call && matches!(recv(self.stream.as_raw_fd(), &mut [0], peek), Ok(1) | Err(Errno::EAGAIN))
+    }
+
     /// Calls a method with the arguments in `body`, whose types `signature` says, and waits for what it returns.
     pub(crate) fn call(&mut self, method: Method<'_>, signature: &str, body: Writer) -> Result<Message> {
         self.until = Instant::now() + self.patience;
         self.serial += 1;
+        self.in_call = true;
         self.send(&marshal(method, self.serial, signature, &body.bytes))?;
         loop {
             let message = self.message()?;
@@ -128,8 +142,12 @@ impl Connection {
                 continue;
             }
             match message.kind {
-                METHOD_RETURN => return Ok(message),
+                METHOD_RETURN => {
+                    self.in_call = false;
+                    return Ok(message);
+                }
                 ERROR => {
+                    self.in_call = false;
                     let words = message.body("s").and_then(|mut body| body.string().map(str::to_owned));
                     return Err(DbusError::Refused {
                         name: message.error.ok_or(DbusError::Garbage("an error without a name"))?,
@@ -489,6 +507,7 @@ pub(crate) mod fake {
     /// A server on a socket, until the test ends.
     pub(crate) struct Fake {
         calls: Arc<Mutex<Vec<String>>>,
+        client: Arc<Mutex<Option<UnixStream>>>,
     }
 
     impl Fake {
@@ -496,14 +515,22 @@ pub(crate) mod fake {
         pub(crate) fn start(path: &Path, answer: fn(&str, &str, &[&str]) -> Answer) -> Self {
             let listener = UnixListener::bind(path).unwrap();
             let calls = Arc::new(Mutex::new(Vec::new()));
-            let seen = Arc::clone(&calls);
+            let client = Arc::default();
+            let (seen, served) = (Arc::clone(&calls), Arc::<Mutex<Option<UnixStream>>>::clone(&client));
             thread::spawn(move || {
                 for stream in listener.incoming() {
+                    let stream = stream.unwrap();
+                    *served.lock().unwrap() = Some(stream.try_clone().unwrap());
                     // A client that has got what it wants hangs up.
-                    let _ = serve(stream.unwrap(), &seen, answer);
+                    let _ = serve(stream, &seen, answer);
                 }
             });
-            Self { calls }
+            Self { calls, client }
+        }
+
+        /// Ends the connection of the client that is served.
+        pub(crate) fn hang_up(&self) {
+            self.client.lock().unwrap().take().unwrap().shutdown(std::net::Shutdown::Both).unwrap();
         }
 
         /// The calls so far: path, member, types, strings.
@@ -520,8 +547,14 @@ pub(crate) mod fake {
             let _ = theirs.write_all(&bytes);
             let _ = wait.recv();
         });
-        let mut connection =
-            Connection { stream: ours, patience, until: Instant::now() + patience, serial: 0, bytes: Vec::new() };
+        let mut connection = Connection {
+            stream: ours,
+            patience,
+            until: Instant::now() + patience,
+            serial: 0,
+            in_call: false,
+            bytes: Vec::new(),
+        };
         let method = Method { destination: "a.b", path: "/", interface: "a.b", member: "C" };
         let answer = connection.call(method, "", Writer::default());
         drop((connection, done));
@@ -531,8 +564,14 @@ pub(crate) mod fake {
 
     fn serve(stream: UnixStream, calls: &Mutex<Vec<String>>, answer: fn(&str, &str, &[&str]) -> Answer) -> Result<()> {
         let patience = Duration::from_secs(20);
-        let mut client =
-            Connection { stream, patience, until: Instant::now() + patience, serial: 0, bytes: Vec::new() };
+        let mut client = Connection {
+            stream,
+            patience,
+            until: Instant::now() + patience,
+            serial: 0,
+            in_call: false,
+            bytes: Vec::new(),
+        };
         let auth = client.line()?;
         let uid =
             nix::unistd::geteuid().to_string().bytes().map(|digit| format!("3{}", digit - b'0')).collect::<String>();

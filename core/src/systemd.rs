@@ -5,8 +5,8 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::cgroup;
@@ -16,7 +16,7 @@ use crate::error::{Error, Result, is_gone};
 use crate::knob::{cpu_list, into_io};
 use crate::sysroot::Sysroot;
 
-/// How long systemd is waited for.
+/// How long systemd is waited for, and over which connection it is called.
 #[derive(Debug, Clone)]
 pub struct Patience {
     /// For one call.
@@ -25,12 +25,19 @@ pub struct Patience {
     pub reload: Duration,
     /// It has let a deadline pass: one that hangs is not waited for again in the same run.
     hangs: Arc<AtomicBool>,
+    /// The connection of the last call, for the next one: to be let in takes longer than a call.
+    open: Arc<Mutex<Option<Connection>>>,
 }
 
 impl Patience {
     /// So long, in seconds.
     pub fn new(call: u64, reload: u64) -> Self {
-        Self { call: Duration::from_secs(call), reload: Duration::from_secs(reload), hangs: Arc::default() }
+        Self {
+            call: Duration::from_secs(call),
+            reload: Duration::from_secs(reload),
+            hangs: Arc::default(),
+            open: Arc::default(),
+        }
     }
 }
 
@@ -66,8 +73,18 @@ fn interface(unit: &str) -> Option<&'static str> {
     })
 }
 
-/// Calls to systemd, on one connection.
-struct Systemd(Connection);
+/// Calls to systemd, on one connection, which goes back to where it is kept afterwards.
+struct Systemd {
+    connection: Option<Connection>,
+    kept: Arc<Mutex<Option<Connection>>>,
+}
+
+impl Drop for Systemd {
+    fn drop(&mut self) {
+        let usable = self.connection.take().filter(Connection::is_usable);
+        *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = usable;
+    }
+}
 
 type Called<T> = std::result::Result<T, DbusError>;
 
@@ -77,10 +94,20 @@ impl Systemd {
         if root.patience().hangs.load(Ordering::Relaxed) {
             return Err(DbusError::Late(patience));
         }
+        let kept = Arc::clone(&root.patience().open);
+        let open = kept.lock().unwrap_or_else(PoisonError::into_inner).take().filter(Connection::is_usable);
+        let connection = match open {
+            Some(open) => Some(open.with_patience(patience)),
+            None => Self::open(root, patience)?,
+        };
+        Ok(connection.map(|connection| Self { connection: Some(connection), kept }))
+    }
+
+    fn open(root: &Sysroot, patience: Duration) -> Called<Option<Connection>> {
         if nix::unistd::geteuid().is_root() {
             match Connection::open(&root.path(PRIVATE_SOCKET), patience) {
                 Err(DbusError::Unreachable(_)) => {}
-                connection => return connection.map(|connection| Some(Self(connection))),
+                connection => return connection.map(Some),
             }
         }
         let mut connection = match Connection::open(&root.path(BUS_SOCKET), patience) {
@@ -90,13 +117,19 @@ impl Systemd {
         let bus = "org.freedesktop.DBus";
         let hello = Method { destination: bus, path: "/org/freedesktop/DBus", interface: bus, member: "Hello" };
         connection.call(hello, "", Writer::default())?;
-        Ok(Some(Self(connection)))
+        Ok(Some(connection))
+    }
+
+    fn call(&mut self, method: Method<'_>, signature: &str, body: Writer) -> Called<Message> {
+        // Taken out at the end alone.
+        let connection = self.connection.as_mut().ok_or(DbusError::Closed(io::ErrorKind::NotConnected.into()))?;
+        connection.call(method, signature, body)
     }
 
     fn manager(&mut self, member: &str, signature: &str, body: Writer) -> Called<Message> {
         let interface = "org.freedesktop.systemd1.Manager";
         let method = Method { destination: NAME, path: "/org/freedesktop/systemd1", interface, member };
-        self.0.call(method, signature, body)
+        self.call(method, signature, body)
     }
 
     /// A unit's object; `None` where the unit has another name, or its name is none.
@@ -117,7 +150,7 @@ impl Systemd {
         body.string(interface).string(property);
         let member = "Get";
         let method = Method { destination: NAME, path, interface: "org.freedesktop.DBus.Properties", member };
-        self.0.call(method, "ss", body)
+        self.call(method, "ss", body)
     }
 
     fn get_string(&mut self, path: &str, interface: &str, property: &str) -> Called<String> {
@@ -476,11 +509,23 @@ mod tests {
         assert_eq!(units.len(), 2, "{units:?}");
         assert_eq!(allowed_cpus(&root, "masked.service").unwrap(), None);
         let calls = fake.calls();
-        assert_eq!(calls.iter().filter(|call| call.contains(" Hello")).count(), 2, "{calls:?}");
+        assert_eq!(calls.iter().filter(|call| call.contains(" Hello")).count(), 1, "{calls:?}");
         assert!(calls.contains(&"/org/freedesktop/systemd1 LoadUnit s x.slice".to_owned()), "{calls:?}");
         let get = "/org/freedesktop/systemd1/unit/_31_2escope Get ss org.freedesktop.systemd1.Scope AllowedCPUs";
         assert!(calls.contains(&get.to_owned()), "{calls:?}");
         assert!(allowed_cpus_of(&root, &[]).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_connection_that_ended_is_replaced() {
+        let (dir, root, fake) = fake(BUS_SOCKET);
+        assert!(allowed_cpus(&root, "x.slice").unwrap().is_some());
+        // As with `systemctl daemon-reexec`.
+        fake.hang_up();
+        fs::remove_file(dir.path().join(BUS_SOCKET)).unwrap();
+        let again = Fake::start(&root.path(BUS_SOCKET), answer);
+        assert!(allowed_cpus(&root, "x.slice").unwrap().is_some());
+        assert_eq!(again.calls().iter().filter(|call| call.contains(" Hello")).count(), 1);
     }
 
     #[test]
