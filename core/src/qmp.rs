@@ -96,18 +96,14 @@ fn ask_once(path: &Path, until: Instant) -> Result<Facts, QmpError> {
         Message::Greeting => {}
         _ => return Err(QmpError::Garbage("it does not greet".into())),
     }
-    for command in COMMANDS {
-        lines.send(command)?;
-        let value = loop {
-            match message(lines.next().map_err(|stop| stop.into_error(QmpError::Silent(command)))?)? {
-                Message::Return(value) => break value,
-                Message::Error(why) => return Err(QmpError::Refused { command, why }),
-                // Events come at any time; a greeting comes once.
-                Message::Event => {}
-                Message::Greeting => return Err(QmpError::Garbage("it greets twice".into())),
-            }
-        };
-        facts.take(command, value).map_err(QmpError::Garbage)?;
+    // Once let in, all questions go out at once: QEMU need not wake for each.
+    let (entry, questions) = COMMANDS.split_at(1);
+    for commands in [entry, questions] {
+        lines.send(commands)?;
+        for command in commands.iter().copied() {
+            let value = lines.value(command)?;
+            facts.take(command, value).map_err(QmpError::Garbage)?;
+        }
     }
     Ok(facts)
 }
@@ -199,12 +195,25 @@ impl Lines {
         }
     }
 
-    fn send(&mut self, command: &'static str) -> Result<(), QmpError> {
+    /// What a command that was sent returns.
+    fn value(&mut self, command: &'static str) -> Result<Value, QmpError> {
+        loop {
+            match message(self.next().map_err(|stop| stop.into_error(QmpError::Silent(command)))?)? {
+                Message::Return(value) => return Ok(value),
+                Message::Error(why) => return Err(QmpError::Refused { command, why }),
+                // Events come at any time; a greeting comes once.
+                Message::Event => {}
+                Message::Greeting => return Err(QmpError::Garbage("it greets twice".into())),
+            }
+        }
+    }
+
+    fn send(&mut self, commands: &[&'static str]) -> Result<(), QmpError> {
         let left = self.until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        let text = format!("{{\"execute\":\"{command}\"}}\n");
+        let text: String = commands.iter().map(|command| format!("{{\"execute\":\"{command}\"}}\n")).collect();
         let sent = self.stream.set_write_timeout(Some(left)).and_then(|()| self.stream.write_all(text.as_bytes()));
         sent.map_err(|error| match error.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => QmpError::Silent(command),
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => QmpError::Silent(commands.first().unwrap_or(&"")),
             _ => QmpError::Closed(error),
         })
     }

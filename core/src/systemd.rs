@@ -169,7 +169,7 @@ impl Systemd {
     }
 
     fn is_delegated(&mut self, unit: &str, interface: &str) -> Called<bool> {
-        let Some(path) = self.unit(unit)? else { return Ok(false) };
+        let path = format!("/org/freedesktop/systemd1/unit/{}", label(unit));
         let message = self.get(&path, interface, "DelegateControllers")?;
         Ok(message.body("v")?.variant("as")?.strings()?.contains(&"cpuset"))
     }
