@@ -161,11 +161,14 @@ fn kthreads(threads: &[Thread]) -> Vec<String> {
     groups.into_iter().map(line).collect()
 }
 
+/// Threads that come with an event and go a while after it: udev's workers, and journald's that syncs its file to the disk
+/// (`journald_file_set_offline_thread`).
+const PASSING: [&str; 2] = ["(udev-worker)", "journal-offline"];
+
 fn tasks(threads: &[Thread]) -> Vec<String> {
     let own = own_line(threads);
     let users = threads.iter().filter(|thread| !thread.kernel && !own.contains(&thread.pid));
-    // udev's workers come with a device event and go a while after it.
-    let lasting = users.filter(|thread| thread.comm != "(udev-worker)");
+    let lasting = users.filter(|thread| !PASSING.contains(&thread.comm.as_str()));
     let lines: BTreeSet<_> = lasting
         .map(|thread| {
             format!("task {:?} cgroup={} cpus={}", thread.comm, proc::cgroup(thread.pid, thread.tid), thread.cpus)
