@@ -107,7 +107,7 @@ impl Connection {
                 Ok(stream) => break stream,
             }
         };
-        let mut connection = Self { stream, patience, until, serial: 0, in_call: false, bytes: Vec::new() };
+        let mut connection = Self { until, ..Self::new(stream, patience) };
         let uid: String = nix::unistd::geteuid().to_string().bytes().map(|digit| format!("{digit:02x}")).collect();
         // BEGIN goes along, and the first message not before the answer: a message that systemd reads together with BEGIN
         // lies there until more comes. sd-bus does it so too.
@@ -117,6 +117,10 @@ impl Connection {
             return Err(DbusError::Rejected(answer));
         }
         Ok(connection)
+    }
+
+    fn new(stream: UnixStream, patience: Duration) -> Self {
+        Self { stream, patience, until: Instant::now() + patience, serial: 0, in_call: false, bytes: Vec::new() }
     }
 
     /// The same, where each call may take so long.
@@ -547,14 +551,7 @@ pub(crate) mod fake {
             let _ = theirs.write_all(&bytes);
             let _ = wait.recv();
         });
-        let mut connection = Connection {
-            stream: ours,
-            patience,
-            until: Instant::now() + patience,
-            serial: 0,
-            in_call: false,
-            bytes: Vec::new(),
-        };
+        let mut connection = Connection::new(ours, patience);
         let method = Method { destination: "a.b", path: "/", interface: "a.b", member: "C" };
         let answer = connection.call(method, "", Writer::default());
         drop((connection, done));
@@ -564,14 +561,7 @@ pub(crate) mod fake {
 
     fn serve(stream: UnixStream, calls: &Mutex<Vec<String>>, answer: fn(&str, &str, &[&str]) -> Answer) -> Result<()> {
         let patience = Duration::from_secs(20);
-        let mut client = Connection {
-            stream,
-            patience,
-            until: Instant::now() + patience,
-            serial: 0,
-            in_call: false,
-            bytes: Vec::new(),
-        };
+        let mut client = Connection::new(stream, patience);
         let auth = client.line()?;
         let uid =
             nix::unistd::geteuid().to_string().bytes().map(|digit| format!("3{}", digit - b'0')).collect::<String>();

@@ -208,6 +208,27 @@ mod tests {
     }
 
     #[test]
+    fn an_irqbalance_that_keeps_off_is_fine() {
+        let host = host();
+        host.thread(900, 900, "irqbalance", "0-23", 0);
+        let warned = |environ: &str| {
+            host.file("proc/900/environ", environ);
+            !faults(&host).is_empty()
+        };
+        for (environ, expected) in [
+            ("A=b\0IRQBALANCE_BANNED_CPULIST=6-11,18-23\0", false),
+            ("IRQBALANCE_BANNED_CPULIST=5-23\0", false),
+            ("IRQBALANCE_BANNED_CPUS=fc0fc0\0", false),
+            ("IRQBALANCE_BANNED_CPULIST=6-11\0IRQBALANCE_BANNED_CPUS=fc0fc0\0", true),
+            ("IRQBALANCE_BANNED_CPULIST=all\0", true),
+            ("XIRQBALANCE_BANNED_CPULIST=6-11,18-23\0", true),
+            ("", true),
+        ] {
+            assert_eq!(warned(environ), expected, "{environ:?}");
+        }
+    }
+
+    #[test]
     fn where_nothing_is_wrong_each_check_says_so() {
         let host = host();
         assert_eq!(faults(&host), [""; 0]);

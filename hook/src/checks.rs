@@ -286,11 +286,15 @@ fn others(root: &Sysroot, vmid: VmId, conf: &VmConf, isolated: &CpuSet) -> Resul
     for pid in process::user_pids(root)? {
         // Those that have ended have no business here.
         if root.read_value(format!("proc/{pid}/comm")).ok().flatten().as_deref() == Some("irqbalance") {
-            balancers.push(Finding::warn(
-                "irqbalance",
-                format!("irqbalance (process {pid}) moves IRQs back within 10 s"),
-                format!("stop it, or set IRQBALANCE_BANNED_CPULIST={isolated}"),
-            ));
+            balancers.push(if isolated.is_subset(&banned(root, pid)) {
+                Finding::ok("irqbalance", format!("irqbalance (process {pid}) keeps off CPU {isolated}"))
+            } else {
+                Finding::warn(
+                    "irqbalance",
+                    format!("irqbalance (process {pid}) moves IRQs back within 10 s"),
+                    format!("stop it, or set IRQBALANCE_BANNED_CPULIST={isolated}"),
+                )
+            });
         }
     }
     if balancers.is_empty() {
@@ -304,6 +308,16 @@ fn others(root: &Sysroot, vmid: VmId, conf: &VmConf, isolated: &CpuSet) -> Resul
         Finding::warn("SMT", what, "isolate whole cores; `hook layout` shows them")
     });
     Ok(findings)
+}
+
+/// The CPUs that an irqbalance leaves alone, as the variables it was started with say; none where they cannot be read.
+/// See irqbalance(1) and its cputree.c, `setup_banned_cpus`: the list comes first.
+fn banned(root: &Sysroot, pid: i32) -> CpuSet {
+    let environ = root.read(format!("proc/{pid}/environ")).unwrap_or_default();
+    let value = |name: &str| environ.split('\0').find_map(|variable| variable.strip_prefix(name)?.strip_prefix('='));
+    let list = value("IRQBALANCE_BANNED_CPULIST").map(|list| CpuSet::from_kernel_list(list).ok());
+    let mask = || value("IRQBALANCE_BANNED_CPUS").map(|mask| CpuSet::from_mask(mask).ok());
+    list.or_else(mask).flatten().unwrap_or_default()
 }
 
 fn siblings_inside(root: &Sysroot, isolated: &CpuSet) -> Result<bool> {

@@ -60,8 +60,8 @@ kill $pid
 while kill -0 $pid 2>/dev/null; do sleep 0.1; done
 # One VM of KVM's, empty, for good (ioctl KVM_CREATE_VM): with the first and after the last the kernel patches its
 # context switch, and see EMULATOR_FAULT.
-systemd-run -q --unit lab-kvm perl -e 'open my $kvm, \"+<\", \"/dev/kvm\" or die $!; ioctl $kvm, 0xae01, 0 or die $!; sleep'
-until ls -l /proc/$(systemctl show -P MainPID lab-kvm)/fd | grep -q kvm-vm; do sleep 0.1; done
+systemd-run -q --unit lab-kvm perl -e 'open my $kvm, \"+<\", \"/dev/kvm\" or die $!; ioctl $kvm, 0xae01, 0 or die $!; $0 = \"lab-kvm\"; sleep'
+until pgrep -x lab-kvm > /dev/null; do sleep 0.1; done
 # Every CPU runs and has a timer; see BOOT_TRIES.
 for cpu in $(seq 0 23); do taskset -c $cpu sh -c \"sleep 0.1; echo $cpu >> /run/alive\" & done
 for try in $(seq 100); do [ \"$(cat /run/alive | wc -l)\" = 24 ] && break; sleep 0.2; done

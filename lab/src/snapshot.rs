@@ -151,7 +151,11 @@ fn lasting_name(comm: &str) -> String {
 
 fn kthreads(threads: &[Thread]) -> Vec<String> {
     let mut groups: BTreeMap<(String, bool), BTreeSet<&str>> = BTreeMap::new();
-    for thread in threads.iter().filter(|thread| thread.kernel) {
+    // A worker is bound before it works; one that is not was made this moment (kernel/workqueue.c, `create_worker`).
+    let newborn = |thread: &&Thread| {
+        !thread.bound && ["kworker/bound", "kworker/unbound"].contains(&lasting_name(&thread.comm).as_str())
+    };
+    for thread in threads.iter().filter(|thread| thread.kernel && !newborn(thread)) {
         groups.entry((lasting_name(&thread.comm), thread.bound)).or_default().insert(&thread.cpus);
     }
     let line = |((name, bound), masks): ((String, bool), BTreeSet<&str>)| {

@@ -196,6 +196,8 @@ fn irqbalance_as_advised(host: &mut Host) {
     )
     .unwrap();
     host.start_vm(&VmSpec::new(100)).unwrap();
+    let checked = host.sh("hook check 100 -v").unwrap().stdout;
+    assert!(checked.contains(") keeps off CPU 6-11,18-23"), "{checked}");
     expect(host, "hook 100 post-start -q", 0);
     // Some of its rounds.
     host.ok("sleep 5; pgrep -x irqbalance").unwrap();
