@@ -38,8 +38,12 @@ impl<'a> Reconcile<'a> {
         let present = cpu::present(root)?;
         let partitioned = cgroup::isolated(root)?.unwrap_or_default();
         let left = &present - &partitioned;
-        let by_partition = store.reservations.values().any(|reservation| reservation.isolation == Isolation::Partition);
-        store.baseline.look(root, |knob, before, found| by_partition && is_by_kernel(knob, before, found, &left));
+        let partitions: Vec<CpuSet> = (store.reservations.values())
+            .filter(|reservation| reservation.isolation == Isolation::Partition)
+            .map(|reservation| reservation.settings.isolated.clone())
+            .collect();
+        let by_kernel = |knob: &Knob, before: &str, found: &str| is_by_kernel(knob, before, found, &left, &partitions);
+        store.baseline.look(root, |knob, before, found| !partitions.is_empty() && by_kernel(knob, before, found));
         let baseline = &store.baseline;
         let inherited = (baseline.knobs())
             .filter(|(knob, ..)| is_default(knob))
@@ -692,13 +696,17 @@ fn effective_cpus(root: &Sysroot, pid: i32) -> Option<CpuSet> {
 }
 
 /// Whether a mask is the kernel's doing, who changes them as partitions come and go: of what was set by hand what is `left` to
-/// all, else all that is.
-fn is_by_kernel(knob: &Knob, before: &str, found: &str, left: &CpuSet) -> bool {
+/// all, else all that is; for a thread that was moved into one of the `partitions`, the same of that.
+fn is_by_kernel(knob: &Knob, before: &str, found: &str, left: &CpuSet, partitions: &[CpuSet]) -> bool {
     let (Ok(before), Ok(found)) = (CpuSet::from_kernel_list(before), CpuSet::from_kernel_list(found)) else {
         return false;
     };
-    matches!(knob, Knob::Kthread(_) | Knob::Thread(_) | Knob::Workqueues)
-        && (found == before.held_to(left) || found == *left)
+    let share_of = |cpus: &CpuSet| found == before.held_to(cpus) || found == *cpus;
+    match knob {
+        Knob::Kthread(_) | Knob::Workqueues => share_of(left),
+        Knob::Thread(_) => share_of(left) || partitions.iter().any(share_of),
+        _ => false,
+    }
 }
 
 /// Whether the knob is what new IRQs, new kthreads or new VMs start with.
@@ -718,6 +726,8 @@ mod tests {
     fn what_partitions_do_to_masks_is_told_from_what_people_do() {
         let kthread = Knob::Kthread(TaskId { pid: 9, tid: 9, start: 1 });
         let left: CpuSet = "0-5,10-23".parse().unwrap();
+        let partitions: [CpuSet; 2] = ["6,18".parse().unwrap(), "8-9".parse().unwrap()];
+        let vcpu = Knob::Thread(TaskId { pid: 8, tid: 9, start: 1 });
         for (knob, before, found, kernels) in [
             (&kthread, "0-3,8", "0-3", true),
             // It had been set by nobody (an IRQ's thread): the kernel gives it all.
@@ -727,8 +737,14 @@ mod tests {
             (&kthread, "0-23", "0-23", false),
             (&Knob::Workqueues, "0-23", "0-5,10-23", true),
             (&Knob::Irq(4), "0-23", "0-5,10-23", false),
+            // Moved into the partition and not pinned yet, when hook was killed.
+            (&vcpu, "0-23", "6,18", true),
+            (&vcpu, "0-7", "6", true),
+            (&vcpu, "0-23", "0-5,10-23", true),
+            (&vcpu, "0-23", "7", false),
+            (&kthread, "0-23", "6,18", false),
         ] {
-            assert_eq!(is_by_kernel(knob, before, found, &left), kernels, "{knob:?} {before} {found}");
+            assert_eq!(is_by_kernel(knob, before, found, &left, &partitions), kernels, "{knob:?} {before} {found}");
         }
     }
 }
