@@ -124,7 +124,8 @@ impl<'a> Reconcile<'a> {
     fn isolate_by_partition(&mut self, isolated: &CpuSet, vmid: VmId, qemu: Option<&Qemu>) -> Result<()> {
         self.remember(Vec::new(), isolated, vmid, qemu)?;
         // Before the kernel does it: only what is set by hand is handed on to new kernel threads (Linux 6.12; 7.0 needs it no more).
-        self.kthreadd()?;
+        let changed = self.kthreadd()?;
+        self.sum_up("kthreads", changed);
         match qemu {
             Some(qemu) => {
                 self.exclusive()?;
@@ -225,8 +226,26 @@ impl<'a> Reconcile<'a> {
         baseline.adopt(object, inherited.as_deref().unwrap_or(&object.found));
     }
 
-    /// Sets objects to what `wanted` makes of their values from before.
+    /// Sets objects to what `wanted` makes of their values from before, and says how many.
     fn set(&mut self, step: &'static str, objects: Vec<Object>, wanted: impl Fn(&Knob, &str) -> String) -> Result<()> {
+        let changed = self.change(step, objects, wanted)?;
+        self.sum_up(step, changed);
+        Ok(())
+    }
+
+    fn sum_up(&mut self, step: &'static str, changed: usize) {
+        if changed > 0 {
+            self.report.summary(&format!("{step}: {changed} set"));
+        }
+    }
+
+    /// As [`set`](Self::set), but for saying how many.
+    fn change(
+        &mut self,
+        step: &'static str,
+        objects: Vec<Object>,
+        wanted: impl Fn(&Knob, &str) -> String,
+    ) -> Result<usize> {
         for object in &objects {
             self.adopt(object);
         }
@@ -242,10 +261,7 @@ impl<'a> Reconcile<'a> {
             }
             report.changes(std::slice::from_ref(done));
         })?;
-        if changed > 0 {
-            self.report.summary(&format!("{step}: {changed} set"));
-        }
-        Ok(())
+        Ok(changed)
     }
 
     /// Step 1: everything but the fenced VMs off their CPUs, as far as cgroups reach.
@@ -349,26 +365,27 @@ impl<'a> Reconcile<'a> {
         self.report.step("irqs");
         // The default first, then all: what is born between starts with the one or is seen with the others.
         let default: Vec<Object> = irq::default_mask(self.root)?.into_iter().collect();
-        self.set("irqs", default, self.held())?;
-        let objects = pin_irqs::objects(self.root)?;
         let wanted = self.held();
-        self.set("irqs", objects, wanted)
+        let mut changed = self.change("irqs", default, &wanted)?;
+        changed += self.change("irqs", pin_irqs::objects(self.root)?, &wanted)?;
+        self.sum_up("irqs", changed);
+        Ok(())
     }
 
     /// Step 3, and again at the end.
     fn kthreads(&mut self) -> Result<()> {
         // kthreadd first, then all, as above.
-        self.kthreadd()?;
-        let objects = pin_kthreads::objects(self.root)?.movable;
-        let wanted = self.held();
-        self.set("kthreads", objects, wanted)
+        let mut changed = self.kthreadd()?;
+        changed += self.change("kthreads", pin_kthreads::objects(self.root)?.movable, self.held())?;
+        self.sum_up("kthreads", changed);
+        Ok(())
     }
 
-    fn kthreadd(&mut self) -> Result<()> {
+    fn kthreadd(&mut self) -> Result<usize> {
         self.report.step("kthreads");
         let kthreadd = process::task(self.root, process::KTHREADD, process::KTHREADD)?.id;
         let found = process::affinity(self.root, &kthreadd)?.to_string();
-        self.set("kthreads", vec![Object::new(Knob::Kthread(kthreadd), "kthread 2 (kthreadd)", found)], self.held())
+        self.change("kthreads", vec![Object::new(Knob::Kthread(kthreadd), "kthread 2 (kthreadd)", found)], self.held())
     }
 
     /// The way down to partitions: what is over the scopes of these VMs has their CPUs exclusively.
@@ -418,9 +435,7 @@ impl<'a> Reconcile<'a> {
             let why = format!("the kernel took it and isolates CPU {now} only");
             return Err(Error::unusable(format!("partition of CPU {isolated}"), why));
         }
-        if made > 0 {
-            self.report.summary(&format!("partition: {made} set"));
-        }
+        self.sum_up("partition", made);
         Ok(())
     }
 
@@ -488,9 +503,7 @@ impl<'a> Reconcile<'a> {
             let done = pinfold_core::apply_one(self.root, change);
             self.report.changes(&[done]);
         }
-        if moved > 0 {
-            self.report.summary(&format!("decouple: {moved} set"));
-        }
+        self.sum_up("decouple", moved);
         Ok(())
     }
 
