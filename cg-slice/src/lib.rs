@@ -223,10 +223,11 @@ pub fn overrides(root: &Sysroot) -> pinfold_core::Result<Object> {
     Ok(Object::new(knob.clone(), knob.to_string(), found))
 }
 
-/// The change that removes the overrides that were not there `before`, of these units only.
+/// The change that removes the overrides that were not there `before`, of these units only, and a folder that is left empty.
 pub fn plan_overrides(overrides: Object, before: &str, units: &[String]) -> Change {
     let before: Vec<&str> = before.split_whitespace().collect();
-    let stays = |unit: &&str| before.contains(unit) || !units.iter().any(|ours| ours == unit);
+    let ours = |unit: &str| unit.ends_with('/') || units.iter().any(|ours| ours == unit);
+    let stays = |unit: &&str| before.contains(unit) || !ours(unit);
     let kept: Vec<&str> = overrides.found.split_whitespace().filter(stays).collect();
     let kept = kept.join(" ");
     overrides.want(kept)

@@ -83,6 +83,8 @@ pub enum Knob {
 pub const PRESENT: &str = "present";
 /// The value of a folder or device that is not there.
 pub const ABSENT: &str = "absent";
+/// The value of a drop-in that is not there, but its folder is.
+const EMPTIED: &str = "emptied";
 /// The driver of a PCI function that is bound to none.
 pub const NO_DRIVER: &str = "none";
 
@@ -143,7 +145,9 @@ impl Knob {
                 false => Ok(Some(ABSENT.into())),
             },
             Self::ChildCpusets(path) => cgroup::has_child_cpusets(root, path).map(|has| has.map(presence)),
-            Self::Delegation(scope) => Ok(Some(presence(systemd::is_to_delegate(root, scope)))),
+            Self::Delegation(scope) => {
+                Ok(Some(systemd::is_to_delegate(root, scope).map_or_else(|| EMPTIED.into(), presence)))
+            }
             Self::Trigger(_) => Ok(Some(String::new())),
             Self::PciFunction(address) => Ok(Some(presence(root.exists(pci_path(address, ""))))),
             Self::PciDriver(address) => Ok(root

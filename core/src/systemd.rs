@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -301,7 +302,15 @@ const OVERRIDE_FOLDERS: [&str; 2] = ["run/systemd/system.control", "run/systemd/
 /// The name of its file for AllowedCPUs=.
 const OVERRIDE: &str = "50-AllowedCPUs.conf";
 
-/// The units whose AllowedCPUs= is overridden until the next boot, sorted.
+/// Says of the first of these folders that it is there and empty; no unit has a name with a slash.
+const EMPTY: &str = "system.control/";
+
+fn is_control(folder: &str) -> bool {
+    folder.ends_with(EMPTY.trim_end_matches('/'))
+}
+
+/// The units whose AllowedCPUs= is overridden until the next boot, sorted; those too whose folder is there and empty, and
+/// [`EMPTY`], as a hook that was killed while it took the overrides back leaves them.
 ///
 /// # Errors
 /// Where the folders cannot be listed.
@@ -312,7 +321,11 @@ pub fn overrides(root: &Sysroot) -> Result<Vec<String>> {
             Err(error) if error.is_gone() => continue,
             names => names?,
         };
-        let has_override = |unit: &&str| root.exists(format!("{folder}/{unit}.d/{OVERRIDE}"));
+        if names.is_empty() && is_control(folder) {
+            units.push(EMPTY.to_owned());
+        }
+        let has_override =
+            |unit: &&str| is_there_or_emptied(root, &format!("{folder}/{unit}.d"), OVERRIDE) != Some(false);
         units.extend(names.iter().filter_map(|name| name.strip_suffix(".d")).filter(has_override).map(str::to_owned));
     }
     units.sort();
@@ -322,18 +335,35 @@ pub fn overrides(root: &Sysroot) -> Result<Vec<String>> {
 /// Removes the overrides of all units but those in `kept`, and has systemd look at its files again.
 pub(crate) fn keep_overrides(root: &Sysroot, kept: &str) -> io::Result<()> {
     let kept: Vec<&str> = kept.split_whitespace().collect();
-    for unit in overrides(root).map_err(into_io)?.iter().filter(|unit| !kept.contains(&unit.as_str())) {
-        for folder in OVERRIDE_FOLDERS {
-            let drop_ins = root.path(format!("{folder}/{unit}.d"));
-            match fs::remove_file(drop_ins.join(OVERRIDE)) {
-                Err(error) if is_gone(&error) => continue,
-                other => other?,
-            }
-            // The folders too, where nothing else is in them.
-            let _ = fs::remove_dir(drop_ins).and_then(|()| fs::remove_dir(root.path(folder)));
+    let units = overrides(root).map_err(into_io)?;
+    for folder in OVERRIDE_FOLDERS {
+        for unit in units.iter().filter(|unit| !kept.contains(&unit.as_str())) {
+            remove_drop_in(&root.path(format!("{folder}/{unit}.d/{OVERRIDE}")))?;
+        }
+        // The folder too, where nothing else is in it.
+        if !(is_control(folder) && kept.contains(&EMPTY)) {
+            let _ = fs::remove_dir(root.path(folder));
         }
     }
     reload(root)
+}
+
+/// Whether a drop-in is there; nothing where its folder is, with nothing in it.
+fn is_there_or_emptied(root: &Sysroot, folder: &str, drop_in: &str) -> Option<bool> {
+    let names = root.names(folder).unwrap_or_else(|_| vec![String::new()]);
+    (!names.is_empty()).then(|| names.iter().any(|name| name == drop_in))
+}
+
+/// Removes a drop-in, and its folder where nothing else is in it.
+fn remove_drop_in(file: &Path) -> io::Result<()> {
+    match fs::remove_file(file) {
+        Err(error) if !is_gone(&error) => return Err(error),
+        _ => {}
+    }
+    if let Some(folder) = file.parent() {
+        let _ = fs::remove_dir(folder);
+    }
+    Ok(())
 }
 
 /// Has systemd read all its units again.
@@ -353,9 +383,10 @@ fn delegation(scope: &str) -> String {
 
 const DELEGATION: &str = "# Made by hook's pre-start and removed when the VM has stopped.\n[Scope]\nDelegate=cpuset\n";
 
-/// Whether the drop-in of [`delegate`] is there.
-pub(crate) fn is_to_delegate(root: &Sysroot, scope: &str) -> bool {
-    root.exists(delegation(scope))
+/// Whether the drop-in of [`delegate`] is there; nothing where a hook was killed that had removed it and not yet its folder.
+pub(crate) fn is_to_delegate(root: &Sysroot, scope: &str) -> Option<bool> {
+    let file = delegation(scope);
+    file.rsplit_once('/').map_or(Some(false), |(folder, name)| is_there_or_emptied(root, folder, name))
 }
 
 /// Has systemd delegate the cpuset controller to a scope when it is made, or no more. Without the reload it sees a new drop-in
@@ -368,10 +399,7 @@ pub(crate) fn delegate(root: &Sysroot, scope: &str, wanted: bool) -> io::Result<
         fs::write(&file, DELEGATION)?;
         return reload(root);
     }
-    fs::remove_file(&file)?;
-    // The folder too, where nothing else is in it.
-    let _ = fs::remove_dir(folder);
-    Ok(())
+    remove_drop_in(&file)
 }
 
 /// Whether systemd has delegated the cpuset controller to a unit, so that it does not take away what is made within.
@@ -586,6 +614,29 @@ mod tests {
         assert!(!root.exists("run/systemd/transient"));
         let reloads = fake.calls().into_iter().filter(|call| call == "/org/freedesktop/systemd1 Reload  ").count();
         assert_eq!(reloads, 1, "{:?}", fake.calls());
+    }
+
+    #[test]
+    fn what_a_killed_run_leaves_goes() {
+        let (_dir, root, _fake) = fake(BUS_SOCKET);
+        let make = |path: &str| fs::create_dir_all(root.path(path)).unwrap();
+        make("run/systemd/system.control/x.slice.d");
+        assert_eq!(overrides(&root).unwrap(), ["x.slice"]);
+        keep_overrides(&root, "").unwrap();
+        assert!(!root.exists("run/systemd/system.control"));
+        make("run/systemd/system.control");
+        assert_eq!(overrides(&root).unwrap(), [EMPTY]);
+        keep_overrides(&root, EMPTY).unwrap();
+        assert!(root.exists("run/systemd/system.control"), "it was so before");
+        keep_overrides(&root, "").unwrap();
+        assert!(!root.exists("run/systemd/system.control"));
+        make("run/systemd/system/100.scope.d");
+        assert_eq!(is_to_delegate(&root, "100.scope"), None);
+        delegate(&root, "100.scope", true).unwrap();
+        assert_eq!(is_to_delegate(&root, "100.scope"), Some(true));
+        delegate(&root, "100.scope", false).unwrap();
+        assert_eq!(is_to_delegate(&root, "100.scope"), Some(false));
+        assert!(!root.exists("run/systemd/system/100.scope.d"));
     }
 
     #[test]

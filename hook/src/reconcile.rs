@@ -42,8 +42,8 @@ impl<'a> Reconcile<'a> {
             .filter(|reservation| reservation.isolation == Isolation::Partition)
             .map(|reservation| reservation.settings.isolated.clone())
             .collect();
-        let by_kernel = |knob: &Knob, before: &str, found: &str| is_by_kernel(knob, before, found, &left, &partitions);
-        store.baseline.look(root, |knob, before, found| !partitions.is_empty() && by_kernel(knob, before, found));
+        let online = cpu::online(root)?;
+        store.baseline.look(root, |knob, before, found| is_by_kernel(knob, before, found, &left, &partitions, &online));
         let baseline = &store.baseline;
         let inherited = (baseline.knobs())
             .filter(|(knob, ..)| is_default(knob))
@@ -709,15 +709,17 @@ fn effective_cpus(root: &Sysroot, pid: i32) -> Option<CpuSet> {
 }
 
 /// Whether a mask is the kernel's doing, who changes them as partitions come and go: of what was set by hand what is `left` to
-/// all, else all that is; for a thread that was moved into one of the `partitions`, the same of that.
-fn is_by_kernel(knob: &Knob, before: &str, found: &str, left: &CpuSet, partitions: &[CpuSet]) -> bool {
+/// all, else all that is; for a thread that was moved into one of the `partitions`, the same of that. A driver that spreads
+/// its IRQs anew as CPUs come and go (virtio_net, `virtnet_cpu_online`) gives one what is `online` of its CPUs.
+fn is_by_kernel(knob: &Knob, before: &str, found: &str, left: &CpuSet, partitions: &[CpuSet], online: &CpuSet) -> bool {
     let (Ok(before), Ok(found)) = (CpuSet::from_kernel_list(before), CpuSet::from_kernel_list(found)) else {
         return false;
     };
     let share_of = |cpus: &CpuSet| found == before.held_to(cpus) || found == *cpus;
     match knob {
-        Knob::Kthread(_) | Knob::Workqueues => share_of(left),
-        Knob::Thread(_) => share_of(left) || partitions.iter().any(share_of),
+        Knob::Kthread(_) | Knob::Workqueues => !partitions.is_empty() && share_of(left),
+        Knob::Thread(_) => !partitions.is_empty() && (share_of(left) || partitions.iter().any(share_of)),
+        Knob::Irq(_) => found == before.held_to(online),
         _ => false,
     }
 }
@@ -740,6 +742,7 @@ mod tests {
         let kthread = Knob::Kthread(TaskId { pid: 9, tid: 9, start: 1 });
         let left: CpuSet = "0-5,10-23".parse().unwrap();
         let partitions: [CpuSet; 2] = ["6,18".parse().unwrap(), "8-9".parse().unwrap()];
+        let online: CpuSet = "0-17,19-23".parse().unwrap();
         let vcpu = Knob::Thread(TaskId { pid: 8, tid: 9, start: 1 });
         for (knob, before, found, kernels) in [
             (&kthread, "0-3,8", "0-3", true),
@@ -750,6 +753,9 @@ mod tests {
             (&kthread, "0-23", "0-23", false),
             (&Knob::Workqueues, "0-23", "0-5,10-23", true),
             (&Knob::Irq(4), "0-23", "0-5,10-23", false),
+            (&Knob::Irq(4), "0-23", "0-17,19-23", true),
+            (&Knob::Irq(4), "16-19", "16-17,19", true),
+            (&Knob::Irq(4), "16-19", "16", false),
             // Moved into the partition and not pinned yet, when hook was killed.
             (&vcpu, "0-23", "6,18", true),
             (&vcpu, "0-7", "6", true),
@@ -757,7 +763,11 @@ mod tests {
             (&vcpu, "0-23", "7", false),
             (&kthread, "0-23", "6,18", false),
         ] {
-            assert_eq!(is_by_kernel(knob, before, found, &left, &partitions), kernels, "{knob:?} {before} {found}");
+            assert_eq!(
+                is_by_kernel(knob, before, found, &left, &partitions, &online),
+                kernels,
+                "{knob:?} {before} {found}"
+            );
         }
     }
 }
