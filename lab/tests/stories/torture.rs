@@ -67,6 +67,15 @@ fn sample<T: Clone>(all: &[T], count: usize) -> Vec<T> {
     (0..count).map(|n| all[n * (all.len() - 1) / (count - 1)].clone()).collect()
 }
 
+/// All of them with their numbers; says now and then how far it is, since the whole of it takes long.
+fn counted<T>(all: &[T]) -> impl Iterator<Item = (usize, &T)> {
+    all.iter().enumerate().inspect(|(n, _)| {
+        if *n > 0 && n % 25 == 0 {
+            println!("{n} of {}", all.len());
+        }
+    })
+}
+
 /// VM 100 with a core of its own: the calls are the same as for a CCD's, and emulated CPUs go offline slowly.
 fn small_vm(host: &Host, method: &str) -> VmSpec {
     host.ok("mkdir -p /etc/pinfold").unwrap();
@@ -111,7 +120,7 @@ fn killed_in_post_start_by(host: &Host, method: &str, count: usize) {
     expect(host, "hook 100 post-stop -q", 0);
     let tried = sample(&all, count);
     let mut lost = String::new();
-    for (n, call) in tried.iter().enumerate() {
+    for (n, call) in counted(&tried) {
         assert!(kill_at(host, call, "hook 100 post-start"), "{call:?} was reached");
         if n % 2 == 1 {
             expect(host, "hook recover -q", 0);
@@ -149,7 +158,7 @@ fn killed_in_post_stop_by(host: &Host, method: &str, count: usize) {
     let all = calls(host, "hook 100 post-stop");
     let tried = sample(&all, count);
     let (mut lost, mut missed) = (String::new(), Vec::new());
-    for (n, call) in tried.iter().enumerate() {
+    for (n, call) in counted(&tried) {
         fenced_and_killed(host);
         if !kill_at(host, call, "hook 100 post-stop") {
             missed.push(call);
@@ -180,7 +189,7 @@ fn killed_in_post_stop_of_one_of_two(host: &mut Host) {
     let all = calls(host, "hook 100 post-stop");
     let tried = sample(&all, 10);
     let mut lost = String::new();
-    for call in &tried {
+    for (_, call) in counted(&tried) {
         expect(host, "hook 100 post-start -q", 0);
         assert!(kill_at(host, call, "hook 100 post-stop"), "{call:?} was reached");
         expect(host, "hook 100 post-stop -q", 0);
@@ -224,7 +233,7 @@ fn each_call_fails_by(host: &Host, method: &str, count: usize) {
     // At even distances that are no multiple of five, every error comes.
     let tried = sample(&each, count);
     let (mut lost, mut told) = (String::new(), 0);
-    for (call, (error, words)) in &tried {
+    for (_, (call, (error, words))) in counted(&tried) {
         let what = format!("{call:?} answers {error}");
         let output = host.sh(&format!("{} > /dev/null", call.failing(error, "hook 100 post-start"))).unwrap();
         match output.code {
@@ -402,7 +411,7 @@ fn cycles(host: &mut Host) {
         host.ok(sizes).unwrap().lines().map(|line| line.trim().parse().unwrap()).collect()
     };
     let first = size(host);
-    for _ in 0..count {
+    for _ in counted(&vec![(); count]) {
         cycle(host);
     }
     let last = size(host);
