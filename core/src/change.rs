@@ -131,7 +131,7 @@ pub fn apply_one(root: &Sysroot, change: Change) -> Done {
             )),
             Ok(Answer::Taken(_)) => Outcome::Changed,
             Ok(Answer::Refused(why)) => Outcome::Refused(why),
-            Err(error) if is_gone(&error) && !must_exist(&change.knob) && has_gone(root, &change.knob) => Outcome::Gone,
+            Err(error) if is_gone(&error) && has_gone(root, &change) => Outcome::Gone,
             Err(error) => Outcome::Failed(why(&change.knob, &error)),
         }
     };
@@ -180,9 +180,10 @@ fn apply_together(root: &Sysroot, changes: &[Change]) -> Vec<Done> {
 /// For one write; what it says of a failure is short.
 const STACK: usize = 128 * 1024;
 
-/// The kernel may answer so for other reasons too; then the object is still there.
-fn has_gone(root: &Sysroot, knob: &Knob) -> bool {
-    knob.read(root).is_ok_and(|found| found.is_none_or(|found| found == ABSENT))
+/// The kernel may answer so for other reasons too; then the object is still there. What was to be made cannot have gone.
+fn has_gone(root: &Sysroot, change: &Change) -> bool {
+    let is_there = || change.knob.read(root).map_or(true, |found| found.is_some_and(|found| found != ABSENT));
+    change.found != ABSENT && !must_exist(&change.knob) && !is_there()
 }
 
 /// Objects that do not come and go by themselves: when their file is missing, that is an error.
@@ -281,6 +282,8 @@ mod tests {
             ],
         );
         assert_eq!(done[0].outcome, Outcome::Gone);
+        let made = apply_one(&root, change(Knob::Cgroup("no/a".into()), "absent", "present"));
+        assert!(made.to_string().ends_with("set to present: No such file or directory"), "{made}");
         assert_eq!(done[1].to_string(), "default IRQ mask: set to 0-5: No such file or directory");
         assert_eq!(done[2].outcome, Outcome::Changed, "a failure does not stop the rest");
     }

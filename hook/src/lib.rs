@@ -12,6 +12,7 @@ use pinfold_core::vm::{self, VmId};
 use pinfold_core::{CpuExpr, Exit, Report, Sysroot, Table};
 
 mod advice;
+mod by_kernel;
 mod check;
 mod checks;
 #[cfg(test)]

@@ -14,6 +14,7 @@ use pinfold_core::{
     CpuSet, Error, Knob, Object, Outcome, Report, Result, Sysroot, TaskId, cgroup, cpu, cpufreq, irq, process, vm,
 };
 
+use crate::by_kernel::ByKernel;
 use crate::reservation::{Isolation, Phase, Reservation};
 use crate::steps;
 
@@ -37,19 +38,14 @@ impl<'a> Reconcile<'a> {
     pub(crate) fn new(root: &'a Sysroot, store: &'a mut Store<Reservation>, report: &'a mut Report) -> Result<Self> {
         let present = cpu::present(root)?;
         let partitioned = cgroup::isolated(root)?.unwrap_or_default();
-        let left = &present - &partitioned;
-        let partitions: Vec<CpuSet> = (store.reservations.values())
-            .filter(|reservation| reservation.isolation == Isolation::Partition)
-            .map(|reservation| reservation.settings.isolated.clone())
-            .collect();
-        let online = cpu::online(root)?;
-        store.baseline.look(root, |knob, before, found| is_by_kernel(knob, before, found, &left, &partitions, &online));
+        let by_kernel = ByKernel::on(root, store)?;
+        store.baseline.look(root, |knob, before, found| by_kernel.has_set(knob, before, found));
         let baseline = &store.baseline;
         let inherited = (baseline.knobs())
             .filter(|(knob, ..)| is_default(knob))
             .filter_map(|(knob, ..)| Some((knob.clone(), baseline.last(knob)?.to_owned())))
             .collect();
-        let left = (!partitioned.is_empty()).then(|| left.to_string());
+        let left = (!partitioned.is_empty()).then(|| (&present - &partitioned).to_string());
         Ok(Self { root, store, report, present, left, inherited })
     }
 
@@ -708,22 +704,6 @@ fn effective_cpus(root: &Sysroot, pid: i32) -> Option<CpuSet> {
     }
 }
 
-/// Whether a mask is the kernel's doing, who changes them as partitions come and go: of what was set by hand what is `left` to
-/// all, else all that is; for a thread that was moved into one of the `partitions`, the same of that. A driver that spreads
-/// its IRQs anew as CPUs come and go (virtio_net, `virtnet_cpu_online`) gives one what is `online` of its CPUs.
-fn is_by_kernel(knob: &Knob, before: &str, found: &str, left: &CpuSet, partitions: &[CpuSet], online: &CpuSet) -> bool {
-    let (Ok(before), Ok(found)) = (CpuSet::from_kernel_list(before), CpuSet::from_kernel_list(found)) else {
-        return false;
-    };
-    let share_of = |cpus: &CpuSet| found == before.held_to(cpus) || found == *cpus;
-    match knob {
-        Knob::Kthread(_) | Knob::Workqueues => !partitions.is_empty() && share_of(left),
-        Knob::Thread(_) => !partitions.is_empty() && (share_of(left) || partitions.iter().any(share_of)),
-        Knob::Irq(_) => found == before.held_to(online),
-        _ => false,
-    }
-}
-
 /// Whether the knob is what new IRQs, new kthreads or new VMs start with.
 fn is_default(knob: &Knob) -> bool {
     *knob == Knob::DefaultIrq || is_kthreadd(knob) || matches!(knob, Knob::UnitCpus(unit) if unit == cg_slice::VM_SLICE)
@@ -731,43 +711,4 @@ fn is_default(knob: &Knob) -> bool {
 
 fn is_kthreadd(knob: &Knob) -> bool {
     matches!(knob, Knob::Kthread(task) if task.pid == process::KTHREADD)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_partitions_do_to_masks_is_told_from_what_people_do() {
-        let kthread = Knob::Kthread(TaskId { pid: 9, tid: 9, start: 1 });
-        let left: CpuSet = "0-5,10-23".parse().unwrap();
-        let partitions: [CpuSet; 2] = ["6,18".parse().unwrap(), "8-9".parse().unwrap()];
-        let online: CpuSet = "0-17,19-23".parse().unwrap();
-        let vcpu = Knob::Thread(TaskId { pid: 8, tid: 9, start: 1 });
-        for (knob, before, found, kernels) in [
-            (&kthread, "0-3,8", "0-3", true),
-            // It had been set by nobody (an IRQ's thread): the kernel gives it all.
-            (&kthread, "2", "0-5,10-23", true),
-            (&kthread, "7", "0-5,10-23", true),
-            (&kthread, "0-23", "0-5", false),
-            (&kthread, "0-23", "0-23", false),
-            (&Knob::Workqueues, "0-23", "0-5,10-23", true),
-            (&Knob::Irq(4), "0-23", "0-5,10-23", false),
-            (&Knob::Irq(4), "0-23", "0-17,19-23", true),
-            (&Knob::Irq(4), "16-19", "16-17,19", true),
-            (&Knob::Irq(4), "16-19", "16", false),
-            // Moved into the partition and not pinned yet, when hook was killed.
-            (&vcpu, "0-23", "6,18", true),
-            (&vcpu, "0-7", "6", true),
-            (&vcpu, "0-23", "0-5,10-23", true),
-            (&vcpu, "0-23", "7", false),
-            (&kthread, "0-23", "6,18", false),
-        ] {
-            assert_eq!(
-                is_by_kernel(knob, before, found, &left, &partitions, &online),
-                kernels,
-                "{knob:?} {before} {found}"
-            );
-        }
-    }
 }
