@@ -310,7 +310,7 @@ fn is_control(folder: &str) -> bool {
 }
 
 /// The units whose AllowedCPUs= is overridden until the next boot, sorted; those too whose folder is there and empty, and
-/// [`EMPTY`], as a hook that was killed while it took the overrides back leaves them.
+/// `system.control/` where that is, as a hook that was killed while it took the overrides back leaves them.
 ///
 /// # Errors
 /// Where the folders cannot be listed.
