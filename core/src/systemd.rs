@@ -82,8 +82,7 @@ struct Systemd {
 
 impl Drop for Systemd {
     fn drop(&mut self) {
-        let usable = self.connection.take().filter(Connection::is_usable);
-        *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = usable;
+        *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = self.connection.take();
     }
 }
 
@@ -298,16 +297,13 @@ fn clear_live(root: &Sysroot, systemd: &mut Systemd, unit: &str) -> io::Result<(
 }
 
 /// Where `systemctl set-property --runtime` keeps what it was told: slices and services, and scopes.
-const OVERRIDE_FOLDERS: [&str; 2] = ["run/systemd/system.control", "run/systemd/transient"];
+const OVERRIDE_FOLDERS: [&str; 2] = [CONTROL, "run/systemd/transient"];
+const CONTROL: &str = "run/systemd/system.control";
 /// The name of its file for AllowedCPUs=.
 const OVERRIDE: &str = "50-AllowedCPUs.conf";
 
-/// Says of the first of these folders that it is there and empty; no unit has a name with a slash.
+/// Says of [`CONTROL`] that it is there and empty; no unit has a name with a slash.
 const EMPTY: &str = "system.control/";
-
-fn is_control(folder: &str) -> bool {
-    folder.ends_with(EMPTY.trim_end_matches('/'))
-}
 
 /// The units whose AllowedCPUs= is overridden until the next boot, sorted; those too whose folder is there and empty, and
 /// `system.control/` where that is, as a hook that was killed while it took the overrides back leaves them.
@@ -321,7 +317,7 @@ pub fn overrides(root: &Sysroot) -> Result<Vec<String>> {
             Err(error) if error.is_gone() => continue,
             names => names?,
         };
-        if names.is_empty() && is_control(folder) {
+        if names.is_empty() && folder == CONTROL {
             units.push(EMPTY.to_owned());
         }
         let has_override =
@@ -337,11 +333,14 @@ pub(crate) fn keep_overrides(root: &Sysroot, kept: &str) -> io::Result<()> {
     let kept: Vec<&str> = kept.split_whitespace().collect();
     let units = overrides(root).map_err(into_io)?;
     for folder in OVERRIDE_FOLDERS {
+        // The other one is systemd's own, and goes with a drop-in of ours alone.
+        let mut emptied = folder == CONTROL;
         for unit in units.iter().filter(|unit| !kept.contains(&unit.as_str())) {
-            remove_drop_in(&root.path(format!("{folder}/{unit}.d/{OVERRIDE}")))?;
+            emptied |= remove_drop_in(&root.path(format!("{folder}/{unit}.d/{OVERRIDE}")))?;
         }
-        // The folder too, where nothing else is in it.
-        if !(is_control(folder) && kept.contains(&EMPTY)) {
+        let was_empty = folder == CONTROL && kept.contains(&EMPTY);
+        if emptied && !was_empty {
+            // Where nothing else is in it.
             let _ = fs::remove_dir(root.path(folder));
         }
     }
@@ -354,16 +353,13 @@ fn is_there_or_emptied(root: &Sysroot, folder: &str, drop_in: &str) -> Option<bo
     (!names.is_empty()).then(|| names.iter().any(|name| name == drop_in))
 }
 
-/// Removes a drop-in, and its folder where nothing else is in it.
-fn remove_drop_in(file: &Path) -> io::Result<()> {
+/// Removes a drop-in, and its folder where nothing else is in it; says whether that went.
+fn remove_drop_in(file: &Path) -> io::Result<bool> {
     match fs::remove_file(file) {
         Err(error) if !is_gone(&error) => return Err(error),
         _ => {}
     }
-    if let Some(folder) = file.parent() {
-        let _ = fs::remove_dir(folder);
-    }
-    Ok(())
+    Ok(file.parent().is_some_and(|folder| fs::remove_dir(folder).is_ok()))
 }
 
 /// Has systemd read all its units again.
@@ -399,7 +395,7 @@ pub(crate) fn delegate(root: &Sysroot, scope: &str, wanted: bool) -> io::Result<
         fs::write(&file, DELEGATION)?;
         return reload(root);
     }
-    remove_drop_in(&file)
+    remove_drop_in(&file).map(drop)
 }
 
 /// Whether systemd has delegated the cpuset controller to a unit, so that it does not take away what is made within.
@@ -635,6 +631,9 @@ mod tests {
         delegate(&root, "100.scope", true).unwrap();
         assert_eq!(is_to_delegate(&root, "100.scope"), Some(true));
         delegate(&root, "100.scope", false).unwrap();
+        make("run/systemd/transient");
+        keep_overrides(&root, "").unwrap();
+        assert!(root.exists("run/systemd/transient"), "nothing of ours was in it");
         assert_eq!(is_to_delegate(&root, "100.scope"), Some(false));
         assert!(!root.exists("run/systemd/system/100.scope.d"));
     }
