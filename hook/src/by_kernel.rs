@@ -3,7 +3,7 @@
 //! A run that mends what a killed one has left tells them from what somebody else has set meanwhile.
 
 use pinfold_core::store::Store;
-use pinfold_core::{CpuSet, Knob, Result, Sysroot, cgroup, cpu};
+use pinfold_core::{CpuSet, Knob, Result, Sysroot, cpu};
 
 use crate::reservation::{Isolation, Reservation};
 
@@ -17,20 +17,16 @@ pub(crate) struct ByKernel {
 }
 
 impl ByKernel {
-    /// As the host is, and as the store says it was changed.
+    /// As the host is, whose partitions have `left` this to all others, and as the store says it was changed.
     ///
     /// # Errors
     /// Where the host's CPUs cannot be read.
-    pub(crate) fn on(root: &Sysroot, store: &Store<Reservation>) -> Result<Self> {
+    pub(crate) fn on(root: &Sysroot, store: &Store<Reservation>, left: &CpuSet) -> Result<Self> {
         let partitions = || {
             let all = store.reservations.values();
             all.filter(|it| it.isolation == Isolation::Partition).map(|it| it.settings.isolated.clone())
         };
-        let isolated = || cgroup::isolated(root).map(Option::unwrap_or_default);
-        let left = match partitions().next() {
-            Some(_) => Some(&cpu::present(root)? - &isolated()?),
-            None => None,
-        };
+        let left = partitions().next().map(|_| left.clone());
         let is_cgroup = |knob: &Knob| matches!(knob, Knob::UnitCpus(_) | Knob::CgroupCpus(_));
         let narrowed = (store.baseline.knobs().map(|(knob, ..)| knob))
             .filter(|knob| is_cgroup(knob))

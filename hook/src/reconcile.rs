@@ -38,14 +38,15 @@ impl<'a> Reconcile<'a> {
     pub(crate) fn new(root: &'a Sysroot, store: &'a mut Store<Reservation>, report: &'a mut Report) -> Result<Self> {
         let present = cpu::present(root)?;
         let partitioned = cgroup::isolated(root)?.unwrap_or_default();
-        let by_kernel = ByKernel::on(root, store)?;
+        let left = &present - &partitioned;
+        let by_kernel = ByKernel::on(root, store, &left)?;
         store.baseline.look(root, |knob, before, found| by_kernel.has_set(knob, before, found));
         let baseline = &store.baseline;
         let inherited = (baseline.knobs())
             .filter(|(knob, ..)| is_default(knob))
             .filter_map(|(knob, ..)| Some((knob.clone(), baseline.last(knob)?.to_owned())))
             .collect();
-        let left = (!partitioned.is_empty()).then(|| (&present - &partitioned).to_string());
+        let left = (!partitioned.is_empty()).then(|| left.to_string());
         Ok(Self { root, store, report, present, left, inherited })
     }
 
