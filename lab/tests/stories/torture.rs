@@ -168,8 +168,10 @@ fn killed_in_post_stop_by(host: &Host, method: &str, count: usize) {
     }
     println!("killed in post-stop by {method}, the VM gone: {} of {} calls tried", tried.len(), all.len());
     // By partition the kernel puts back a part of the kernel threads, not the same ones each time: how often hook has to differs.
-    missed.retain(|call| method != "partition" || call.name != "sched_setaffinity");
-    assert!(lost.is_empty() && missed.is_empty(), "{missed:?} not reached; {lost}");
+    let (may_miss, others): (Vec<&Call>, Vec<&Call>) =
+        missed.into_iter().partition(|call| method == "partition" && call.name == "sched_setaffinity");
+    let too_many = may_miss.len() > 1 + tried.len() / 12;
+    assert!(lost.is_empty() && others.is_empty() && !too_many, "{others:?} and {may_miss:?} not reached; {lost}");
 }
 
 /// The same while its QEMU and another fenced VM live: the other's CPUs stay its own.
