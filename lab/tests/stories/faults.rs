@@ -101,14 +101,9 @@ fn a_step_that_fails_rolls_back(host: &mut Host) {
     );
     // All but the scope's own text: emptied, it was gone, and systemd was asked for a new one.
     let after = host.snapshot().unwrap();
-    let difference = before.diff(&after);
-    let others: Vec<&str> = difference
-        .lines()
-        .filter(|line| {
-            !line[1..].starts_with("file /run/systemd/transient/100.scope")
-                && !line[1..].starts_with("file /run/pinfold")
-        })
-        .collect();
+    let difference = before.not_restored(&after);
+    let others: Vec<&str> =
+        difference.lines().filter(|line| !line[1..].starts_with("file /run/systemd/transient/100.scope")).collect();
     assert!(others.is_empty(), "the host is not what it was:\n{}", others.join("\n"));
     expect(host, "test ! -e /run/pinfold/state.json", 0);
 }
