@@ -11,7 +11,8 @@ use pinfold_core::knob::ABSENT;
 use pinfold_core::store::Store;
 use pinfold_core::vm::{Qemu, VmId};
 use pinfold_core::{
-    CpuSet, Error, Knob, Object, Outcome, Report, Result, Sysroot, TaskId, cgroup, cpu, cpufreq, irq, process, vm,
+    Change, CpuSet, Error, Knob, Object, Outcome, Report, Result, Sysroot, TaskId, cgroup, cpu, cpufreq, irq, process,
+    vm,
 };
 
 use crate::by_kernel::ByKernel;
@@ -261,6 +262,14 @@ impl<'a> Reconcile<'a> {
         Ok(changed)
     }
 
+    /// Makes a change whose way back does not lie in the baseline, and tells it; says whether it was made.
+    fn make(&mut self, change: Change) -> bool {
+        let done = pinfold_core::apply_one(self.root, change);
+        let made = done.outcome == Outcome::Changed;
+        self.report.changes(&[done]);
+        made
+    }
+
     /// Step 1: everything but the fenced VMs off their CPUs, as far as cgroups reach.
     fn slices(&mut self, mut objects: Vec<Object>) -> Result<()> {
         self.report.step("slices");
@@ -282,7 +291,7 @@ impl<'a> Reconcile<'a> {
         let before = baseline.before(&Knob::UnitOverrides).unwrap_or_default().to_owned();
         let change = cg_slice::plan_overrides(cg_slice::overrides(self.root)?, &before, &units);
         if !change.is_noop() {
-            self.report.changes(&[pinfold_core::apply_one(self.root, change)]);
+            self.make(change);
         }
         Ok(())
     }
@@ -415,14 +424,12 @@ impl<'a> Reconcile<'a> {
     fn partition(&mut self, vmid: VmId, qemu: &Qemu) -> Result<()> {
         self.report.step("partition");
         let Some(reservation) = self.store.reservations.get(&vmid.into()) else { return Ok(()) };
-        let isolated = &reservation.settings.isolated;
+        let isolated = reservation.settings.isolated.clone();
         let scope = cg_slice::scope(self.root, vmid, qemu)?;
         cg_slice::partition::check_delegated(self.root, vmid)?;
         let mut made = 0;
-        for change in cg_slice::partition::plan_vcpus(self.root, &scope, isolated)? {
-            let done = pinfold_core::apply_one(self.root, change);
-            made += usize::from(done.outcome == Outcome::Changed);
-            self.report.changes(&[done]);
+        for change in cg_slice::partition::plan_vcpus(self.root, &scope, &isolated)? {
+            made += usize::from(self.make(change));
             if self.report.failures() > 0 {
                 return Ok(());
             }
@@ -439,16 +446,15 @@ impl<'a> Reconcile<'a> {
     /// Takes their partitions from VMs that leave and run on, as after a step that failed.
     fn undo_partitions(&mut self) -> Result<()> {
         self.report.step("partition");
-        for (id, reservation) in &self.store.reservations {
-            if reservation.phase != Phase::Leaving || reservation.isolation != Isolation::Partition {
-                continue;
-            }
-            let vmid = VmId::try_from(*id)?;
-            let Some(qemu) = vm::find(self.root, vmid)? else { continue };
+        let leaving = |(_, reservation): &(&u32, &Reservation)| {
+            reservation.phase == Phase::Leaving && reservation.isolation == Isolation::Partition
+        };
+        let ids: Vec<u32> = self.store.reservations.iter().filter(leaving).map(|(id, _)| *id).collect();
+        for id in ids {
+            let Some(qemu) = vm::find(self.root, VmId::try_from(id)?)? else { continue };
             let scope = cgroup::of_process(self.root, qemu.id.pid)?;
             for change in cg_slice::partition::plan_undo_vcpus(self.root, &scope, qemu.id.pid)? {
-                let done = pinfold_core::apply_one(self.root, change);
-                self.report.changes(&[done]);
+                self.make(change);
             }
         }
         Ok(())
@@ -494,11 +500,9 @@ impl<'a> Reconcile<'a> {
     /// Step 6.
     fn decouple(&mut self, vmid: VmId) -> Result<()> {
         self.report.step("decouple");
-        let changes = cg_slice::plan_decouple(self.root, vmid)?;
-        let moved = changes.iter().filter(|change| !change.is_noop()).count();
-        for change in changes {
-            let done = pinfold_core::apply_one(self.root, change);
-            self.report.changes(&[done]);
+        let mut moved = 0;
+        for change in cg_slice::plan_decouple(self.root, vmid)? {
+            moved += usize::from(self.make(change));
         }
         self.sum_up("decouple", moved);
         Ok(())
@@ -555,7 +559,7 @@ impl<'a> Reconcile<'a> {
             if let Some(change) = cg_slice::partition::to_cgroup(self.root, *task, label.clone(), cgroup)?
                 && !change.is_noop()
             {
-                self.report.changes(&[pinfold_core::apply_one(self.root, change)]);
+                self.make(change);
             }
         }
         Ok(())
@@ -631,7 +635,7 @@ impl<'a> Reconcile<'a> {
             }
             if let Some(change) = cg_slice::partition::delegation(this.root, vmid, ABSENT)?.filter(|it| !it.is_noop()) {
                 this.report.step("delegation");
-                this.report.changes(&[pinfold_core::apply_one(this.root, change)]);
+                this.make(change);
             }
             Ok(())
         });
@@ -647,8 +651,7 @@ impl<'a> Reconcile<'a> {
             false => cg_slice::plan_remove(self.root, vmid),
         };
         for change in changes {
-            let done = pinfold_core::apply_one(self.root, change);
-            self.report.changes(&[done]);
+            self.make(change);
         }
         let mut objects = Vec::new();
         for pid in cg_slice::processes(self.root, vmid, qemu)? {
@@ -663,8 +666,7 @@ impl<'a> Reconcile<'a> {
     fn remove_cgroup(&mut self, vmid: VmId) {
         self.report.step("cgroup");
         for change in cg_slice::plan_remove(self.root, vmid) {
-            let done = pinfold_core::apply_one(self.root, change);
-            self.report.changes(&[done]);
+            self.make(change);
         }
     }
 
