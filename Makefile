@@ -69,7 +69,7 @@ lab: setup release
 	$(LAB) down
 
 # Every call of hook killed, every call failing in every way, 300 steps of three VMs, 200 cycles: hours. PINFOLD_TORTURE=40
-# takes that many of each.
+# takes that many of each, 41-80 a part.
 torture: setup release
 	PINFOLD_TORTURE=$${PINFOLD_TORTURE:-full} $(CARGO) test --release -p pinfold-lab --test stories torture -- --test-threads 2 --nocapture
 	$(LAB) down

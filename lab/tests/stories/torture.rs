@@ -1,7 +1,8 @@
 //! The same promises under attack: hook killed at each system call that changes something, each of these calls answered
 //! with an error, walks of three VMs at random, the same cycle over and over.
 //!
-//! `PINFOLD_TORTURE=full` (`make torture`) tries everything, which takes hours; without it each story takes a sample.
+//! `PINFOLD_TORTURE=full` (`make torture`) tries everything, which takes hours, `PINFOLD_TORTURE=101-200` a part of it;
+//! without it each story takes a sample.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -27,13 +28,20 @@ stories!(only trixie:
 /// The system calls that hook changes something with.
 const CALLS: &str = "write,sendto,sendmsg,sched_setaffinity,rename,mkdir,rmdir,unlink";
 
-/// How many of `all` are tried: `sample` of them, or what `PINFOLD_TORTURE` says, `full` or a number.
-fn extent(sample: usize, all: usize) -> usize {
-    match std::env::var("PINFOLD_TORTURE").as_deref() {
-        Ok("full") => all,
-        Ok(number) => number.parse().unwrap_or_else(|_| panic!("PINFOLD_TORTURE={number}: neither full nor a number")),
-        Err(_) => sample,
-    }
+/// What of `all` is tried, as numbers from 0: `sample` of them at even distances, the first and the last among them, or what
+/// `PINFOLD_TORTURE` says: `full`, a number instead of `sample`, or those from one to another, counted from 1.
+fn extent(sample: usize, all: usize) -> Vec<usize> {
+    let asked = std::env::var("PINFOLD_TORTURE").ok();
+    let number = |text: &str| -> usize {
+        text.parse().unwrap_or_else(|_| panic!("PINFOLD_TORTURE={text}: neither full nor a number, nor 1-100"))
+    };
+    let count = match asked.as_deref().map(|text| (text, text.split_once('-'))) {
+        Some((_, Some((first, last)))) => return (number(first).max(1) - 1..number(last).min(all)).collect(),
+        Some(("full", _)) => all,
+        Some((count, _)) => number(count).max(2),
+        None => sample,
+    };
+    if count >= all { (0..all).collect() } else { (0..count).map(|n| n * (all - 1) / (count - 1)).collect() }
 }
 
 /// A number from the environment.
@@ -58,13 +66,9 @@ fn calls(host: &Host, command: &str) -> Vec<Call> {
     lines.iter().map(call).collect()
 }
 
-/// Some of them at even distances, the first and the last among them; `count`, unless more are asked for.
+/// Those of them that are tried, see [`extent`].
 fn sample<T: Clone>(all: &[T], count: usize) -> Vec<T> {
-    let count = extent(count, all.len()).max(2);
-    if all.len() <= count {
-        return all.to_vec();
-    }
-    (0..count).map(|n| all[n * (all.len() - 1) / (count - 1)].clone()).collect()
+    extent(count, all.len()).into_iter().map(|n| all[n].clone()).collect()
 }
 
 /// All of them with their numbers; says now and then how far it is, since the whole of it takes long.
@@ -303,7 +307,7 @@ fn walk(host: &mut Host) {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
         now.as_secs()
     });
-    let steps = asked("PINFOLD_STEPS").unwrap_or_else(|| extent(16, 300) as u64);
+    let steps = asked("PINFOLD_STEPS").unwrap_or_else(|| extent(16, 300).len() as u64);
     println!("walk: PINFOLD_SEED={seed} PINFOLD_STEPS={steps}");
     let mut random = Random(seed.max(1));
     walkers(host);
@@ -397,7 +401,7 @@ fn check(host: &Host, lives: &[Life; 3], before: &HostState, story: &str) {
 
 /// Start and stop, again and again: nothing grows.
 fn cycles(host: &mut Host) {
-    let count = extent(4, 200);
+    let count = extent(4, 200).len();
     install_hook(host);
     host.start_vm(&VmSpec::new(101)).unwrap();
     let cycle = |host: &Host| {
