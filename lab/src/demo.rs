@@ -73,7 +73,7 @@ pub fn picture(bins: &Path, file: &Path) -> Result<()> {
     host.start_vm(&vm(100, 6))?;
     let starting = VmSpec { hookscript: None, ..vm(101, 4) };
     host.put(&starting.conf_path(), starting.conf().as_bytes(), 0o640)?;
-    // The kernel has taken the files away that were mounted over those of CPUs that were offline.
+    // The kernel has taken the folders away that were mounted over those of CPUs that were offline.
     host.renew_topology()?;
     let status =
         "taskset -pc 11 $(pgrep -x kswapd0) > /dev/null; hook 101 pre-start -q && CLICOLOR_FORCE=1 hook status";

@@ -1,33 +1,39 @@
 //! Gives the lab host the numbering of a Ryzen 9 5900X: SMT siblings n and n+12, two L3 domains.
 //!
-//! QEMU can't: its siblings are n and n+1, and without KVM it shows one L3. So files are mounted over
-//! those in sysfs. The kernel takes such a mount away when the CPU goes offline; calling this again
-//! puts back what is missing.
+//! QEMU can't: its siblings are n and n+1, and without KVM it shows one L3. So folders are mounted over
+//! those in sysfs, two for each CPU: systemd has a unit for every mount and looks at all of them whenever one goes,
+//! as it does with its CPU (with a mount for each file, six, `daemon-reload` and hotplug took twice as long).
+//! The kernel takes such a mount away when the CPU goes offline; calling this again puts back what is missing.
 
 use crate::cache;
 use crate::cpus::Cpus;
-use crate::proc::read;
+use crate::proc::{names, read};
 use anyhow::{Context, Result};
 use nix::mount::{MsFlags, mount};
 use std::path::Path;
 
 const CPUS: u32 = 24;
-const FILES: &str = "/run/pinfold-lab/topology";
+const FOLDERS: &str = "/run/pinfold-lab/topology";
 
-/// What is told of one CPU: file below its sysfs folder, content.
-fn told(cpu: u32) -> [(&'static str, String); 6] {
+/// What is told of one CPU otherwise than QEMU does: folder below its sysfs folder; files in it with their content.
+fn told(cpu: u32) -> [(&'static str, Vec<(&'static str, String)>); 2] {
     let core = cpu % (CPUS / 2);
     let siblings = Cpus([core, core + CPUS / 2].into());
     let first = core / 6 * 6;
     let domain = Cpus((first..first + 6).chain(first + 12..first + 18).collect());
-    [
-        ("topology/thread_siblings_list", siblings.to_string()),
-        ("topology/thread_siblings", mask(&siblings)),
-        ("topology/core_cpus_list", siblings.to_string()),
-        ("topology/core_cpus", mask(&siblings)),
-        ("cache/index3/shared_cpu_list", domain.to_string()),
-        ("cache/index3/shared_cpu_map", mask(&domain)),
-    ]
+    let topology = vec![
+        ("thread_siblings_list", siblings.to_string()),
+        ("thread_siblings", mask(&siblings)),
+        ("core_cpus_list", siblings.to_string()),
+        ("core_cpus", mask(&siblings)),
+        ("core_id", core.to_string()),
+    ];
+    let cache = vec![
+        ("shared_cpu_list", domain.to_string()),
+        ("shared_cpu_map", mask(&domain)),
+        ("id", (core / 6).to_string()),
+    ];
+    [("topology", topology), ("cache/index3", cache)]
 }
 
 fn mask(cpus: &Cpus) -> String {
@@ -37,19 +43,22 @@ fn mask(cpus: &Cpus) -> String {
 
 /// Mounts what is not mounted yet, for every CPU that is online.
 pub fn apply() -> Result<()> {
-    cache::make(Path::new(FILES))?;
     for cpu in 0..CPUS {
-        for (name, wanted) in told(cpu) {
-            let target = format!("/sys/devices/system/cpu/cpu{cpu}/{name}");
+        for (folder, files) in told(cpu) {
+            let target = format!("/sys/devices/system/cpu/cpu{cpu}/{folder}");
+            let now = |name: &str| read(format!("{target}/{name}"));
             // None: the CPU is offline, or has no such cache.
-            if read(&target).is_none_or(|now| now == wanted) {
+            if files.iter().all(|(name, wanted)| now(name).is_none_or(|now| now == *wanted)) {
                 continue;
             }
-            let file = format!("{FILES}/{wanted}");
-            if read(&file).is_none() {
-                cache::write(Path::new(&file), format!("{wanted}\n"))?;
+            let own = format!("{FOLDERS}/cpu{cpu}/{folder}");
+            cache::make(Path::new(&own))?;
+            let told = files.into_iter().map(|(name, wanted)| (name.to_owned(), wanted));
+            let as_it_is = names(Path::new(&target)).into_iter().filter_map(|name| Some((name.clone(), now(&name)?)));
+            for (name, content) in as_it_is.chain(told) {
+                cache::write(&Path::new(&own).join(name), format!("{content}\n"))?;
             }
-            mount(Some(file.as_str()), target.as_str(), None::<&str>, MsFlags::MS_BIND, None::<&str>)
+            mount(Some(own.as_str()), target.as_str(), None::<&str>, MsFlags::MS_BIND, None::<&str>)
                 .with_context(|| format!("{target}: cannot mount over it"))?;
         }
     }
@@ -62,12 +71,14 @@ mod tests {
 
     #[test]
     fn numbering_of_a_5900x() {
-        let list = |cpu, index: usize| told(cpu)[index].1.clone();
-        assert_eq!(list(0, 0), "0,12");
-        assert_eq!(list(23, 0), "11,23");
-        assert_eq!(list(18, 1), "040040");
-        assert_eq!(list(5, 4), "0-5,12-17");
-        assert_eq!(list(18, 4), "6-11,18-23");
-        assert_eq!(list(18, 5), "fc0fc0");
+        let topology = |cpu, index: usize| told(cpu)[0].1[index].1.clone();
+        let cache = |cpu, index: usize| told(cpu)[1].1[index].1.clone();
+        assert_eq!(topology(0, 0), "0,12");
+        assert_eq!(topology(23, 0), "11,23");
+        assert_eq!(topology(18, 1), "040040");
+        assert_eq!(cache(5, 0), "0-5,12-17");
+        assert_eq!(cache(18, 0), "6-11,18-23");
+        assert_eq!(cache(18, 1), "fc0fc0");
+        assert_eq!(cache(18, 2), "1");
     }
 }
