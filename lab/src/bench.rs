@@ -48,7 +48,8 @@ const PROMISED: [f64; 2] = [2.0, 10.0];
 
 /// Measures both, `ROUNDS` times each in turn, and writes the table; an error where hook is slower than promised.
 pub fn run(bins: &Path, out: &mut impl Write) -> Result<()> {
-    let host = Host::acquire(Guest::Trixie, bins)?;
+    let mut host = Host::acquire(Guest::Trixie, bins)?;
+    host.reset_in_parallel()?;
     host.put("/tmp/post-start.sh", SCRIPT.as_bytes(), 0o755)?;
     let vm = VmSpec::new(100);
     let (mut script, mut hook) = (Vec::new(), Vec::new());

@@ -8,7 +8,7 @@ use crate::cache::{self, Cache, Lock};
 use crate::channel::{Channel, Pending};
 use crate::image::Image;
 use crate::protocol::{Answer, Ask, Bytes, Run};
-use crate::qemu::{self, Slot};
+use crate::qemu::{self, Slot, Threads};
 use crate::snapshot::HostState;
 use crate::strays::Strays;
 use crate::vm::VmSpec;
@@ -134,6 +134,7 @@ pub struct Host {
     channel: Option<Channel>,
     ready: String,
     image: Image,
+    threads: Threads,
     _lock: Lock,
 }
 
@@ -156,7 +157,7 @@ impl Host {
         let (slot, lock) = take_slot(&cache, guest, slot)?;
         let ready = format!("ready-{}", payload.key);
         let image = booted.image.clone();
-        let mut host = Self { guest, slot, channel: None, ready, image, _lock: lock };
+        let mut host = Self { guest, slot, channel: None, ready, image, threads: Threads::One, _lock: lock };
         host.up(&booted, &payload, as_it_is).with_context(|| format!("{guest}: no lab host"))?;
         Ok(host)
     }
@@ -165,6 +166,12 @@ impl Host {
     pub fn reset(&mut self) -> Result<()> {
         let ready = self.ready.clone();
         self.load(&ready)
+    }
+
+    /// The same, with a thread of QEMU's for each CPU from now on, see [`Threads`].
+    pub fn reset_in_parallel(&mut self) -> Result<()> {
+        self.threads = Threads::Each;
+        self.reset()
     }
 
     /// Keeps the present state under a name, until the lab's programs change.
@@ -190,7 +197,7 @@ impl Host {
     pub fn load(&mut self, name: &str) -> Result<()> {
         self.channel = None;
         self.slot.kill()?;
-        self.slot.start(&self.image)?;
+        self.slot.start(&self.image, self.threads)?;
         let mut qmp = self.slot.qmp()?;
         qmp.hmp_quiet(&format!("loadvm {name}"))?;
         qmp.execute("cont", json!({}))?;
@@ -403,7 +410,7 @@ impl Booted {
         create.args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"]).args([&self.image.disk(), &slot.disk()]);
         for tries_left in (0..BOOT_TRIES).rev() {
             tool::run(&mut create)?;
-            slot.start(&self.image)?;
+            slot.start(&self.image, Threads::One)?;
             let booted = settle(&slot).with_context(|| told_of(&slot));
             slot.kill()?;
             match booted {

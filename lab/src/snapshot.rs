@@ -86,6 +86,8 @@ impl fmt::Display for HostState {
 
 /// Reads the state of the host we run on.
 pub fn take() -> Result<HostState> {
+    // First: when systemd answers, it has done what it had put off, as to take a controller away that no unit uses any more.
+    let units = units()?;
     let threads = proc::threads();
     let sections = [
         irqs(),
@@ -93,7 +95,7 @@ pub fn take() -> Result<HostState> {
         tasks(&threads),
         workqueues(),
         cgroups(Path::new("/sys/fs/cgroup")),
-        units()?,
+        units,
         unit_files(),
         cpufreq(),
         sysctls(),
