@@ -109,12 +109,6 @@ fn fault(lost: &mut String, what: &str, difference: &str) {
     }
 }
 
-/// Whether hook was killed at nearly all calls that were tried. How often it has to put back what the kernel moves by itself
-/// (IRQs as CPUs come, kernel threads of a partition) differs, so that a call may not come the next time.
-fn are_few(missed: &[&Call], tried: &[Call]) -> bool {
-    missed.len() <= 1 + tried.len() / 12
-}
-
 /// After a kill at any point of post-start: post-stop restores, or recover ends what was begun.
 fn killed_in_post_start(host: &mut Host) {
     killed_in_post_start_by(host, "hotplug", 22);
@@ -129,9 +123,9 @@ fn killed_in_post_start_by(host: &Host, method: &str, count: usize) {
     let all = calls(host, "hook 100 post-start");
     expect(host, "hook 100 post-stop -q", 0);
     let tried = sample(&all, count);
-    let (mut lost, mut missed) = (String::new(), Vec::new());
+    let mut lost = String::new();
     for (n, call) in counted(&tried) {
-        missed.extend((!kill_at(host, call, "hook 100 post-start")).then_some(call));
+        assert!(kill_at(host, call, "hook 100 post-start"), "{call:?} was reached");
         if n % 2 == 1 {
             expect(host, "hook recover -q", 0);
             let half = host.sh("hook status").unwrap();
@@ -141,8 +135,8 @@ fn killed_in_post_start_by(host: &Host, method: &str, count: usize) {
         expect(host, "hook 100 post-stop -q", 0);
         fault(&mut lost, &format!("killed at {call:?}"), &before.not_restored(&host.snapshot().unwrap()));
     }
-    println!("killed in post-start by {method}: {} of {} calls tried", tried.len() - missed.len(), all.len());
-    assert!(lost.is_empty() && are_few(&missed, &tried), "{missed:?} not reached; {lost}");
+    println!("killed in post-start by {method}: {} of {} calls tried", tried.len(), all.len());
+    assert!(lost.is_empty(), "{lost}");
 }
 
 /// After a kill at any point of post-stop, of a VM that is gone: recover restores, or post-stop once more.
@@ -170,7 +164,9 @@ fn killed_in_post_stop_by(host: &Host, method: &str, count: usize) {
     let (mut lost, mut missed) = (String::new(), Vec::new());
     for (n, call) in counted(&tried) {
         fenced_and_killed(host);
-        missed.extend((!kill_at(host, call, "hook 100 post-stop")).then_some(call));
+        if !kill_at(host, call, "hook 100 post-stop") {
+            missed.push(call);
+        }
         expect(host, if n % 2 == 0 { "hook recover -q" } else { "hook 100 post-stop -q" }, 0);
         fault(&mut lost, &format!("killed at {call:?}"), &before.not_restored(&host.snapshot().unwrap()));
     }
@@ -179,7 +175,11 @@ fn killed_in_post_stop_by(host: &Host, method: &str, count: usize) {
         tried.len() - missed.len(),
         all.len()
     );
-    assert!(lost.is_empty() && are_few(&missed, &tried), "{missed:?} not reached; {lost}");
+    // The kernel moves some by itself, not the same ones each time: kernel threads of a partition, IRQs as CPUs come. How often
+    // hook has to differs, so that such a call may not come again.
+    let differing = if method == "partition" { "sched_setaffinity" } else { "write" };
+    let are_few = missed.len() <= 1 + tried.len() / 12 && missed.iter().all(|call| call.name == differing);
+    assert!(lost.is_empty() && are_few, "{missed:?} not reached; {lost}");
 }
 
 /// The same while its QEMU and another fenced VM live: the other's CPUs stay its own.
@@ -198,10 +198,10 @@ fn killed_in_post_stop_of_one_of_two(host: &mut Host) {
     expect(host, "hook 101 post-start -q && hook 100 post-start -q", 0);
     let all = calls(host, "hook 100 post-stop");
     let tried = sample(&all, 10);
-    let (mut lost, mut missed) = (String::new(), Vec::new());
+    let mut lost = String::new();
     for (_, call) in counted(&tried) {
         expect(host, "hook 100 post-start -q", 0);
-        missed.extend((!kill_at(host, call, "hook 100 post-stop")).then_some(call));
+        assert!(kill_at(host, call, "hook 100 post-stop"), "{call:?} was reached");
         expect(host, "hook 100 post-stop -q", 0);
         let strays = host.strays("18", &[101]).unwrap();
         let theirs = if strays.is_clean() { String::new() } else { format!("{strays:#?}") };
@@ -214,8 +214,8 @@ fn killed_in_post_stop_of_one_of_two(host: &mut Host) {
     }
     expect(host, "hook 101 post-stop -q", 0);
     fault(&mut lost, "in the end", &before.not_restored(&host.snapshot().unwrap()));
-    println!("killed in post-stop, the VM alive: {} of {} calls tried", tried.len() - missed.len(), all.len());
-    assert!(lost.is_empty() && are_few(&missed, &tried), "{missed:?} not reached; {lost}");
+    println!("killed in post-stop, the VM alive: {} of {} calls tried", tried.len(), all.len());
+    assert!(lost.is_empty(), "{lost}");
 }
 
 /// Whatever a call of post-start answers: hook says so and takes back what it did, or does without, and post-stop restores.
