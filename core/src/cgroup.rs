@@ -160,7 +160,7 @@ pub(crate) fn make_threaded_or_remove(root: &Sysroot, cgroup: &str, make: bool) 
 /// Moves a process with all its threads. A scope that systemd has dropped, because it was empty, is asked for anew.
 pub(crate) fn move_process(root: &Sysroot, task: &TaskId, cgroup: &str) -> io::Result<()> {
     match root.write(file(cgroup, "cgroup.procs"), &task.pid.to_string()) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound && cgroup.ends_with(".scope") => {
+        Err(error) if cgroup.ends_with(".scope") && !root.exists(path(cgroup)) => {
             let mut path = cgroup.rsplit('/');
             match (path.next(), path.next()) {
                 (Some(scope), Some(slice)) if slice.ends_with(".slice") => {
