@@ -9,10 +9,12 @@ use crate::reservation::{Isolation, Reservation};
 
 /// What masks the kernel makes of those it is given, now.
 pub(crate) struct ByKernel {
-    /// Where there are VMs with partitions: what these leave to all others.
-    left: Option<CpuSet>,
-    /// What cgroups hold their threads to: partitions, and slices that were narrowed.
-    cgroups: Vec<CpuSet>,
+    /// What partitions leave to all others now.
+    left: CpuSet,
+    /// Those of VMs, which may be gone by now, each with its VM.
+    partitions: Vec<CpuSet>,
+    /// What slices that were narrowed hold their threads to.
+    narrowed: Vec<CpuSet>,
     online: CpuSet,
 }
 
@@ -22,20 +24,17 @@ impl ByKernel {
     /// # Errors
     /// Where the host's CPUs cannot be read.
     pub(crate) fn on(root: &Sysroot, store: &Store<Reservation>, left: &CpuSet) -> Result<Self> {
-        let partitions = || {
-            let all = store.reservations.values();
-            all.filter(|it| it.isolation == Isolation::Partition).map(|it| it.settings.isolated.clone())
-        };
-        let left = partitions().next().map(|_| left.clone());
+        let partitions = store.reservations.values().filter(|it| it.isolation == Isolation::Partition);
+        let partitions = partitions.map(|it| it.settings.isolated.clone()).collect();
         let is_cgroup = |knob: &Knob| matches!(knob, Knob::UnitCpus(_) | Knob::CgroupCpus(_));
         let narrowed = (store.baseline.knobs().map(|(knob, ..)| knob))
             .filter(|knob| is_cgroup(knob))
             .filter_map(|knob| CpuSet::from_kernel_list(store.baseline.last(knob)?).ok())
             .filter(|cpus| !cpus.is_empty());
-        let mut cgroups: Vec<CpuSet> = partitions().chain(narrowed).collect();
+        let mut narrowed: Vec<CpuSet> = narrowed.collect();
         // Nearly all of them are the same.
-        cgroups.dedup();
-        Ok(Self { left, cgroups, online: cpu::online(root)? })
+        narrowed.dedup();
+        Ok(Self { left: left.clone(), partitions, narrowed, online: cpu::online(root)? })
     }
 
     /// Whether a mask is the kernel's doing. Partitions leave a kernel thread what is left of what was set by hand, else all that
@@ -47,11 +46,22 @@ impl ByKernel {
         };
         let share_of = |cpus: &CpuSet| found == before.held_to(cpus) || found == *cpus;
         match knob {
-            Knob::Kthread(_) | Knob::Workqueues => self.left.as_ref().is_some_and(share_of),
-            Knob::Thread(_) => self.left.iter().chain(&self.cgroups).any(share_of),
+            Knob::Kthread(_) | Knob::Workqueues => self.left_at_last(&found).as_ref().is_some_and(share_of),
+            Knob::Thread(_) => {
+                self.left_at_last(&found).iter().chain(&self.partitions).chain(&self.narrowed).any(share_of)
+            }
             Knob::Irq(_) => found == before.held_to(&self.online),
             _ => false,
         }
+    }
+
+    /// What partitions left to all others when the kernel last set this mask, if it did: it does not for each one that goes, so
+    /// that all that the mask has nothing of may have been there. `None` where no VM has one.
+    fn left_at_last(&self, mask: &CpuSet) -> Option<CpuSet> {
+        let (there, gone): (Vec<_>, Vec<_>) = self.partitions.iter().partition(|cpus| !cpus.intersects(mask));
+        let left = gone.into_iter().fold(self.left.clone(), |all, cpus| &all | cpus);
+        let left = there.into_iter().fold(left, |all, cpus| &all - cpus);
+        (!self.partitions.is_empty() && mask.is_subset(&self.left)).then_some(left)
     }
 }
 
@@ -65,9 +75,11 @@ mod tests {
         let kthread = Knob::Kthread(TaskId { pid: 9, tid: 9, start: 1 });
         let vcpu = Knob::Thread(TaskId { pid: 8, tid: 9, start: 1 });
         let set = |list: &str| list.parse::<CpuSet>().unwrap();
+        // Of two partitions one, 6-9, is there; the other, 18, has gone with its VM.
         let kernel = ByKernel {
-            left: Some(set("0-5,10-23")),
-            cgroups: vec![set("6,18"), set("0-3")],
+            left: set("0-5,10-23"),
+            partitions: vec![set("6-9"), set("18")],
+            narrowed: vec![set("0-3")],
             online: set("0-17,19-23"),
         };
         for (knob, before, found, kernels) in [
@@ -76,12 +88,19 @@ mod tests {
             (&kthread, "2", "0-5,10-23", true),
             (&kthread, "7", "0-5,10-23", true),
             (&kthread, "0-23", "0-5", false),
+            // From before the other one went.
+            (&kthread, "0-23", "0-5,10-17,19-23", true),
+            (&kthread, "0-8", "0-5", true),
+            (&Knob::Workqueues, "0-23", "0-5,10-17,19-23", true),
+            // What still is there the kernel would not give it.
+            (&kthread, "0-23", "0-17,19-23", false),
+            (&kthread, "3", "0-23", false),
             (&kthread, "0-23", "0-23", false),
             (&kthread, "0-23", "6,18", false),
             (&Knob::Workqueues, "0-23", "0-5,10-23", true),
             // Moved into the partition and not pinned yet, when hook was killed.
-            (&vcpu, "0-23", "6,18", true),
-            (&vcpu, "0-7", "6", true),
+            (&vcpu, "0-23", "6-9", true),
+            (&vcpu, "0-7", "6-7", true),
             (&vcpu, "0-23", "0-5,10-23", true),
             // In a slice that was narrowed.
             (&vcpu, "2-9", "2-3", true),
@@ -93,7 +112,7 @@ mod tests {
         ] {
             assert_eq!(kernel.has_set(knob, before, found), kernels, "{knob:?} {before} {found}");
         }
-        let kernel = ByKernel { left: None, cgroups: Vec::new(), online: set("0-23") };
+        let kernel = ByKernel { left: set("0-23"), partitions: Vec::new(), narrowed: Vec::new(), online: set("0-23") };
         assert!(!kernel.has_set(&kthread, "0-23", "0-5,10-23"));
     }
 }
