@@ -107,12 +107,12 @@ impl<'a> Reconcile<'a> {
         self.pace()?;
         match qemu {
             Some(qemu) => {
-                self.decouple(vmid)?;
+                self.decouple(vmid, qemu)?;
                 self.pins(vmid, qemu)?;
             }
             None => self.leave_open(&["decouple", "pins"]),
         }
-        self.all_pins()?;
+        self.all_pins(Some(vmid))?;
         // Coming online, CPUs have got back some of what was thrown off them.
         self.irqs()?;
         self.kthreads()
@@ -132,7 +132,7 @@ impl<'a> Reconcile<'a> {
             }
             None => self.leave_open(&["exclusive", "partition", "pins"]),
         }
-        self.all_pins()?;
+        self.all_pins(Some(vmid))?;
         self.irqs()?;
         self.kthreads()?;
         self.pace()
@@ -158,7 +158,7 @@ impl<'a> Reconcile<'a> {
         self.attempt(Self::irqs);
         self.attempt(Self::kthreads);
         self.attempt(Self::pace);
-        self.attempt(Self::all_pins);
+        self.attempt(|this| this.all_pins(None));
     }
 
     /// Whether there is anything of a method: a VM, or what one has left in the baseline.
@@ -498,14 +498,39 @@ impl<'a> Reconcile<'a> {
     }
 
     /// Step 6.
-    fn decouple(&mut self, vmid: VmId) -> Result<()> {
+    fn decouple(&mut self, vmid: VmId, qemu: &Qemu) -> Result<()> {
         self.report.step("decouple");
-        let mut moved = 0;
-        for change in cg_slice::plan_decouple(self.root, vmid)? {
-            moved += usize::from(self.make(change));
+        let mut changes = Vec::new();
+        if self.fenced().count() > 1 {
+            // Outside the slice nothing else holds a thread off the others' CPUs until it is pinned. What CPUs it has asked for
+            // itself cannot be read, and since Linux 6.2 is kept wherever it goes.
+            let asked = |(object, cpus): (Object, String)| Object { found: String::new(), ..object }.want(cpus);
+            changes.extend(self.kept_off_others(vmid, qemu)?.into_iter().map(asked));
         }
-        self.sum_up("decouple", moved);
+        changes.extend(cg_slice::plan_decouple(self.root, vmid)?);
+        let mut changed = 0;
+        for change in changes {
+            changed += usize::from(self.make(change));
+        }
+        self.sum_up("decouple", changed);
         Ok(())
+    }
+
+    /// A VM's threads, each with the CPUs it has less those of other VMs.
+    fn kept_off_others(&self, vmid: VmId, qemu: &Qemu) -> Result<Vec<(Object, String)>> {
+        let mut fence = self.housekeeping();
+        if let Some(own) = self.store.reservations.get(&vmid.into()) {
+            fence = &fence | &own.settings.isolated;
+        }
+        let mut kept = Vec::new();
+        for pid in cg_slice::processes(self.root, vmid, qemu)? {
+            for object in self.thread_objects(pid)? {
+                let cpus =
+                    CpuSet::from_kernel_list(&object.found).map_or_else(|_| fence.clone(), |it| it.held_to(&fence));
+                kept.push((object, cpus.to_string()));
+            }
+        }
+        Ok(kept)
     }
 
     /// Step 7: the VM's own threads.
@@ -607,19 +632,33 @@ impl<'a> Reconcile<'a> {
         })
     }
 
-    /// The threads of all fenced VMs: one's emulator threads may stand where another's vCPUs go, or may come back.
-    fn all_pins(&mut self) -> Result<()> {
-        let vms: Vec<VmId> = self
+    /// The threads of all fenced VMs: one's emulator threads may stand where another's vCPUs go, or may come back. Those of a
+    /// VM whose hook was killed half way are kept off the others' CPUs; the rest is for its own hook, or recover. Not those of
+    /// `pinned`, which have been.
+    fn all_pins(&mut self, pinned: Option<VmId>) -> Result<()> {
+        let fenced: Vec<(VmId, Phase, Isolation)> = self
             .fenced()
-            .filter(|(_, reservation)| reservation.phase == Phase::Isolated)
-            .filter_map(|(id, _)| VmId::try_from(*id).ok())
+            .filter_map(|(id, claim)| Some((VmId::try_from(*id).ok()?, claim.phase, claim.isolation)))
+            .filter(|(id, ..)| Some(*id) != pinned)
             .collect();
-        for vmid in vms {
-            if let Some(qemu) = vm::find(self.root, vmid)? {
-                match self.pins(vmid, &qemu) {
-                    Err(error) if error.is_gone() => {}
-                    other => other?,
+        for (vmid, phase, isolation) in fenced {
+            let Some(qemu) = vm::find(self.root, vmid)? else { continue };
+            let pinned = match phase {
+                Phase::Isolated => self.pins(vmid, &qemu),
+                Phase::Isolating if isolation == Isolation::Hotplug => {
+                    self.kept_off_others(vmid, &qemu).and_then(|kept| {
+                        let (objects, wanted): (Vec<_>, BTreeMap<_, _>) =
+                            kept.into_iter().map(|(object, cpus)| (object.clone(), (object.knob, cpus))).unzip();
+                        self.set("pins", objects, move |knob, before| {
+                            wanted.get(knob).cloned().unwrap_or_else(|| before.to_owned())
+                        })
+                    })
                 }
+                _ => Ok(()),
+            };
+            match pinned {
+                Err(error) if error.is_gone() => {}
+                other => other?,
             }
         }
         Ok(())
