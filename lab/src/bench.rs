@@ -51,7 +51,7 @@ pub fn run(bins: &Path, out: &mut impl Write) -> Result<()> {
     let mut host = Host::acquire(Guest::Trixie, bins)?;
     host.reset_in_parallel()?;
     host.put("/tmp/post-start.sh", SCRIPT.as_bytes(), 0o755)?;
-    let vm = VmSpec::new(100);
+    let vm = VmSpec { busy: true, ..VmSpec::new(100) };
     let (mut script, mut hook) = (Vec::new(), Vec::new());
     let (mut partition, mut bare) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {

@@ -37,7 +37,7 @@ pub fn run(bins: &Path, out: &mut impl Write) -> Result<()> {
     show(&host, out, LOOK)?;
 
     writeln!(out, "\n# qm start 100: 12 vCPUs, 2 iothreads, hookscript: local:snippets/hook")?;
-    let vm = VmSpec { hookscript: Some("local:snippets/hook".into()), ..VmSpec::new(100) };
+    let vm = VmSpec { busy: true, hookscript: Some("local:snippets/hook".into()), ..VmSpec::new(100) };
     write!(out, "{}", host.start_vm(&vm)?)?;
     writeln!(out, "\n# during: the same, with VM 100 fenced")?;
     show(&host, out, LOOK)?;

@@ -3,7 +3,7 @@
 //! It starts, ends and reports VMs the way `PVE::QemuServer` does, as far as a tool that watches
 //! from outside can tell: the VM's lock, the hook's phases and who hears of their failure, the scope
 //! in qemu.slice, the pid file, the QMP socket, threads and helper processes. The disks are null
-//! devices and the guest is what the firmware does when it finds nothing to boot.
+//! devices and the guest is no more than firmware.
 
 use crate::cache;
 use crate::qmp::Qmp;
@@ -27,6 +27,8 @@ const RUN: &str = "/run/qemu-server";
 const LOCKS: &str = "/run/lock/qemu-server";
 const SNIPPETS: &str = "/var/lib/vz/snippets";
 const HELPER: &str = "/usr/local/lib/pinfold-lab/swtpm";
+/// Firmware that halts.
+const HALT_ROM: &str = "/usr/local/lib/pinfold-lab/halt.rom";
 /// As PVE's own.
 const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 const STOP_PATIENCE: Duration = Duration::from_secs(60);
@@ -172,6 +174,10 @@ impl Vm {
         push("-smp", format!("{},sockets={sockets},cores={cores},maxcpus={max}", number("vcpus", max)?));
         push("-m", number("memory", 512)?.to_string());
         push("-display", "none".to_owned());
+        // A value of the lab's own; Proxmox VE has seabios and ovmf.
+        if conf.get("bios") == Some("halt") {
+            push("-bios", HALT_ROM.to_owned());
+        }
         for (disk, options) in conf.disks() {
             let controller = disk.strip_prefix("scsi").map(|n| format!("virtioscsi{n}"));
             let owner = controller.as_deref().unwrap_or(disk);
@@ -389,7 +395,7 @@ mod tests {
 
     #[test]
     fn a_vm_is_started_as_pve_does() {
-        let words = command(&VmSpec { iothreads: 1, ..VmSpec::new(100) });
+        let words = command(&VmSpec { iothreads: 1, busy: true, ..VmSpec::new(100) });
         assert_eq!(
             words,
             "/usr/bin/kvm -name vm100,debug-threads=on \

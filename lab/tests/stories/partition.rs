@@ -12,6 +12,7 @@ stories![with partitions:
     a_vm_has_a_partition,
     a_partition_by_hand,
     two_vms_and_others,
+    one_is_killed_and_the_other_stops,
     what_partition_refuses,
     meddled_with,
 ];
@@ -177,6 +178,22 @@ fn two_vms_and_others(host: &mut Host) {
     let (status, _) = expect(host, "hook status", 0);
     assert!(!status.contains("VM 102"), "{status}");
     assert_partitioned(host);
+    host.stop_vm(100).unwrap();
+    assert_restored(host, &before);
+}
+
+/// With a partition that goes the kernel gives kernel threads and workqueues what the rest leave, with the last one it does not:
+/// nobody else has set what they have then.
+fn one_is_killed_and_the_other_stops(host: &mut Host) {
+    install_hook(host);
+    settings(host, "partition");
+    let (mine, small) = (vm(), small(host));
+    host.start_vm(&VmSpec::new(101)).unwrap();
+    let before = host.snapshot().unwrap();
+    host.start_vm(&mine).unwrap();
+    host.start_vm(&small).unwrap();
+    host.kill_vm(102).unwrap();
+    host.cleanup_vm(102, false).unwrap();
     host.stop_vm(100).unwrap();
     assert_restored(host, &before);
 }

@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
 
-use pinfold_lab::{Guest, Host, VmSpec};
+use pinfold_lab::{Guest, Host, Strays, VmSpec};
 
 /// The CPUs of the layout 5900x.
 pub(crate) const ISOLATED: &str = "6-11,18-23";
@@ -37,9 +37,9 @@ fn bins() -> PathBuf {
     test.parent().and_then(|deps| deps.parent()).unwrap().to_owned()
 }
 
-/// VM 100 as a user would have it: 12 vCPUs, hook as its hookscript.
+/// VM 100 as a user would have it: 12 vCPUs, one of them busy, hook as its hookscript.
 pub(crate) fn vm() -> VmSpec {
-    VmSpec { hookscript: Some("local:snippets/hook".into()), ..VmSpec::new(100) }
+    VmSpec { busy: true, hookscript: Some("local:snippets/hook".into()), ..VmSpec::new(100) }
 }
 
 /// Puts hook where Proxmox VE looks for it.
@@ -169,8 +169,8 @@ pub(crate) fn assert_restored(host: &Host, before: &pinfold_lab::HostState) {
     assert!(difference.is_empty(), "the host is not what it was:\n{difference}");
 }
 
-/// Asserts that nothing may run on these CPUs that could be elsewhere, but for the vCPUs of these VMs.
-pub(crate) fn assert_clean(host: &Host, cpus: &str, vms: &[u32]) {
+/// What may run on these CPUs and could be elsewhere, but for the vCPUs of these VMs.
+pub(crate) fn strays(host: &Host, cpus: &str, vms: &[u32]) -> Strays {
     let mut strays = host.strays(cpus, vms).unwrap();
     if host.guest == Guest::Bookworm {
         // On Linux 6.1 idle unbound workers keep the mask of the pool they were made in; new work goes by the new mask.
@@ -180,6 +180,12 @@ pub(crate) fn assert_clean(host: &Host, cpus: &str, vms: &[u32]) {
         // Where no CPU goes offline an IRQ without interrupt remapping moves with its next interrupt.
         strays.moving.clear();
     }
+    strays
+}
+
+/// Asserts that there is nothing of it.
+pub(crate) fn assert_clean(host: &Host, cpus: &str, vms: &[u32]) {
+    let strays = strays(host, cpus, vms);
     assert!(strays.is_clean(), "strays on CPU {cpus}: {strays:#?}");
 }
 

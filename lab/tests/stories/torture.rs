@@ -7,22 +7,25 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use pinfold_lab::{Host, HostState, VmSpec};
+use pinfold_lab::{Host, HostState, Strays, VmSpec};
 
 use crate::stories;
-use crate::support::{Call, assert_clean, assert_restored, expect, install_hook, kill_at, vm};
+use crate::support::{Call, assert_clean, assert_restored, expect, install_hook, kill_at, strays, vm};
 
 stories!(only trixie:
     killed_in_post_start,
     killed_in_post_start_by_partition,
+    killed_in_post_start_of_one_of_two,
     killed_in_post_stop,
     killed_in_post_stop_by_partition,
     killed_in_post_stop_of_one_of_two,
     each_call_fails,
     each_call_fails_by_partition,
     walk,
+    walk_by_partition,
     cycles,
     twenty_at_once,
+    twenty_at_once_by_partition,
 );
 
 /// The system calls that hook changes something with.
@@ -101,9 +104,10 @@ fn with_vm_100(host: &Host, method: &str) -> HostState {
     host.snapshot().unwrap()
 }
 
-/// What is wrong, for a list of all that is.
+/// What is wrong, for a list of all that is; said at once too, since a run of hours may be ended.
 fn fault(lost: &mut String, what: &str, difference: &str) {
     if !difference.is_empty() {
+        println!("lost: {what}");
         // Writing to a String cannot fail.
         let _ = writeln!(lost, "{what}:\n{difference}");
     }
@@ -182,8 +186,8 @@ fn killed_in_post_stop_by(host: &Host, method: &str, count: usize) {
     assert!(lost.is_empty() && are_few, "{missed:?} not reached; {lost}");
 }
 
-/// The same while its QEMU and another fenced VM live: the other's CPUs stay its own.
-fn killed_in_post_stop_of_one_of_two(host: &mut Host) {
+/// VMs 100 and 101, with a CPU each, which were fenced once and are not now.
+fn two_small_vms(host: &Host) -> HostState {
     host.ok("mkdir -p /etc/pinfold").unwrap();
     for (id, cpus) in [(100, "6"), (101, "18")] {
         let settings = format!("isolated = \"{cpus}\"\npins = [\"{cpus}\", \"{cpus}\"]\n[deadlines]\nqemu_exit = 0\n");
@@ -194,7 +198,51 @@ fn killed_in_post_stop_of_one_of_two(host: &mut Host) {
     for phase in ["post-start", "post-stop"] {
         expect(host, &format!("hook 100 {phase} -q && hook 101 {phase} -q"), 0);
     }
-    let before = host.snapshot().unwrap();
+    host.snapshot().unwrap()
+}
+
+/// What may run on VM 101's CPU and is not its own, in words.
+fn strays_of_101(host: &Host) -> String {
+    in_words(&strays(host, "18", &[101]))
+}
+
+/// As [`strays_of_101`], right after a kill.
+fn strays_after_kill(host: &Host) -> String {
+    in_words(&strays(host, "18", &[101]).but_spread_anew())
+}
+
+fn in_words(strays: &Strays) -> String {
+    if strays.is_clean() { String::new() } else { format!("VM 101 has strays: {strays:#?}") }
+}
+
+/// Wherever one VM's post-start is killed, another's CPUs stay its own, at once and when a third comes or goes.
+fn killed_in_post_start_of_one_of_two(host: &mut Host) {
+    let before = two_small_vms(host);
+    expect(host, "hook 101 post-start -q", 0);
+    let all = calls(host, "hook 100 post-start");
+    expect(host, "hook 100 post-stop -q", 0);
+    let tried = sample(&all, 10);
+    let mut lost = String::new();
+    for (n, call) in counted(&tried) {
+        assert!(kill_at(host, call, "hook 100 post-start"), "{call:?} was reached");
+        fault(&mut lost, &format!("killed at {call:?}"), &strays_after_kill(host));
+        if n % 2 == 0 {
+            // The other comes anew, onto CPUs that the killed one's threads may have.
+            expect(host, "hook 101 post-stop -q && hook 101 post-start -q", 0);
+            fault(&mut lost, &format!("killed at {call:?}, 101 anew"), &strays_of_101(host));
+        }
+        expect(host, "hook 100 post-stop -q", 0);
+        fault(&mut lost, &format!("killed at {call:?}, stopped"), &strays_of_101(host));
+    }
+    expect(host, "hook 101 post-stop -q", 0);
+    fault(&mut lost, "in the end", &before.not_restored(&host.snapshot().unwrap()));
+    println!("killed in post-start, another VM fenced: {} of {} calls tried", tried.len(), all.len());
+    assert!(lost.is_empty(), "{lost}");
+}
+
+/// The same for post-stop, its QEMU alive.
+fn killed_in_post_stop_of_one_of_two(host: &mut Host) {
+    let before = two_small_vms(host);
     expect(host, "hook 101 post-start -q && hook 100 post-start -q", 0);
     let all = calls(host, "hook 100 post-stop");
     let tried = sample(&all, 10);
@@ -202,10 +250,9 @@ fn killed_in_post_stop_of_one_of_two(host: &mut Host) {
     for (_, call) in counted(&tried) {
         expect(host, "hook 100 post-start -q", 0);
         assert!(kill_at(host, call, "hook 100 post-stop"), "{call:?} was reached");
+        fault(&mut lost, &format!("killed at {call:?}"), &strays_after_kill(host));
         expect(host, "hook 100 post-stop -q", 0);
-        let strays = host.strays("18", &[101]).unwrap();
-        let theirs = if strays.is_clean() { String::new() } else { format!("{strays:#?}") };
-        fault(&mut lost, &format!("killed at {call:?}: VM 101 has strays"), &theirs);
+        fault(&mut lost, &format!("killed at {call:?}, once more"), &strays_of_101(host));
         expect(
             host,
             "test -d /sys/fs/cgroup/qemu.slice/100.scope && test ! -d /sys/fs/cgroup/qemu-decoupled.slice/100.scope",
@@ -291,11 +338,12 @@ enum Life {
 const WALKERS: [(u32, &str); 3] = [(100, "6-8"), (101, "18-20"), (102, "9-11,21-23")];
 
 /// Describes them, and starts a VM that is nobody's business.
-fn walkers(host: &Host) {
+fn walkers(host: &Host, method: &str) {
     host.ok("mkdir -p /etc/pinfold").unwrap();
     for (id, cpus) in WALKERS {
         let settings = format!(
-            "isolated = \"{cpus}\"\npins = [\"{cpus}\", \"{cpus}\"]\ntidy_caches = false\n[deadlines]\nlock = 600\nqemu_exit = 1\n"
+            "isolated = \"{cpus}\"\npins = [\"{cpus}\", \"{cpus}\"]\nmethod = \"{method}\"\ntidy_caches = false\n\
+             [deadlines]\nlock = 600\nqemu_exit = 1\n"
         );
         host.put(&format!("/etc/pinfold/{id}.toml"), settings.as_bytes(), 0o644).unwrap();
         let spec = VmSpec { cores: 2, ..VmSpec::new(id) };
@@ -307,21 +355,29 @@ fn walkers(host: &Host) {
 /// Three VMs on CPUs of their own start, stop and die, and hooks of theirs are killed. After every step the CPUs of each
 /// fenced VM are free of strays; with none left the host is as it was. `PINFOLD_SEED` and `PINFOLD_STEPS` tell it again.
 fn walk(host: &mut Host) {
+    walk_by(host, "hotplug", 16);
+}
+
+fn walk_by_partition(host: &mut Host) {
+    walk_by(host, "partition", 12);
+}
+
+fn walk_by(host: &Host, method: &str, count: usize) {
     let seed = asked("PINFOLD_SEED").unwrap_or_else(|| {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
         now.as_secs()
     });
-    let steps = asked("PINFOLD_STEPS").unwrap_or_else(|| extent(16, 300).len() as u64);
-    println!("walk: PINFOLD_SEED={seed} PINFOLD_STEPS={steps}");
+    let steps = asked("PINFOLD_STEPS").unwrap_or_else(|| extent(count, 300).len() as u64);
+    println!("walk by {method}: PINFOLD_SEED={seed} PINFOLD_STEPS={steps}");
     let mut random = Random(seed.max(1));
-    walkers(host);
+    walkers(host, method);
     let before = host.snapshot().unwrap();
     let mut lives = [Life::Off; 3];
     let mut story = String::new();
     for step in 1..=steps {
         let which = random.below(3);
-        let (id, life) = (WALKERS[which].0, &mut lives[which]);
-        let (what, next) = match (*life, random.below(4)) {
+        let id = WALKERS[which].0;
+        let (what, next) = match (lives[which], random.below(4)) {
             (Life::Off | Life::Dead, 0) => (half(host, &mut random, id, "start"), Life::Half),
             (Life::Off | Life::Dead, 1 | 2) => (start(host, id), Life::Fenced),
             (Life::Fenced | Life::Half, 0) => {
@@ -345,20 +401,14 @@ fn walk(host: &mut Host) {
             }
             (Life::Off, _) => {
                 expect(host, "hook recover -q", 0);
-                for life in &mut lives {
-                    *life = match *life {
-                        Life::Off | Life::Dead => Life::Off,
-                        Life::Fenced => Life::Fenced,
-                        // Where its hook was killed before it had said what it was about to do, it stays as it is.
-                        Life::Half => Life::Half,
-                    };
+                // One whose hook was killed before it had said what it was about to do stays as it is.
+                for life in lives.iter_mut().filter(|life| **life == Life::Dead) {
+                    *life = Life::Off;
                 }
                 ("recover".to_owned(), Life::Off)
             }
         };
-        if what != "recover" {
-            lives[which] = next;
-        }
+        lives[which] = next;
         let _ = writeln!(story, "{step}: {what} -> {lives:?}");
         check(host, &lives, &before, &story);
     }
@@ -395,7 +445,11 @@ fn check(host: &Host, lives: &[Life; 3], before: &HostState, story: &str) {
     if !cpus.is_empty() {
         let ids: Vec<u32> = fenced().map(|(id, _)| *id).collect();
         println!("{}", story.lines().last().unwrap_or_default());
-        assert_clean(host, &cpus.join(","), &ids);
+        let mut strays = strays(host, &cpus.join(","), &ids);
+        if lives.contains(&Life::Half) {
+            strays = strays.but_spread_anew();
+        }
+        assert!(strays.is_clean(), "{story}{strays:#?}");
     }
     if lives.iter().all(|life| *life == Life::Off) {
         let difference = before.not_restored(&host.snapshot().unwrap());
@@ -409,7 +463,7 @@ fn cycles(host: &mut Host) {
     install_hook(host);
     host.start_vm(&VmSpec::new(101)).unwrap();
     let cycle = |host: &Host| {
-        host.start_vm(&vm()).unwrap();
+        host.start_vm(&VmSpec { busy: false, ..vm() }).unwrap();
         host.stop_vm(100).unwrap();
     };
     // The first makes what stays: hook's folder, systemd's memory of the slices.
@@ -432,9 +486,17 @@ fn cycles(host: &mut Host) {
 
 /// Twenty hooks of three VMs, released together, wait for each other; the end is the same: all fenced, and then all restored.
 fn twenty_at_once(host: &mut Host) {
-    walkers(host);
+    twenty_at_once_by(host, "hotplug");
+}
+
+fn twenty_at_once_by_partition(host: &mut Host) {
+    twenty_at_once_by(host, "partition");
+}
+
+fn twenty_at_once_by(host: &Host, method: &str) {
+    walkers(host, method);
     for (id, _) in WALKERS {
-        expect(host, &format!("qm start {id}"), 0);
+        expect(host, &format!("hook {id} pre-start -q && qm start {id}"), 0);
     }
     // The scopes that systemd is asked for on the way back have another description than PVE's.
     for phase in ["post-start", "post-stop"] {
