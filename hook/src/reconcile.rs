@@ -149,6 +149,7 @@ impl<'a> Reconcile<'a> {
         if self.uses(Isolation::Partition, |knob| matches!(knob, Knob::ExclusiveCpus(_))) {
             self.attempt(Self::undo_partitions);
             self.attempt(Self::exclusive);
+            self.attempt(Self::freed);
         }
         if self.uses(Isolation::Hotplug, |knob| matches!(knob, Knob::UnitCpus(_) | Knob::CpuOnline(_))) {
             self.attempt(|this| this.online("online", &this.online_before(), "1"));
@@ -458,6 +459,30 @@ impl<'a> Reconcile<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Threads of VMs that have left their partition and run on: held off others' CPUs then, and less so as these leave too.
+    fn freed(&mut self) -> Result<()> {
+        self.report.step("tasks");
+        let mut fenced = Vec::new();
+        for (id, _) in self.fenced() {
+            let vmid = VmId::try_from(*id)?;
+            match vm::find(self.root, vmid)?.map(|qemu| cg_slice::processes(self.root, vmid, &qemu)) {
+                Some(Err(error)) if error.is_gone() => {}
+                Some(processes) => fenced.extend(processes?),
+                None => {}
+            }
+        }
+        let mut objects = Vec::new();
+        for (knob, label, _) in self.store.baseline.knobs() {
+            if matches!(knob, Knob::Thread(task) if !fenced.contains(&task.pid))
+                && let Some(found) = knob.read(self.root)?
+            {
+                objects.push(Object::new(knob.clone(), label, found));
+            }
+        }
+        let wanted = self.held();
+        self.set("tasks", objects, wanted)
     }
 
     /// Step 5: governor and statistics interval.

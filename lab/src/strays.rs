@@ -71,10 +71,12 @@ impl Strays {
             && workqueue_mask.is_none()
     }
 
-    /// But for the IRQs that virtio_net gives all online CPUs as one of them goes or comes (`virtnet_cpu_online`). hook moves
-    /// them again at the end; one that is killed before cannot.
+    /// But for what the kernel itself spreads anew as CPUs go and come: virtio_net's IRQs over all that are online
+    /// (`virtnet_cpu_online`), RCU's expedited workers over their leaf's (`rcutree_affinity_setting`). hook moves them again at
+    /// the end; one that is killed before cannot.
     pub fn but_spread_anew(mut self) -> Self {
         self.irqs.retain(|irq| !irq.name.contains("-input.") && !irq.name.contains("-output."));
+        self.kthreads.retain(|thread| !thread.comm.starts_with("rcu_exp_par_gp_"));
         self
     }
 }

@@ -495,13 +495,9 @@ fn twenty_at_once_by_partition(host: &mut Host) {
 
 fn twenty_at_once_by(host: &Host, method: &str) {
     walkers(host, method);
-    for (id, _) in WALKERS {
-        expect(host, &format!("hook {id} pre-start -q && qm start {id}"), 0);
-    }
     // The scopes that systemd is asked for on the way back have another description than PVE's.
-    for phase in ["post-start", "post-stop"] {
-        WALKERS.iter().for_each(|(id, _)| drop(expect(host, &format!("hook {id} {phase} -q"), 0)));
-    }
+    WALKERS.iter().for_each(|(id, _)| drop(start(host, *id)));
+    WALKERS.iter().for_each(|(id, _)| drop(expect(host, &format!("hook {id} post-stop -q"), 0)));
     let before = host.snapshot().unwrap();
     let released = |phase: &str| {
         let all = format!(
