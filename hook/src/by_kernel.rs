@@ -39,18 +39,18 @@ impl ByKernel {
 
     /// Whether a mask is the kernel's doing. Partitions leave a kernel thread what is left of what was set by hand, else all that
     /// is left; a cgroup does so with its threads. A driver that spreads its IRQs anew as CPUs come and go (virtio_net,
-    /// `virtnet_cpu_online`) gives one what is online.
+    /// `virtnet_cpu_online`) gives one what is online, and so does RCU with its expedited workers (`rcutree_affinity_setting`).
     pub(crate) fn has_set(&self, knob: &Knob, before: &str, found: &str) -> bool {
         let (Ok(before), Ok(found)) = (CpuSet::from_kernel_list(before), CpuSet::from_kernel_list(found)) else {
             return false;
         };
         let share_of = |cpus: &CpuSet| found == before.held_to(cpus) || found == *cpus;
         match knob {
-            Knob::Kthread(_) | Knob::Workqueues => self.left_at_last(&found).as_ref().is_some_and(share_of),
+            Knob::Kthread(_) | Knob::Workqueues if self.left_at_last(&found).as_ref().is_some_and(share_of) => true,
             Knob::Thread(_) => {
                 self.left_at_last(&found).iter().chain(&self.partitions).chain(&self.narrowed).any(share_of)
             }
-            Knob::Irq(_) => found == before.held_to(&self.online),
+            Knob::Irq(_) | Knob::Kthread(_) => found == before.held_to(&self.online),
             _ => false,
         }
     }
@@ -93,7 +93,9 @@ mod tests {
             (&kthread, "0-8", "0-5", true),
             (&Knob::Workqueues, "0-23", "0-5,10-17,19-23", true),
             // What still is there the kernel would not give it.
-            (&kthread, "0-23", "0-17,19-23", false),
+            (&kthread, "0-23", "0-9,18", false),
+            // RCU's, when CPU 18 went offline.
+            (&kthread, "16-23", "16-17,19-23", true),
             (&kthread, "3", "0-23", false),
             (&kthread, "0-23", "0-23", false),
             (&kthread, "0-23", "6,18", false),
