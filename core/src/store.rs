@@ -94,8 +94,10 @@ impl Baseline {
 
     /// Looks which knobs hold a value that is neither theirs from before nor one we set, nor one that the kernel
     /// has set by itself (`is_kernels`, by the value from before and the one found): they belong to somebody else now, and [`plan`](Self::plan) leaves them. Threads
-    /// that have ended are dropped. To be called once, before a run changes anything.
-    pub fn look(&mut self, root: &Sysroot, is_kernels: impl Fn(&Knob, &str, &str) -> bool) {
+    /// that have ended are dropped. To be called once, before a run changes anything. Says whether anything was learned: what a
+    /// killed run or the kernel had set is what was set last from here on, to be saved before the run does something else.
+    pub fn look(&mut self, root: &Sysroot, is_kernels: impl Fn(&Knob, &str, &str) -> bool) -> bool {
+        let mut learned = false;
         self.foreign.clear();
         self.entries.retain(|knob, entry| {
             if entry.last.is_none() && entry.pending.is_none() {
@@ -106,6 +108,9 @@ impl Baseline {
                     let ours = [Some(&entry.before), entry.last.as_ref(), entry.pending.as_ref()];
                     if !ours.contains(&Some(&found)) && !is_kernels(knob, &entry.before, &found) {
                         self.foreign.insert(knob.clone(), found);
+                    } else if entry.last.as_ref() != Some(&found) {
+                        learned = true;
+                        entry.last = Some(found);
                     }
                     true
                 }
@@ -114,6 +119,7 @@ impl Baseline {
                 Err(_) => true,
             }
         });
+        learned
     }
 
     /// Whether a knob was found to be somebody else's by [`look`](Self::look).
@@ -497,7 +503,7 @@ mod tests {
     }
 
     fn set(store: &mut Store<String>, root: &Sysroot, value: Option<&str>) -> Vec<String> {
-        store.baseline.look(root, |_, _, _| false);
+        let _ = store.baseline.look(root, |_, _, _| false);
         let plan = store.baseline.plan(objects(root), |_, before| value.unwrap_or(before).to_owned());
         let mut told = Vec::new();
         store.carry_out(plan, |done| told.push(done.to_string())).unwrap();
@@ -571,13 +577,34 @@ mod tests {
         let mut store: Store<String> = Store::open(&root, SOON).unwrap();
         set(&mut store, &root, Some("0"));
         fs::write(dir.path().join("proc/irq/1/smp_affinity_list"), "1-3").unwrap();
-        for kernels in [true, false] {
-            store.baseline.look(&root, |_, before, found| {
+        for kernels in [false, true] {
+            let learned = store.baseline.look(&root, |_, before, found| {
                 assert_eq!((before, found), ("0-3", "1-3"));
                 kernels
             });
             assert_eq!(store.baseline.is_foreign(&Knob::Irq(1)), !kernels);
+            assert_eq!(learned, kernels);
         }
+        // That is known from now on, whatever the kernel would do next.
+        assert!(!store.baseline.look(&root, |_, _, _| false));
+        assert!(!store.baseline.is_foreign(&Knob::Irq(1)));
+    }
+
+    #[test]
+    fn killed_twice_all_values_are_ours() {
+        let (_dir, root) = host();
+        for (value, writes) in [("0", 1), ("1", 0), ("2", 0)] {
+            let mut store: Store<String> = Store::open(&root, SOON).unwrap();
+            if store.baseline.look(&root, |_, _, _| false) {
+                store.save().unwrap();
+            }
+            let plan = store.baseline.plan(objects(&root), |_, _| value.into());
+            store.save().unwrap();
+            // Killed after so many writes.
+            plan.into_iter().take(writes).for_each(|planned| drop(apply_one(&root, planned.change)));
+        }
+        let mut store: Store<String> = Store::open(&root, SOON).unwrap();
+        assert_eq!(set(&mut store, &root, None), ["IRQ 1: 0 -> 0-3", "IRQ 2: already 0-3"]);
     }
 
     #[test]

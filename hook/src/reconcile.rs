@@ -41,7 +41,9 @@ impl<'a> Reconcile<'a> {
         let partitioned = cgroup::isolated(root)?.unwrap_or_default();
         let left = &present - &partitioned;
         let by_kernel = ByKernel::on(root, store, &left)?;
-        store.baseline.look(root, |knob, before, found| by_kernel.has_set(knob, before, found));
+        if store.baseline.look(root, |knob, before, found| by_kernel.has_set(knob, before, found)) {
+            store.save()?;
+        }
         let baseline = &store.baseline;
         let inherited = (baseline.knobs())
             .filter(|(knob, ..)| is_default(knob))
