@@ -108,7 +108,7 @@ impl Baseline {
                     let ours = [Some(&entry.before), entry.last.as_ref(), entry.pending.as_ref()];
                     if !ours.contains(&Some(&found)) && !is_kernels(knob, &entry.before, &found) {
                         self.foreign.insert(knob.clone(), found);
-                    } else if entry.last.as_ref() != Some(&found) {
+                    } else if found != entry.before && entry.last.as_ref() != Some(&found) && !is_inherited(knob) {
                         learned = true;
                         entry.last = Some(found);
                     }
@@ -473,6 +473,14 @@ fn read_own(path: &Path) -> Result<Option<String>> {
             io::Read::read_to_string(&mut file, &mut text).map_err(|source| Error::io(path, "read", source))?;
             Ok(Some(text))
         }
+    }
+}
+
+/// What newborns start with: those born before it changed are known by what was set last.
+fn is_inherited(knob: &Knob) -> bool {
+    match knob {
+        Knob::Kthread(task) => task.pid == crate::process::KTHREADD,
+        knob => matches!(knob, Knob::DefaultIrq | Knob::UnitCpus(_)),
     }
 }
 
