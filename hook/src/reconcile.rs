@@ -192,9 +192,8 @@ impl<'a> Reconcile<'a> {
         objects.extend(pin_irqs::objects(self.root)?);
         objects.extend(pin_kthreads::objects(self.root)?.movable);
         objects.extend(self.pace_objects(isolated)?);
-        let processes = qemu.map(|qemu| cg_slice::processes(self.root, vmid, qemu)).transpose()?;
-        for pid in processes.into_iter().flatten() {
-            objects.extend(self.thread_objects(pid)?);
+        if let Some(qemu) = qemu {
+            objects.extend(self.vm_threads(vmid, qemu)?);
         }
         for object in objects {
             self.adopt(&object);
@@ -549,15 +548,11 @@ impl<'a> Reconcile<'a> {
         if let Some(own) = self.store.reservations.get(&vmid.into()) {
             fence = &fence | &own.settings.isolated;
         }
-        let mut kept = Vec::new();
-        for pid in cg_slice::processes(self.root, vmid, qemu)? {
-            for object in self.thread_objects(pid)? {
-                let cpus =
-                    CpuSet::from_kernel_list(&object.found).map_or_else(|_| fence.clone(), |it| it.held_to(&fence));
-                kept.push((object, cpus.to_string()));
-            }
-        }
-        Ok(kept)
+        let kept = |object: Object| {
+            let cpus = CpuSet::from_kernel_list(&object.found).map_or_else(|_| fence.clone(), |it| it.held_to(&fence));
+            (object, cpus.to_string())
+        };
+        Ok(self.vm_threads(vmid, qemu)?.into_iter().map(kept).collect())
     }
 
     /// Step 7: the VM's own threads.
@@ -591,6 +586,11 @@ impl<'a> Reconcile<'a> {
                 objects.push(object);
             }
         }
+        self.pin(objects, wanted)
+    }
+
+    /// Sets threads to the CPUs listed for each.
+    fn pin(&mut self, objects: Vec<Object>, wanted: BTreeMap<Knob, String>) -> Result<()> {
         self.set("pins", objects, move |knob, before| wanted.get(knob).cloned().unwrap_or_else(|| before.to_owned()))
     }
 
@@ -615,6 +615,15 @@ impl<'a> Reconcile<'a> {
             }
         }
         Ok(())
+    }
+
+    /// The threads of all processes of a VM.
+    fn vm_threads(&self, vmid: VmId, qemu: &Qemu) -> Result<Vec<Object>> {
+        let mut objects = Vec::new();
+        for pid in cg_slice::processes(self.root, vmid, qemu)? {
+            objects.extend(self.thread_objects(pid)?);
+        }
+        Ok(objects)
     }
 
     /// A process's threads with the CPUs they may run on; those that end meanwhile are left out. None of a kernel thread, which
@@ -674,11 +683,9 @@ impl<'a> Reconcile<'a> {
                 Phase::Isolated => self.pins(vmid, &qemu),
                 Phase::Isolating if isolation == Isolation::Hotplug => {
                     self.kept_off_others(vmid, &qemu).and_then(|kept| {
-                        let (objects, wanted): (Vec<_>, BTreeMap<_, _>) =
-                            kept.into_iter().map(|(object, cpus)| (object.clone(), (object.knob, cpus))).unzip();
-                        self.set("pins", objects, move |knob, before| {
-                            wanted.get(knob).cloned().unwrap_or_else(|| before.to_owned())
-                        })
+                        let each = kept.into_iter().map(|(object, cpus)| (object.clone(), (object.knob, cpus)));
+                        let (objects, wanted) = each.unzip();
+                        self.pin(objects, wanted)
                     })
                 }
                 _ => Ok(()),
@@ -719,10 +726,7 @@ impl<'a> Reconcile<'a> {
         for change in changes {
             self.make(change);
         }
-        let mut objects = Vec::new();
-        for pid in cg_slice::processes(self.root, vmid, qemu)? {
-            objects.extend(self.thread_objects(pid)?);
-        }
+        let mut objects = self.vm_threads(vmid, qemu)?;
         objects.retain(|object| self.store.baseline.has(&object.knob));
         // While another VM is fenced, this one is held off its CPUs as everybody is.
         let wanted = self.held();
