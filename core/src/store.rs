@@ -37,12 +37,19 @@ struct Entry {
     label: String,
     /// The value before the first touch.
     before: String,
-    /// The value last set.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    last: Option<String>,
-    /// The value that was about to be set when the file was written. After a crash the knob may hold it or not.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pending: Option<String>,
+    /// The values set since, the one that was set last, or was about to be, at the end; before them what the kernel made of one
+    /// by itself. It may come back to any (a thread's mask, as CPUs go and come).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    set: Vec<String>,
+}
+
+impl Entry {
+    fn note(&mut self, value: &str) {
+        if self.set.last().is_none_or(|last| last != value) {
+            self.set.retain(|earlier| earlier != value);
+            self.set.push(value.to_owned());
+        }
+    }
 }
 
 /// The value of every touched knob before the first touch, and what it was set to since.
@@ -67,8 +74,7 @@ impl Baseline {
             knob: object.knob.clone(),
             label: object.label.clone(),
             before: before.to_owned(),
-            last: None,
-            pending: None,
+            set: Vec::new(),
         });
     }
 
@@ -84,7 +90,12 @@ impl Baseline {
 
     /// The value a knob was last set to.
     pub fn last(&self, knob: &Knob) -> Option<&str> {
-        self.entries.get(knob).and_then(|entry| entry.pending.as_deref().or(entry.last.as_deref()))
+        self.set(knob).last().map(String::as_str)
+    }
+
+    /// The values a knob has had by us since, the one that was set last at the end.
+    pub fn set(&self, knob: &Knob) -> &[String] {
+        self.entries.get(knob).map_or(&[], |entry| &entry.set)
     }
 
     /// All knobs with their labels and values before the first touch.
@@ -92,25 +103,25 @@ impl Baseline {
         self.entries.values().map(|entry| (&entry.knob, entry.label.as_str(), entry.before.as_str()))
     }
 
-    /// Looks which knobs hold a value that is neither theirs from before nor one we set, nor one that the kernel
-    /// has set by itself (`is_kernels`, by the value from before and the one found): they belong to somebody else now, and [`plan`](Self::plan) leaves them. Threads
-    /// that have ended are dropped. To be called once, before a run changes anything. Says whether anything was learned: what a
-    /// killed run or the kernel had set is what was set last from here on, to be saved before the run does something else.
+    /// Looks which knobs hold a value that is neither theirs from before nor one we set, nor one that the kernel has made of
+    /// one of these by itself (`is_kernels`, by that one and the one found): they belong to somebody else now, and
+    /// [`plan`](Self::plan) leaves them. Threads that have ended are dropped. To be called once, before a run changes anything.
+    /// Says whether something of the kernel's was learned, to be saved before the run does what would hide why it is.
     pub fn look(&mut self, root: &Sysroot, is_kernels: impl Fn(&Knob, &str, &str) -> bool) -> bool {
         let mut learned = false;
         self.foreign.clear();
         self.entries.retain(|knob, entry| {
-            if entry.last.is_none() && entry.pending.is_none() {
+            if entry.set.is_empty() {
                 return true;
             }
             match knob.read(root) {
+                Ok(Some(found)) if entry.before == found || entry.set.contains(&found) => true,
                 Ok(Some(found)) => {
-                    let ours = [Some(&entry.before), entry.last.as_ref(), entry.pending.as_ref()];
-                    if !ours.contains(&Some(&found)) && !is_kernels(knob, &entry.before, &found) {
-                        self.foreign.insert(knob.clone(), found);
-                    } else if found != entry.before && entry.last.as_ref() != Some(&found) && !is_inherited(knob) {
+                    if [&entry.before].into_iter().chain(&entry.set).any(|given| is_kernels(knob, given, &found)) {
                         learned = true;
-                        entry.last = Some(found);
+                        entry.set.insert(0, found);
+                    } else {
+                        self.foreign.insert(knob.clone(), found);
                     }
                     true
                 }
@@ -129,7 +140,7 @@ impl Baseline {
 
     /// The changes that bring objects to what they should hold, which is computed from each one's value before the
     /// first touch. Objects that are not in the baseline yet are put in with the value found. What is to be set is
-    /// noted as pending: save the state before applying.
+    /// noted: save the state before applying.
     pub fn plan(&mut self, objects: Vec<Object>, wanted: impl Fn(&Knob, &str) -> String) -> Vec<Planned> {
         let mut plan = Vec::with_capacity(objects.len());
         for mut object in objects {
@@ -145,12 +156,7 @@ impl Baseline {
                 continue;
             }
             let change = object.want(wanted);
-            if change.is_noop() {
-                entry.last = Some(change.wanted.clone());
-                entry.pending = None;
-            } else {
-                entry.pending = Some(change.wanted.clone());
-            }
+            entry.note(&change.wanted);
             plan.push(Planned { left: None, change });
         }
         plan
@@ -160,16 +166,12 @@ impl Baseline {
     fn settle(&mut self, done: &Done) {
         let Some(entry) = self.entries.get_mut(&done.change.knob) else { return };
         match done.outcome {
-            Outcome::Changed => {
-                entry.last = entry.pending.take();
-            }
             // It holds nothing of ours, even if it held by itself what was wanted the last time.
-            Outcome::Refused(_) => (entry.last, entry.pending) = (None, None),
+            Outcome::Refused(_) => entry.set.clear(),
             Outcome::Planned => {
-                entry.last = entry.pending.take();
                 self.planned.insert(done.change.knob.clone(), done.change.wanted.clone());
             }
-            // A write that failed may have taken effect all the same: both values stay ours.
+            // A write that failed may have taken effect all the same.
             _ => {}
         }
     }
@@ -203,8 +205,8 @@ impl<R: DeserializeOwned> OnDisk<R> {
         if state.version != VERSION {
             return Err(format!("it has version {}, this hook knows version {VERSION}", state.version));
         }
-        for Entry { knob, before, last, pending, .. } in &state.baseline {
-            let mut values = [Some(before), last.as_ref(), pending.as_ref()].into_iter().flatten();
+        for Entry { knob, before, set, .. } in &state.baseline {
+            let mut values = [before].into_iter().chain(set);
             let checked = knob.check().and_then(|()| values.try_for_each(|value| knob.check_value(value)));
             checked.map_err(|error| error.to_string())?;
         }
@@ -476,14 +478,6 @@ fn read_own(path: &Path) -> Result<Option<String>> {
     }
 }
 
-/// What newborns start with: those born before it changed are known by what was set last.
-fn is_inherited(knob: &Knob) -> bool {
-    match knob {
-        Knob::Kthread(task) => task.pid == crate::process::KTHREADD,
-        knob => matches!(knob, Knob::DefaultIrq | Knob::UnitCpus(_)),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -585,14 +579,15 @@ mod tests {
         let mut store: Store<String> = Store::open(&root, SOON).unwrap();
         set(&mut store, &root, Some("0"));
         fs::write(dir.path().join("proc/irq/1/smp_affinity_list"), "1-3").unwrap();
-        for kernels in [false, true] {
-            let learned = store.baseline.look(&root, |_, before, found| {
-                assert_eq!((before, found), ("0-3", "1-3"));
-                kernels
+        for (made_of, kernels) in [("2", false), ("0-3", true)] {
+            let learned = store.baseline.look(&root, |_, given, found| {
+                assert!(["0-3", "0"].contains(&given) && found == "1-3");
+                given == made_of
             });
             assert_eq!(store.baseline.is_foreign(&Knob::Irq(1)), !kernels);
             assert_eq!(learned, kernels);
         }
+        assert_eq!(store.baseline.last(&Knob::Irq(1)), Some("0"));
         // That is known from now on, whatever the kernel would do next.
         assert!(!store.baseline.look(&root, |_, _, _| false));
         assert!(!store.baseline.is_foreign(&Knob::Irq(1)));
@@ -603,9 +598,7 @@ mod tests {
         let (_dir, root) = host();
         for (value, writes) in [("0", 1), ("1", 0), ("2", 0)] {
             let mut store: Store<String> = Store::open(&root, SOON).unwrap();
-            if store.baseline.look(&root, |_, _, _| false) {
-                store.save().unwrap();
-            }
+            let _ = store.baseline.look(&root, |_, _, _| false);
             let plan = store.baseline.plan(objects(&root), |_, _| value.into());
             store.save().unwrap();
             // Killed after so many writes.
@@ -613,6 +606,23 @@ mod tests {
         }
         let mut store: Store<String> = Store::open(&root, SOON).unwrap();
         assert_eq!(set(&mut store, &root, None), ["IRQ 1: 0 -> 0-3", "IRQ 2: already 0-3"]);
+    }
+
+    #[test]
+    fn what_the_kernel_comes_back_to_is_ours() {
+        let (dir, root) = host();
+        let mut store: Store<String> = Store::open(&root, SOON).unwrap();
+        set(&mut store, &root, Some("0-1"));
+        // A CPU goes: what is wanted next is there by itself, and the earlier value comes back with the CPU.
+        let file = dir.path().join("proc/irq/1/smp_affinity_list");
+        fs::write(&file, "0").unwrap();
+        let plan = store.baseline.plan(objects(&root), |_, _| "0".into());
+        assert!(plan[0].change.is_noop());
+        store.carry_out(plan, |_| ()).unwrap();
+        fs::write(&file, "0-1").unwrap();
+        drop(store);
+        let mut store: Store<String> = Store::open(&root, SOON).unwrap();
+        assert_eq!(set(&mut store, &root, None)[0], "IRQ 1: 0-1 -> 0-3");
     }
 
     #[test]
@@ -664,10 +674,9 @@ mod tests {
         for entry in [
             r#""knob":{"governor":"../x"},"before":"x""#,
             r#""knob":{"pci-driver":"0000:01:00.0"},"before":"../x""#,
-            r#""knob":{"cgroup-of":{"pid":1,"tid":1,"start":1}},"before":"/x","last":"/../x""#,
-            r#""knob":{"cgroup-of":{"pid":1,"tid":1,"start":1}},"before":"/x","last":"/y","pending":"/z/.."#,
+            r#""knob":{"cgroup-of":{"pid":1,"tid":1,"start":1}},"before":"/x","set":["/../x"]"#,
+            r#""knob":{"cgroup-of":{"pid":1,"tid":1,"start":1}},"before":"/x","set":["/y","/z/.."]"#,
         ] {
-            let entry = format!("{}\"", entry.trim_end_matches('"'));
             let text = format!(r#"{{"version":1,"reservations":{{}},"baseline":[{{"label":"",{entry}}}]}}"#);
             let why = Store::<String>::parse(&text).unwrap_err();
             assert!(why.contains("leaves its folder"), "{why}");
@@ -694,7 +703,7 @@ mod tests {
                 baseline.adopt(&Object::new(Knob::Thread(crate::TaskId { pid, tid, start }), "", ""), &before);
             }
             for entry in baseline.entries.values_mut() {
-                entry.pending = Some(entry.before.clone());
+                entry.note(&entry.before.clone());
             }
             let text = Store::to_text(&reservations, &baseline).unwrap();
             prop_assert_eq!(Store::parse(&text).unwrap(), (reservations, baseline));

@@ -158,7 +158,7 @@ pub fn state(data: &[u8]) -> bool {
     for (knob, _, before) in baseline.knobs() {
         check_knob(knob);
         check_value(knob, before);
-        baseline.last(knob).into_iter().for_each(|value| check_value(knob, value));
+        baseline.set(knob).iter().for_each(|value| check_value(knob, value));
     }
     true
 }

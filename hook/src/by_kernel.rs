@@ -2,6 +2,8 @@
 //!
 //! A run that mends what a killed one has left tells them from what somebody else has set meanwhile.
 
+use std::collections::BTreeSet;
+
 use pinfold_core::store::Store;
 use pinfold_core::{CpuSet, Knob, Result, Sysroot, cpu};
 
@@ -27,30 +29,29 @@ impl ByKernel {
         let partitions = store.reservations.values().filter(|it| it.isolation == Isolation::Partition);
         let partitions = partitions.map(|it| it.settings.isolated.clone()).collect();
         let is_cgroup = |knob: &Knob| matches!(knob, Knob::UnitCpus(_) | Knob::CgroupCpus(_));
-        let narrowed = (store.baseline.knobs().map(|(knob, ..)| knob))
-            .filter(|knob| is_cgroup(knob))
-            .filter_map(|knob| CpuSet::from_kernel_list(store.baseline.last(knob)?).ok())
-            .filter(|cpus| !cpus.is_empty());
-        let mut narrowed: Vec<CpuSet> = narrowed.collect();
+        let cgroups = store.baseline.knobs().map(|(knob, ..)| knob).filter(|knob| is_cgroup(knob));
         // Nearly all of them are the same.
-        narrowed.dedup();
+        let narrowed: BTreeSet<&String> = cgroups.flat_map(|knob| store.baseline.set(knob)).collect();
+        let narrowed = narrowed.into_iter().filter_map(|list| CpuSet::from_kernel_list(list).ok());
+        let narrowed = narrowed.filter(|cpus| !cpus.is_empty()).collect();
         Ok(Self { left: left.clone(), partitions, narrowed, online: cpu::online(root)? })
     }
 
-    /// Whether a mask is the kernel's doing. Partitions leave a kernel thread what is left of what was set by hand, else all that
+    /// Whether a mask that was `given` is as `found` by the kernel's doing. Partitions leave a kernel thread what is left of what was set by hand, else all that
     /// is left; a cgroup does so with its threads. A driver that spreads its IRQs anew as CPUs come and go (virtio_net,
-    /// `virtnet_cpu_online`) gives one what is online, and so does RCU with its expedited workers (`rcutree_affinity_setting`).
-    pub(crate) fn has_set(&self, knob: &Knob, before: &str, found: &str) -> bool {
-        let (Ok(before), Ok(found)) = (CpuSet::from_kernel_list(before), CpuSet::from_kernel_list(found)) else {
+    /// `virtnet_cpu_online`) gives one what is online, and so does RCU with its expedited workers (`rcutree_affinity_setting`),
+    /// of what was set by hand the last time.
+    pub(crate) fn has_set(&self, knob: &Knob, given: &str, found: &str) -> bool {
+        let (Ok(given), Ok(found)) = (CpuSet::from_kernel_list(given), CpuSet::from_kernel_list(found)) else {
             return false;
         };
-        let share_of = |cpus: &CpuSet| found == before.held_to(cpus) || found == *cpus;
+        let share_of = |cpus: &CpuSet| found == given.held_to(cpus) || found == *cpus;
         match knob {
             Knob::Kthread(_) | Knob::Workqueues if self.left_at_last(&found).as_ref().is_some_and(share_of) => true,
             Knob::Thread(_) => {
                 self.left_at_last(&found).iter().chain(&self.partitions).chain(&self.narrowed).any(share_of)
             }
-            Knob::Irq(_) | Knob::Kthread(_) => found == before.held_to(&self.online),
+            Knob::Irq(_) | Knob::Kthread(_) => found == given.held_to(&self.online),
             _ => false,
         }
     }

@@ -27,8 +27,6 @@ pub(crate) struct Reconcile<'a> {
     present: CpuSet,
     /// What partitions left to all others when this run began, where there were any.
     left: Option<String>,
-    /// What new IRQs, kthreads and VMs started with when this run began, by the knob that says so.
-    inherited: BTreeMap<Knob, String>,
 }
 
 impl<'a> Reconcile<'a> {
@@ -41,16 +39,11 @@ impl<'a> Reconcile<'a> {
         let partitioned = cgroup::isolated(root)?.unwrap_or_default();
         let left = &present - &partitioned;
         let by_kernel = ByKernel::on(root, store, &left)?;
-        if store.baseline.look(root, |knob, before, found| by_kernel.has_set(knob, before, found)) {
+        if store.baseline.look(root, |knob, given, found| by_kernel.has_set(knob, given, found)) {
             store.save()?;
         }
-        let baseline = &store.baseline;
-        let inherited = (baseline.knobs())
-            .filter(|(knob, ..)| is_default(knob))
-            .filter_map(|(knob, ..)| Some((knob.clone(), baseline.last(knob)?.to_owned())))
-            .collect();
         let left = (!partitioned.is_empty()).then(|| left.to_string());
-        Ok(Self { root, store, report, present, left, inherited })
+        Ok(Self { root, store, report, present, left })
     }
 
     /// The isolated CPUs of all fenced VMs.
@@ -201,8 +194,8 @@ impl<'a> Reconcile<'a> {
         self.store.save()
     }
 
-    /// Takes an object into the baseline. One born while the fence stood has what its kind's default was narrowed to, now
-    /// or when this run began: it gets what the default was before.
+    /// Takes an object into the baseline. One born while the fence stood has what its kind's default was narrowed to when it
+    /// was born: it gets what the default was before.
     fn adopt(&mut self, object: &Object) {
         let baseline = &mut self.store.baseline;
         let default = match &object.knob {
@@ -217,10 +210,7 @@ impl<'a> Reconcile<'a> {
             return baseline.adopt(object, &self.present.to_string());
         }
         let inherited = default
-            .filter(|default| {
-                let at_start = self.inherited.get(default).map(String::as_str);
-                [baseline.last(default), at_start].contains(&Some(&object.found))
-            })
+            .filter(|default| baseline.set(default).contains(&object.found))
             .and_then(|default| baseline.before(&default).map(str::to_owned))
             .map(|before| if before.is_empty() { self.present.to_string() } else { before });
         baseline.adopt(object, inherited.as_deref().unwrap_or(&object.found));
@@ -775,11 +765,6 @@ fn effective_cpus(root: &Sysroot, pid: i32) -> Option<CpuSet> {
         }
         cgroup.truncate(cgroup.rfind('/').filter(|_| cgroup.len() > 1)?);
     }
-}
-
-/// Whether the knob is what new IRQs, new kthreads or new VMs start with.
-fn is_default(knob: &Knob) -> bool {
-    *knob == Knob::DefaultIrq || is_kthreadd(knob) || matches!(knob, Knob::UnitCpus(unit) if unit == cg_slice::VM_SLICE)
 }
 
 fn is_kthreadd(knob: &Knob) -> bool {
