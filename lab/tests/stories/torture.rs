@@ -189,7 +189,8 @@ fn killed_in_post_stop_by(host: &Host, method: &str, count: usize) {
 /// VMs 100 and 101, with a CPU each, which were fenced once and are not now.
 fn two_small_vms(host: &Host) -> HostState {
     host.ok("mkdir -p /etc/pinfold").unwrap();
-    for (id, cpus) in [(100, "6"), (101, "18")] {
+    // Of one leaf of RCU's tree (12-23), whose worker is kept off both.
+    for (id, cpus) in [(100, "17"), (101, "18")] {
         let settings = format!("isolated = \"{cpus}\"\npins = [\"{cpus}\", \"{cpus}\"]\n[deadlines]\nqemu_exit = 0\n");
         host.put(&format!("/etc/pinfold/{id}.toml"), settings.as_bytes(), 0o644).unwrap();
         host.start_vm(&VmSpec { cores: 2, ..VmSpec::new(id) }).unwrap();
