@@ -37,21 +37,23 @@ impl ByKernel {
         Ok(Self { left: left.clone(), partitions, narrowed, online: cpu::online(root)? })
     }
 
-    /// Whether a mask that was `given` is as `found` by the kernel's doing. Partitions leave a kernel thread what is left of what was set by hand, else all that
-    /// is left; a cgroup does so with its threads. A driver that spreads its IRQs anew as CPUs come and go (virtio_net,
-    /// `virtnet_cpu_online`) gives one what is online, and so does RCU with its expedited workers (`rcutree_affinity_setting`),
-    /// of what was set by hand the last time.
+    /// Whether a mask that was `given` is as `found` by the kernel's doing. Partitions leave a kernel thread what is left of what
+    /// was set by hand, else all that is left; a cgroup does so with its threads. A driver that spreads its IRQs anew as CPUs come
+    /// and go (virtio_net, `virtnet_cpu_online`) gives one what is online, and so does RCU with its expedited workers
+    /// (`rcutree_affinity_setting`), of what was set by hand the last time. No thread is said to have a CPU that is offline
+    /// (`sched_getaffinity`).
     pub(crate) fn has_set(&self, knob: &Knob, given: &str, found: &str) -> bool {
         let (Ok(given), Ok(found)) = (CpuSet::from_kernel_list(given), CpuSet::from_kernel_list(found)) else {
             return false;
         };
-        let share_of = |cpus: &CpuSet| found == given.held_to(cpus) || found == *cpus;
+        let shown = |cpus: &CpuSet| found == *cpus || found == cpus.held_to(&self.online);
+        let share_of = |cpus: &CpuSet| shown(&given.held_to(cpus)) || shown(cpus);
+        let left = self.left_at_last(&found);
         match knob {
-            Knob::Kthread(_) | Knob::Workqueues if self.left_at_last(&found).as_ref().is_some_and(share_of) => true,
-            Knob::Thread(_) => {
-                self.left_at_last(&found).iter().chain(&self.partitions).chain(&self.narrowed).any(share_of)
-            }
-            Knob::Irq(_) | Knob::Kthread(_) => found == given.held_to(&self.online),
+            Knob::Workqueues => left.iter().any(share_of),
+            Knob::Kthread(_) if left.iter().any(share_of) => true,
+            Knob::Thread(_) if left.iter().chain(&self.partitions).chain(&self.narrowed).any(share_of) => true,
+            Knob::Irq(_) | Knob::Kthread(_) | Knob::Thread(_) => found == given.held_to(&self.online),
             _ => false,
         }
     }
@@ -80,7 +82,7 @@ mod tests {
         let kernel = ByKernel {
             left: set("0-5,10-23"),
             partitions: vec![set("6-9"), set("18")],
-            narrowed: vec![set("0-3")],
+            narrowed: vec![set("0-3"), set("16-18")],
             online: set("0-17,19-23"),
         };
         for (knob, before, found, kernels) in [
@@ -108,6 +110,10 @@ mod tests {
             // In a slice that was narrowed.
             (&vcpu, "2-9", "2-3", true),
             (&vcpu, "0-23", "7", false),
+            // CPU 18 is offline.
+            (&vcpu, "10-20", "10-17,19-20", true),
+            (&vcpu, "10-20", "16-17", true),
+            (&vcpu, "10-20", "10-16", false),
             (&Knob::Irq(4), "0-23", "0-5,10-23", false),
             (&Knob::Irq(4), "0-23", "0-17,19-23", true),
             (&Knob::Irq(4), "16-19", "16-17,19", true),
