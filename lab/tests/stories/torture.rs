@@ -213,10 +213,10 @@ fn strays_after_kill(host: &Host) -> String {
 }
 
 fn in_words(strays: &Strays) -> String {
-    if strays.is_clean() { String::new() } else { format!("VM 101 has strays: {strays:#?}") }
+    if strays.is_clean() { String::new() } else { format!("strays: {strays:#?}") }
 }
 
-/// Wherever one VM's post-start is killed, another's CPUs stay its own, at once and when a third comes or goes.
+/// Wherever one VM's post-start is killed, another's CPUs stay its own, at once and when either is fenced anew or goes.
 fn killed_in_post_start_of_one_of_two(host: &mut Host) {
     let before = two_small_vms(host);
     expect(host, "hook 101 post-start -q", 0);
@@ -231,6 +231,13 @@ fn killed_in_post_start_of_one_of_two(host: &mut Host) {
             // The other comes anew, onto CPUs that the killed one's threads may have.
             expect(host, "hook 101 post-stop -q && hook 101 post-start -q", 0);
             fault(&mut lost, &format!("killed at {call:?}, 101 anew"), &strays_of_101(host));
+        } else {
+            expect(host, "hook 100 post-start -q", 0);
+            fault(
+                &mut lost,
+                &format!("killed at {call:?}, fenced anew"),
+                &in_words(&strays(host, "17-18", &[100, 101])),
+            );
         }
         expect(host, "hook 100 post-stop -q", 0);
         fault(&mut lost, &format!("killed at {call:?}, stopped"), &strays_of_101(host));
