@@ -173,6 +173,22 @@ pub fn affinity(root: &Sysroot, task: &TaskId) -> Result<CpuSet> {
     cpu_list(&path, list.ok_or_else(|| Error::malformed(&path, "it has no Cpus_allowed_list line"))?)
 }
 
+/// Whether the kernel keeps what CPUs a thread has asked for, and gives it those of them that its cgroup allows, whichever
+/// these are: Linux 6.2 or newer ("sched: Always preserve the user requested cpumask"). Before, a thread's own mask is gone with
+/// the next change of its cpuset.
+///
+/// # Errors
+/// Where the kernel's release cannot be read.
+pub fn keeps_asked(root: &Sysroot) -> Result<bool> {
+    let path = "proc/sys/kernel/osrelease";
+    let release = root.read_value(path)?.unwrap_or_default();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => Ok((major, minor) >= (6, 2)),
+        _ => Err(Error::malformed(path, format!("`{release}` is no kernel release"))),
+    }
+}
+
 /// The set as sched_setaffinity(2) takes it.
 ///
 /// # Errors

@@ -38,16 +38,15 @@ impl ByKernel {
     }
 
     /// Whether a mask that was `given` is as `found` by the kernel's doing. Partitions leave a kernel thread what is left of what
-    /// was set by hand, else all that is left; a cgroup does so with its threads. A driver that spreads its IRQs anew as CPUs come
+    /// was set by hand, else all that is left; a cgroup does so with its threads, of what is online. A driver that spreads its IRQs anew as CPUs come
     /// and go (virtio_net, `virtnet_cpu_online`) gives one what is online, and so does RCU with its expedited workers
-    /// (`rcutree_affinity_setting`), of what was set by hand the last time. No thread is said to have a CPU that is offline
-    /// (`sched_getaffinity`).
+    /// (`rcutree_affinity_setting`), of what was set by hand the last time.
     pub(crate) fn has_set(&self, knob: &Knob, given: &str, found: &str) -> bool {
         let (Ok(given), Ok(found)) = (CpuSet::from_kernel_list(given), CpuSet::from_kernel_list(found)) else {
             return false;
         };
-        let shown = |cpus: &CpuSet| found == *cpus || found == cpus.held_to(&self.online);
-        let share_of = |cpus: &CpuSet| shown(&given.held_to(cpus)) || shown(cpus);
+        let is_left_of = |cpus: &CpuSet| found == *cpus || found == cpus.held_to(&self.online);
+        let share_of = |cpus: &CpuSet| is_left_of(&given.held_to(cpus)) || is_left_of(cpus);
         let left = self.left_at_last(&found);
         match knob {
             Knob::Workqueues => left.iter().any(share_of),

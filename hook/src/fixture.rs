@@ -47,6 +47,7 @@ impl Host {
         host.file("proc/irq/24/smp_affinity_list", &all);
         host.file("proc/interrupts", "      CPU0\n 24:      3  PCI-MSI 524288-edge      nvme0q0\n");
         host.file("proc/sys/vm/stat_interval", "1");
+        host.file("proc/sys/kernel/osrelease", "6.1.0-44-amd64");
         host.file("proc/cmdline", "BOOT_IMAGE=/boot/vmlinuz root=/dev/sda1 quiet");
         fs::create_dir(host.root.path("run")).unwrap();
         host

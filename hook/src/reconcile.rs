@@ -144,7 +144,7 @@ impl<'a> Reconcile<'a> {
         if self.uses(Isolation::Partition, |knob| matches!(knob, Knob::ExclusiveCpus(_))) {
             self.attempt(Self::undo_partitions);
             self.attempt(Self::exclusive);
-            self.attempt(Self::freed);
+            self.attempt(Self::tasks);
         }
         if self.uses(Isolation::Hotplug, |knob| matches!(knob, Knob::UnitCpus(_) | Knob::CpuOnline(_))) {
             self.attempt(|this| this.online("online", &this.online_before(), "1"));
@@ -296,8 +296,9 @@ impl<'a> Reconcile<'a> {
         Ok(objects)
     }
 
-    /// User threads with a mask of their own (taskset, `affinity:`): since Linux 6.2 the kernel remembers it across step 1,
-    /// before it does not.
+    /// User threads with a mask of their own (taskset, `affinity:`), where the kernel forgets it in step 1. Where it keeps it,
+    /// what a thread has asked for while CPUs were fenced cannot be read: it is the kernel's to give back. There the threads of
+    /// VMs that ended their fence and run on are left, whose masks are ours.
     fn tasks(&mut self) -> Result<()> {
         self.report.step("tasks");
         let objects = self.task_objects()?;
@@ -305,7 +306,32 @@ impl<'a> Reconcile<'a> {
         self.set("tasks", objects, wanted)
     }
 
+    /// Threads of the baseline, but for those of fenced VMs.
+    fn freed_objects(&self) -> Result<Vec<Object>> {
+        let mut fenced = Vec::new();
+        for (id, _) in self.fenced() {
+            let vmid = VmId::try_from(*id)?;
+            match vm::find(self.root, vmid)?.map(|qemu| cg_slice::processes(self.root, vmid, &qemu)) {
+                Some(Err(error)) if error.is_gone() => {}
+                Some(processes) => fenced.extend(processes?),
+                None => {}
+            }
+        }
+        let mut objects = Vec::new();
+        for (knob, label, _) in self.store.baseline.knobs() {
+            if matches!(knob, Knob::Thread(task) if !fenced.contains(&task.pid))
+                && let Some(found) = knob.read(self.root)?
+            {
+                objects.push(Object::new(knob.clone(), label, found));
+            }
+        }
+        Ok(objects)
+    }
+
     fn task_objects(&self) -> Result<Vec<Object>> {
+        if process::keeps_asked(self.root)? {
+            return self.freed_objects();
+        }
         let fenced: Vec<i32> = self.fenced().filter_map(|(_, reservation)| Some(reservation.qemu?.pid)).collect();
         let online = cpu::online(self.root)?;
         let mut objects = Vec::new();
@@ -450,30 +476,6 @@ impl<'a> Reconcile<'a> {
             }
         }
         Ok(())
-    }
-
-    /// Threads of VMs that have left their partition and run on: held off others' CPUs then, and less so as these leave too.
-    fn freed(&mut self) -> Result<()> {
-        self.report.step("tasks");
-        let mut fenced = Vec::new();
-        for (id, _) in self.fenced() {
-            let vmid = VmId::try_from(*id)?;
-            match vm::find(self.root, vmid)?.map(|qemu| cg_slice::processes(self.root, vmid, &qemu)) {
-                Some(Err(error)) if error.is_gone() => {}
-                Some(processes) => fenced.extend(processes?),
-                None => {}
-            }
-        }
-        let mut objects = Vec::new();
-        for (knob, label, _) in self.store.baseline.knobs() {
-            if matches!(knob, Knob::Thread(task) if !fenced.contains(&task.pid))
-                && let Some(found) = knob.read(self.root)?
-            {
-                objects.push(Object::new(knob.clone(), label, found));
-            }
-        }
-        let wanted = self.held();
-        self.set("tasks", objects, wanted)
     }
 
     /// Step 5: governor and statistics interval.

@@ -6,7 +6,7 @@ use pinfold_lab::{Host, HostState, VmSpec};
 use crate::stories;
 use crate::support::{
     HELPER_CGROUP, ISOLATED, assert_clean, assert_fenced, assert_restored, expect, injected, injected_at, install_hook,
-    threads, vm,
+    threads, two_small_vms, vm,
 };
 
 stories![
@@ -16,6 +16,7 @@ stories![
     a_pci_node_that_never_goes,
     helpers_and_containers,
     newborns,
+    pinned_meanwhile,
     a_thread_that_refuses,
     irqbalance_is_named,
     irqbalance_as_advised,
@@ -151,6 +152,29 @@ fn newborns(host: &mut Host) {
     let masks = host.ok("cat $(ls -d /proc/irq/*/xhci_hcd | sed 's/xhci_hcd/smp_affinity_list/') | sort -u").unwrap();
     assert_eq!(masks, "0-23\n");
     assert_eq!(host.ok("sed -n 's/^Cpus_allowed_list:\t//p' /proc/2/status").unwrap(), "0-23\n");
+}
+
+/// Who takes CPUs for itself while a VM has some of them gets them back, though another VM came and went meanwhile; Linux
+/// before 6.2 has forgotten what was asked for.
+fn pinned_meanwhile(host: &mut Host) {
+    let remembers = !host.ok("uname -r").unwrap().starts_with("6.1.");
+    let before = two_small_vms(host);
+    expect(host, "hook 101 post-start -q", 0);
+    host.ok("(taskset -c 16-18 sleep 10000 >/dev/null 2>&1 &); until pgrep -fx 'sleep 10000'; do sleep 0.1; done")
+        .unwrap();
+    let has = |cpus: &str| {
+        let found = host.ok("sed -n 's/^Cpus_allowed_list:\t//p' /proc/$(pgrep -fx 'sleep 10000')/status").unwrap();
+        assert_eq!(found.trim_end(), cpus);
+    };
+    has("16-17");
+    expect(host, "hook 100 post-start -q", 0);
+    has("16");
+    expect(host, "hook 100 post-stop -q", 0);
+    has("16-17");
+    expect(host, "hook 101 post-stop -q", 0);
+    has(if remembers { "16-18" } else { "16-17" });
+    host.ok("pkill -fx 'sleep 10000'").unwrap();
+    assert_restored(host, &before);
 }
 
 /// A thread that refuses a pin aborted the whole. Neither guest's kernel has such threads any more: one is made to look like

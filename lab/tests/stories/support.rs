@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
 
-use pinfold_lab::{Guest, Host, Strays, VmSpec};
+use pinfold_lab::{Guest, Host, HostState, Strays, VmSpec};
 
 /// The CPUs of the layout 5900x.
 pub(crate) const ISOLATED: &str = "6-11,18-23";
@@ -213,4 +213,20 @@ pub(crate) fn assert_fenced(host: &Host) {
         );
     }
     assert_ne!(value("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"), "performance");
+}
+
+/// VMs 100 and 101, with a CPU each, which were fenced once and are not now.
+pub(crate) fn two_small_vms(host: &Host) -> HostState {
+    host.ok("mkdir -p /etc/pinfold").unwrap();
+    // Of one leaf of RCU's tree (12-23), whose worker is kept off both.
+    for (id, cpus) in [(100, "17"), (101, "18")] {
+        let settings = format!("isolated = \"{cpus}\"\npins = [\"{cpus}\", \"{cpus}\"]\n[deadlines]\nqemu_exit = 0\n");
+        host.put(&format!("/etc/pinfold/{id}.toml"), settings.as_bytes(), 0o644).unwrap();
+        host.start_vm(&VmSpec { cores: 2, ..VmSpec::new(id) }).unwrap();
+    }
+    // The scopes that systemd is asked for on the way back have another description than PVE's.
+    for phase in ["post-start", "post-stop"] {
+        expect(host, &format!("hook 100 {phase} -q && hook 101 {phase} -q"), 0);
+    }
+    host.snapshot().unwrap()
 }

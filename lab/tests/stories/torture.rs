@@ -10,7 +10,7 @@ use std::fmt::Write as _;
 use pinfold_lab::{Host, HostState, Strays, VmSpec};
 
 use crate::stories;
-use crate::support::{Call, assert_clean, assert_restored, expect, install_hook, kill_at, strays, vm};
+use crate::support::{Call, assert_clean, assert_restored, expect, install_hook, kill_at, strays, two_small_vms, vm};
 
 stories!(only trixie:
     killed_in_post_start,
@@ -184,22 +184,6 @@ fn killed_in_post_stop_by(host: &Host, method: &str, count: usize) {
     let differing = if method == "partition" { "sched_setaffinity" } else { "write" };
     let are_few = missed.len() <= 1 + tried.len() / 12 && missed.iter().all(|call| call.name == differing);
     assert!(lost.is_empty() && are_few, "{missed:?} not reached; {lost}");
-}
-
-/// VMs 100 and 101, with a CPU each, which were fenced once and are not now.
-fn two_small_vms(host: &Host) -> HostState {
-    host.ok("mkdir -p /etc/pinfold").unwrap();
-    // Of one leaf of RCU's tree (12-23), whose worker is kept off both.
-    for (id, cpus) in [(100, "17"), (101, "18")] {
-        let settings = format!("isolated = \"{cpus}\"\npins = [\"{cpus}\", \"{cpus}\"]\n[deadlines]\nqemu_exit = 0\n");
-        host.put(&format!("/etc/pinfold/{id}.toml"), settings.as_bytes(), 0o644).unwrap();
-        host.start_vm(&VmSpec { cores: 2, ..VmSpec::new(id) }).unwrap();
-    }
-    // The scopes that systemd is asked for on the way back have another description than PVE's.
-    for phase in ["post-start", "post-stop"] {
-        expect(host, &format!("hook 100 {phase} -q && hook 101 {phase} -q"), 0);
-    }
-    host.snapshot().unwrap()
 }
 
 /// What may run on VM 101's CPU and is not its own, in words.
