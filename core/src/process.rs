@@ -179,7 +179,7 @@ pub fn affinity(root: &Sysroot, task: &TaskId) -> Result<CpuSet> {
 ///
 /// # Errors
 /// Where the kernel's release cannot be read.
-pub fn keeps_asked(root: &Sysroot) -> Result<bool> {
+pub fn keeps_requested_cpus(root: &Sysroot) -> Result<bool> {
     let path = "proc/sys/kernel/osrelease";
     let release = root.read_value(path)?.unwrap_or_default();
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
@@ -225,6 +225,27 @@ mod tests {
         }
         assert!(parse_stat(17, &line("kworker/3:0", 0x0420_8060)).unwrap().bound);
         assert!(!parse_stat(17, &line("bash", 0x0040_0000)).unwrap().kernel);
+    }
+
+    #[test]
+    fn kernels_that_keep_what_a_thread_asked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Sysroot::new(dir.path());
+        let path = dir.path().join("proc/sys/kernel/osrelease");
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        for (release, keeps) in [
+            ("6.1.0-44-amd64", Some(false)),
+            ("5.15.143-1-pve", Some(false)),
+            ("6.2.16-3-pve", Some(true)),
+            ("6.12.57+deb13-amd64", Some(true)),
+            ("7.0-rc1", Some(true)),
+            ("6", None),
+            ("linux", None),
+            ("", None),
+        ] {
+            std::fs::write(&path, release).unwrap();
+            assert_eq!(keeps_requested_cpus(&root).ok(), keeps, "{release}");
+        }
     }
 
     #[test]

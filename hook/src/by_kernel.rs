@@ -38,9 +38,9 @@ impl ByKernel {
     }
 
     /// Whether a mask that was `given` is as `found` by the kernel's doing. Partitions leave a kernel thread what is left of what
-    /// was set by hand, else all that is left; a cgroup does so with its threads, of what is online. A driver that spreads its IRQs anew as CPUs come
-    /// and go (virtio_net, `virtnet_cpu_online`) gives one what is online, and so does RCU with its expedited workers
-    /// (`rcutree_affinity_setting`), of what was set by hand the last time.
+    /// was set by hand, else all that is left; a cgroup does so with its threads, of what is online. A driver that spreads its
+    /// IRQs anew as CPUs come and go (virtio_net, `virtnet_cpu_online`) gives one what is online, and so does RCU with its
+    /// expedited workers (`rcutree_affinity_setting`), of what was set by hand the last time.
     pub(crate) fn has_set(&self, knob: &Knob, given: &str, found: &str) -> bool {
         let (Ok(given), Ok(found)) = (CpuSet::from_kernel_list(given), CpuSet::from_kernel_list(found)) else {
             return false;

@@ -329,7 +329,7 @@ impl<'a> Reconcile<'a> {
     }
 
     fn task_objects(&self) -> Result<Vec<Object>> {
-        if process::keeps_asked(self.root)? {
+        if process::keeps_requested_cpus(self.root)? {
             return self.freed_objects();
         }
         let fenced: Vec<i32> = self.fenced().filter_map(|(_, reservation)| Some(reservation.qemu?.pid)).collect();
