@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
 use crate::sysroot::Sysroot;
-use crate::{cgroup, irq, process, systemd};
+use crate::{cgroup, cpu, irq, process, systemd};
 
 /// A process or thread that cannot be mistaken for a later one with the same number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -233,9 +233,12 @@ impl Knob {
                 Ok(Answer::Refused("the kernel binds this thread itself".into()))
             }
             Err(errno) => Err(errno.into()),
-            // A cpuset may take CPUs away from a user thread's mask; kernel threads are in none.
+            // A cpuset may take CPUs away from a user thread's mask; kernel threads are in none. Of those that are offline it does
+            // so until they come.
             Ok(()) if matches!(self, Self::Thread(_)) => {
-                Ok(Answer::Taken(Some(process::affinity(root, task).map_err(into_io)?.to_string())))
+                let kept = process::affinity(root, task).map_err(into_io)?;
+                let is_whole = kept == cpus || kept == &cpus & &cpu::online(root).map_err(into_io)?;
+                Ok(Answer::Taken((!is_whole).then(|| kept.to_string())))
             }
             Ok(()) => Ok(Answer::Taken(None)),
         }
