@@ -433,19 +433,25 @@ fn others_set_what_is_ours(host: &mut Host) {
 
 /// A CPU that the admin has taken offline before stays so, and is in nobody's way.
 fn a_cpu_that_is_offline(host: &mut Host) {
-    host.ok("echo 0 > /sys/devices/system/cpu/cpu3/online").unwrap();
-    let before = ready(host);
-    host.start_vm(&vm()).unwrap();
-    assert_clean(host, ISOLATED, &[100]);
-    let emulator = || threads(host, 100).into_iter().find(|(name, _)| !name.starts_with("CPU ")).unwrap().1;
-    assert_eq!(emulator(), "0-2,4-5,12-17");
-    host.stop_vm(100).unwrap();
-    // Cpusets take it from threads that have lived in one (docs/reliability.md, "Not covered").
-    let without_it = |line: &&str| line[1..].starts_with("task ") && line.ends_with("cpus=0-2,4-23");
-    let with_it = |line: &&str| line[1..].starts_with("task ") && line.ends_with("cpus=0-23");
-    let difference = before.not_restored(&host.snapshot().unwrap());
-    let others: Vec<&str> = difference.lines().filter(|line| !without_it(line) && !with_it(line)).collect();
-    assert!(others.is_empty(), "{others:#?}");
+    host.ok("echo 0 > /sys/devices/system/cpu/cpu3/online; mkdir -p /etc/pinfold").unwrap();
+    let mut before = ready(host);
+    for method in ["hotplug", "partition"] {
+        let settings = format!("layout = \"5900x\"\nmethod = \"{method}\"\n");
+        host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644).unwrap();
+        host.start_vm(&vm()).unwrap();
+        assert_clean(host, ISOLATED, &[100]);
+        let emulator = threads(host, 100).into_iter().find(|(name, _)| !name.starts_with("CPU ")).unwrap().1;
+        assert_eq!(emulator, "0-2,4-5,12-17", "{method}");
+        host.stop_vm(100).unwrap();
+        // Cpusets take it from threads that have lived in one (docs/reliability.md, "Not covered").
+        let without_it = |line: &&str| line[1..].starts_with("task ") && line.ends_with("cpus=0-2,4-23");
+        let with_it = |line: &&str| line[1..].starts_with("task ") && line.ends_with("cpus=0-23");
+        let now = host.snapshot().unwrap();
+        let difference = before.not_restored(&now);
+        let others: Vec<&str> = difference.lines().filter(|line| !without_it(line) && !with_it(line)).collect();
+        assert!(others.is_empty(), "{method}: {others:#?}");
+        before = now;
+    }
 }
 
 /// It is stopped before the VM starts and started when the VM has gone, where it ran.
