@@ -68,13 +68,14 @@ impl Baseline {
         Self { entries, ..Self::default() }
     }
 
-    /// Puts an object in, with the value it had before the first touch. One that is in already stays as it is.
+    /// Puts an object in, with the value it had before the first touch, or would have had: what it holds instead is ours then.
+    /// One that is in already stays as it is.
     pub fn adopt(&mut self, object: &Object, before: &str) {
         self.entries.entry(object.knob.clone()).or_insert_with(|| Entry {
             knob: object.knob.clone(),
             label: object.label.clone(),
             before: before.to_owned(),
-            set: Vec::new(),
+            set: if object.found == before { Vec::new() } else { vec![object.found.clone()] },
         });
     }
 
@@ -626,6 +627,19 @@ mod tests {
     }
 
     #[test]
+    fn what_one_was_born_with_is_ours() {
+        let (_dir, root) = host();
+        let mut store: Store<String> = Store::open(&root, SOON).unwrap();
+        objects(&root).iter().for_each(|object| store.baseline.adopt(object, "0-7"));
+        let _plan = store.baseline.plan(objects(&root), |_, _| "0".into());
+        store.save().unwrap();
+        // Killed before the first write.
+        drop(store);
+        let mut store: Store<String> = Store::open(&root, SOON).unwrap();
+        assert_eq!(set(&mut store, &root, None)[0], "IRQ 1: 0-3 -> 0-7");
+    }
+
+    #[test]
     fn killed_between_save_and_write_both_values_are_ours() {
         let (_dir, root) = host();
         let mut store: Store<String> = Store::open(&root, SOON).unwrap();
@@ -693,14 +707,15 @@ mod tests {
         ) {
             let mut baseline = Baseline::default();
             for (irq, (label, before)) in irqs {
-                baseline.adopt(&Object::new(Knob::Irq(irq), label, ""), &before);
+                baseline.adopt(&Object::new(Knob::Irq(irq), label, before.clone()), &before);
             }
             let cgroups = cgroups.into_iter().map(|(cgroup, before)| (Knob::CgroupCpus(cgroup), before));
             for (cgroup, before) in cgroups.filter(|(cgroup, _)| cgroup.check().is_ok()) {
-                baseline.adopt(&Object::new(cgroup, "", ""), &before);
+                baseline.adopt(&Object::new(cgroup, "", before.clone()), &before);
             }
             for ((pid, tid, start), before) in tasks {
-                baseline.adopt(&Object::new(Knob::Thread(crate::TaskId { pid, tid, start }), "", ""), &before);
+                let knob = Knob::Thread(crate::TaskId { pid, tid, start });
+                baseline.adopt(&Object::new(knob, "", before.clone()), &before);
             }
             for entry in baseline.entries.values_mut() {
                 entry.note(&entry.before.clone());

@@ -227,7 +227,7 @@ fn a_monitor_that_does_not_answer(host: &mut Host) {
     let before = running(host);
     let monitor = "/run/qemu-server/100.qmp";
     let busy = format!(
-        "(setsid perl -MIO::Socket::UNIX -e '$s = IO::Socket::UNIX->new(Peer => \"{monitor}\"); sleep 1000' >/dev/null 2>&1 &) ; sleep 2"
+        "(setsid perl -MIO::Socket::UNIX -e '$s = IO::Socket::UNIX->new(Peer => \"{monitor}\"); open(F, \">/tmp/busy\"); sleep 1000' >/dev/null 2>&1 &) ; until test -e /tmp/busy; do sleep 0.1; done"
     );
     host.ok(&busy).unwrap();
     let busy = "its monitor is busy with another client, or QEMU hangs";
