@@ -1,8 +1,9 @@
 //! cg-slice: holds the host's slices to a set of CPUs, and takes a VM out of its slice and back.
 //!
-//! To a thread, a cgroup's cpuset is the outer bound: while qemu.slice is held to the housekeeping CPUs, no thread of a VM
-//! in it can be pinned elsewhere. So a VM that is to run on isolated CPUs is *decoupled*: moved, with every process of
-//! its scope, to a cgroup of its own at the top of the tree, which allows all CPUs.
+//! To a thread, a cgroup's cpuset is the outer bound: while qemu.slice is held to the housekeeping
+//! CPUs, no thread of a VM in it can be pinned elsewhere. So a VM that is to run on isolated CPUs
+//! is *decoupled*: moved, with every process of its scope, to a cgroup of its own at the top of the
+//! tree, which allows all CPUs.
 
 use std::process::ExitCode;
 
@@ -12,7 +13,8 @@ use pinfold_core::knob::{ABSENT, PRESENT};
 use pinfold_core::save::Entry;
 use pinfold_core::vm::{Qemu, VmId};
 use pinfold_core::{
-    Change, CpuExpr, CpuSet, Error, Exit, Knob, Object, Sysroot, Table, cgroup, cpu, process, systemd, vm,
+    Change, CpuExpr, CpuSet, Error, Exit, Knob, Object, Sysroot, Table, cgroup, cpu, process,
+    systemd, vm,
 };
 
 pub mod partition;
@@ -24,7 +26,8 @@ pub const VM_SLICE: &str = "qemu.slice";
 
 /// Where decoupled VMs live, at the top of the cgroup tree.
 ///
-/// To systemd this name means a child of qemu.slice, so `systemctl set-property` never reaches the folder.
+/// To systemd this name means a child of qemu.slice, so `systemctl set-property` never reaches the
+/// folder.
 pub const DECOUPLED: &str = "qemu-decoupled.slice";
 
 /// Hold slices and other top cgroups to CPUs; take a VM out of qemu.slice and put it back
@@ -101,11 +104,15 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         return Ok(exit);
     }
     let changes = match args.verb {
-        None => anyhow::bail!("nothing to do: say allow, decouple, couple or partition, or --list or --restore FILE"),
+        None => anyhow::bail!(
+            "nothing to do: say allow, decouple, couple or partition, or --list or --restore FILE"
+        ),
         Some(Verb::Allow { cpus, units }) => {
             let changes = plan_allow(&root, &cpus.resolve(&root)?, units)?;
             let entries = entries(&root, &changes)?;
-            return args.common.carry_out_saving(&root, &mut report, TOOL, changes, entries);
+            return args
+                .common
+                .carry_out_saving(&root, &mut report, TOOL, changes, entries);
         }
         Some(Verb::Decouple { vmid }) => plan_decouple(&root, vmid)?,
         Some(Verb::Couple { vmid }) => plan_couple(&root, vmid)?,
@@ -117,7 +124,9 @@ fn run(args: Args) -> anyhow::Result<Exit> {
                     Some(_) => partition::entries(&root, &changes)?,
                     None => Vec::new(),
                 };
-                return args.common.carry_out_saving(&root, &mut report, TOOL, changes, entries);
+                return args
+                    .common
+                    .carry_out_saving(&root, &mut report, TOOL, changes, entries);
             }
             PartitionVerb::Show { cgroup } => {
                 return Ok(cli::listed(&mut report, &partition::list(&root, &cgroup)?));
@@ -128,18 +137,21 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     args.common.carry_out(&root, &mut report, TOOL, changes)
 }
 
-/// A cgroup's path as people write it: below the cgroup root, with the leading slash of `systemd-cgls` or without.
+/// A cgroup's path as people write it: below the cgroup root, with the leading slash of
+/// `systemd-cgls` or without.
 fn named(cgroup: &str) -> pinfold_core::Result<&str> {
     let cgroup = cgroup.trim_matches('/');
     Knob::Partition(cgroup.to_owned()).check()?;
     Ok(cgroup)
 }
 
-/// The top cgroups that everything but the VMs lives in, those of `units` or all: systemd's units with their AllowedCPUs=,
-/// the others (PVE's /lxc) with their cpuset.cpus. Units come first: they make systemd enable the cpuset controller.
+/// The top cgroups that everything but the VMs lives in, those of `units` or all: systemd's units
+/// with their AllowedCPUs=, the others (PVE's /lxc) with their cpuset.cpus. Units come first: they
+/// make systemd enable the cpuset controller.
 ///
 /// # Errors
-/// Where the tree cannot be read, systemd does not answer, or one of `units` is neither a unit nor a top cgroup.
+/// Where the tree cannot be read, systemd does not answer, or one of `units` is neither a unit nor
+/// a top cgroup.
 pub fn objects(root: &Sysroot, units: Vec<String>) -> pinfold_core::Result<Vec<Object>> {
     cgroup::check_unified(root)?;
     let asked = !units.is_empty();
@@ -150,7 +162,11 @@ pub fn objects(root: &Sysroot, units: Vec<String>) -> pinfold_core::Result<Vec<O
         names.retain(|name| name != VM_SLICE && name != DECOUPLED);
         names
     };
-    let unit_names: Vec<String> = names.iter().filter(|name| systemd::is_unit_name(name)).cloned().collect();
+    let unit_names: Vec<String> = names
+        .iter()
+        .filter(|name| systemd::is_unit_name(name))
+        .cloned()
+        .collect();
     let known = systemd::allowed_cpus_of(root, &unit_names)?;
     let mut objects = Vec::with_capacity(names.len());
     let mut raw = Vec::new();
@@ -158,7 +174,11 @@ pub fn objects(root: &Sysroot, units: Vec<String>) -> pinfold_core::Result<Vec<O
         // systemd makes up any slice that is asked for; one without a cgroup holds nothing.
         let made_up = name.ends_with(".slice") && !root.exists(cgroup::path(&slice_path(&name)));
         if let Some(cpus) = known.get(&name).filter(|_| !made_up) {
-            objects.push(Object::new(Knob::UnitCpus(name.clone()), name, cpus.to_string()));
+            objects.push(Object::new(
+                Knob::UnitCpus(name.clone()),
+                name,
+                cpus.to_string(),
+            ));
             continue;
         }
         let knob = Knob::CgroupCpus(name.trim_start_matches('/').to_owned());
@@ -166,8 +186,7 @@ pub fn objects(root: &Sysroot, units: Vec<String>) -> pinfold_core::Result<Vec<O
         match knob.read(root)? {
             Some(found) => raw.push(Object::new(knob.clone(), knob.to_string(), found)),
             None if asked => {
-                let why =
-                    "neither a unit that systemd has loaded nor a cgroup; see `systemctl list-units -t slice,scope`";
+                let why = "neither a unit that systemd has loaded nor a cgroup; see `systemctl list-units -t slice,scope`";
                 return Err(Error::unusable(name, why));
             }
             None => {}
@@ -180,17 +199,33 @@ pub fn objects(root: &Sysroot, units: Vec<String>) -> pinfold_core::Result<Vec<O
 /// A slice's cgroup: `a-b.slice` is in `a.slice`, see systemd.slice(5).
 fn slice_path(slice: &str) -> String {
     let stem = slice.trim_end_matches(".slice");
-    let ends = stem.char_indices().filter(|(_, c)| *c == '-').map(|(end, _)| end).chain([stem.len()]);
-    ends.map(|end| format!("{}.slice", &stem[..end])).collect::<Vec<_>>().join("/")
+    let ends = stem
+        .char_indices()
+        .filter(|(_, c)| *c == '-')
+        .map(|(end, _)| end)
+        .chain([stem.len()]);
+    ends.map(|end| format!("{}.slice", &stem[..end]))
+        .collect::<Vec<_>>()
+        .join("/")
 }
 
-fn plan_allow(root: &Sysroot, cpus: &CpuSet, units: Vec<String>) -> pinfold_core::Result<Vec<Change>> {
+fn plan_allow(
+    root: &Sysroot,
+    cpus: &CpuSet,
+    units: Vec<String>,
+) -> pinfold_core::Result<Vec<Change>> {
     cpu::check_present(root, cpus)?;
     let online = &cpu::online(root)? & cpus;
     if online.is_empty() {
-        return Err(Error::unusable(format!("CPU {cpus}"), "all offline; nothing could run"));
+        return Err(Error::unusable(
+            format!("CPU {cpus}"),
+            "all offline; nothing could run",
+        ));
     }
-    Ok(objects(root, units)?.into_iter().map(|object| object.want(cpus.to_string())).collect())
+    Ok(objects(root, units)?
+        .into_iter()
+        .map(|object| object.want(cpus.to_string()))
+        .collect())
 }
 
 /// What `--save` keeps: the overrides first, which come back last.
@@ -212,8 +247,8 @@ fn entries(root: &Sysroot, changes: &[Change]) -> pinfold_core::Result<Vec<Entry
         .collect())
 }
 
-/// The units whose AllowedCPUs= is overridden until the next boot, as an object to change. Setting a unit makes one; it
-/// is to go when the unit has its old value back.
+/// The units whose AllowedCPUs= is overridden until the next boot, as an object to change. Setting
+/// a unit makes one; it is to go when the unit has its old value back.
 ///
 /// # Errors
 /// Where /run/systemd cannot be listed.
@@ -223,7 +258,8 @@ pub fn overrides(root: &Sysroot) -> pinfold_core::Result<Object> {
     Ok(Object::new(knob.clone(), knob.to_string(), found))
 }
 
-/// The change that removes the overrides that were not there `before`, of these units only, and a folder that is left empty.
+/// The change that removes the overrides that were not there `before`, of these units only, and a
+/// folder that is left empty.
 pub fn plan_overrides(overrides: Object, before: &str, units: &[String]) -> Change {
     let before: Vec<&str> = before.split_whitespace().collect();
     let ours = |unit: &str| unit.ends_with('/') || units.iter().any(|ours| ours == unit);
@@ -246,18 +282,21 @@ pub fn usual_scope(vmid: VmId) -> String {
 /// The scope that a VM runs in, below the root of the tree.
 ///
 /// # Errors
-/// [`Error::Unusable`] where it is in no scope of its own; one that [is gone](Error::is_gone) where QEMU has ended.
+/// [`Error::Unusable`] where it is in no scope of its own; one that [is gone](Error::is_gone) where
+/// QEMU has ended.
 pub fn scope(root: &Sysroot, vmid: VmId, qemu: &Qemu) -> pinfold_core::Result<String> {
     let cgroup = cgroup::of_process(root, qemu.id.pid)?;
-    if !cgroup.ends_with(&format!("/{vmid}.scope")) || cgroup.trim_start_matches('/') == decoupled_cgroup(vmid) {
+    if !cgroup.ends_with(&format!("/{vmid}.scope"))
+        || cgroup.trim_start_matches('/') == decoupled_cgroup(vmid)
+    {
         let why = format!("its QEMU is in {cgroup} and not in a scope of its own, {vmid}.scope");
         return Err(Error::unusable(format!("VM {vmid}"), why));
     }
     Ok(cgroup.trim_start_matches('/').to_owned())
 }
 
-/// The changes that take a VM out of its scope: two cgroups made, every process of the scope moved. None where the VM is
-/// out already.
+/// The changes that take a VM out of its scope: two cgroups made, every process of the scope moved.
+/// None where the VM is out already.
 ///
 /// # Errors
 /// Where the VM does not run or the tree cannot be read.
@@ -266,28 +305,41 @@ pub fn plan_decouple(root: &Sysroot, vmid: VmId) -> pinfold_core::Result<Vec<Cha
     let qemu = vm::running(root, vmid)?;
     let from = cgroup::of_process(root, qemu.id.pid)?;
     let to = decoupled_cgroup(vmid);
-    let mut changes: Vec<Change> = [DECOUPLED, &to].into_iter().map(|path| folder(root, path, PRESENT)).collect();
+    let mut changes: Vec<Change> = [DECOUPLED, &to]
+        .into_iter()
+        .map(|path| folder(root, path, PRESENT))
+        .collect();
     changes.extend(moves(root, vmid, qemu.id.pid, &from, &format!("/{to}"))?);
     Ok(changes)
 }
 
-/// The changes that bring a decoupled VM back to qemu.slice/VMID.scope, which systemd is asked for where it has gone.
+/// The changes that bring a decoupled VM back to qemu.slice/VMID.scope, which systemd is asked for
+/// where it has gone.
 ///
 /// # Errors
 /// Where the VM does not run or the tree cannot be read.
 pub fn plan_couple(root: &Sysroot, vmid: VmId) -> pinfold_core::Result<Vec<Change>> {
     let qemu = vm::running(root, vmid)?;
     let from = cgroup::of_process(root, qemu.id.pid)?;
-    let mut changes = moves(root, vmid, qemu.id.pid, &from, &format!("/{}", usual_scope(vmid)))?;
+    let mut changes = moves(
+        root,
+        vmid,
+        qemu.id.pid,
+        &from,
+        &format!("/{}", usual_scope(vmid)),
+    )?;
     changes.extend(plan_remove(root, vmid));
     Ok(changes)
 }
 
-/// The changes that remove what is left of a decoupled VM: its cgroup, and the slice with the last one.
+/// The changes that remove what is left of a decoupled VM: its cgroup, and the slice with the last
+/// one.
 pub fn plan_remove(root: &Sysroot, vmid: VmId) -> Vec<Change> {
     let own = decoupled_cgroup(vmid);
-    let others =
-        cgroup::children(root, DECOUPLED).unwrap_or_default().iter().any(|name| *name != format!("{vmid}.scope"));
+    let others = cgroup::children(root, DECOUPLED)
+        .unwrap_or_default()
+        .iter()
+        .any(|name| *name != format!("{vmid}.scope"));
     let mut changes = vec![folder(root, &own, ABSENT)];
     if !others {
         changes.push(folder(root, DECOUPLED, ABSENT));
@@ -297,28 +349,52 @@ pub fn plan_remove(root: &Sysroot, vmid: VmId) -> Vec<Change> {
 
 fn folder(root: &Sysroot, path: &str, wanted: &str) -> Change {
     let knob = Knob::Cgroup(path.to_owned());
-    let found = if root.exists(cgroup::path(path)) { PRESENT } else { ABSENT };
+    let found = if root.exists(cgroup::path(path)) {
+        PRESENT
+    } else {
+        ABSENT
+    };
     Object::new(knob.clone(), knob.to_string(), found).want(wanted)
 }
 
-/// A VM's processes: QEMU first, then what else is in its scope (swtpm, virtiofsd). Where QEMU is in no scope of its own, it
-/// stands alone.
+/// A VM's processes: QEMU first, then what else is in its scope (swtpm, virtiofsd). Where QEMU is
+/// in no scope of its own, it stands alone.
 ///
 /// # Errors
 /// One that [is gone](Error::is_gone) where QEMU has ended; where the tree cannot be read.
 pub fn processes(root: &Sysroot, vmid: VmId, qemu: &Qemu) -> pinfold_core::Result<Vec<i32>> {
-    processes_in(root, vmid, qemu.id.pid, &cgroup::of_process(root, qemu.id.pid)?)
+    processes_in(
+        root,
+        vmid,
+        qemu.id.pid,
+        &cgroup::of_process(root, qemu.id.pid)?,
+    )
 }
 
-fn processes_in(root: &Sysroot, vmid: VmId, qemu: i32, cgroup: &str) -> pinfold_core::Result<Vec<i32>> {
+fn processes_in(
+    root: &Sysroot,
+    vmid: VmId,
+    qemu: i32,
+    cgroup: &str,
+) -> pinfold_core::Result<Vec<i32>> {
     let mut pids = vec![qemu];
     if cgroup.ends_with(&format!("/{vmid}.scope")) {
-        pids.extend(cgroup::processes(root, cgroup)?.into_iter().filter(|pid| *pid != qemu));
+        pids.extend(
+            cgroup::processes(root, cgroup)?
+                .into_iter()
+                .filter(|pid| *pid != qemu),
+        );
     }
     Ok(pids)
 }
 
-fn moves(root: &Sysroot, vmid: VmId, qemu: i32, from: &str, to: &str) -> pinfold_core::Result<Vec<Change>> {
+fn moves(
+    root: &Sysroot,
+    vmid: VmId,
+    qemu: i32,
+    from: &str,
+    to: &str,
+) -> pinfold_core::Result<Vec<Change>> {
     let pids = processes_in(root, vmid, qemu, from)?;
     let mut changes = Vec::with_capacity(pids.len());
     for pid in pids {
@@ -338,9 +414,16 @@ fn list(root: &Sysroot) -> anyhow::Result<Table> {
     let mut table = Table::new(&["cgroup", "kind", "allowed cpus", "effective cpus"]);
     let mut names = cgroup::children(root, "")?;
     names.extend([VM_SLICE, DECOUPLED].iter().flat_map(|slice| {
-        cgroup::children(root, slice).unwrap_or_default().into_iter().map(move |name| format!("{slice}/{name}"))
+        cgroup::children(root, slice)
+            .unwrap_or_default()
+            .into_iter()
+            .map(move |name| format!("{slice}/{name}"))
     }));
-    let units: Vec<String> = names.iter().filter_map(|name| name.rsplit('/').next()).map(str::to_owned).collect();
+    let units: Vec<String> = names
+        .iter()
+        .filter_map(|name| name.rsplit('/').next())
+        .map(str::to_owned)
+        .collect();
     let known = systemd::allowed_cpus_of(root, &units)?;
     names.sort();
     for name in names {
@@ -348,9 +431,16 @@ fn list(root: &Sysroot) -> anyhow::Result<Table> {
         let decoupled = name.starts_with(DECOUPLED);
         let (kind, allowed) = match known.get(unit).filter(|_| !decoupled) {
             Some(cpus) => ("unit", cpus.to_string()),
-            None => ("cgroup", Knob::CgroupCpus(name.clone()).read(root)?.unwrap_or_default()),
+            None => (
+                "cgroup",
+                Knob::CgroupCpus(name.clone())
+                    .read(root)?
+                    .unwrap_or_default(),
+            ),
         };
-        let effective = root.read_value(cgroup::file(&name, "cpuset.cpus.effective"))?.unwrap_or_default();
+        let effective = root
+            .read_value(cgroup::file(&name, "cpuset.cpus.effective"))?
+            .unwrap_or_default();
         table.row([name, kind.to_owned(), allowed, effective]);
     }
     Ok(table)

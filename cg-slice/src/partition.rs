@@ -1,22 +1,25 @@
-//! Cpuset partitions: CPUs that one cgroup has for itself, with one write and for as long as the cgroup lives.
+//! Cpuset partitions: CPUs that one cgroup has for itself, with one write and for as long as the
+//! cgroup lives.
 //!
-//! The kernel then keeps all other tasks, movable kernel threads and unbound workqueues off these CPUs and balances no load
-//! on them; see cgroup-v2.rst, "cpuset.cpus.partition". It needs the cpuset controller down to the cgroup, and the CPUs
-//! *exclusive* to every cgroup on the way.
+//! The kernel then keeps all other tasks, movable kernel threads and unbound workqueues off these
+//! CPUs and balances no load on them; see cgroup-v2.rst, "cpuset.cpus.partition". It needs the
+//! cpuset controller down to the cgroup, and the CPUs *exclusive* to every cgroup on the way.
 
 use pinfold_core::cgroup::{self, THREADED};
 use pinfold_core::knob::{ABSENT, PRESENT};
 use pinfold_core::save::Entry;
 use pinfold_core::vm::VmId;
-use pinfold_core::{Change, CpuSet, Error, Knob, Object, Result, Sysroot, Table, TaskId, cpu, process, systemd};
+use pinfold_core::{
+    Change, CpuSet, Error, Knob, Object, Result, Sysroot, Table, TaskId, cpu, process, systemd,
+};
 
 /// cpuset.cpus.partition of a cgroup that is none.
 pub const MEMBER: &str = "member";
 /// cpuset.cpus.partition of one without load balancing.
 pub const ISOLATED: &str = "isolated";
 
-/// Where the vCPU threads of a VM are, below its scope: threads of one process can be in several cgroups only if these are
-/// threaded ones.
+/// Where the vCPU threads of a VM are, below its scope: threads of one process can be in several
+/// cgroups only if these are threaded ones.
 const VCPUS: &str = "vcpu";
 
 /// The cgroup of a VM's vCPU threads, by the cgroup of its processes.
@@ -24,23 +27,28 @@ pub fn vcpu_cgroup(scope: &str) -> String {
     format!("{}/{VCPUS}", scope.trim_start_matches('/'))
 }
 
-/// Makes sure that this host can give these CPUs to a partition of `cgroup`, which need not be there yet.
+/// Makes sure that this host can give these CPUs to a partition of `cgroup`, which need not be
+/// there yet.
 ///
 /// # Errors
-/// [`Error::Unusable`] that says what the kernel lacks, or names the cgroup whose CPUs are in the way: the kernel says
-/// EINVAL alone.
+/// [`Error::Unusable`] that says what the kernel lacks, or names the cgroup whose CPUs are in the
+/// way: the kernel says EINVAL alone.
 pub fn check(root: &Sysroot, cgroup: &str, cpus: &CpuSet) -> Result<()> {
     cgroup::check_unified(root)?;
     cpu::check_online(root, cpus)?;
     if cgroup::isolated(root)?.is_none() {
-        let release = root.read_value("proc/sys/kernel/osrelease")?.unwrap_or_default();
-        let why = "a partition below the top needs Linux 6.8 or newer; the method hotplug does without";
+        let release = root
+            .read_value("proc/sys/kernel/osrelease")?
+            .unwrap_or_default();
+        let why =
+            "a partition below the top needs Linux 6.8 or newer; the method hotplug does without";
         return Err(Error::unusable(format!("kernel {release}"), why));
     }
     check_siblings(root, cgroup, cpus)
 }
 
-/// A cgroup that lives on these CPUs alone, or has some of them exclusively, beside the way to ours.
+/// A cgroup that lives on these CPUs alone, or has some of them exclusively, beside the way to
+/// ours.
 fn check_siblings(root: &Sysroot, cgroup: &str, cpus: &CpuSet) -> Result<()> {
     let mut parent = "";
     for step in cgroup::with_ancestors(cgroup) {
@@ -48,15 +56,25 @@ fn check_siblings(root: &Sysroot, cgroup: &str, cpus: &CpuSet) -> Result<()> {
             Err(error) if error.is_gone() => return Ok(()),
             siblings => siblings?,
         };
-        for sibling in siblings.iter().map(|name| below(parent, name)).filter(|sibling| sibling != step) {
+        for sibling in siblings
+            .iter()
+            .map(|name| below(parent, name))
+            .filter(|sibling| sibling != step)
+        {
             let of = |knob: Knob| Ok::<_, Error>(cpus_of(&knob.read(root)?.unwrap_or_default()));
-            let (own, exclusive) = (of(Knob::CgroupCpus(sibling.clone()))?, of(Knob::ExclusiveCpus(sibling.clone()))?);
+            let (own, exclusive) = (
+                of(Knob::CgroupCpus(sibling.clone()))?,
+                of(Knob::ExclusiveCpus(sibling.clone()))?,
+            );
             let why = if !own.is_empty() && own.is_subset(cpus) {
                 format!(
                     "its cpuset.cpus {own} is all in CPU {cpus}: it would have none left; give it others, or stop what is in it"
                 )
             } else if exclusive.intersects(cpus) {
-                format!("CPU {} is exclusive to it; see `cg-slice partition show`", &exclusive & cpus)
+                format!(
+                    "CPU {} is exclusive to it; see `cg-slice partition show`",
+                    &exclusive & cpus
+                )
             } else {
                 continue;
             };
@@ -68,7 +86,11 @@ fn check_siblings(root: &Sysroot, cgroup: &str, cpus: &CpuSet) -> Result<()> {
 }
 
 fn below(parent: &str, name: &str) -> String {
-    if parent.is_empty() { name.to_owned() } else { format!("{parent}/{name}") }
+    if parent.is_empty() {
+        name.to_owned()
+    } else {
+        format!("{parent}/{name}")
+    }
 }
 
 fn cpus_of(list: &str) -> CpuSet {
@@ -81,14 +103,19 @@ fn cpus_of(list: &str) -> CpuSet {
 /// As [`check`]; that there is no such cgroup.
 pub fn plan_make(root: &Sysroot, cgroup: &str, cpus: &CpuSet) -> Result<Vec<Change>> {
     if !root.exists(cgroup::path(cgroup)) {
-        return Err(Error::unusable(format!("cgroup /{cgroup}"), "there is none; see `systemd-cgls`"));
+        return Err(Error::unusable(
+            format!("cgroup /{cgroup}"),
+            "there is none; see `systemd-cgls`",
+        ));
     }
     check(root, cgroup, cpus)?;
     let mut changes = Vec::new();
     let way: Vec<&str> = cgroup::with_ancestors(cgroup).collect();
     let parents = std::iter::once("").chain(way[..way.len().saturating_sub(1)].iter().copied());
     for parent in parents {
-        changes.extend(object(root, Knob::ChildCpusets(parent.to_owned()))?.map(|it| it.want(PRESENT)));
+        changes.extend(
+            object(root, Knob::ChildCpusets(parent.to_owned()))?.map(|it| it.want(PRESENT)),
+        );
     }
     for step in way {
         // Before the controller is there the file is not.
@@ -108,31 +135,47 @@ fn own(root: &Sysroot, cgroup: &str, cpus: &CpuSet) -> Result<[Change; 2]> {
     let partition = Knob::Partition(cgroup.to_owned());
     let state = partition.read(root)?.unwrap_or_else(|| MEMBER.into());
     Ok([
-        Object::new(cpuset.clone(), format!("cpuset.cpus of /{cgroup}"), found).want(cpus.to_string()),
+        Object::new(cpuset.clone(), format!("cpuset.cpus of /{cgroup}"), found)
+            .want(cpus.to_string()),
         Object::new(partition.clone(), partition.to_string(), state).want(ISOLATED),
     ])
 }
 
-/// What `--save` keeps: the masks of kernel threads first, which come back last. Where nobody had set them by hand the kernel
-/// forgets them, as those of IRQs' threads, and leaves the threads on all CPUs when the partition has gone.
+/// What `--save` keeps: the masks of kernel threads first, which come back last. Where nobody had
+/// set them by hand the kernel forgets them, as those of IRQs' threads, and leaves the threads on
+/// all CPUs when the partition has gone.
 pub(crate) fn entries(root: &Sysroot, changes: &[Change]) -> Result<Vec<Entry>> {
     let all = cpu::present(root)?.to_string();
-    let kthreads = process::kthreads(root)?.into_iter().filter(|task| !task.bound);
+    let kthreads = process::kthreads(root)?
+        .into_iter()
+        .filter(|task| !task.bound);
     let mut entries = Vec::new();
     for task in kthreads {
         let knob = Knob::Kthread(task.id);
         if let Some(found) = knob.read(root)?.filter(|found| *found != all) {
             entries.push(Entry::from(
-                &Object::new(knob, format!("kthread {} ({})", task.id.pid, task.name), found).want(&*all),
+                &Object::new(
+                    knob,
+                    format!("kthread {} ({})", task.id.pid, task.name),
+                    found,
+                )
+                .want(&*all),
             ));
         }
     }
-    entries.extend(changes.iter().filter(|change| !change.is_noop()).map(Entry::from));
+    entries.extend(
+        changes
+            .iter()
+            .filter(|change| !change.is_noop())
+            .map(Entry::from),
+    );
     Ok(entries)
 }
 
 fn object(root: &Sysroot, knob: Knob) -> Result<Option<Object>> {
-    Ok(knob.read(root)?.map(|found| Object::new(knob.clone(), knob.to_string(), found)))
+    Ok(knob
+        .read(root)?
+        .map(|found| Object::new(knob.clone(), knob.to_string(), found)))
 }
 
 /// The changes that make a partition an ordinary cgroup again, and its CPUs everybody's.
@@ -141,9 +184,16 @@ fn object(root: &Sysroot, knob: Knob) -> Result<Option<Object>> {
 /// Where the tree cannot be read; that the cgroup is no partition.
 pub fn plan_undo(root: &Sysroot, cgroup: &str) -> Result<Vec<Change>> {
     let Some(partition) = object(root, Knob::Partition(cgroup.to_owned()))? else {
-        return Err(Error::unusable(format!("cgroup /{cgroup}"), "it is no partition; see `cg-slice partition show`"));
+        return Err(Error::unusable(
+            format!("cgroup /{cgroup}"),
+            "it is no partition; see `cg-slice partition show`",
+        ));
     };
-    let cpus = cpus_of(&Knob::ExclusiveCpus(cgroup.to_owned()).read(root)?.unwrap_or_default());
+    let cpus = cpus_of(
+        &Knob::ExclusiveCpus(cgroup.to_owned())
+            .read(root)?
+            .unwrap_or_default(),
+    );
     let mut changes = vec![partition.want(MEMBER)];
     changes.extend(object(root, Knob::CgroupCpus(cgroup.to_owned()))?.map(|it| it.want("")));
     let way: Vec<&str> = cgroup::with_ancestors(cgroup).collect();
@@ -171,7 +221,8 @@ pub fn check_delegated(root: &Sysroot, vmid: VmId) -> Result<()> {
     Err(Error::unusable(scope, why))
 }
 
-/// The change by which systemd leaves alone what is made within the VM's scope, when that is made next, or no more.
+/// The change by which systemd leaves alone what is made within the VM's scope, when that is made
+/// next, or no more.
 ///
 /// # Errors
 /// Where it cannot be told whether it does.
@@ -179,7 +230,8 @@ pub fn delegation(root: &Sysroot, vmid: VmId, wanted: &str) -> Result<Option<Cha
     Ok(object(root, Knob::Delegation(format!("{vmid}.scope")))?.map(|it| it.want(wanted)))
 }
 
-/// The changes that make a partition for vCPU threads within a VM's scope, whose parents have the CPUs exclusively.
+/// The changes that make a partition for vCPU threads within a VM's scope, whose parents have the
+/// CPUs exclusively.
 ///
 /// # Errors
 /// Where the tree cannot be read.
@@ -188,7 +240,8 @@ pub fn plan_vcpus(root: &Sysroot, scope: &str, cpus: &CpuSet) -> Result<Vec<Chan
     let vcpus = vcpu_cgroup(scope);
     let folder = Knob::ThreadedCgroup(vcpus.clone());
     let mut changes = Vec::new();
-    // In this order: one that holds processes can have controllers for its children only when these hold threads.
+    // In this order: one that holds processes can have controllers for its children only when these
+    // hold threads.
     changes.extend(object(root, folder)?.map(|it| it.want(THREADED)));
     changes.extend(object(root, Knob::ChildCpusets(scope.to_owned()))?.map(|it| it.want(PRESENT)));
     for step in [scope, &vcpus] {
@@ -200,7 +253,8 @@ pub fn plan_vcpus(root: &Sysroot, scope: &str, cpus: &CpuSet) -> Result<Vec<Chan
     Ok(changes)
 }
 
-/// The changes that take the partition for vCPU threads away from a VM that runs on: its threads go back to the scope.
+/// The changes that take the partition for vCPU threads away from a VM that runs on: its threads go
+/// back to the scope.
 ///
 /// # Errors
 /// Where the tree cannot be read.
@@ -213,7 +267,12 @@ pub fn plan_undo_vcpus(root: &Sysroot, scope: &str, qemu: i32) -> Result<Vec<Cha
     }
     changes.extend(object(root, Knob::Partition(vcpus.clone()))?.map(|it| it.want(MEMBER)));
     for task in process::tasks(root, qemu)? {
-        changes.extend(to_cgroup(root, task.id, format!("thread {} ({})", task.id.tid, task.name), scope)?);
+        changes.extend(to_cgroup(
+            root,
+            task.id,
+            format!("thread {} ({})", task.id.tid, task.name),
+            scope,
+        )?);
     }
     changes.extend(object(root, Knob::ThreadedCgroup(vcpus))?.map(|it| it.want(ABSENT)));
     changes.extend(object(root, Knob::ExclusiveCpus(scope.to_owned()))?.map(|it| it.want("")));
@@ -221,11 +280,17 @@ pub fn plan_undo_vcpus(root: &Sysroot, scope: &str, qemu: i32) -> Result<Vec<Cha
     Ok(changes)
 }
 
-/// The change that moves a thread to a cgroup among those of its process; `None` where it has ended.
+/// The change that moves a thread to a cgroup among those of its process; `None` where it has
+/// ended.
 ///
 /// # Errors
 /// Where it cannot be told which it is in.
-pub fn to_cgroup(root: &Sysroot, task: TaskId, label: String, cgroup: &str) -> Result<Option<Change>> {
+pub fn to_cgroup(
+    root: &Sysroot,
+    task: TaskId,
+    label: String,
+    cgroup: &str,
+) -> Result<Option<Change>> {
     let found = Knob::CgroupOfThread(task).read(root)?;
     let wanted = format!("/{}", cgroup.trim_start_matches('/'));
     Ok(found.map(|found| Object::new(Knob::CgroupOfThread(task), label, found).want(wanted)))
@@ -236,7 +301,13 @@ pub fn to_cgroup(root: &Sysroot, task: TaskId, label: String, cgroup: &str) -> R
 /// # Errors
 /// Where the tree cannot be read.
 pub(crate) fn list(root: &Sysroot, from: &str) -> Result<Table> {
-    let mut table = Table::new(&["cgroup", "partition", "cpus", "exclusive cpus", "effective cpus"]);
+    let mut table = Table::new(&[
+        "cgroup",
+        "partition",
+        "cpus",
+        "exclusive cpus",
+        "effective cpus",
+    ]);
     add_rows(root, from.trim_matches('/'), &mut table)?;
     Ok(table)
 }
@@ -244,17 +315,30 @@ pub(crate) fn list(root: &Sysroot, from: &str) -> Result<Table> {
 fn add_rows(root: &Sysroot, cgroup: &str, table: &mut Table) -> Result<()> {
     let of = |knob: Knob| Ok::<_, Error>(knob.read(root)?.unwrap_or_default());
     if !cgroup.is_empty() {
-        let (state, exclusive) = (of(Knob::Partition(cgroup.to_owned()))?, of(Knob::ExclusiveCpus(cgroup.to_owned()))?);
+        let (state, exclusive) = (
+            of(Knob::Partition(cgroup.to_owned()))?,
+            of(Knob::ExclusiveCpus(cgroup.to_owned()))?,
+        );
         if !exclusive.is_empty() || !matches!(state.as_str(), "" | MEMBER) {
-            let effective = root.read_value(cgroup::file(cgroup, "cpuset.cpus.effective"))?.unwrap_or_default();
-            table.row([format!("/{cgroup}"), state, of(Knob::CgroupCpus(cgroup.to_owned()))?, exclusive, effective]);
+            let effective = root
+                .read_value(cgroup::file(cgroup, "cpuset.cpus.effective"))?
+                .unwrap_or_default();
+            table.row([
+                format!("/{cgroup}"),
+                state,
+                of(Knob::CgroupCpus(cgroup.to_owned()))?,
+                exclusive,
+                effective,
+            ]);
         }
     }
     let children = match cgroup::children(root, cgroup) {
         Err(error) if error.is_gone() => return Ok(()),
         children => children?,
     };
-    children.iter().try_for_each(|name| add_rows(root, &below(cgroup, name), table))
+    children
+        .iter()
+        .try_for_each(|name| add_rows(root, &below(cgroup, name), table))
 }
 
 #[cfg(test)]
@@ -262,7 +346,8 @@ mod tests {
     use super::*;
     use std::fs;
 
-    /// A host with CPUs 0-7, cgroups without a cpuset, and what is written in these files of the tree.
+    /// A host with CPUs 0-7, cgroups without a cpuset, and what is written in these files of the
+    /// tree.
     fn host(files: &[(&str, &str)]) -> (tempfile::TempDir, Sysroot) {
         let dir = tempfile::tempdir().unwrap();
         let common = [
@@ -309,7 +394,10 @@ mod tests {
             ("sys/fs/cgroup/a.slice/cpuset.cpus.exclusive", "2-3,6-7"),
             ("sys/fs/cgroup/a.slice/b.scope/cpuset.cpus.exclusive", "6-7"),
             ("sys/fs/cgroup/a.slice/b.scope/cpuset.cpus", "6-7"),
-            ("sys/fs/cgroup/a.slice/b.scope/cpuset.cpus.partition", "isolated invalid (no idea)"),
+            (
+                "sys/fs/cgroup/a.slice/b.scope/cpuset.cpus.partition",
+                "isolated invalid (no idea)",
+            ),
         ]);
         assert_eq!(
             told(&plan_undo(&root, "a.slice/b.scope").unwrap()),
@@ -333,20 +421,41 @@ mod tests {
         for sibling in ["lxc", "a.slice/c.scope"] {
             let file = |name: &str| format!("sys/fs/cgroup/{sibling}/{name}");
             let error = why(&[(&file("cpuset.cpus"), "6")]).unwrap_err();
-            assert!(error.starts_with(&format!("cgroup /{sibling}: its cpuset.cpus 6 is all in CPU 6-7")), "{error}");
+            assert!(
+                error.starts_with(&format!(
+                    "cgroup /{sibling}: its cpuset.cpus 6 is all in CPU 6-7"
+                )),
+                "{error}"
+            );
             let error = why(&[(&file("cpuset.cpus.exclusive"), "5-6")]).unwrap_err();
-            assert!(error.starts_with(&format!("cgroup /{sibling}: CPU 6 is exclusive to it")), "{error}");
-            assert_eq!(why(&[(&file("cpuset.cpus"), "5-6")]), Ok(()), "it has others");
+            assert!(
+                error.starts_with(&format!("cgroup /{sibling}: CPU 6 is exclusive to it")),
+                "{error}"
+            );
+            assert_eq!(
+                why(&[(&file("cpuset.cpus"), "5-6")]),
+                Ok(()),
+                "it has others"
+            );
         }
-        assert_eq!(why(&[("sys/fs/cgroup/a.slice/cpuset.cpus", "6-7")]), Ok(()), "it is on the way");
+        assert_eq!(
+            why(&[("sys/fs/cgroup/a.slice/cpuset.cpus", "6-7")]),
+            Ok(()),
+            "it is on the way"
+        );
     }
 
     #[test]
     fn a_kernel_that_is_too_old() {
         let (dir, root) = host(&[("proc/sys/kernel/osrelease", "6.1.0-44-amd64")]);
         fs::remove_file(dir.path().join("sys/fs/cgroup/cpuset.cpus.isolated")).unwrap();
-        let error = check(&root, "a.slice", &cpus("6-7")).unwrap_err().to_string();
-        assert!(error.starts_with("kernel 6.1.0-44-amd64: a partition below the top needs Linux 6.8"), "{error}");
+        let error = check(&root, "a.slice", &cpus("6-7"))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.starts_with("kernel 6.1.0-44-amd64: a partition below the top needs Linux 6.8"),
+            "{error}"
+        );
     }
 
     #[test]

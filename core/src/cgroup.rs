@@ -41,9 +41,14 @@ pub fn check_unified(root: &Sysroot) -> Result<()> {
     let why = match root.read_value(&controllers)? {
         Some(text) if text.split_whitespace().any(|name| name == "cpuset") => return Ok(()),
         Some(_) => "this kernel has no cpuset controller",
-        None => "no unified cgroup hierarchy (v2) here; boot without systemd.unified_cgroup_hierarchy=0",
+        None => {
+            "no unified cgroup hierarchy (v2) here; boot without systemd.unified_cgroup_hierarchy=0"
+        }
     };
-    Err(Error::unusable(root.path(controllers).display().to_string(), why))
+    Err(Error::unusable(
+        root.path(controllers).display().to_string(),
+        why,
+    ))
 }
 
 /// The children of a cgroup, sorted.
@@ -62,7 +67,10 @@ pub fn children(root: &Sysroot, cgroup: &str) -> Result<Vec<String>> {
 /// Where the cgroup cannot be read.
 pub fn processes(root: &Sysroot, cgroup: &str) -> Result<Vec<i32>> {
     let procs = root.read(file(cgroup, "cgroup.procs"))?;
-    Ok(procs.lines().filter_map(|pid| pid.trim().parse().ok()).collect())
+    Ok(procs
+        .lines()
+        .filter_map(|pid| pid.trim().parse().ok())
+        .collect())
 }
 
 /// Reads the unified hierarchy's line of /proc/PID/cgroup: `0::/qemu.slice/100.scope`.
@@ -80,7 +88,8 @@ pub fn of_process(root: &Sysroot, pid: i32) -> Result<String> {
 
 fn read_proc_cgroup(root: &Sysroot, path: String) -> Result<String> {
     let text = root.read(&path)?;
-    let cgroup = parse_proc_cgroup(&text).ok_or_else(|| Error::malformed(&path, "it has no 0:: line"))?;
+    let cgroup =
+        parse_proc_cgroup(&text).ok_or_else(|| Error::malformed(&path, "it has no 0:: line"))?;
     Ok(cgroup.to_owned())
 }
 
@@ -98,33 +107,43 @@ pub fn of_thread(root: &Sysroot, task: &TaskId) -> Result<String> {
 /// Where the cgroup cannot be read.
 pub fn threads(root: &Sysroot, cgroup: &str) -> Result<Vec<i32>> {
     let threads = root.read(file(cgroup, "cgroup.threads"))?;
-    Ok(threads.lines().filter_map(|tid| tid.trim().parse().ok()).collect())
+    Ok(threads
+        .lines()
+        .filter_map(|tid| tid.trim().parse().ok())
+        .collect())
 }
 
 /// A cgroup and those it is in, the top one first, without the root: `a`, `a/b`, `a/b/c`.
 pub fn with_ancestors(cgroup: &str) -> impl Iterator<Item = &str> {
     let cgroup = cgroup.trim_start_matches('/');
-    cgroup.match_indices('/').map(|(end, _)| &cgroup[..end]).chain((!cgroup.is_empty()).then_some(cgroup))
+    cgroup
+        .match_indices('/')
+        .map(|(end, _)| &cgroup[..end])
+        .chain((!cgroup.is_empty()).then_some(cgroup))
 }
 
-/// The CPUs in isolated partitions now, those of the boot's isolcpus= too: cpuset.cpus.isolated of the root cgroup. `None`
-/// where the kernel is older than 6.8, which has no partitions but at the top.
+/// The CPUs in isolated partitions now, those of the boot's isolcpus= too: cpuset.cpus.isolated of
+/// the root cgroup. `None` where the kernel is older than 6.8, which has no partitions but at the
+/// top.
 ///
 /// # Errors
 /// Where the file cannot be read or understood.
 pub fn isolated(root: &Sysroot) -> Result<Option<CpuSet>> {
     let file = file("", "cpuset.cpus.isolated");
-    root.read_value(&file)?.map(|list| cpu_list(&file, &list)).transpose()
+    root.read_value(&file)?
+        .map(|list| cpu_list(&file, &list))
+        .transpose()
 }
 
-/// Whether the children of a cgroup have the cpuset controller; `None` where there is no such cgroup.
+/// Whether the children of a cgroup have the cpuset controller; `None` where there is no such
+/// cgroup.
 pub(crate) fn has_child_cpusets(root: &Sysroot, cgroup: &str) -> Result<Option<bool>> {
     let enabled = root.read_value(file(cgroup, "cgroup.subtree_control"))?;
     Ok(enabled.map(|names| names.split_whitespace().any(|name| name == "cpuset")))
 }
 
-/// Sets cpuset.cpus. The kernel clears it for a cgroup without processes only (ENOSPC): one with processes is given all
-/// CPUs instead, which comes to the same until the controller goes.
+/// Sets cpuset.cpus. The kernel clears it for a cgroup without processes only (ENOSPC): one with
+/// processes is given all CPUs instead, which comes to the same until the controller goes.
 pub(crate) fn set_cpus(root: &Sysroot, cgroup: &str, cpus: &str) -> io::Result<()> {
     let file = file(cgroup, "cpuset.cpus");
     if !cpus.is_empty() {
@@ -148,16 +167,27 @@ pub(crate) fn make_or_remove(root: &Sysroot, cgroup: &str, make: bool) -> io::Re
         true => (fs::create_dir(path), io::ErrorKind::AlreadyExists),
         false => (fs::remove_dir(path), io::ErrorKind::NotFound),
     };
-    done.or_else(|error| if error.kind() == settled { Ok(()) } else { Err(error) })
+    done.or_else(|error| {
+        if error.kind() == settled {
+            Ok(())
+        } else {
+            Err(error)
+        }
+    })
 }
 
 /// Makes a cgroup for threads, or removes it.
 pub(crate) fn make_threaded_or_remove(root: &Sysroot, cgroup: &str, make: bool) -> io::Result<()> {
     make_or_remove(root, cgroup, make)?;
-    if make { root.write(file(cgroup, "cgroup.type"), THREADED) } else { Ok(()) }
+    if make {
+        root.write(file(cgroup, "cgroup.type"), THREADED)
+    } else {
+        Ok(())
+    }
 }
 
-/// Moves a process with all its threads. A scope that systemd has dropped, because it was empty, is asked for anew.
+/// Moves a process with all its threads. A scope that systemd has dropped, because it was empty, is
+/// asked for anew.
 pub(crate) fn move_process(root: &Sysroot, task: &TaskId, cgroup: &str) -> io::Result<()> {
     match root.write(file(cgroup, "cgroup.procs"), &task.pid.to_string()) {
         Err(error) if cgroup.ends_with(".scope") && !root.exists(path(cgroup)) => {
@@ -177,9 +207,15 @@ pub(crate) fn move_process(root: &Sysroot, task: &TaskId, cgroup: &str) -> io::R
 /// systemd answers before it has moved the process.
 fn wait_until_in(root: &Sysroot, pid: i32, cgroup: &str) -> io::Result<()> {
     let until = Instant::now() + root.patience().call;
-    while of_process(root, pid).map_err(into_io)?.trim_start_matches('/') != cgroup.trim_start_matches('/') {
+    while of_process(root, pid)
+        .map_err(into_io)?
+        .trim_start_matches('/')
+        != cgroup.trim_start_matches('/')
+    {
         if Instant::now() >= until {
-            return Err(io::Error::other(format!("systemd made the scope and did not move process {pid} into it")));
+            return Err(io::Error::other(format!(
+                "systemd made the scope and did not move process {pid} into it"
+            )));
         }
         std::thread::sleep(MOVED_INTERVAL);
     }
@@ -192,7 +228,10 @@ mod tests {
 
     #[test]
     fn the_unified_line() {
-        assert_eq!(parse_proc_cgroup("0::/qemu.slice/100.scope\n"), Some("/qemu.slice/100.scope"));
+        assert_eq!(
+            parse_proc_cgroup("0::/qemu.slice/100.scope\n"),
+            Some("/qemu.slice/100.scope")
+        );
         assert_eq!(parse_proc_cgroup("12:cpuset:/a\n0::/b\n"), Some("/b"));
         assert_eq!(parse_proc_cgroup("0::/"), Some("/"));
         assert_eq!(parse_proc_cgroup(""), None);
@@ -201,15 +240,24 @@ mod tests {
 
     #[test]
     fn a_cgroup_and_what_it_is_in() {
-        assert_eq!(with_ancestors("/a/b/c").collect::<Vec<_>>(), ["a", "a/b", "a/b/c"]);
+        assert_eq!(
+            with_ancestors("/a/b/c").collect::<Vec<_>>(),
+            ["a", "a/b", "a/b/c"]
+        );
         assert_eq!(with_ancestors("a").collect::<Vec<_>>(), ["a"]);
         assert_eq!(with_ancestors("/").count(), 0);
     }
 
     #[test]
     fn paths() {
-        assert_eq!(path("/qemu.slice/100.scope"), "sys/fs/cgroup/qemu.slice/100.scope");
-        assert_eq!(file("", "cgroup.controllers"), "sys/fs/cgroup/cgroup.controllers");
+        assert_eq!(
+            path("/qemu.slice/100.scope"),
+            "sys/fs/cgroup/qemu.slice/100.scope"
+        );
+        assert_eq!(
+            file("", "cgroup.controllers"),
+            "sys/fs/cgroup/cgroup.controllers"
+        );
         assert_eq!(file("/", "cgroup.procs"), "sys/fs/cgroup/cgroup.procs");
     }
 }

@@ -23,16 +23,26 @@ pub struct Object {
 impl Object {
     /// A knob with its label and value.
     pub fn new(knob: Knob, label: impl Into<String>, found: impl Into<String>) -> Self {
-        Self { knob, label: label.into(), found: found.into() }
+        Self {
+            knob,
+            label: label.into(),
+            found: found.into(),
+        }
     }
 
     /// The change that brings the object to `wanted`.
     pub fn want(self, wanted: impl Into<String>) -> Change {
-        Change { knob: self.knob, label: self.label, found: self.found, wanted: wanted.into() }
+        Change {
+            knob: self.knob,
+            label: self.label,
+            found: self.found,
+            wanted: wanted.into(),
+        }
     }
 }
 
-/// One thing to be set: the object, the value found and the value wanted. Where they are equal there is nothing to do.
+/// One thing to be set: the object, the value found and the value wanted. Where they are equal
+/// there is nothing to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Change {
     /// What is set.
@@ -56,7 +66,13 @@ impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.knob {
             Knob::Trigger(_) => write!(f, "{}: {}", self.label, self.wanted),
-            knob => write!(f, "{}: {} -> {}", self.label, shown(knob, &self.found), shown(knob, &self.wanted)),
+            knob => write!(
+                f,
+                "{}: {} -> {}",
+                self.label,
+                shown(knob, &self.found),
+                shown(knob, &self.wanted)
+            ),
         }
     }
 }
@@ -102,7 +118,12 @@ pub struct Done {
 
 impl fmt::Display for Done {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Change { label, found, wanted, knob } = &self.change;
+        let Change {
+            label,
+            found,
+            wanted,
+            knob,
+        } = &self.change;
         match &self.outcome {
             Outcome::Planned | Outcome::Changed => self.change.fmt(f),
             Outcome::Already => write!(f, "{label}: already {}", shown(knob, found)),
@@ -114,15 +135,18 @@ impl fmt::Display for Done {
     }
 }
 
-/// Carries out one change. Everything that Pinfold writes to a kernel goes through here. On a root that is
-/// [for looking](Sysroot::for_looking) nothing is written, and what would be is planned.
+/// Carries out one change. Everything that Pinfold writes to a kernel goes through here. On a root
+/// that is [for looking](Sysroot::for_looking) nothing is written, and what would be is planned.
 ///
 /// The caller has saved what must come back before ([`crate::save`], [`crate::store`]).
 pub fn apply_one(root: &Sysroot, change: Change) -> Done {
     let outcome = if change.is_noop() {
         Outcome::Already
     } else if root.is_for_looking() {
-        change.knob.known_refusal(root).map_or(Outcome::Planned, Outcome::Refused)
+        change
+            .knob
+            .known_refusal(root)
+            .map_or(Outcome::Planned, Outcome::Refused)
     } else {
         match change.knob.write(root, &change.wanted) {
             Ok(Answer::Taken(Some(kept))) if kept != change.wanted => Outcome::Failed(format!(
@@ -145,14 +169,18 @@ pub fn apply(root: &Sysroot, changes: Vec<Change>) -> Vec<Done> {
     dones
 }
 
-/// As [`apply()`], each told to `told` as it is done. Of neighbours that have the kernel wait ([`Knob::waits`]) all wait at the
-/// same time, and are told in their order.
+/// As [`apply()`], each told to `told` as it is done. Of neighbours that have the kernel wait
+/// ([`Knob::waits`]) all wait at the same time, and are told in their order.
 pub(crate) fn apply_each(root: &Sysroot, changes: Vec<Change>, mut told: impl FnMut(Done)) {
-    let waits = |change: &Change| change.knob.waits() && !change.is_noop() && !root.is_for_looking();
+    let waits =
+        |change: &Change| change.knob.waits() && !change.is_noop() && !root.is_for_looking();
     for group in changes.chunk_by(|a, b| waits(a) && waits(b)) {
         match group {
             [change] => told(apply_one(root, change.clone())),
-            group => group.chunks(SIDE_BY_SIDE).flat_map(|some| apply_together(root, some)).for_each(&mut told),
+            group => group
+                .chunks(SIDE_BY_SIDE)
+                .flat_map(|some| apply_together(root, some))
+                .for_each(&mut told),
         }
     }
 }
@@ -164,14 +192,22 @@ fn apply_together(root: &Sysroot, changes: &[Change]) -> Vec<Done> {
     std::thread::scope(|scope| {
         let start = |change: &Change| {
             let own = change.clone();
-            std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, move || apply_one(root, own)).ok()
+            std::thread::Builder::new()
+                .stack_size(STACK)
+                .spawn_scoped(scope, move || apply_one(root, own))
+                .ok()
         };
-        let running: Vec<_> = changes.iter().map(|change| (change, start(change))).collect();
-        let ended = running.into_iter().map(|(change, thread)| match thread.map(std::thread::ScopedJoinHandle::join) {
-            Some(Ok(done)) => done,
-            Some(Err(panic)) => std::panic::resume_unwind(panic),
-            // No thread to be had: here, then.
-            None => apply_one(root, change.clone()),
+        let running: Vec<_> = changes
+            .iter()
+            .map(|change| (change, start(change)))
+            .collect();
+        let ended = running.into_iter().map(|(change, thread)| {
+            match thread.map(std::thread::ScopedJoinHandle::join) {
+                Some(Ok(done)) => done,
+                Some(Err(panic)) => std::panic::resume_unwind(panic),
+                // No thread to be had: here, then.
+                None => apply_one(root, change.clone()),
+            }
         });
         ended.collect()
     })
@@ -180,15 +216,28 @@ fn apply_together(root: &Sysroot, changes: &[Change]) -> Vec<Done> {
 /// For one write; what it says of a failure is short.
 const STACK: usize = 128 * 1024;
 
-/// The kernel may answer so for other reasons too; then the object is still there. What was to be made cannot have gone.
+/// The kernel may answer so for other reasons too; then the object is still there. What was to be
+/// made cannot have gone.
 fn has_gone(root: &Sysroot, change: &Change) -> bool {
-    let is_there = || change.knob.read(root).map_or(true, |found| found.is_some_and(|found| found != ABSENT));
+    let is_there = || {
+        change
+            .knob
+            .read(root)
+            .map_or(true, |found| found.is_some_and(|found| found != ABSENT))
+    };
     change.found != ABSENT && !must_exist(&change.knob) && !is_there()
 }
 
 /// Objects that do not come and go by themselves: when their file is missing, that is an error.
 fn must_exist(knob: &Knob) -> bool {
-    matches!(knob, Knob::DefaultIrq | Knob::Workqueues | Knob::Sysctl(_) | Knob::Trigger(_) | Knob::PciDriver(_))
+    matches!(
+        knob,
+        Knob::DefaultIrq
+            | Knob::Workqueues
+            | Knob::Sysctl(_)
+            | Knob::Trigger(_)
+            | Knob::PciDriver(_)
+    )
 }
 
 /// The system's words, and the next step where one is known.
@@ -201,7 +250,9 @@ fn why(knob: &Knob, error: &io::Error) -> String {
         (Knob::Thread(_), Some(nix::libc::EINVAL)) => {
             format!("{text}; its cgroup allows none of these CPUs, or none of them is online")
         }
-        (Knob::CgroupCpus(_), Some(nix::libc::EBUSY)) => format!("{text}; a process in it would be left without a CPU"),
+        (Knob::CgroupCpus(_), Some(nix::libc::EBUSY)) => {
+            format!("{text}; a process in it would be left without a CPU")
+        }
         _ => text,
     }
 }
@@ -240,28 +291,57 @@ mod tests {
     #[test]
     fn those_that_wait_are_told_in_their_order() {
         let (dir, root) = tree();
-        let policy = |n: usize| dir.path().join(format!("sys/devices/system/cpu/cpufreq/policy{n}"));
+        let policy = |n: usize| {
+            dir.path()
+                .join(format!("sys/devices/system/cpu/cpufreq/policy{n}"))
+        };
         for n in (0..100).filter(|n| *n != 70) {
             fs::create_dir_all(policy(n)).unwrap();
             fs::write(policy(n).join("scaling_governor"), "schedutil\n").unwrap();
         }
-        let mut changes: Vec<Change> =
-            (0..100).map(|n| change(Knob::Governor(format!("policy{n}")), "schedutil", "performance")).collect();
+        let mut changes: Vec<Change> = (0..100)
+            .map(|n| {
+                change(
+                    Knob::Governor(format!("policy{n}")),
+                    "schedutil",
+                    "performance",
+                )
+            })
+            .collect();
         changes.insert(50, change(Knob::Irq(24), "0-23", "0-5"));
         let done = apply(&root, changes.clone());
-        assert_eq!(done.iter().map(|done| done.change.clone()).collect::<Vec<_>>(), changes);
+        assert_eq!(
+            done.iter()
+                .map(|done| done.change.clone())
+                .collect::<Vec<_>>(),
+            changes
+        );
         let changed = |done: &Done| done.outcome == Outcome::Changed;
-        assert!(done.iter().enumerate().all(|(n, done)| changed(done) != (n == 71)), "{done:?}");
+        assert!(
+            done.iter()
+                .enumerate()
+                .all(|(n, done)| changed(done) != (n == 71)),
+            "{done:?}"
+        );
         assert_eq!(done[71].outcome, Outcome::Gone);
-        assert_eq!(fs::read_to_string(policy(99).join("scaling_governor")).unwrap(), "performance");
+        assert_eq!(
+            fs::read_to_string(policy(99).join("scaling_governor")).unwrap(),
+            "performance"
+        );
     }
 
     #[test]
     fn on_a_root_for_looking_changes_are_planned() {
         let (_dir, root) = tree();
         let root = root.for_looking();
-        assert_eq!(apply_one(&root, change(Knob::Irq(24), "0-23", "0-5")).outcome, Outcome::Planned);
-        assert_eq!(apply_one(&root, change(Knob::Irq(24), "0-5", "0-5")).outcome, Outcome::Already);
+        assert_eq!(
+            apply_one(&root, change(Knob::Irq(24), "0-23", "0-5")).outcome,
+            Outcome::Planned
+        );
+        assert_eq!(
+            apply_one(&root, change(Knob::Irq(24), "0-5", "0-5")).outcome,
+            Outcome::Already
+        );
         assert_eq!(Knob::Irq(24).read(&root).unwrap().unwrap(), "0-23");
         // What the kernel holds is told without trying, where it can be.
         let file = root.path("proc/irq/24/smp_affinity_list");
@@ -282,16 +362,39 @@ mod tests {
             ],
         );
         assert_eq!(done[0].outcome, Outcome::Gone);
-        let made = apply_one(&root, change(Knob::Cgroup("no/a".into()), "absent", "present"));
-        assert!(made.to_string().ends_with("set to present: No such file or directory"), "{made}");
-        assert_eq!(done[1].to_string(), "default IRQ mask: set to 0-5: No such file or directory");
-        assert_eq!(done[2].outcome, Outcome::Changed, "a failure does not stop the rest");
+        let made = apply_one(
+            &root,
+            change(Knob::Cgroup("no/a".into()), "absent", "present"),
+        );
+        assert!(
+            made.to_string()
+                .ends_with("set to present: No such file or directory"),
+            "{made}"
+        );
+        assert_eq!(
+            done[1].to_string(),
+            "default IRQ mask: set to 0-5: No such file or directory"
+        );
+        assert_eq!(
+            done[2].outcome,
+            Outcome::Changed,
+            "a failure does not stop the rest"
+        );
     }
 
     #[test]
     fn unset_values_have_a_word() {
-        assert_eq!(change(Knob::UnitCpus("system.slice".into()), "", "0-5").to_string(), "system.slice: unset -> 0-5");
-        assert_eq!(change(Knob::CpuOnline(6), "1", "0").to_string(), "CPU 6: online -> offline");
-        assert_eq!(change(Knob::Trigger("vm/drop_caches".into()), "", "3").to_string(), "vm.drop_caches: 3");
+        assert_eq!(
+            change(Knob::UnitCpus("system.slice".into()), "", "0-5").to_string(),
+            "system.slice: unset -> 0-5"
+        );
+        assert_eq!(
+            change(Knob::CpuOnline(6), "1", "0").to_string(),
+            "CPU 6: online -> offline"
+        );
+        assert_eq!(
+            change(Knob::Trigger("vm/drop_caches".into()), "", "3").to_string(),
+            "vm.drop_caches: 3"
+        );
     }
 }

@@ -25,7 +25,8 @@ pub struct Common {
     #[arg(long, value_name = "FILE", conflicts_with = "restore")]
     pub save: Option<PathBuf>,
 
-    /// Put back the values saved in a file, which is removed when all is back; what others have set meanwhile is left
+    /// Put back the values saved in a file, which is removed when all is back; what others have set
+    /// meanwhile is left
     #[arg(long, value_name = "FILE")]
     pub restore: Option<PathBuf>,
 
@@ -72,7 +73,8 @@ impl Output {
 }
 
 impl Common {
-    /// Carries changes out as the options say: shows them, or saves what they change, makes them and reports.
+    /// Carries changes out as the options say: shows them, or saves what they change, makes them
+    /// and reports.
     ///
     /// # Errors
     /// Where the values cannot be saved; nothing has been changed then.
@@ -103,14 +105,26 @@ impl Common {
         Ok(report.finish())
     }
 
-    /// As [`carry_out`](Self::carry_out), less the report's end: for a tool that looks at the host once more afterwards.
+    /// As [`carry_out`](Self::carry_out), less the report's end: for a tool that looks at the host
+    /// once more afterwards.
     ///
     /// # Errors
     /// Where the values cannot be saved; nothing has been changed then.
-    pub fn make(&self, root: &Sysroot, report: &mut Report, tool: &str, changes: Vec<Change>) -> anyhow::Result<()> {
+    pub fn make(
+        &self,
+        root: &Sysroot,
+        report: &mut Report,
+        tool: &str,
+        changes: Vec<Change>,
+    ) -> anyhow::Result<()> {
         let mut entries = Vec::new();
         if self.save.is_some() {
-            entries.extend(changes.iter().filter(|change| !change.is_noop()).map(Entry::from));
+            entries.extend(
+                changes
+                    .iter()
+                    .filter(|change| !change.is_noop())
+                    .map(Entry::from),
+            );
         }
         self.make_saving(root, report, tool, changes, entries)
     }
@@ -130,8 +144,19 @@ impl Common {
             save::write(path, tool, entries)?;
         }
         if self.dry_run {
-            let outcome = |change: &Change| if change.is_noop() { Outcome::Already } else { Outcome::Planned };
-            changes.into_iter().for_each(|change| report.changes(&[Done { outcome: outcome(&change), change }]));
+            let outcome = |change: &Change| {
+                if change.is_noop() {
+                    Outcome::Already
+                } else {
+                    Outcome::Planned
+                }
+            };
+            changes.into_iter().for_each(|change| {
+                report.changes(&[Done {
+                    outcome: outcome(&change),
+                    change,
+                }])
+            });
         } else {
             apply_each(root, changes, |done| report.changes(&[done]));
         }
@@ -142,8 +167,15 @@ impl Common {
     ///
     /// # Errors
     /// Where the file is none that this tool saved, or cannot be removed at the end.
-    pub fn restore(&self, root: &Sysroot, report: &mut Report, tool: &str) -> anyhow::Result<Option<Exit>> {
-        let Some(path) = &self.restore else { return Ok(None) };
+    pub fn restore(
+        &self,
+        root: &Sysroot,
+        report: &mut Report,
+        tool: &str,
+    ) -> anyhow::Result<Option<Exit>> {
+        let Some(path) = &self.restore else {
+            return Ok(None);
+        };
         let entries = save::read(path, tool)?;
         if !self.dry_run {
             check_root(root)?;
@@ -151,13 +183,15 @@ impl Common {
         let dones = save::restore(root, entries, self.dry_run);
         report.changes(&dones);
         if report.failures() == 0 && !self.dry_run {
-            std::fs::remove_file(path).map_err(|source| crate::Error::io(path, "remove", source))?;
+            std::fs::remove_file(path)
+                .map_err(|source| crate::Error::io(path, "remove", source))?;
         }
         Ok(Some(report.finish()))
     }
 }
 
-/// Makes sure that the running host may be changed at all, so that this is said once and not for every object.
+/// Makes sure that the running host may be changed at all, so that this is said once and not for
+/// every object.
 ///
 /// # Errors
 /// Where we are not root; under `--sysroot` the files' own permissions decide.
@@ -175,14 +209,19 @@ pub fn listed(report: &mut Report, table: &Table) -> Exit {
     Exit::Done
 }
 
-/// A tool's run: reads the command line, does it, prints what went wrong once, and gives the exit code.
+/// A tool's run: reads the command line, does it, prints what went wrong once, and gives the exit
+/// code.
 pub fn main<A: Parser>(tool: &str, run: impl FnOnce(A) -> anyhow::Result<Exit>) -> ExitCode {
     let args = match A::try_parse() {
         Ok(args) => args,
         Err(error) => {
             // Help and version come this way too; a closed pipe is no reason to fail.
             let _ = error.print();
-            return if error.use_stderr() { Exit::Usage.into() } else { Exit::Done.into() };
+            return if error.use_stderr() {
+                Exit::Usage.into()
+            } else {
+                Exit::Done.into()
+            };
         }
     };
     match run(args) {
@@ -221,9 +260,16 @@ mod tests {
 
     #[test]
     fn the_systems_words_are_said_once() {
-        let gone = crate::Error::io("/x", "read", std::io::Error::from_raw_os_error(nix::libc::ENOENT));
+        let gone = crate::Error::io(
+            "/x",
+            "read",
+            std::io::Error::from_raw_os_error(nix::libc::ENOENT),
+        );
         let error = Err::<(), _>(gone).context("pre-start").unwrap_err();
-        assert_eq!(in_words(&error), "pre-start: /x: read: No such file or directory");
+        assert_eq!(
+            in_words(&error),
+            "pre-start: /x: read: No such file or directory"
+        );
         assert_eq!(in_words(&anyhow::anyhow!("b").context("a")), "a: b");
     }
 }

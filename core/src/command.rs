@@ -13,8 +13,9 @@ const ENDED_INTERVAL: Duration = Duration::from_millis(2);
 /// Runs a program to its end and returns its standard output.
 ///
 /// # Errors
-/// An error in words (`systemctl set-property …: exit code 1: Unit x.slice not found.`) where it cannot be started, does
-/// not end before the deadline (it is killed then) or ends with anything but success.
+/// An error in words (`systemctl set-property …: exit code 1: Unit x.slice not found.`) where it
+/// cannot be started, does not end before the deadline (it is killed then) or ends with anything
+/// but success.
 pub fn run(program: &str, args: &[&str], deadline: Duration) -> io::Result<String> {
     let until = Instant::now() + deadline;
     let named = |why: String| io::Error::other(format!("{program} {}: {why}", args.join(" ")));
@@ -29,7 +30,11 @@ pub fn run(program: &str, args: &[&str], deadline: Duration) -> io::Result<Strin
         Ok(Some((status, stdout, _))) if status.success() => Ok(stdout),
         Ok(Some((status, _, stderr))) => {
             // `exit status: 1`, `signal: 9 (SIGKILL)`
-            let last = stderr.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing");
+            let last = stderr
+                .lines()
+                .rev()
+                .find(|line| !line.trim().is_empty())
+                .unwrap_or("it said nothing");
             Err(named(format!("{status}: {last}")))
         }
         ended => {
@@ -38,7 +43,10 @@ pub fn run(program: &str, args: &[&str], deadline: Duration) -> io::Result<Strin
             let _ = child.wait();
             match ended {
                 Err(error) => Err(named(crate::error::os_text(&error))),
-                _ => Err(named(format!("no answer within {} s; it was killed", deadline.as_secs_f64()))),
+                _ => Err(named(format!(
+                    "no answer within {} s; it was killed",
+                    deadline.as_secs_f64()
+                ))),
             }
         }
     }
@@ -54,7 +62,9 @@ fn collect(child: &mut Child, until: Instant) -> io::Result<Option<Ended>> {
     let (mut out, mut err) = (Vec::new(), Vec::new());
     let (mut out_open, mut err_open) = (true, true);
     while out_open || err_open {
-        let Some(left) = until.checked_duration_since(Instant::now()) else { return Ok(None) };
+        let Some(left) = until.checked_duration_since(Instant::now()) else {
+            return Ok(None);
+        };
         let mut fds = Vec::with_capacity(2);
         if out_open {
             fds.push(PollFd::new(stdout.as_fd(), PollFlags::POLLIN));
@@ -62,13 +72,17 @@ fn collect(child: &mut Child, until: Instant) -> io::Result<Option<Ended>> {
         if err_open {
             fds.push(PollFd::new(stderr.as_fd(), PollFlags::POLLIN));
         }
-        let timeout = PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
+        let timeout =
+            PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
         match poll(&mut fds, timeout) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(errno) => return Err(errno.into()),
         }
         let ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(false)).collect();
-        let (out_ready, err_ready) = (out_open && ready[0], err_open && ready[usize::from(out_open)]);
+        let (out_ready, err_ready) = (
+            out_open && ready[0],
+            err_open && ready[usize::from(out_open)],
+        );
         if out_ready {
             out_open = read_some(&mut stdout, &mut out)?;
         }
@@ -105,19 +119,30 @@ mod tests {
     fn output_and_failures() {
         assert_eq!(run("printf", &["a b"], SOON).unwrap(), "a b");
         assert_eq!(
-            run("pinfold-no-such-program", &["x"], SOON).unwrap_err().to_string(),
+            run("pinfold-no-such-program", &["x"], SOON)
+                .unwrap_err()
+                .to_string(),
             "pinfold-no-such-program x: No such file or directory"
         );
-        let failed = run("sh", &["-c", "echo one >&2; echo two >&2; exit 3"], SOON).unwrap_err().to_string();
+        let failed = run("sh", &["-c", "echo one >&2; echo two >&2; exit 3"], SOON)
+            .unwrap_err()
+            .to_string();
         assert!(failed.ends_with(": exit status: 3: two"), "{failed}");
     }
 
     #[test]
     fn one_that_hangs_is_killed() {
-        let error = run("sleep", &["1000"], Duration::from_millis(50)).unwrap_err().to_string();
+        let error = run("sleep", &["1000"], Duration::from_millis(50))
+            .unwrap_err()
+            .to_string();
         assert_eq!(error, "sleep 1000: no answer within 0.05 s; it was killed");
-        let error =
-            run("sh", &["-c", "exec >&- 2>&-; exec sleep 1000"], Duration::from_millis(50)).unwrap_err().to_string();
+        let error = run(
+            "sh",
+            &["-c", "exec >&- 2>&-; exec sleep 1000"],
+            Duration::from_millis(50),
+        )
+        .unwrap_err()
+        .to_string();
         assert!(error.contains("no answer within"), "{error}");
     }
 }

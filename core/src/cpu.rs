@@ -29,7 +29,8 @@ pub fn online(root: &Sysroot) -> Result<CpuSet> {
     list(root, "online")
 }
 
-/// The SMT siblings of a CPU, itself among them; just itself where the kernel does not say (offline).
+/// The SMT siblings of a CPU, itself among them; just itself where the kernel does not say
+/// (offline).
 ///
 /// # Errors
 /// Where the kernel's list cannot be understood.
@@ -68,8 +69,15 @@ pub fn check_usable(root: &Sysroot, cpus: &CpuSet) -> Result<()> {
     if cpus.intersects(&online) {
         return Ok(());
     }
-    let all = if cpus.len() == 1 { "offline" } else { "all offline" };
-    Err(Error::unusable(format!("CPU {cpus}"), format!("{all}; online are {online}")))
+    let all = if cpus.len() == 1 {
+        "offline"
+    } else {
+        "all offline"
+    };
+    Err(Error::unusable(
+        format!("CPU {cpus}"),
+        format!("{all}; online are {online}"),
+    ))
 }
 
 fn check_among(cpus: &CpuSet, among: &CpuSet, fault: &str, there_are: &str) -> Result<()> {
@@ -77,5 +85,8 @@ fn check_among(cpus: &CpuSet, among: &CpuSet, fault: &str, there_are: &str) -> R
     if others.is_empty() {
         return Ok(());
     }
-    Err(Error::unusable(format!("CPU {others}"), format!("{fault}; {there_are} {among}")))
+    Err(Error::unusable(
+        format!("CPU {others}"),
+        format!("{fault}; {there_are} {among}"),
+    ))
 }

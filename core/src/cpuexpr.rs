@@ -1,10 +1,11 @@
-//! CPUs as people name them: by number (`0-5,12-17`), by what the machine has (`llc:1`), or by both. docs/selectors.md is
-//! the reference.
+//! CPUs as people name them: by number (`0-5,12-17`), by what the machine has (`llc:1`), or by
+//! both. docs/selectors.md is the reference.
 //!
-//! Not to be confused with [`crate::select`], whose `--only` and `--except` choose IRQs and threads.
+//! Not to be confused with [`crate::select`], whose `--only` and `--except` choose IRQs and
+//! threads.
 //!
-//! Reading the text and looking at the host are apart: `FromStr` knows the grammar alone, [`CpuExpr::resolve`] asks the
-//! host what the names stand for. A plain list asks nothing.
+//! Reading the text and looking at the host are apart: `FromStr` knows the grammar alone,
+//! [`CpuExpr::resolve`] asks the host what the names stand for. A plain list asks nothing.
 
 use std::fmt;
 use std::str::FromStr;
@@ -125,7 +126,10 @@ const NAMES: &str = "llc:N, die:N, node:N, package:N, core:N, smt:N, vm:N, cpu:N
                      online, offline and all";
 
 fn name_of<T: PartialEq>(names: &[(&'static str, T)], value: &T) -> &'static str {
-    names.iter().find(|(_, named)| named == value).map_or("", |(name, _)| name)
+    names
+        .iter()
+        .find(|(_, named)| named == value)
+        .map_or("", |(name, _)| name)
 }
 
 impl fmt::Display for Part {
@@ -149,7 +153,8 @@ impl CpuExpr {
         Host::new(root).resolve(self)
     }
 
-    /// Whether it names the CPUs of VMs (`vm:100`), which stand for others from one moment to the next.
+    /// Whether it names the CPUs of VMs (`vm:100`), which stand for others from one moment to the
+    /// next.
     pub fn names_vms(&self) -> bool {
         self.node.names_vms()
     }
@@ -168,7 +173,9 @@ impl Node {
 
 impl From<CpuSet> for CpuExpr {
     fn from(cpus: CpuSet) -> Self {
-        Self { node: Node::Cpus(cpus) }
+        Self {
+            node: Node::Cpus(cpus),
+        }
     }
 }
 
@@ -185,9 +192,12 @@ impl FromStr for CpuExpr {
     }
 }
 
-/// Whether a text without any sign of a selector is a slip in a plain list, which has better words for it.
+/// Whether a text without any sign of a selector is a slip in a plain list, which has better words
+/// for it.
 fn is_meant_as_list(text: &str) -> bool {
-    let is_name = |token: &str| token.len() > 1 && token.starts_with(|first: char| first.is_ascii_alphabetic());
+    let is_name = |token: &str| {
+        token.len() > 1 && token.starts_with(|first: char| first.is_ascii_alphabetic())
+    };
     !text.contains([':', '&', '!', '(', ')']) && !text.split(',').any(|token| is_name(token.trim()))
 }
 
@@ -229,7 +239,11 @@ impl fmt::Display for Node {
 }
 
 fn joined<T: fmt::Display>(items: &[T], by: &str) -> String {
-    items.iter().map(ToString::to_string).collect::<Vec<_>>().join(by)
+    items
+        .iter()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(by)
 }
 
 impl Serialize for CpuExpr {

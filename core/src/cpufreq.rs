@@ -13,7 +13,8 @@ const POLICIES: &str = "sys/devices/system/cpu/cpufreq";
 pub struct Policy {
     /// The folder's name, `policy6`.
     pub name: String,
-    /// The CPUs it sets the pace of, those offline included; while all are, just the one that it is named after.
+    /// The CPUs it sets the pace of, those offline included; while all are, just the one that it is
+    /// named after.
     pub cpus: CpuSet,
     /// The governor in force; empty while all of its CPUs are offline.
     pub governor: String,
@@ -24,7 +25,11 @@ pub struct Policy {
 impl Policy {
     /// The policy's governor, as an object to change.
     pub fn object(&self) -> Object {
-        Object::new(Knob::Governor(self.name.clone()), format!("{} (CPU {})", self.name, self.cpus), &*self.governor)
+        Object::new(
+            Knob::Governor(self.name.clone()),
+            format!("{} (CPU {})", self.name, self.cpus),
+            &*self.governor,
+        )
     }
 }
 
@@ -42,21 +47,33 @@ pub fn policies(root: &Sysroot) -> Result<Vec<Policy>> {
     for name in names.into_iter().filter(|name| name.starts_with("policy")) {
         let value = |file: &str| match root.read_value(format!("{POLICIES}/{name}/{file}")) {
             // So the kernel answers for a policy whose CPUs are all offline, whatever is asked.
-            Err(Error::Io { source, .. }) if source.raw_os_error() == Some(nix::libc::EBUSY) => Ok(Some(String::new())),
+            Err(Error::Io { source, .. }) if source.raw_os_error() == Some(nix::libc::EBUSY) => {
+                Ok(Some(String::new()))
+            }
             other => other,
         };
-        let (Some(cpus), Some(governor), Some(available)) =
-            (value("related_cpus")?, value("scaling_governor")?, value("scaling_available_governors")?)
-        else {
+        let (Some(cpus), Some(governor), Some(available)) = (
+            value("related_cpus")?,
+            value("scaling_governor")?,
+            value("scaling_available_governors")?,
+        ) else {
             // The policy went while it was read: its last CPU was taken offline.
             continue;
         };
         let cpus = match CpuSet::from_words(&name, &cpus)? {
-            none if none.is_empty() => name["policy".len()..].parse::<usize>().into_iter().collect(),
+            none if none.is_empty() => name["policy".len()..]
+                .parse::<usize>()
+                .into_iter()
+                .collect(),
             cpus => cpus,
         };
         let available = available.split_whitespace().map(str::to_owned).collect();
-        policies.push(Policy { cpus, governor, available, name });
+        policies.push(Policy {
+            cpus,
+            governor,
+            available,
+            name,
+        });
     }
     policies.sort_by_key(|policy| policy.cpus.first());
     Ok(policies)
@@ -65,7 +82,10 @@ pub fn policies(root: &Sysroot) -> Result<Vec<Policy>> {
 impl CpuSet {
     /// cpufreq writes its CPUs as numbers with spaces between.
     fn from_words(object: &str, text: &str) -> Result<Self> {
-        cpu_list(object, &text.split_whitespace().collect::<Vec<_>>().join(","))
+        cpu_list(
+            object,
+            &text.split_whitespace().collect::<Vec<_>>().join(","),
+        )
     }
 }
 
@@ -78,14 +98,22 @@ mod tests {
     fn policies_by_number_and_one_that_is_all_offline() {
         let dir = tempfile::tempdir().unwrap();
         for (name, cpus, governor, available) in [
-            ("policy10", "10 22\n", "schedutil\n", "performance schedutil \n"),
+            (
+                "policy10",
+                "10 22\n",
+                "schedutil\n",
+                "performance schedutil \n",
+            ),
             ("policy6", "\n", "\n", "\n"),
             ("boost", "", "", ""),
         ] {
             let folder = dir.path().join(POLICIES).join(name);
             fs::create_dir_all(&folder).unwrap();
-            let files =
-                [("related_cpus", cpus), ("scaling_governor", governor), ("scaling_available_governors", available)];
+            let files = [
+                ("related_cpus", cpus),
+                ("scaling_governor", governor),
+                ("scaling_available_governors", available),
+            ];
             for (file, text) in files {
                 fs::write(folder.join(file), text).unwrap();
             }
@@ -94,9 +122,26 @@ mod tests {
         let policies = policies(&root).unwrap();
         let seen: Vec<String> = policies
             .iter()
-            .map(|policy| format!("{} {:?} {}", policy.object().label, policy.governor, policy.available.join("|")))
+            .map(|policy| {
+                format!(
+                    "{} {:?} {}",
+                    policy.object().label,
+                    policy.governor,
+                    policy.available.join("|")
+                )
+            })
             .collect();
-        assert_eq!(seen, ["policy6 (CPU 6) \"\" ", "policy10 (CPU 10,22) \"schedutil\" performance|schedutil"]);
-        assert!(super::policies(&Sysroot::new(dir.path().join("none"))).unwrap().is_empty());
+        assert_eq!(
+            seen,
+            [
+                "policy6 (CPU 6) \"\" ",
+                "policy10 (CPU 10,22) \"schedutil\" performance|schedutil"
+            ]
+        );
+        assert!(
+            super::policies(&Sysroot::new(dir.path().join("none")))
+                .unwrap()
+                .is_empty()
+        );
     }
 }

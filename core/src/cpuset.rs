@@ -52,7 +52,8 @@ pub enum CpuSetError {
 /// (`0-5,12-17`, ascending, nothing for the empty set).
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct CpuSet {
-    /// Bit `n % 64` of word `n / 64` is CPU `n`. The last word is never zero, so equal sets are equal.
+    /// Bit `n % 64` of word `n / 64` is CPU `n`. The last word is never zero, so equal sets are
+    /// equal.
     words: Vec<u64>,
 }
 
@@ -78,16 +79,19 @@ impl CpuSet {
         }
     }
 
-    /// Reads the kernel's mask form: hexadecimal, most significant first, 32-bit groups joined by commas.
+    /// Reads the kernel's mask form: hexadecimal, most significant first, 32-bit groups joined by
+    /// commas.
     ///
     /// # Errors
-    /// [`CpuSetError::Mask`] for anything else, [`CpuSetError::TooLarge`] for bits beyond [`MAX_CPU`].
+    /// [`CpuSetError::Mask`] for anything else, [`CpuSetError::TooLarge`] for bits beyond
+    /// [`MAX_CPU`].
     pub fn from_mask(text: &str) -> Result<Self, CpuSetError> {
         let bad = || CpuSetError::Mask(text.to_owned());
         let digits = text.trim();
         let mut set = Self::new();
         for (index, group) in digits.rsplit(',').enumerate() {
-            if group.is_empty() || group.len() > 8 || !group.bytes().all(|b| b.is_ascii_hexdigit()) {
+            if group.is_empty() || group.len() > 8 || !group.bytes().all(|b| b.is_ascii_hexdigit())
+            {
                 return Err(bad());
             }
             let bits = u32::from_str_radix(group, 16).map_err(|_| bad())?;
@@ -131,7 +135,9 @@ impl CpuSet {
 
     /// Whether the CPU is in the set.
     pub fn contains(&self, cpu: usize) -> bool {
-        self.words.get(cpu / 64).is_some_and(|word| word & (1 << (cpu % 64)) != 0)
+        self.words
+            .get(cpu / 64)
+            .is_some_and(|word| word & (1 << (cpu % 64)) != 0)
     }
 
     /// Whether the set has no CPU.
@@ -141,13 +147,18 @@ impl CpuSet {
 
     /// How many CPUs the set has.
     pub fn len(&self) -> usize {
-        self.words.iter().map(|word| word.count_ones() as usize).sum()
+        self.words
+            .iter()
+            .map(|word| word.count_ones() as usize)
+            .sum()
     }
 
     /// The CPUs, ascending.
     pub fn iter(&self) -> impl Iterator<Item = usize> + '_ {
         self.words.iter().enumerate().flat_map(|(index, word)| {
-            (0..64).filter(move |bit| word & (1 << bit) != 0).map(move |bit| index * 64 + bit)
+            (0..64)
+                .filter(move |bit| word & (1 << bit) != 0)
+                .map(move |bit| index * 64 + bit)
         })
     }
 
@@ -172,12 +183,17 @@ impl CpuSet {
         !(self & other).is_empty()
     }
 
-    /// This set held to `fence`: their intersection, or the whole of `fence` where they share nothing.
+    /// This set held to `fence`: their intersection, or the whole of `fence` where they share
+    /// nothing.
     ///
     /// So a mask that somebody had narrowed before is never widened by it.
     pub fn held_to(&self, fence: &Self) -> Self {
         let inside = self & fence;
-        if inside.is_empty() { fence.clone() } else { inside }
+        if inside.is_empty() {
+            fence.clone()
+        } else {
+            inside
+        }
     }
 
     fn trimmed(mut words: Vec<u64>) -> Self {
@@ -201,14 +217,24 @@ impl FromIterator<usize> for CpuSet {
 impl BitAnd for &CpuSet {
     type Output = CpuSet;
     fn bitand(self, other: Self) -> CpuSet {
-        CpuSet::trimmed(self.words.iter().zip(&other.words).map(|(a, b)| a & b).collect())
+        CpuSet::trimmed(
+            self.words
+                .iter()
+                .zip(&other.words)
+                .map(|(a, b)| a & b)
+                .collect(),
+        )
     }
 }
 
 impl BitOr for &CpuSet {
     type Output = CpuSet;
     fn bitor(self, other: Self) -> CpuSet {
-        let (long, short) = if self.words.len() >= other.words.len() { (self, other) } else { (other, self) };
+        let (long, short) = if self.words.len() >= other.words.len() {
+            (self, other)
+        } else {
+            (other, self)
+        };
         let mut words = long.words.clone();
         for (word, more) in words.iter_mut().zip(&short.words) {
             *word |= more;
@@ -236,7 +262,10 @@ impl FromStr for CpuSet {
         let mut set = Self::new();
         for token in text.split(',') {
             let token = token.trim();
-            let bad = || CpuSetError::Token { token: token.to_owned(), text: text.to_owned() };
+            let bad = || CpuSetError::Token {
+                token: token.to_owned(),
+                text: text.to_owned(),
+            };
             let number = |digits: &str| {
                 if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
                     return Err(bad());
@@ -254,7 +283,12 @@ impl FromStr for CpuSet {
                 }
             };
             if first > last {
-                return Err(CpuSetError::Backwards { token: token.to_owned(), text: text.to_owned(), first, last });
+                return Err(CpuSetError::Backwards {
+                    token: token.to_owned(),
+                    text: text.to_owned(),
+                    first,
+                    last,
+                });
             }
             for cpu in first..=last {
                 set.insert(cpu);
@@ -324,7 +358,11 @@ mod tests {
             ("63-64", "63-64"),
             ("8191", "8191"),
         ] {
-            assert_eq!(text.parse::<CpuSet>().unwrap().to_string(), canonical, "{text:?}");
+            assert_eq!(
+                text.parse::<CpuSet>().unwrap().to_string(),
+                canonical,
+                "{text:?}"
+            );
         }
     }
 
@@ -333,19 +371,44 @@ mod tests {
         for (text, message) in [
             ("", "\"\" is an empty CPU list; write CPUs as in 0-5,12"),
             ("  \n", "\"\" is an empty CPU list; write CPUs as in 0-5,12"),
-            ("5-3", "\"5-3\" in \"5-3\" runs backwards; did you mean 3-5?"),
-            ("1,,2", "\"\" in \"1,,2\" is no CPU number or range; write CPUs as in 0-5,12"),
-            ("1,x", "\"x\" in \"1,x\" is no CPU number or range; write CPUs as in 0-5,12"),
-            ("-1", "\"-1\" in \"-1\" is no CPU number or range; write CPUs as in 0-5,12"),
-            ("1-2-3", "\"1-2-3\" in \"1-2-3\" is no CPU number or range; write CPUs as in 0-5,12"),
-            ("+1", "\"+1\" in \"+1\" is no CPU number or range; write CPUs as in 0-5,12"),
-            ("8192", "CPU 8192 is beyond 8191, the largest CPU number the kernel knows"),
+            (
+                "5-3",
+                "\"5-3\" in \"5-3\" runs backwards; did you mean 3-5?",
+            ),
+            (
+                "1,,2",
+                "\"\" in \"1,,2\" is no CPU number or range; write CPUs as in 0-5,12",
+            ),
+            (
+                "1,x",
+                "\"x\" in \"1,x\" is no CPU number or range; write CPUs as in 0-5,12",
+            ),
+            (
+                "-1",
+                "\"-1\" in \"-1\" is no CPU number or range; write CPUs as in 0-5,12",
+            ),
+            (
+                "1-2-3",
+                "\"1-2-3\" in \"1-2-3\" is no CPU number or range; write CPUs as in 0-5,12",
+            ),
+            (
+                "+1",
+                "\"+1\" in \"+1\" is no CPU number or range; write CPUs as in 0-5,12",
+            ),
+            (
+                "8192",
+                "CPU 8192 is beyond 8191, the largest CPU number the kernel knows",
+            ),
             (
                 "0-99999999999999999999",
                 "CPU 99999999999999999999 is beyond 8191, the largest CPU number the kernel knows",
             ),
         ] {
-            assert_eq!(text.parse::<CpuSet>().unwrap_err().to_string(), message, "{text:?}");
+            assert_eq!(
+                text.parse::<CpuSet>().unwrap_err().to_string(),
+                message,
+                "{text:?}"
+            );
         }
     }
 

@@ -1,7 +1,8 @@
 //! A small D-Bus client: one method call at a time over a Unix socket, under a deadline.
 //!
-//! It knows the types that systemd is asked with and no more; see the D-Bus specification, "Message Protocol" and
-//! "Authentication Protocol". Strings are UTF-8, numbers little-endian, everything aligned to its own size.
+//! It knows the types that systemd is asked with and no more; see the D-Bus specification, "Message
+//! Protocol" and "Authentication Protocol". Strings are UTF-8, numbers little-endian, everything
+//! aligned to its own size.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -10,7 +11,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, socket};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, socket,
+};
 
 use crate::error::os_text;
 
@@ -96,21 +99,33 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    /// Connects and authenticates as the running user. To connect, and each call, may take `patience`.
+    /// Connects and authenticates as the running user. To connect, and each call, may take
+    /// `patience`.
     pub(crate) fn open(path: &Path, patience: Duration) -> Result<Self> {
         let until = Instant::now() + patience;
         let stream = loop {
             match connect_now(path) {
-                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(DbusError::Unreachable(error)),
-                Err(_) if Instant::now() + FULL_INTERVAL >= until => return Err(DbusError::Late(patience)),
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
+                    return Err(DbusError::Unreachable(error));
+                }
+                Err(_) if Instant::now() + FULL_INTERVAL >= until => {
+                    return Err(DbusError::Late(patience));
+                }
                 Err(_) => std::thread::sleep(FULL_INTERVAL),
                 Ok(stream) => break stream,
             }
         };
-        let mut connection = Self { until, ..Self::new(stream, patience) };
-        let uid: String = nix::unistd::geteuid().to_string().bytes().map(|digit| format!("{digit:02x}")).collect();
-        // BEGIN goes along, and the first message not before the answer: a message that systemd reads together with BEGIN
-        // lies there until more comes. sd-bus does it so too.
+        let mut connection = Self {
+            until,
+            ..Self::new(stream, patience)
+        };
+        let uid: String = nix::unistd::geteuid()
+            .to_string()
+            .bytes()
+            .map(|digit| format!("{digit:02x}"))
+            .collect();
+        // BEGIN goes along, and the first message not before the answer: a message that systemd
+        // reads together with BEGIN lies there until more comes. sd-bus does it so too.
         connection.send(format!("\0AUTH EXTERNAL {uid}\r\nBEGIN\r\n").as_bytes())?;
         let answer = connection.line()?;
         if !answer.starts_with("OK ") {
@@ -120,7 +135,14 @@ impl Connection {
     }
 
     fn new(stream: UnixStream, patience: Duration) -> Self {
-        Self { stream, patience, until: Instant::now() + patience, serial: 0, in_call: false, bytes: Vec::new() }
+        Self {
+            stream,
+            patience,
+            until: Instant::now() + patience,
+            serial: 0,
+            in_call: false,
+            bytes: Vec::new(),
+        }
     }
 
     /// The same, where each call may take so long.
@@ -128,14 +150,25 @@ impl Connection {
         Self { patience, ..self }
     }
 
-    /// Whether it can be called on once more: it was left in order, and the other end still holds it.
+    /// Whether it can be called on once more: it was left in order, and the other end still holds
+    /// it.
     pub(crate) fn is_usable(&self) -> bool {
         let peek = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-        !self.in_call && matches!(recv(self.stream.as_raw_fd(), &mut [0], peek), Ok(1) | Err(Errno::EAGAIN))
+        !self.in_call
+            && matches!(
+                recv(self.stream.as_raw_fd(), &mut [0], peek),
+                Ok(1) | Err(Errno::EAGAIN)
+            )
     }
 
-    /// Calls a method with the arguments in `body`, whose types `signature` says, and waits for what it returns.
-    pub(crate) fn call(&mut self, method: Method<'_>, signature: &str, body: Writer) -> Result<Message> {
+    /// Calls a method with the arguments in `body`, whose types `signature` says, and waits for
+    /// what it returns.
+    pub(crate) fn call(
+        &mut self,
+        method: Method<'_>,
+        signature: &str,
+        body: Writer,
+    ) -> Result<Message> {
         self.until = Instant::now() + self.patience;
         self.serial += 1;
         self.in_call = true;
@@ -152,9 +185,13 @@ impl Connection {
                 }
                 ERROR => {
                     self.in_call = false;
-                    let words = message.body("s").and_then(|mut body| body.string().map(str::to_owned));
+                    let words = message
+                        .body("s")
+                        .and_then(|mut body| body.string().map(str::to_owned));
                     return Err(DbusError::Refused {
-                        name: message.error.ok_or(DbusError::Garbage("an error without a name"))?,
+                        name: message
+                            .error
+                            .ok_or(DbusError::Garbage("an error without a name"))?,
                         message: words.unwrap_or_default(),
                     });
                 }
@@ -189,7 +226,9 @@ impl Connection {
     fn fill_to(&mut self, size: usize) -> Result<()> {
         let mut chunk = [0; 4096];
         while self.bytes.len() < size {
-            self.stream.set_read_timeout(Some(self.left()?)).map_err(DbusError::Closed)?;
+            self.stream
+                .set_read_timeout(Some(self.left()?))
+                .map_err(DbusError::Closed)?;
             match self.stream.read(&mut chunk) {
                 Ok(0) => return Err(DbusError::Closed(io::ErrorKind::UnexpectedEof.into())),
                 Ok(used) => self.bytes.extend_from_slice(&chunk[..used]),
@@ -201,7 +240,9 @@ impl Connection {
 
     fn send(&mut self, mut bytes: &[u8]) -> Result<()> {
         while !bytes.is_empty() {
-            self.stream.set_write_timeout(Some(self.left()?)).map_err(DbusError::Closed)?;
+            self.stream
+                .set_write_timeout(Some(self.left()?))
+                .map_err(DbusError::Closed)?;
             match self.stream.write(bytes) {
                 Ok(written) => bytes = &bytes[written..],
                 Err(error) => self.go_on_after(error)?,
@@ -220,16 +261,23 @@ impl Connection {
     fn go_on_after(&self, error: io::Error) -> Result<()> {
         match error.kind() {
             io::ErrorKind::Interrupted => Ok(()),
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Err(DbusError::Late(self.patience)),
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+                Err(DbusError::Late(self.patience))
+            }
             _ => Err(DbusError::Closed(error)),
         }
     }
 }
 
-/// Connects without waiting: with the queue of new clients full, connect(2) would, for as long as it likes.
+/// Connects without waiting: with the queue of new clients full, connect(2) would, for as long as
+/// it likes.
 fn connect_now(path: &Path) -> io::Result<UnixStream> {
-    let fd: OwnedFd =
-        socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)?;
+    let fd: OwnedFd = socket(
+        AddressFamily::Unix,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+        None,
+    )?;
     connect(fd.as_raw_fd(), &UnixAddr::new(path)?).map_err(|errno| match errno {
         Errno::EAGAIN => io::ErrorKind::WouldBlock.into(),
         errno => io::Error::from(errno),
@@ -304,7 +352,12 @@ impl Writer {
     }
 
     /// A struct `(sv)`: a name and a value of the type `signature`, which `value` writes.
-    pub(crate) fn property(&mut self, name: &str, signature: &str, value: impl FnOnce(&mut Self) -> &mut Self) {
+    pub(crate) fn property(
+        &mut self,
+        name: &str,
+        signature: &str,
+        value: impl FnOnce(&mut Self) -> &mut Self,
+    ) {
         self.align(8);
         self.string(name).signature(signature);
         value(self);
@@ -320,16 +373,21 @@ impl Writer {
 
 fn marshal(method: Method<'_>, serial: u32, signature: &str, body: &[u8]) -> Vec<u8> {
     // Little-endian, a method call, no flags, protocol version 1.
-    let mut message = Writer { bytes: vec![b'l', 1, 0, 1] };
-    message.u32(body.len() as u32).u32(serial).array(8, |fields| {
-        fields.field(PATH, "o").string(method.path);
-        fields.field(INTERFACE, "s").string(method.interface);
-        fields.field(MEMBER, "s").string(method.member);
-        fields.field(DESTINATION, "s").string(method.destination);
-        if !signature.is_empty() {
-            fields.field(SIGNATURE, "g").signature(signature);
-        }
-    });
+    let mut message = Writer {
+        bytes: vec![b'l', 1, 0, 1],
+    };
+    message
+        .u32(body.len() as u32)
+        .u32(serial)
+        .array(8, |fields| {
+            fields.field(PATH, "o").string(method.path);
+            fields.field(INTERFACE, "s").string(method.interface);
+            fields.field(MEMBER, "s").string(method.member);
+            fields.field(DESTINATION, "s").string(method.destination);
+            if !signature.is_empty() {
+                fields.field(SIGNATURE, "g").signature(signature);
+            }
+        });
     message.align(8);
     message.bytes.extend(body);
     message.bytes
@@ -351,7 +409,10 @@ impl Message {
         if self.signature != signature {
             return Err(DbusError::Garbage("an answer of another type"));
         }
-        Ok(Reader { bytes: &self.body, at: 0 })
+        Ok(Reader {
+            bytes: &self.body,
+            at: 0,
+        })
     }
 }
 
@@ -382,8 +443,19 @@ fn parse_message(bytes: &[u8]) -> Result<Message> {
     reader.u32()?;
     reader.u32()?;
     let fields = reader.u32()? as usize;
-    let mut header = Reader { bytes: bytes.get(..FIXED + fields).ok_or(DbusError::Garbage(SHORT))?, at: FIXED };
-    let mut message = Message { kind, reply_serial: None, error: None, signature: String::new(), body: Vec::new() };
+    let mut header = Reader {
+        bytes: bytes
+            .get(..FIXED + fields)
+            .ok_or(DbusError::Garbage(SHORT))?,
+        at: FIXED,
+    };
+    let mut message = Message {
+        kind,
+        reply_serial: None,
+        error: None,
+        signature: String::new(),
+        body: Vec::new(),
+    };
     while header.at < header.bytes.len() {
         match header.field()? {
             (REPLY_SERIAL, Field::Number(serial)) => message.reply_serial = Some(serial),
@@ -407,7 +479,8 @@ enum Field<'a> {
     Text(&'a str),
 }
 
-/// Values on their way in. Nothing is allocated for what a length claims: values are parts of the bytes that came.
+/// Values on their way in. Nothing is allocated for what a length claims: values are parts of the
+/// bytes that came.
 #[derive(Debug)]
 pub(crate) struct Reader<'a> {
     bytes: &'a [u8],
@@ -417,7 +490,9 @@ pub(crate) struct Reader<'a> {
 impl<'a> Reader<'a> {
     fn take(&mut self, size: usize) -> Result<&'a [u8]> {
         let end = self.at.checked_add(size);
-        let part = end.and_then(|end| self.bytes.get(self.at..end)).ok_or(DbusError::Garbage(SHORT))?;
+        let part = end
+            .and_then(|end| self.bytes.get(self.at..end))
+            .ok_or(DbusError::Garbage(SHORT))?;
         self.at += size;
         Ok(part)
     }
@@ -448,7 +523,10 @@ impl<'a> Reader<'a> {
     /// An array of strings.
     pub(crate) fn strings(&mut self) -> Result<Vec<&'a str>> {
         let end = self.u32()? as usize;
-        let end = self.at.checked_add(end).ok_or(DbusError::Garbage("an array without an end"))?;
+        let end = self
+            .at
+            .checked_add(end)
+            .ok_or(DbusError::Garbage("an array without an end"))?;
         let mut strings = Vec::new();
         while self.at < end {
             strings.push(self.string()?);
@@ -499,7 +577,8 @@ pub(crate) mod fake {
     use std::thread;
 
     /// What a call is answered with: the types and values, or an error's name and words.
-    pub(crate) type Answer = std::result::Result<(&'static str, Writer), (&'static str, &'static str)>;
+    pub(crate) type Answer =
+        std::result::Result<(&'static str, Writer), (&'static str, &'static str)>;
 
     impl Writer {
         /// The type of a variant, whose value follows.
@@ -515,12 +594,16 @@ pub(crate) mod fake {
     }
 
     impl Fake {
-        /// Serves one client after the other. `answer` gets the path, the member and the strings that the body begins with.
+        /// Serves one client after the other. `answer` gets the path, the member and the strings
+        /// that the body begins with.
         pub(crate) fn start(path: &Path, answer: fn(&str, &str, &[&str]) -> Answer) -> Self {
             let listener = UnixListener::bind(path).unwrap();
             let calls = Arc::new(Mutex::new(Vec::new()));
             let client = Arc::default();
-            let (seen, served) = (Arc::clone(&calls), Arc::<Mutex<Option<UnixStream>>>::clone(&client));
+            let (seen, served) = (
+                Arc::clone(&calls),
+                Arc::<Mutex<Option<UnixStream>>>::clone(&client),
+            );
             thread::spawn(move || {
                 for stream in listener.incoming() {
                     let stream = stream.unwrap();
@@ -534,7 +617,13 @@ pub(crate) mod fake {
 
         /// Ends the connection of the client that is served.
         pub(crate) fn hang_up(&self) {
-            self.client.lock().unwrap().take().unwrap().shutdown(std::net::Shutdown::Both).unwrap();
+            self.client
+                .lock()
+                .unwrap()
+                .take()
+                .unwrap()
+                .shutdown(std::net::Shutdown::Both)
+                .unwrap();
         }
 
         /// The calls so far: path, member, types, strings.
@@ -552,19 +641,31 @@ pub(crate) mod fake {
             let _ = wait.recv();
         });
         let mut connection = Connection::new(ours, patience);
-        let method = Method { destination: "a.b", path: "/", interface: "a.b", member: "C" };
+        let method = Method {
+            destination: "a.b",
+            path: "/",
+            interface: "a.b",
+            member: "C",
+        };
         let answer = connection.call(method, "", Writer::default());
         drop((connection, done));
         server.join().unwrap();
         answer
     }
 
-    fn serve(stream: UnixStream, calls: &Mutex<Vec<String>>, answer: fn(&str, &str, &[&str]) -> Answer) -> Result<()> {
+    fn serve(
+        stream: UnixStream,
+        calls: &Mutex<Vec<String>>,
+        answer: fn(&str, &str, &[&str]) -> Answer,
+    ) -> Result<()> {
         let patience = Duration::from_secs(20);
         let mut client = Connection::new(stream, patience);
         let auth = client.line()?;
-        let uid =
-            nix::unistd::geteuid().to_string().bytes().map(|digit| format!("3{}", digit - b'0')).collect::<String>();
+        let uid = nix::unistd::geteuid()
+            .to_string()
+            .bytes()
+            .map(|digit| format!("3{}", digit - b'0'))
+            .collect::<String>();
         assert_eq!(auth, format!("\0AUTH EXTERNAL {uid}"));
         client.send(b"OK 0123456789abcdef0123456789abcdef\r\n")?;
         assert_eq!(client.line()?, "BEGIN");
@@ -574,7 +675,10 @@ pub(crate) mod fake {
             client.fill_to(size)?;
             let bytes: Vec<u8> = client.bytes.drain(..size).collect();
             let message = parse_message(&bytes)?;
-            let mut header = Reader { bytes: &bytes, at: 8 };
+            let mut header = Reader {
+                bytes: &bytes,
+                at: 8,
+            };
             let serial = header.u32()?;
             let end = FIXED + header.u32()? as usize;
             let (mut path, mut member) = ("", "");
@@ -590,11 +694,17 @@ pub(crate) mod fake {
             for _ in message.signature.chars().take_while(|kind| *kind == 's') {
                 strings.push(body.string()?);
             }
-            calls.lock().unwrap().push(format!("{path} {member} {} {}", message.signature, strings.join(" ")));
+            calls.lock().unwrap().push(format!(
+                "{path} {member} {} {}",
+                message.signature,
+                strings.join(" ")
+            ));
             // Signals come whenever they like.
             client.send(&encode(4, None, None, "s", b"\x01\0\0\0x\0"))?;
             client.send(&match answer(path, member, &strings) {
-                Ok((signature, body)) => encode(METHOD_RETURN, Some(serial), None, signature, &body.bytes),
+                Ok((signature, body)) => {
+                    encode(METHOD_RETURN, Some(serial), None, signature, &body.bytes)
+                }
                 Err((name, words)) => {
                     let mut body = Writer::default();
                     body.string(words);
@@ -612,7 +722,9 @@ pub(crate) mod fake {
         signature: &str,
         body: &[u8],
     ) -> Vec<u8> {
-        let mut message = Writer { bytes: vec![b'l', kind, 1, 1] };
+        let mut message = Writer {
+            bytes: vec![b'l', kind, 1, 1],
+        };
         message.u32(body.len() as u32).u32(77).array(8, |fields| {
             if let Some(serial) = reply_serial {
                 fields.field(REPLY_SERIAL, "u").u32(serial);
@@ -642,7 +754,12 @@ mod tests {
     /// For answers that never come.
     const BRIEF: Duration = Duration::from_millis(50);
 
-    const METHOD: Method<'_> = Method { destination: "a.b", path: "/p", interface: "a.c", member: "Set" };
+    const METHOD: Method<'_> = Method {
+        destination: "a.b",
+        path: "/p",
+        interface: "a.c",
+        member: "Set",
+    };
 
     fn reply(signature: &str, body: &[u8]) -> Vec<u8> {
         encode(METHOD_RETURN, Some(1), None, signature, body)
@@ -694,9 +811,21 @@ mod tests {
     #[test]
     fn answers() {
         let message = hostile(reply("v", b"\x01s\0\0\x02\0\0\0ab\0"), LONG).unwrap();
-        assert_eq!(message.body("v").unwrap().variant("s").unwrap().string().unwrap(), "ab");
+        assert_eq!(
+            message
+                .body("v")
+                .unwrap()
+                .variant("s")
+                .unwrap()
+                .string()
+                .unwrap(),
+            "ab"
+        );
         assert!(matches!(message.body("o"), Err(DbusError::Garbage(_))));
-        assert!(matches!(message.body("v").unwrap().variant("ay"), Err(DbusError::Garbage(_))));
+        assert!(matches!(
+            message.body("v").unwrap().variant("ay"),
+            Err(DbusError::Garbage(_))
+        ));
 
         // Other messages come first: a signal, an answer to another call.
         let mut bytes = encode(4, None, None, "", b"");
@@ -704,10 +833,19 @@ mod tests {
         bytes.extend(reply("", b""));
         assert!(hostile(bytes, LONG).is_ok());
 
-        let error = encode(ERROR, Some(1), Some("org.freedesktop.systemd1.NoSuchUnit"), "s", b"\x03\0\0\0No.\0");
+        let error = encode(
+            ERROR,
+            Some(1),
+            Some("org.freedesktop.systemd1.NoSuchUnit"),
+            "s",
+            b"\x03\0\0\0No.\0",
+        );
         assert_eq!(hostile(error, LONG).unwrap_err().to_string(), "No.");
         let error = encode(ERROR, Some(1), Some("a.b.Wordless"), "", b"");
-        assert_eq!(hostile(error, LONG).unwrap_err().to_string(), "a.b.Wordless");
+        assert_eq!(
+            hostile(error, LONG).unwrap_err().to_string(),
+            "a.b.Wordless"
+        );
     }
 
     #[test]
@@ -724,28 +862,57 @@ mod tests {
         big_endian[0] = b'B';
         for (bytes, words) in [
             (long, "it sends garbage: a message of more than 1 MiB"),
-            (long_fields, "it sends garbage: a message of more than 1 MiB"),
+            (
+                long_fields,
+                "it sends garbage: a message of more than 1 MiB",
+            ),
             (claims_more, "no answer within 0.05 s"),
-            (bad_field, "it sends garbage: a header field of an unknown type"),
+            (
+                bad_field,
+                "it sends garbage: a header field of an unknown type",
+            ),
             (big_endian, "it sends garbage: a big-endian message"),
-            (b"HTTP/1.1 400 Bad Request\r\n".to_vec(), "it sends garbage: no D-Bus message"),
-            (encode(ERROR, Some(1), None, "", b""), "it sends garbage: an error without a name"),
+            (
+                b"HTTP/1.1 400 Bad Request\r\n".to_vec(),
+                "it sends garbage: no D-Bus message",
+            ),
+            (
+                encode(ERROR, Some(1), None, "", b""),
+                "it sends garbage: an error without a name",
+            ),
             (Vec::new(), "no answer within 0.05 s"),
         ] {
-            let patience = if words.starts_with("no answer") { BRIEF } else { LONG };
+            let patience = if words.starts_with("no answer") {
+                BRIEF
+            } else {
+                LONG
+            };
             assert_eq!(hostile(bytes, patience).unwrap_err().to_string(), words);
         }
     }
 
     #[test]
     fn a_body_that_lies_is_an_error() {
-        for body in
-            [&b""[..], b"\x02ay\0\xff\xff\xff\xff", b"\x02ay\0\x05\0\0\0abcd", b"\x02ay\xff\0\0\0\0", b"\xffay\0"]
-        {
+        for body in [
+            &b""[..],
+            b"\x02ay\0\xff\xff\xff\xff",
+            b"\x02ay\0\x05\0\0\0abcd",
+            b"\x02ay\xff\0\0\0\0",
+            b"\xffay\0",
+        ] {
             let mut reader = Reader { bytes: body, at: 0 };
-            assert!(reader.variant("ay").and_then(Reader::bytes).is_err(), "{body:?}");
+            assert!(
+                reader.variant("ay").and_then(Reader::bytes).is_err(),
+                "{body:?}"
+            );
         }
-        for body in [&b"\x01\0\0\0\xff\0"[..], b"\x01\0\0\0xy", b"\x01\0\0\0x", b"\xff\xff\xff\xffx\0", b"\0\0"] {
+        for body in [
+            &b"\x01\0\0\0\xff\0"[..],
+            b"\x01\0\0\0xy",
+            b"\x01\0\0\0x",
+            b"\xff\xff\xff\xffx\0",
+            b"\0\0",
+        ] {
             assert!(Reader { bytes: body, at: 0 }.string().is_err(), "{body:?}");
         }
     }
@@ -754,7 +921,10 @@ mod tests {
     fn who_is_not_let_in_is_told() {
         let dir = tempfile::tempdir().unwrap();
         for (number, (answer, words)) in [
-            ("REJECTED EXTERNAL\r\n".to_owned(), "it does not let us in: REJECTED EXTERNAL"),
+            (
+                "REJECTED EXTERNAL\r\n".to_owned(),
+                "it does not let us in: REJECTED EXTERNAL",
+            ),
             ("x".repeat(5000), "it sends garbage: a line without end"),
             (String::new(), "it hung up: unexpected end of file"),
         ]
@@ -775,17 +945,26 @@ mod tests {
             assert_eq!(error, words);
             server.join().unwrap();
         }
-        let error = Connection::open(&dir.path().join("none"), LONG).unwrap_err().to_string();
+        let error = Connection::open(&dir.path().join("none"), LONG)
+            .unwrap_err()
+            .to_string();
         assert_eq!(error, "it cannot be reached: No such file or directory");
     }
 
     fn read_all(message: &Message) {
         for signature in ["s", "o", "v"] {
-            let _ = message.body(signature).and_then(|mut body| body.string().map(drop));
+            let _ = message
+                .body(signature)
+                .and_then(|mut body| body.string().map(drop));
         }
         for signature in ["s", "ay"] {
-            let mut body = Reader { bytes: &message.body, at: 0 };
-            let _ = body.variant(signature).and_then(|value| value.bytes().map(drop));
+            let mut body = Reader {
+                bytes: &message.body,
+                at: 0,
+            };
+            let _ = body
+                .variant(signature)
+                .and_then(|value| value.bytes().map(drop));
         }
     }
 

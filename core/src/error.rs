@@ -50,17 +50,27 @@ pub enum Error {
 impl Error {
     /// An [`Error::Io`].
     pub fn io(path: impl Into<PathBuf>, tried: impl Into<String>, source: io::Error) -> Self {
-        Self::Io { path: path.into(), tried: tried.into(), source }
+        Self::Io {
+            path: path.into(),
+            tried: tried.into(),
+            source,
+        }
     }
 
     /// An [`Error::Malformed`].
     pub fn malformed(object: impl Into<String>, why: impl Into<String>) -> Self {
-        Self::Malformed { object: object.into(), why: why.into() }
+        Self::Malformed {
+            object: object.into(),
+            why: why.into(),
+        }
     }
 
     /// An [`Error::Unusable`].
     pub fn unusable(object: impl Into<String>, why: impl Into<String>) -> Self {
-        Self::Unusable { object: object.into(), why: why.into() }
+        Self::Unusable {
+            object: object.into(),
+            why: why.into(),
+        }
     }
 
     /// Whether the user may not do it.
@@ -68,7 +78,8 @@ impl Error {
         matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied)
     }
 
-    /// Whether the object is not there (any more): ENOENT for files, ESRCH for processes, ENODEV for devices.
+    /// Whether the object is not there (any more): ENOENT for files, ESRCH for processes, ENODEV
+    /// for devices.
     pub fn is_gone(&self) -> bool {
         matches!(self, Self::Io { source, .. } if is_gone(source))
     }
@@ -77,14 +88,19 @@ impl Error {
 /// Whether a system error says that the object is not there (any more).
 pub(crate) fn is_gone(error: &io::Error) -> bool {
     use nix::libc::{ENODEV, ENOENT, ENOTDIR, ESRCH};
-    matches!(error.raw_os_error(), Some(ENOENT | ESRCH | ENODEV | ENOTDIR))
+    matches!(
+        error.raw_os_error(),
+        Some(ENOENT | ESRCH | ENODEV | ENOTDIR)
+    )
 }
 
 /// The system's words for an error, without Rust's ` (os error N)`.
 pub fn os_text(error: &io::Error) -> String {
     let text = error.to_string();
     match error.raw_os_error() {
-        Some(code) => text.trim_end_matches(&format!(" (os error {code})")).to_owned(),
+        Some(code) => text
+            .trim_end_matches(&format!(" (os error {code})"))
+            .to_owned(),
         None => text,
     }
 }

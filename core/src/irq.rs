@@ -9,10 +9,13 @@ use crate::error::{Error, Result};
 use crate::knob::{Knob, cpu_list};
 use crate::sysroot::Sysroot;
 
-/// The names of the devices behind each IRQ, from /proc/interrupts; those without a handler are not in it.
+/// The names of the devices behind each IRQ, from /proc/interrupts; those without a handler are not
+/// in it.
 pub fn parse_interrupts(text: &str) -> BTreeMap<u32, String> {
     let mut lines = text.lines();
-    let cpus = lines.next().map_or(0, |head| head.split_whitespace().count());
+    let cpus = lines
+        .next()
+        .map_or(0, |head| head.split_whitespace().count());
     lines
         .filter_map(|line| {
             let (number, rest) = line.split_once(':')?;
@@ -21,9 +24,12 @@ pub fn parse_interrupts(text: &str) -> BTreeMap<u32, String> {
             let mut words = rest.split_whitespace().skip(cpus + 1);
             let trigger = words.next()?;
             let mut words: Vec<&str> = words.collect();
-            let trigger_stands_apart =
-                words.first().is_some_and(|word| matches!(*word, "edge" | "level" | "Edge" | "Level"));
-            if trigger_stands_apart || (trigger.parse::<u64>().is_ok() && words.len() > 1 && is_trigger(words[0])) {
+            let trigger_stands_apart = words
+                .first()
+                .is_some_and(|word| matches!(*word, "edge" | "level" | "Edge" | "Level"));
+            if trigger_stands_apart
+                || (trigger.parse::<u64>().is_ok() && words.len() > 1 && is_trigger(words[0]))
+            {
                 words.remove(0);
             }
             (!words.is_empty()).then(|| (number, words.join(" ")))
@@ -32,7 +38,9 @@ pub fn parse_interrupts(text: &str) -> BTreeMap<u32, String> {
 }
 
 fn is_trigger(word: &str) -> bool {
-    word.eq_ignore_ascii_case("edge") || word.eq_ignore_ascii_case("level") || word.eq_ignore_ascii_case("fasteoi")
+    word.eq_ignore_ascii_case("edge")
+        || word.eq_ignore_ascii_case("level")
+        || word.eq_ignore_ascii_case("fasteoi")
 }
 
 /// The devices behind each IRQ.
@@ -49,7 +57,11 @@ pub fn names(root: &Sysroot) -> Result<BTreeMap<u32, String>> {
 /// Where /proc/irq cannot be read. IRQs that go meanwhile are left out.
 pub fn irqs(root: &Sysroot, names: &BTreeMap<u32, String>) -> Result<Vec<Object>> {
     let mut objects = Vec::new();
-    for number in root.names("proc/irq")?.iter().filter_map(|name| name.parse::<u32>().ok()) {
+    for number in root
+        .names("proc/irq")?
+        .iter()
+        .filter_map(|name| name.parse::<u32>().ok())
+    {
         let knob = Knob::Irq(number);
         if let Some(found) = knob.read(root)? {
             objects.push(Object::new(knob, label(number, names.get(&number)), found));
@@ -64,18 +76,23 @@ pub fn irqs(root: &Sysroot, names: &BTreeMap<u32, String>) -> Result<Vec<Object>
 /// Where it cannot be read.
 pub fn default_mask(root: &Sysroot) -> Result<Option<Object>> {
     let knob = Knob::DefaultIrq;
-    Ok(knob.read(root)?.map(|found| Object::new(knob.clone(), knob.to_string(), found)))
+    Ok(knob
+        .read(root)?
+        .map(|found| Object::new(knob.clone(), knob.to_string(), found)))
 }
 
-/// Whether the kernel does not let user space move an IRQ, as far as it shows that: since Linux 6.12 the file is read-only then
-/// (register_irq_proc in kernel/irq/proc.c).
+/// Whether the kernel does not let user space move an IRQ, as far as it shows that: since Linux
+/// 6.12 the file is read-only then (register_irq_proc in kernel/irq/proc.c).
 ///
 /// # Errors
 /// Where the file cannot be looked at. An IRQ that has gone is not held.
 pub fn is_held(root: &Sysroot, number: u32) -> Result<bool> {
     const OWNER_MAY_WRITE: u32 = 0o200;
     let path = root.path(format!("proc/irq/{number}/smp_affinity_list"));
-    match path.metadata().map_err(|source| Error::io(path, "look at", source)) {
+    match path
+        .metadata()
+        .map_err(|source| Error::io(path, "look at", source))
+    {
         Ok(file) => Ok(file.mode() & OWNER_MAY_WRITE == 0),
         Err(error) if error.is_gone() => Ok(false),
         Err(error) => Err(error),

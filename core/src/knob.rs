@@ -1,7 +1,8 @@
-//! The knobs: every kernel value that Pinfold may set, with the one code that reads and the one that writes each.
+//! The knobs: every kernel value that Pinfold may set, with the one code that reads and the one
+//! that writes each.
 //!
-//! A knob's value is text in one canonical form (CPU sets as lists, whatever the file wants), so that found, wanted
-//! and saved values compare as they stand.
+//! A knob's value is text in one canonical form (CPU sets as lists, whatever the file wants), so
+//! that found, wanted and saved values compare as they stand.
 
 use std::fmt;
 use std::io;
@@ -22,7 +23,8 @@ pub struct TaskId {
     pub pid: i32,
     /// The thread id; equal to `pid` for a process's first thread and for kernel threads.
     pub tid: i32,
-    /// Start time in clock ticks since boot: field 22 of /proc/PID/task/TID/stat, see proc_pid_stat(5).
+    /// Start time in clock ticks since boot: field 22 of /proc/PID/task/TID/stat, see
+    /// proc_pid_stat(5).
     pub start: u64,
 }
 
@@ -34,44 +36,55 @@ pub enum Knob {
     Irq(u32),
     /// The CPUs that new IRQs start with: /proc/irq/default_smp_affinity.
     DefaultIrq,
-    /// The CPUs of all unbound workqueues: /sys/devices/virtual/workqueue/cpumask (core-api/workqueue.rst).
+    /// The CPUs of all unbound workqueues: /sys/devices/virtual/workqueue/cpumask
+    /// (core-api/workqueue.rst).
     Workqueues,
     /// A kernel thread's CPUs, by sched_setaffinity(2).
     Kthread(TaskId),
     /// A user thread's CPUs, by sched_setaffinity(2).
     Thread(TaskId),
-    /// `1` where the CPU is online, `0` where not: /sys/devices/system/cpu/cpuN/online (core-api/cpu_hotplug.rst).
+    /// `1` where the CPU is online, `0` where not: /sys/devices/system/cpu/cpuN/online
+    /// (core-api/cpu_hotplug.rst).
     CpuOnline(usize),
-    /// A cpufreq policy's governor, by the policy's folder name, `policy6` (admin-guide/pm/cpufreq.rst).
+    /// A cpufreq policy's governor, by the policy's folder name, `policy6`
+    /// (admin-guide/pm/cpufreq.rst).
     Governor(String),
-    /// A systemd unit's AllowedCPUs=, empty where unset; see systemd.resource-control(5). Set at run time only.
+    /// A systemd unit's AllowedCPUs=, empty where unset; see systemd.resource-control(5). Set at
+    /// run time only.
     UnitCpus(String),
-    /// The units whose AllowedCPUs= is overridden until the next boot, by name with spaces between: what `systemctl
-    /// set-property --runtime` leaves below /run/systemd. Taking a unit out removes its override.
+    /// The units whose AllowedCPUs= is overridden until the next boot, by name with spaces between:
+    /// what `systemctl set-property --runtime` leaves below /run/systemd. Taking a unit out removes
+    /// its override.
     UnitOverrides,
-    /// cpuset.cpus of a cgroup that is no systemd unit, by its path below the cgroup root (cgroup-v2.rst).
+    /// cpuset.cpus of a cgroup that is no systemd unit, by its path below the cgroup root
+    /// (cgroup-v2.rst).
     CgroupCpus(String),
     /// A cgroup folder: `present` or `absent`.
     Cgroup(String),
     /// The cgroup a process is in, as in /proc/PID/cgroup: `/qemu.slice/100.scope`.
     CgroupOf(TaskId),
-    /// The cgroup a thread is in, within the threaded cgroups of its process (cgroup-v2.rst, "Threads").
+    /// The cgroup a thread is in, within the threaded cgroups of its process (cgroup-v2.rst,
+    /// "Threads").
     CgroupOfThread(TaskId),
-    /// A cgroup that holds threads, not processes: `threaded`, `absent`, or another type as in cgroup.type. Made and removed
-    /// as a whole, since a threaded cgroup stays one.
+    /// A cgroup that holds threads, not processes: `threaded`, `absent`, or another type as in
+    /// cgroup.type. Made and removed as a whole, since a threaded cgroup stays one.
     ThreadedCgroup(String),
-    /// Whether the children of a cgroup have the cpuset controller: `present` or `absent` in cgroup.subtree_control. The root
-    /// cgroup is the empty path.
+    /// Whether the children of a cgroup have the cpuset controller: `present` or `absent` in
+    /// cgroup.subtree_control. The root cgroup is the empty path.
     ChildCpusets(String),
-    /// cpuset.cpus.exclusive of a cgroup: the CPUs that it may give to a partition below (cgroup-v2.rst).
+    /// cpuset.cpus.exclusive of a cgroup: the CPUs that it may give to a partition below
+    /// (cgroup-v2.rst).
     ExclusiveCpus(String),
-    /// cpuset.cpus.partition of a cgroup: `member`, `root` or `isolated`, with ` invalid (why)` where the kernel cannot.
+    /// cpuset.cpus.partition of a cgroup: `member`, `root` or `isolated`, with ` invalid (why)`
+    /// where the kernel cannot.
     Partition(String),
-    /// Whether hook has systemd delegate the cpuset controller to a scope that is yet to be made: `present` or `absent`.
+    /// Whether hook has systemd delegate the cpuset controller to a scope that is yet to be made:
+    /// `present` or `absent`.
     Delegation(String),
     /// A sysctl by its path below /proc/sys: `vm/stat_interval`.
     Sysctl(String),
-    /// `1` written to a file below /proc/sys that does something and holds no state: `vm/compact_memory`.
+    /// `1` written to a file below /proc/sys that does something and holds no state:
+    /// `vm/compact_memory`.
     Trigger(String),
     /// A PCI function, by its full address: `present`, or `absent` (removed until a rescan).
     PciFunction(String),
@@ -112,19 +125,30 @@ impl Knob {
     /// Any [`Error`] but one that says that the object is gone.
     pub fn read(&self, root: &Sysroot) -> Result<Option<String>> {
         let found = match self {
-            Self::Irq(_) | Self::CpuOnline(_) | Self::Governor(_) | Self::Sysctl(_) | Self::Partition(_) => {
+            Self::Irq(_)
+            | Self::CpuOnline(_)
+            | Self::Governor(_)
+            | Self::Sysctl(_)
+            | Self::Partition(_) => {
                 return root.read_value(self.file());
             }
             // Without the controller there is no file, which is as good as an empty one.
-            Self::CgroupCpus(path) | Self::ExclusiveCpus(path) => match root.read_value(self.file()) {
-                Ok(Some(text)) => cpu_list(&self.file(), &text).map(|cpus| Some(cpus.to_string())),
-                Ok(None) => Ok(root.exists(cgroup::path(path)).then(String::new)),
-                Err(error) => Err(error),
-            },
+            Self::CgroupCpus(path) | Self::ExclusiveCpus(path) => {
+                match root.read_value(self.file()) {
+                    Ok(Some(text)) => {
+                        cpu_list(&self.file(), &text).map(|cpus| Some(cpus.to_string()))
+                    }
+                    Ok(None) => Ok(root.exists(cgroup::path(path)).then(String::new)),
+                    Err(error) => Err(error),
+                }
+            }
             Self::DefaultIrq | Self::Workqueues => root.read_value(self.file()).and_then(|mask| {
                 mask.map(|mask| match CpuSet::from_mask(&mask) {
                     Ok(cpus) => Ok(cpus.to_string()),
-                    Err(source) => Err(Error::Cpus { object: self.file(), source }),
+                    Err(source) => Err(Error::Cpus {
+                        object: self.file(),
+                        source,
+                    }),
                 })
                 .transpose()
             }),
@@ -134,25 +158,28 @@ impl Knob {
             Self::UnitCpus(unit) => systemd::allowed_cpus(root, unit),
             Self::UnitOverrides => systemd::overrides(root).map(|units| Some(units.join(" "))),
             Self::Cgroup(path) => Ok(Some(presence(root.exists(cgroup::path(path))))),
-            Self::CgroupOf(task) => {
-                process::check_start(root, task).and_then(|()| cgroup::of_process(root, task.pid)).map(Some)
-            }
-            Self::CgroupOfThread(task) => {
-                process::check_start(root, task).and_then(|()| cgroup::of_thread(root, task)).map(Some)
-            }
+            Self::CgroupOf(task) => process::check_start(root, task)
+                .and_then(|()| cgroup::of_process(root, task.pid))
+                .map(Some),
+            Self::CgroupOfThread(task) => process::check_start(root, task)
+                .and_then(|()| cgroup::of_thread(root, task))
+                .map(Some),
             Self::ThreadedCgroup(path) => match root.exists(cgroup::path(path)) {
                 true => root.read_value(cgroup::file(path, "cgroup.type")),
                 false => Ok(Some(ABSENT.into())),
             },
-            Self::ChildCpusets(path) => cgroup::has_child_cpusets(root, path).map(|has| has.map(presence)),
-            Self::Delegation(scope) => {
-                Ok(Some(systemd::is_to_delegate(root, scope).map_or_else(|| EMPTIED.into(), presence)))
+            Self::ChildCpusets(path) => {
+                cgroup::has_child_cpusets(root, path).map(|has| has.map(presence))
             }
+            Self::Delegation(scope) => Ok(Some(
+                systemd::is_to_delegate(root, scope).map_or_else(|| EMPTIED.into(), presence),
+            )),
             Self::Trigger(_) => Ok(Some(String::new())),
             Self::PciFunction(address) => Ok(Some(presence(root.exists(pci_path(address, ""))))),
-            Self::PciDriver(address) => Ok(root
-                .exists(pci_path(address, ""))
-                .then(|| root.link_name(pci_path(address, "driver")).unwrap_or_else(|| NO_DRIVER.into()))),
+            Self::PciDriver(address) => Ok(root.exists(pci_path(address, "")).then(|| {
+                root.link_name(pci_path(address, "driver"))
+                    .unwrap_or_else(|| NO_DRIVER.into())
+            })),
         };
         match found {
             Err(error) if error.is_gone() => Ok(None),
@@ -166,19 +193,28 @@ impl Knob {
         match self {
             Self::Irq(_) => match root.write_and_read_back(self.file(), value) {
                 // Managed queues and timers answer EIO; since Linux 6.13 EPERM (kernel/irq/proc.c).
-                Err(error) if matches!(error.raw_os_error(), Some(nix::libc::EIO | nix::libc::EPERM)) => {
+                Err(error)
+                    if matches!(
+                        error.raw_os_error(),
+                        Some(nix::libc::EIO | nix::libc::EPERM)
+                    ) =>
+                {
                     Ok(Answer::Refused(HELD_IRQ.into()))
                 }
                 other => other.map(|found| Answer::Taken(Some(found))),
             },
-            Self::CpuOnline(_) | Self::Governor(_) | Self::Sysctl(_) | Self::Partition(_) => {
-                root.write_and_read_back(self.file(), value).map(|found| Answer::Taken(Some(found)))
-            }
+            Self::CpuOnline(_) | Self::Governor(_) | Self::Sysctl(_) | Self::Partition(_) => root
+                .write_and_read_back(self.file(), value)
+                .map(|found| Answer::Taken(Some(found))),
             Self::CgroupCpus(path) => cgroup::set_cpus(root, path, value).map(taken),
             // An empty write (no byte) would not reach the kernel.
-            Self::ExclusiveCpus(_) => root.write(self.file(), if value.is_empty() { "\n" } else { value }).map(taken),
+            Self::ExclusiveCpus(_) => root
+                .write(self.file(), if value.is_empty() { "\n" } else { value })
+                .map(taken),
             Self::DefaultIrq | Self::Workqueues => {
-                let mask = CpuSet::from_kernel_list(value).map_err(io::Error::other)?.to_mask();
+                let mask = CpuSet::from_kernel_list(value)
+                    .map_err(io::Error::other)?
+                    .to_mask();
                 root.write(self.file(), &mask).map(taken)
             }
             Self::Kthread(task) | Self::Thread(task) => self.pin(root, task, value),
@@ -191,16 +227,25 @@ impl Knob {
             }
             Self::CgroupOfThread(task) => {
                 process::check_start(root, task).map_err(into_io)?;
-                root.write(cgroup::file(value, "cgroup.threads"), &task.tid.to_string()).map(taken)
+                root.write(cgroup::file(value, "cgroup.threads"), &task.tid.to_string())
+                    .map(taken)
             }
-            Self::ThreadedCgroup(path) => cgroup::make_threaded_or_remove(root, path, value != ABSENT).map(taken),
+            Self::ThreadedCgroup(path) => {
+                cgroup::make_threaded_or_remove(root, path, value != ABSENT).map(taken)
+            }
             Self::ChildCpusets(path) => {
                 let sign = if value == PRESENT { '+' } else { '-' };
-                root.write(cgroup::file(path, "cgroup.subtree_control"), &format!("{sign}cpuset")).map(taken)
+                root.write(
+                    cgroup::file(path, "cgroup.subtree_control"),
+                    &format!("{sign}cpuset"),
+                )
+                .map(taken)
             }
             Self::Delegation(scope) => systemd::delegate(root, scope, value == PRESENT).map(taken),
             Self::Trigger(_) => root.write(self.file(), value).map(taken),
-            Self::PciFunction(address) if value == ABSENT => root.write(pci_path(address, "remove"), "1").map(taken),
+            Self::PciFunction(address) if value == ABSENT => {
+                root.write(pci_path(address, "remove"), "1").map(taken)
+            }
             Self::PciFunction(_) => root.write("sys/bus/pci/rescan", "1").map(taken),
             Self::PciDriver(address) => {
                 if root.exists(pci_path(address, "driver")) {
@@ -216,36 +261,42 @@ impl Knob {
 
     /// Why the kernel would refuse a write, where that is known without trying.
     pub(crate) fn known_refusal(&self, root: &Sysroot) -> Option<String> {
-        let held = matches!(self, Self::Irq(number) if irq::is_held(root, *number).unwrap_or(false));
+        let held =
+            matches!(self, Self::Irq(number) if irq::is_held(root, *number).unwrap_or(false));
         held.then(|| HELD_IRQ.into())
     }
 
     fn pin(&self, root: &Sysroot, task: &TaskId, value: &str) -> io::Result<Answer> {
         if !root.is_live() {
-            return Err(io::Error::other("threads can be pinned on the running host only, not under --sysroot"));
+            return Err(io::Error::other(
+                "threads can be pinned on the running host only, not under --sysroot",
+            ));
         }
         let cpus = CpuSet::from_kernel_list(value).map_err(io::Error::other)?;
         process::check_start(root, task).map_err(into_io)?;
         let tid = Pid::from_raw(task.tid);
         match nix::sched::sched_setaffinity(tid, &process::to_nix(&cpus)?) {
-            // The kernel's list of those it never moves is the flag; without it EINVAL is about the CPUs.
-            Err(Errno::EINVAL) if process::is_bound(root, task) => {
-                Ok(Answer::Refused("the kernel binds this thread itself".into()))
-            }
+            // The kernel's list of those it never moves is the flag; without it EINVAL is about the
+            // CPUs.
+            Err(Errno::EINVAL) if process::is_bound(root, task) => Ok(Answer::Refused(
+                "the kernel binds this thread itself".into(),
+            )),
             Err(errno) => Err(errno.into()),
-            // A cpuset may take CPUs away from a user thread's mask; kernel threads are in none. Of those that are offline it does
-            // so until they come.
+            // A cpuset may take CPUs away from a user thread's mask; kernel threads are in none. Of
+            // those that are offline it does so until they come.
             Ok(()) if matches!(self, Self::Thread(_)) => {
                 let kept = process::affinity(root, task).map_err(into_io)?;
-                let is_whole = kept == cpus || kept == &cpus & &cpu::online(root).map_err(into_io)?;
+                let is_whole =
+                    kept == cpus || kept == &cpus & &cpu::online(root).map_err(into_io)?;
                 Ok(Answer::Taken((!is_whole).then(|| kept.to_string())))
             }
             Ok(()) => Ok(Answer::Taken(None)),
         }
     }
 
-    /// Whether a write does little but wait for the kernel, which waits for others at the same time too. For a governor that is
-    /// an RCU grace period, tens of milliseconds for each policy (kernel/sched/cpufreq_schedutil.c, `sugov_stop`).
+    /// Whether a write does little but wait for the kernel, which waits for others at the same time
+    /// too. For a governor that is an RCU grace period, tens of milliseconds for each policy
+    /// (kernel/sched/cpufreq_schedutil.c, `sugov_stop`).
     pub(crate) fn waits(&self) -> bool {
         matches!(self, Self::Governor(_))
     }
@@ -257,7 +308,9 @@ impl Knob {
             Self::DefaultIrq => DEFAULT_IRQ_MASK.into(),
             Self::Workqueues => WORKQUEUE_MASK.into(),
             Self::CpuOnline(cpu) => format!("sys/devices/system/cpu/cpu{cpu}/online"),
-            Self::Governor(policy) => format!("sys/devices/system/cpu/cpufreq/{policy}/scaling_governor"),
+            Self::Governor(policy) => {
+                format!("sys/devices/system/cpu/cpufreq/{policy}/scaling_governor")
+            }
             Self::CgroupCpus(path) => cgroup::file(path, "cpuset.cpus"),
             Self::ExclusiveCpus(path) => cgroup::file(path, "cpuset.cpus.exclusive"),
             Self::Partition(path) => cgroup::file(path, "cpuset.cpus.partition"),
@@ -295,7 +348,10 @@ impl Knob {
             | Self::PciFunction(name)
             | Self::PciDriver(name) => {
                 if name.contains('/') {
-                    return Err(Error::malformed(format!("{name:?}"), "a name with a slash leaves its folder"));
+                    return Err(Error::malformed(
+                        format!("{name:?}"),
+                        "a name with a slash leaves its folder",
+                    ));
                 }
                 name
             }
@@ -312,7 +368,8 @@ impl Knob {
         check_path(name)
     }
 
-    /// Refuses a value that becomes a part of a path and would leave its folder; for values read from saved state.
+    /// Refuses a value that becomes a part of a path and would leave its folder; for values read
+    /// from saved state.
     ///
     /// # Errors
     /// [`Error::Malformed`] naming the value.
@@ -324,10 +381,13 @@ impl Knob {
             {
                 Ok(())
             }
-            Self::CgroupOf(_) | Self::CgroupOfThread(_) => check_path(value.trim_start_matches('/')),
-            Self::PciDriver(_) if value.contains('/') => {
-                Err(Error::malformed(format!("{value:?}"), "a name with a slash leaves its folder"))
+            Self::CgroupOf(_) | Self::CgroupOfThread(_) => {
+                check_path(value.trim_start_matches('/'))
             }
+            Self::PciDriver(_) if value.contains('/') => Err(Error::malformed(
+                format!("{value:?}"),
+                "a name with a slash leaves its folder",
+            )),
             Self::PciDriver(_) => check_path(value),
             _ => Ok(()),
         }
@@ -347,7 +407,9 @@ impl fmt::Display for Knob {
             Self::Governor(policy) => write!(f, "{policy}"),
             Self::UnitCpus(unit) => write!(f, "{unit}"),
             Self::UnitOverrides => write!(f, "run-time AllowedCPUs"),
-            Self::CgroupCpus(path) | Self::Cgroup(path) | Self::ThreadedCgroup(path) => write!(f, "cgroup /{path}"),
+            Self::CgroupCpus(path) | Self::Cgroup(path) | Self::ThreadedCgroup(path) => {
+                write!(f, "cgroup /{path}")
+            }
             Self::ChildCpusets(path) => write!(f, "cpusets below /{path}"),
             Self::ExclusiveCpus(path) => write!(f, "exclusive CPUs of /{path}"),
             Self::Partition(path) => write!(f, "partition /{path}"),
@@ -362,11 +424,16 @@ impl fmt::Display for Knob {
 
 /// Refuses a path that would leave the folder it is put behind.
 fn check_path(path: &str) -> Result<()> {
-    let plain = |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains(['\0', '\n']);
+    let plain = |part: &str| {
+        !part.is_empty() && part != "." && part != ".." && !part.contains(['\0', '\n'])
+    };
     if path.split('/').all(plain) {
         Ok(())
     } else {
-        Err(Error::malformed(format!("{path:?}"), "a path that leaves its folder"))
+        Err(Error::malformed(
+            format!("{path:?}"),
+            "a path that leaves its folder",
+        ))
     }
 }
 
@@ -380,7 +447,10 @@ fn pci_path(address: &str, file: &str) -> String {
 
 /// Reads a kernel file's CPU list.
 pub(crate) fn cpu_list(object: &str, text: &str) -> Result<CpuSet> {
-    CpuSet::from_kernel_list(text).map_err(|source| Error::Cpus { object: object.to_owned(), source })
+    CpuSet::from_kernel_list(text).map_err(|source| Error::Cpus {
+        object: object.to_owned(),
+        source,
+    })
 }
 
 /// The system's error behind ours, for the one place that tells gone, refused and failed apart.
@@ -397,7 +467,11 @@ mod tests {
 
     #[test]
     fn knobs_survive_json() {
-        let task = TaskId { pid: 100, tid: 101, start: 7 };
+        let task = TaskId {
+            pid: 100,
+            tid: 101,
+            start: 7,
+        };
         for knob in [
             Knob::Irq(24),
             Knob::DefaultIrq,
@@ -427,7 +501,11 @@ mod tests {
 
     #[test]
     fn values_stay_in_their_folders() {
-        let cgroup = Knob::CgroupOf(TaskId { pid: 100, tid: 100, start: 7 });
+        let cgroup = Knob::CgroupOf(TaskId {
+            pid: 100,
+            tid: 100,
+            start: 7,
+        });
         let driver = Knob::PciDriver("0000:01:00.0".into());
         for (knob, value, good) in [
             (&cgroup, "/qemu.slice/100.scope", true),

@@ -1,8 +1,8 @@
 //! What Pinfold's tools share.
 //!
-//! One idea: a mutation is data. A tool reads the host ([`irq`], [`process`], [`cgroup`], …), computes a list of
-//! [`Change`]s, and hands it over: a dry run prints it, [`apply`] carries it out, [`save`] and [`store`] keep
-//! what it replaces. Nothing else writes to the kernel.
+//! One idea: a mutation is data. A tool reads the host ([`irq`], [`process`], [`cgroup`], …),
+//! computes a list of [`Change`]s, and hands it over: a dry run prints it, [`apply`] carries it
+//! out, [`save`] and [`store`] keep what it replaces. Nothing else writes to the kernel.
 
 pub mod cgroup;
 mod change;

@@ -1,4 +1,5 @@
-//! Threads and kernel threads, read from /proc with the procfs crate's parsers; see proc_pid_stat(5).
+//! Threads and kernel threads, read from /proc with the procfs crate's parsers; see
+//! proc_pid_stat(5).
 
 use std::collections::BTreeSet;
 use std::io;
@@ -35,18 +36,26 @@ pub struct Task {
 /// [`Error::Malformed`] where the line is none.
 pub fn parse_stat(pid: i32, line: &str) -> Result<Task> {
     let malformed = |why: String| Error::malformed(format!("stat of process {pid}"), why);
-    // The crate slices around the brackets and indexes fields without looking; no line must bring a tool down.
+    // The crate slices around the brackets and indexes fields without looking; no line must bring a
+    // tool down.
     if !has_stat_shape(line) {
         return Err(malformed(format!("{:?} is no stat line", line.trim_end())));
     }
     let stat = Stat::from_read(line.as_bytes()).map_err(|error| malformed(error.to_string()))?;
     let flags = StatFlags::from_bits_retain(stat.flags);
     Ok(Task {
-        id: TaskId { pid, tid: stat.pid, start: stat.starttime },
+        id: TaskId {
+            pid,
+            tid: stat.pid,
+            start: stat.starttime,
+        },
         name: stat.comm,
         kernel: flags.contains(StatFlags::PF_KTHREAD),
         bound: flags.contains(StatFlags::PF_NO_SETAFFINITY),
-        last_cpu: stat.processor.and_then(|cpu| usize::try_from(cpu).ok()).unwrap_or(0),
+        last_cpu: stat
+            .processor
+            .and_then(|cpu| usize::try_from(cpu).ok())
+            .unwrap_or(0),
     })
 }
 
@@ -58,7 +67,9 @@ fn has_stat_shape(line: &str) -> bool {
         Some((tid, fields.strip_prefix(") ")?))
     };
     parts().is_some_and(|(tid, fields)| {
-        !tid.is_empty() && tid.bytes().all(|b| b.is_ascii_digit()) && fields.split_whitespace().count() >= 39
+        !tid.is_empty()
+            && tid.bytes().all(|b| b.is_ascii_digit())
+            && fields.split_whitespace().count() >= 39
     })
 }
 
@@ -67,7 +78,10 @@ fn has_stat_shape(line: &str) -> bool {
 /// # Errors
 /// One that [is gone](Error::is_gone) where the thread has ended.
 pub fn task(root: &Sysroot, pid: i32, tid: i32) -> Result<Task> {
-    parse_stat(pid, &root.read_record(format!("proc/{pid}/task/{tid}/stat"))?)
+    parse_stat(
+        pid,
+        &root.read_record(format!("proc/{pid}/task/{tid}/stat"))?,
+    )
 }
 
 /// A process's threads; those that end meanwhile are left out.
@@ -88,7 +102,11 @@ pub fn tasks(root: &Sysroot, pid: i32) -> Result<Vec<Task>> {
 /// # Errors
 /// [`Error::Io`] where /proc cannot be listed.
 pub fn pids(root: &Sysroot) -> Result<Vec<i32>> {
-    Ok(root.names("proc")?.iter().filter_map(|name| name.parse().ok()).collect())
+    Ok(root
+        .names("proc")?
+        .iter()
+        .filter_map(|name| name.parse().ok())
+        .collect())
 }
 
 /// The ids of all processes but kernel threads; of those too where the kernel does not list them.
@@ -97,14 +115,19 @@ pub fn pids(root: &Sysroot) -> Result<Vec<i32>> {
 /// [`Error::Io`] where /proc cannot be read.
 pub fn user_pids(root: &Sysroot) -> Result<Vec<i32>> {
     let kthreads: BTreeSet<i32> = kthread_pids(root)?.into_iter().flatten().collect();
-    Ok(pids(root)?.into_iter().filter(|pid| !kthreads.contains(pid)).collect())
+    Ok(pids(root)?
+        .into_iter()
+        .filter(|pid| !kthreads.contains(pid))
+        .collect())
 }
 
 /// kthreadd and its children, by one read; `None` where the kernel has no CONFIG_PROC_CHILDREN.
 fn kthread_pids(root: &Sysroot) -> Result<Option<Vec<i32>>> {
     match root.read(format!("proc/{KTHREADD}/task/{KTHREADD}/children")) {
         Ok(children) => {
-            let children = children.split_whitespace().filter_map(|pid| pid.parse().ok());
+            let children = children
+                .split_whitespace()
+                .filter_map(|pid| pid.parse().ok());
             Ok(Some(std::iter::once(KTHREADD).chain(children).collect()))
         }
         Err(error) if error.is_gone() => Ok(None),
@@ -123,7 +146,10 @@ pub fn kthreads(root: &Sysroot) -> Result<Vec<Task>> {
     };
     let mut kthreads = Vec::with_capacity(pids.len());
     for pid in pids {
-        match root.read_record(format!("proc/{pid}/stat")).and_then(|line| parse_stat(pid, &line)) {
+        match root
+            .read_record(format!("proc/{pid}/stat"))
+            .and_then(|line| parse_stat(pid, &line))
+        {
             Ok(task) if task.kernel => kthreads.push(task),
             Ok(_) => {}
             Err(error) if error.is_gone() => {}
@@ -142,14 +168,19 @@ pub fn check_start(root: &Sysroot, task: &TaskId) -> Result<()> {
     if parse_stat(task.pid, &root.read_record(&path)?)?.id.start == task.start {
         Ok(())
     } else {
-        Err(Error::io(root.path(path), "check the start time", io::Error::from_raw_os_error(nix::libc::ESRCH)))
+        Err(Error::io(
+            root.path(path),
+            "check the start time",
+            io::Error::from_raw_os_error(nix::libc::ESRCH),
+        ))
     }
 }
 
 /// Whether the thread is one that the kernel never lets user space move; no if it is gone.
 pub fn is_bound(root: &Sysroot, task: &TaskId) -> bool {
     let line = root.read_record(stat_path(task));
-    line.and_then(|line| parse_stat(task.pid, &line)).is_ok_and(|task| task.bound)
+    line.and_then(|line| parse_stat(task.pid, &line))
+        .is_ok_and(|task| task.bound)
 }
 
 fn stat_path(task: &TaskId) -> String {
@@ -160,32 +191,44 @@ fn stat_path(task: &TaskId) -> String {
     }
 }
 
-/// The CPUs a thread may run on, those that are offline now among them: Cpus_allowed_list of proc_pid_status(5).
+/// The CPUs a thread may run on, those that are offline now among them: Cpus_allowed_list of
+/// proc_pid_status(5).
 ///
-/// sched_getaffinity(2) leaves the offline ones out, and a value saved from it would take them away from the thread.
+/// sched_getaffinity(2) leaves the offline ones out, and a value saved from it would take them away
+/// from the thread.
 ///
 /// # Errors
 /// One that [is gone](Error::is_gone) where the thread has ended.
 pub fn affinity(root: &Sysroot, task: &TaskId) -> Result<CpuSet> {
     let path = format!("proc/{}/task/{}/status", task.pid, task.tid);
     let status = root.read_record(&path)?;
-    let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
-    cpu_list(&path, list.ok_or_else(|| Error::malformed(&path, "it has no Cpus_allowed_list line"))?)
+    let list = status
+        .lines()
+        .find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+    cpu_list(
+        &path,
+        list.ok_or_else(|| Error::malformed(&path, "it has no Cpus_allowed_list line"))?,
+    )
 }
 
-/// Whether the kernel keeps what CPUs a thread has asked for, and gives it those of them that its cgroup allows, whichever
-/// these are: Linux 6.2 or newer ("sched: Always preserve the user requested cpumask"). Before, a thread's own mask is gone with
-/// the next change of its cpuset.
+/// Whether the kernel keeps what CPUs a thread has asked for, and gives it those of them that its
+/// cgroup allows, whichever these are: Linux 6.2 or newer ("sched: Always preserve the user
+/// requested cpumask"). Before, a thread's own mask is gone with the next change of its cpuset.
 ///
 /// # Errors
 /// Where the kernel's release cannot be read.
 pub fn keeps_requested_cpus(root: &Sysroot) -> Result<bool> {
     let path = "proc/sys/kernel/osrelease";
     let release = root.read_value(path)?.unwrap_or_default();
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map(str::parse::<u32>);
     match (numbers.next(), numbers.next()) {
         (Some(Ok(major)), Some(Ok(minor))) => Ok((major, minor) >= (6, 2)),
-        _ => Err(Error::malformed(path, format!("`{release}` is no kernel release"))),
+        _ => Err(Error::malformed(
+            path,
+            format!("`{release}` is no kernel release"),
+        )),
     }
 }
 
@@ -198,7 +241,9 @@ pub(crate) fn to_nix(cpus: &CpuSet) -> io::Result<nix::sched::CpuSet> {
     for cpu in cpus.iter() {
         set.set(cpu).map_err(|_| {
             let last = nix::sched::CpuSet::count() - 1;
-            io::Error::other(format!("CPU {cpu} is beyond {last}, the last that threads can be pinned to"))
+            io::Error::other(format!(
+                "CPU {cpu} is beyond {last}, the last that threads can be pinned to"
+            ))
         })?;
     }
     Ok(set)
@@ -218,12 +263,26 @@ mod tests {
 
     #[test]
     fn stat_lines_with_hostile_names() {
-        for name in ["kcompactd0", "a) b (c", ") S 2 0", "", "((", "kworker/u48:1-ev"] {
+        for name in [
+            "kcompactd0",
+            "a) b (c",
+            ") S 2 0",
+            "",
+            "((",
+            "kworker/u48:1-ev",
+        ] {
             let task = parse_stat(17, &line(name, 0x0020_8040)).unwrap();
-            assert_eq!((task.name.as_str(), task.id.start, task.last_cpu), (name, 42, 9));
+            assert_eq!(
+                (task.name.as_str(), task.id.start, task.last_cpu),
+                (name, 42, 9)
+            );
             assert!(task.kernel && !task.bound);
         }
-        assert!(parse_stat(17, &line("kworker/3:0", 0x0420_8060)).unwrap().bound);
+        assert!(
+            parse_stat(17, &line("kworker/3:0", 0x0420_8060))
+                .unwrap()
+                .bound
+        );
         assert!(!parse_stat(17, &line("bash", 0x0040_0000)).unwrap().kernel);
     }
 
@@ -251,10 +310,31 @@ mod tests {
     #[test]
     fn garbage_is_an_error() {
         let fields = " 1".repeat(50);
-        for text in ["", "\n", "17", "17 (bash", "17 (bash) S 2", ")", "x (y) z", &"(".repeat(5000), "17 (a) é"] {
+        for text in [
+            "",
+            "\n",
+            "17",
+            "17 (bash",
+            "17 (bash) S 2",
+            ")",
+            "x (y) z",
+            &"(".repeat(5000),
+            "17 (a) é",
+        ] {
             assert!(parse_stat(17, text).is_err(), "{text:?}");
         }
-        for name in ["(a)", ")(", "17 )", "é(a)", "17 (a)é", "17 (a", "17 (a)\u{3000}", "-17 (a)", " (a)", "17(a)"] {
+        for name in [
+            "(a)",
+            ")(",
+            "17 )",
+            "é(a)",
+            "17 (a)é",
+            "17 (a",
+            "17 (a)\u{3000}",
+            "-17 (a)",
+            " (a)",
+            "17(a)",
+        ] {
             let text = format!("{name}{fields}");
             assert!(parse_stat(17, &text).is_err(), "{text:?}");
             assert!(parse_stat(17, &format!("{text} (")).is_err(), "{text:?} (");
@@ -281,7 +361,10 @@ mod tests {
         let main = tasks.iter().find(|task| task.id.tid == pid).unwrap();
         assert!(check_start(&root, &main.id).is_ok());
         assert!(!affinity(&root, &main.id).unwrap().is_empty());
-        let other = TaskId { start: main.id.start + 1, ..main.id };
+        let other = TaskId {
+            start: main.id.start + 1,
+            ..main.id
+        };
         assert!(check_start(&root, &other).unwrap_err().is_gone());
     }
 }

@@ -1,7 +1,9 @@
-//! A short conversation with QEMU's monitor: which thread is which vCPU, which is which iothread, does the guest run.
+//! A short conversation with QEMU's monitor: which thread is which vCPU, which is which iothread,
+//! does the guest run.
 //!
-//! The protocol is a JSON text per line, see QEMU's docs/interop/qmp-spec.rst. A socket serves one client at a time,
-//! and Proxmox VE is another: everything is asked at once, under a deadline, and the socket is let go.
+//! The protocol is a JSON text per line, see QEMU's docs/interop/qmp-spec.rst. A socket serves one
+//! client at a time, and Proxmox VE is another: everything is asked at once, under a deadline, and
+//! the socket is let go.
 
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -20,13 +22,19 @@ use crate::error::os_text;
 
 /// How long one try may take; with QEMU idle it takes 5 ms.
 const TRY: Duration = Duration::from_secs(1);
-/// The pause between two tries is a random time up to twice this, so that two clients do not keep meeting.
+/// The pause between two tries is a random time up to twice this, so that two clients do not keep
+/// meeting.
 const PAUSE: Duration = Duration::from_millis(50);
 /// More than this in one conversation is no QMP: 500 vCPUs make some 100 KiB.
 const MAX_BYTES: usize = 1 << 20;
 
 /// What is asked for, in this order.
-const COMMANDS: [&str; 4] = ["qmp_capabilities", "query-cpus-fast", "query-iothreads", "query-status"];
+const COMMANDS: [&str; 4] = [
+    "qmp_capabilities",
+    "query-cpus-fast",
+    "query-iothreads",
+    "query-status",
+];
 
 /// What QEMU says of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -35,7 +43,8 @@ pub struct Facts {
     pub vcpus: BTreeMap<i32, usize>,
     /// Iothreads' ids by thread id.
     pub iothreads: BTreeMap<i32, String>,
-    /// The state of the guest (`RunState` in QEMU's qapi/run-state.json): `running`, `paused`, `prelaunch`, …
+    /// The state of the guest (`RunState` in QEMU's qapi/run-state.json): `running`, `paused`,
+    /// `prelaunch`, …
     pub status: String,
 }
 
@@ -91,8 +100,18 @@ pub fn ask(socket: &Path, budget: Duration) -> Result<Facts, QmpError> {
 fn ask_once(path: &Path, until: Instant) -> Result<Facts, QmpError> {
     let stream = open(path)?;
     let mut facts = Facts::default();
-    let mut lines = Lines { stream, until, bytes: Vec::new(), start: 0, total: 0 };
-    match message(lines.next().map_err(|stop| stop.into_error(QmpError::Busy))?)? {
+    let mut lines = Lines {
+        stream,
+        until,
+        bytes: Vec::new(),
+        start: 0,
+        total: 0,
+    };
+    match message(
+        lines
+            .next()
+            .map_err(|stop| stop.into_error(QmpError::Busy))?,
+    )? {
         Message::Greeting => {}
         _ => return Err(QmpError::Garbage("it does not greet".into())),
     }
@@ -108,7 +127,8 @@ fn ask_once(path: &Path, until: Instant) -> Result<Facts, QmpError> {
     Ok(facts)
 }
 
-/// Connects without ever blocking: with other clients waiting already, connect(2) would wait as they do.
+/// Connects without ever blocking: with other clients waiting already, connect(2) would wait as
+/// they do.
 fn open(path: &Path) -> Result<UnixStream, QmpError> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let connected = || -> nix::Result<OwnedFd> {
@@ -119,7 +139,9 @@ fn open(path: &Path) -> Result<UnixStream, QmpError> {
     match connected() {
         Ok(fd) => {
             let stream = UnixStream::from(fd);
-            stream.set_nonblocking(false).map_err(QmpError::Unreachable)?;
+            stream
+                .set_nonblocking(false)
+                .map_err(QmpError::Unreachable)?;
             Ok(stream)
         }
         Err(nix::errno::Errno::EAGAIN) => Err(QmpError::Busy),
@@ -161,7 +183,10 @@ impl Lines {
     fn next(&mut self) -> Result<&[u8], Stop> {
         let mut searched = self.start;
         loop {
-            if let Some(at) = self.bytes[searched..].iter().position(|byte| *byte == b'\n') {
+            if let Some(at) = self.bytes[searched..]
+                .iter()
+                .position(|byte| *byte == b'\n')
+            {
                 let line = self.start..searched + at;
                 self.start = line.end + 1;
                 return Ok(&self.bytes[line]);
@@ -178,14 +203,20 @@ impl Lines {
         if left.is_zero() {
             return Err(Stop::Late);
         }
-        self.stream.set_read_timeout(Some(left)).map_err(Stop::Closed)?;
+        self.stream
+            .set_read_timeout(Some(left))
+            .map_err(Stop::Closed)?;
         let mut chunk = [0; 4096];
         match self.stream.read(&mut chunk) {
             Ok(0) => Err(Stop::Closed(io::ErrorKind::UnexpectedEof.into())),
             Ok(used) => {
                 self.total += used;
                 self.bytes.extend_from_slice(&chunk[..used]);
-                if self.total > MAX_BYTES { Err(Stop::TooMuch) } else { Ok(()) }
+                if self.total > MAX_BYTES {
+                    Err(Stop::TooMuch)
+                } else {
+                    Ok(())
+                }
             }
             Err(error) => match error.kind() {
                 io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Err(Stop::Late),
@@ -198,7 +229,10 @@ impl Lines {
     /// What a command that was sent returns.
     fn value(&mut self, command: &'static str) -> Result<Value, QmpError> {
         loop {
-            match message(self.next().map_err(|stop| stop.into_error(QmpError::Silent(command)))?)? {
+            match message(
+                self.next()
+                    .map_err(|stop| stop.into_error(QmpError::Silent(command)))?,
+            )? {
                 Message::Return(value) => return Ok(value),
                 Message::Error(why) => return Err(QmpError::Refused { command, why }),
                 // Events come at any time; a greeting comes once.
@@ -209,11 +243,22 @@ impl Lines {
     }
 
     fn send(&mut self, commands: &[&'static str]) -> Result<(), QmpError> {
-        let left = self.until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        let text: String = commands.iter().map(|command| format!("{{\"execute\":\"{command}\"}}\n")).collect();
-        let sent = self.stream.set_write_timeout(Some(left)).and_then(|()| self.stream.write_all(text.as_bytes()));
+        let left = self
+            .until
+            .saturating_duration_since(Instant::now())
+            .max(Duration::from_millis(1));
+        let text: String = commands
+            .iter()
+            .map(|command| format!("{{\"execute\":\"{command}\"}}\n"))
+            .collect();
+        let sent = self
+            .stream
+            .set_write_timeout(Some(left))
+            .and_then(|()| self.stream.write_all(text.as_bytes()));
         sent.map_err(|error| match error.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => QmpError::Silent(commands.first().unwrap_or(&"")),
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+                QmpError::Silent(commands.first().unwrap_or(&""))
+            }
             _ => QmpError::Closed(error),
         })
     }
@@ -244,7 +289,10 @@ fn parse_message(line: &[u8]) -> Result<Message, String> {
         return Ok(Message::Return(value.take()));
     }
     if let Some(error) = value.get("error") {
-        let why = error.get("desc").and_then(Value::as_str).unwrap_or("an error without a description");
+        let why = error
+            .get("desc")
+            .and_then(Value::as_str)
+            .unwrap_or("an error without a description");
         return Ok(Message::Error(why.to_owned()));
     }
     if value.get("QMP").is_some() {
@@ -286,22 +334,32 @@ impl Facts {
             "query-cpus-fast" => {
                 let cpus: Vec<Cpu> = serde_json::from_value(value).map_err(bad)?;
                 // The numbers become a set, whose size is that of the largest.
-                if let Some(Cpu { cpu_index, .. }) = cpus.iter().find(|cpu| cpu.cpu_index > MAX_CPU) {
+                if let Some(Cpu { cpu_index, .. }) = cpus.iter().find(|cpu| cpu.cpu_index > MAX_CPU)
+                {
                     return Err(format!("{command}: vCPU {cpu_index} is beyond {MAX_CPU}"));
                 }
-                self.vcpus = cpus.into_iter().map(|cpu| (cpu.thread_id, cpu.cpu_index)).collect();
+                self.vcpus = cpus
+                    .into_iter()
+                    .map(|cpu| (cpu.thread_id, cpu.cpu_index))
+                    .collect();
             }
             "query-iothreads" => {
                 let iothreads: Vec<Iothread> = serde_json::from_value(value).map_err(bad)?;
-                self.iothreads = iothreads.into_iter().map(|iothread| (iothread.thread_id, iothread.id)).collect();
+                self.iothreads = iothreads
+                    .into_iter()
+                    .map(|iothread| (iothread.thread_id, iothread.id))
+                    .collect();
             }
-            "query-status" => self.status = serde_json::from_value::<Status>(value).map_err(bad)?.status,
+            "query-status" => {
+                self.status = serde_json::from_value::<Status>(value).map_err(bad)?.status
+            }
             _ => {}
         }
         Ok(())
     }
 
-    /// Reads a recorded conversation, QEMU's lines only: greeting, then what it replied, events in between.
+    /// Reads a recorded conversation, QEMU's lines only: greeting, then what it replied, events in
+    /// between.
     ///
     /// # Errors
     /// What is wrong with it.
@@ -310,7 +368,9 @@ impl Facts {
         let mut commands = COMMANDS.into_iter();
         for line in text.lines() {
             match parse_message(line.as_bytes())? {
-                Message::Return(value) => facts.take(commands.next().ok_or("more replies than commands")?, value)?,
+                Message::Return(value) => {
+                    facts.take(commands.next().ok_or("more replies than commands")?, value)?
+                }
                 Message::Error(why) => return Err(why),
                 Message::Greeting | Message::Event => {}
             }
@@ -327,16 +387,16 @@ mod tests {
     use std::os::unix::net::UnixListener;
     use std::thread::{self, JoinHandle};
 
-    const GREETING: &str =
-        r#"{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}}, "capabilities": ["oob"]}}"#;
-    const EVENT: &str =
-        r#"{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "NIC_RX_FILTER_CHANGED", "data": {}}"#;
+    const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}}, "capabilities": ["oob"]}}"#;
+    const EVENT: &str = r#"{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "NIC_RX_FILTER_CHANGED", "data": {}}"#;
     const CPUS: &str = r#"{"return": [{"thread-id": 11, "props": {"core-id": 0}, "cpu-index": 0, "target": "x86_64"}, {"thread-id": 12, "cpu-index": 1}]}"#;
-    const IOTHREADS: &str = r#"{"return": [{"poll-grow": 0, "thread-id": 13, "id": "iothread-virtioscsi0"}]}"#;
+    const IOTHREADS: &str =
+        r#"{"return": [{"poll-grow": 0, "thread-id": 13, "id": "iothread-virtioscsi0"}]}"#;
     const STATUS: &str = r#"{"return": {"status": "running", "running": true}}"#;
     const BUDGET: Duration = Duration::from_secs(20);
 
-    /// A monitor that greets each client with `greeting` and answers its lines with `replies`, then waits for it to go.
+    /// A monitor that greets each client with `greeting` and answers its lines with `replies`, then
+    /// waits for it to go.
     fn monitor(
         clients: usize,
         greeting: &'static str,
@@ -365,14 +425,24 @@ mod tests {
 
     fn replies() -> Vec<String> {
         let line = |text: &str| format!("{text}\r\n");
-        vec![line("{\"return\": {}}"), line(EVENT) + &line(CPUS), line(IOTHREADS), line(STATUS)]
+        vec![
+            line("{\"return\": {}}"),
+            line(EVENT) + &line(CPUS),
+            line(IOTHREADS),
+            line(STATUS),
+        ]
     }
 
     fn leak(text: &str) -> &'static str {
         Box::leak(text.to_owned().into_boxed_str())
     }
 
-    fn talk(clients: usize, greeting: &str, replies: &[String], budget: Duration) -> Result<Facts, String> {
+    fn talk(
+        clients: usize,
+        greeting: &str,
+        replies: &[String],
+        budget: Duration,
+    ) -> Result<Facts, String> {
         let replies = replies.iter().map(|reply| leak(reply)).collect();
         let (dir, server) = monitor(clients, leak(greeting), replies);
         let facts = ask(&dir.path().join("qmp"), budget).map_err(|error| error.to_string());
@@ -384,32 +454,86 @@ mod tests {
     fn a_conversation() {
         let facts = talk(1, &format!("{GREETING}\r\n{EVENT}\r\n"), &replies(), BUDGET).unwrap();
         assert_eq!(facts.vcpus, [(11, 0), (12, 1)].into());
-        assert_eq!(facts.iothreads, [(13, "iothread-virtioscsi0".to_owned())].into());
+        assert_eq!(
+            facts.iothreads,
+            [(13, "iothread-virtioscsi0".to_owned())].into()
+        );
         assert_eq!(facts.status, "running");
     }
 
     #[test]
     fn one_that_hangs_up_is_asked_again() {
-        assert_eq!(talk(2, &format!("{GREETING}\n"), &replies(), BUDGET).unwrap().vcpus.len(), 2);
+        assert_eq!(
+            talk(2, &format!("{GREETING}\n"), &replies(), BUDGET)
+                .unwrap()
+                .vcpus
+                .len(),
+            2
+        );
     }
 
     #[test]
     fn busy_silent_and_garbage_have_their_words() {
         let greeting = format!("{GREETING}\n");
-        let refusal = "{\"error\": {\"class\": \"CommandNotFound\", \"desc\": \"no such command\"}}\n".to_owned();
+        let refusal =
+            "{\"error\": {\"class\": \"CommandNotFound\", \"desc\": \"no such command\"}}\n"
+                .to_owned();
         let long = " ".repeat(MAX_BYTES + 1);
-        let no_cpus = ["{\"return\": {}}\n".to_owned(), "{\"return\": [{\"cpu-index\": -1}]}\n".to_owned()];
+        let no_cpus = [
+            "{\"return\": {}}\n".to_owned(),
+            "{\"return\": [{\"cpu-index\": -1}]}\n".to_owned(),
+        ];
         for (greeting, replies, message) in [
-            ("", &[] as &[String], "its monitor is busy with another client, or QEMU hangs"),
-            (&greeting, &[], "its monitor is silent: no reply to qmp_capabilities"),
-            (&greeting, &replies()[..2], "its monitor is silent: no reply to query-iothreads"),
-            ("hello\n", &[], "its monitor sends garbage: expected value at line 1 column 1"),
-            ("{}\n", &[], "its monitor sends garbage: a reply of no known kind"),
-            ("\n", &[], "its monitor sends garbage: EOF while parsing a value at line 1 column 0"),
-            (&format!("{EVENT}\n"), &[], "its monitor sends garbage: it does not greet"),
-            (&format!("{greeting}{greeting}"), &[], "its monitor sends garbage: it greets twice"),
-            (&long, &[], "its monitor sends garbage: more than 1048576 bytes"),
-            (&greeting, &[refusal], "its monitor refuses qmp_capabilities: no such command"),
+            (
+                "",
+                &[] as &[String],
+                "its monitor is busy with another client, or QEMU hangs",
+            ),
+            (
+                &greeting,
+                &[],
+                "its monitor is silent: no reply to qmp_capabilities",
+            ),
+            (
+                &greeting,
+                &replies()[..2],
+                "its monitor is silent: no reply to query-iothreads",
+            ),
+            (
+                "hello\n",
+                &[],
+                "its monitor sends garbage: expected value at line 1 column 1",
+            ),
+            (
+                "{}\n",
+                &[],
+                "its monitor sends garbage: a reply of no known kind",
+            ),
+            (
+                "\n",
+                &[],
+                "its monitor sends garbage: EOF while parsing a value at line 1 column 0",
+            ),
+            (
+                &format!("{EVENT}\n"),
+                &[],
+                "its monitor sends garbage: it does not greet",
+            ),
+            (
+                &format!("{greeting}{greeting}"),
+                &[],
+                "its monitor sends garbage: it greets twice",
+            ),
+            (
+                &long,
+                &[],
+                "its monitor sends garbage: more than 1048576 bytes",
+            ),
+            (
+                &greeting,
+                &[refusal],
+                "its monitor refuses qmp_capabilities: no such command",
+            ),
             (
                 &greeting,
                 &no_cpus,
@@ -428,7 +552,10 @@ mod tests {
         let begin = Instant::now();
         let (dir, _server) = monitor(1, "", vec!["x"]);
         let budget = Duration::from_millis(300);
-        assert!(matches!(ask(&dir.path().join("qmp"), budget), Err(QmpError::Busy)));
+        assert!(matches!(
+            ask(&dir.path().join("qmp"), budget),
+            Err(QmpError::Busy)
+        ));
         assert!(begin.elapsed() < budget + TRY);
     }
 
@@ -437,10 +564,19 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("qmp");
         let error = |path: &Path| ask(path, BUDGET).unwrap_err().to_string();
-        assert_eq!(error(&socket), "its monitor cannot be reached: No such file or directory");
+        assert_eq!(
+            error(&socket),
+            "its monitor cannot be reached: No such file or directory"
+        );
         drop(UnixListener::bind(&socket).unwrap());
-        assert_eq!(error(&socket), "its monitor cannot be reached: Connection refused");
-        assert_eq!(error(Path::new(&"x".repeat(200))), "its monitor cannot be reached: File name too long");
+        assert_eq!(
+            error(&socket),
+            "its monitor cannot be reached: Connection refused"
+        );
+        assert_eq!(
+            error(Path::new(&"x".repeat(200))),
+            "its monitor cannot be reached: File name too long"
+        );
     }
 
     #[test]
@@ -448,11 +584,21 @@ mod tests {
         let text = [GREETING, "{\"return\": {}}", EVENT, CPUS, IOTHREADS, STATUS].join("\n");
         assert_eq!(Facts::parse(&text).unwrap().vcpus.len(), 2);
         assert_eq!(Facts::parse("").unwrap(), Facts::default());
-        for text in ["garbage", "[]", "\"return\"", "1", &"[".repeat(100_000), &format!("{text}\n{STATUS}")] {
+        for text in [
+            "garbage",
+            "[]",
+            "\"return\"",
+            "1",
+            &"[".repeat(100_000),
+            &format!("{text}\n{STATUS}"),
+        ] {
             assert!(Facts::parse(text).is_err());
         }
         let huge = text.replace("\"cpu-index\": 1", "\"cpu-index\": 18446744073709551615");
-        assert_eq!(Facts::parse(&huge).unwrap_err(), "query-cpus-fast: vCPU 18446744073709551615 is beyond 8191");
+        assert_eq!(
+            Facts::parse(&huge).unwrap_err(),
+            "query-cpus-fast: vCPU 18446744073709551615 is beyond 8191"
+        );
     }
 
     proptest! {

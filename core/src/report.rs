@@ -50,7 +50,10 @@ pub struct Table {
 impl Table {
     /// A table without rows. The columns' names, lower case, are the JSON keys too.
     pub fn new(columns: &[&'static str]) -> Self {
-        Self { columns: columns.to_vec(), rows: Vec::new() }
+        Self {
+            columns: columns.to_vec(),
+            rows: Vec::new(),
+        }
     }
 
     /// Adds a row, a cell per column.
@@ -66,10 +69,18 @@ impl Table {
             cells.chain([self.columns[column].len()]).max().unwrap_or(0)
         };
         let widths: Vec<usize> = (0..self.columns.len()).map(width).collect();
-        let heads: Vec<String> = self.columns.iter().map(|name| name.to_uppercase()).collect();
+        let heads: Vec<String> = self
+            .columns
+            .iter()
+            .map(|name| name.to_uppercase())
+            .collect();
         let mut text = String::new();
         for row in std::iter::once(&heads).chain(&self.rows) {
-            let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+            let cells: Vec<String> = row
+                .iter()
+                .zip(&widths)
+                .map(|(cell, width)| format!("{cell:<width$}"))
+                .collect();
             text.push_str(cells.join("  ").trim_end());
             text.push('\n');
         }
@@ -79,10 +90,17 @@ impl Table {
     /// The rows as an array of objects.
     pub fn to_json(&self) -> Value {
         let object = |row: &Vec<String>| -> Map<String, Value> {
-            let keys = self.columns.iter().map(|name| name.replace([' ', '-'], "_"));
-            keys.zip(row.iter().map(|cell| Value::from(cell.as_str()))).collect()
+            let keys = self
+                .columns
+                .iter()
+                .map(|name| name.replace([' ', '-'], "_"));
+            keys.zip(row.iter().map(|cell| Value::from(cell.as_str())))
+                .collect()
         };
-        self.rows.iter().map(|row| Value::Object(object(row))).collect()
+        self.rows
+            .iter()
+            .map(|row| Value::Object(object(row)))
+            .collect()
     }
 }
 
@@ -113,10 +131,11 @@ pub struct Report {
     done: usize,
     failed: usize,
     refused: usize,
-    /// Lines for stdout that have not gone out yet: in a pipe they go together, as stdio does it. A line per object is
-    /// hundreds of writes otherwise.
+    /// Lines for stdout that have not gone out yet: in a pipe they go together, as stdio does it. A
+    /// line per object is hundreds of writes otherwise.
     held: Option<RefCell<String>>,
-    /// Whether the terminal's last line is one of [`progress`](Self::progress), which the next text takes the place of.
+    /// Whether the terminal's last line is one of [`progress`](Self::progress), which the next text
+    /// takes the place of.
     half_said: Cell<bool>,
 }
 
@@ -166,8 +185,8 @@ impl Report {
         }
     }
 
-    /// How far a long step has come: on a terminal a line that is rewritten, `offline: 5/12`. In a pipe the step's own line
-    /// has to do, and where each change has a line, that one.
+    /// How far a long step has come: on a terminal a line that is rewritten, `offline: 5/12`. In a
+    /// pipe the step's own line has to do, and where each change has a line, that one.
     pub fn progress(&self, step: &str, done: usize, of: usize) {
         if let Some(text) = self.progress_text(step, done, of) {
             out(&text);
@@ -185,7 +204,12 @@ impl Report {
         if self.half_said.take() {
             out(LINE_ANEW);
         }
-        if let Some(held) = self.held.as_ref().map(RefCell::take).filter(|held| !held.is_empty()) {
+        if let Some(held) = self
+            .held
+            .as_ref()
+            .map(RefCell::take)
+            .filter(|held| !held.is_empty())
+        {
             out(&held);
         }
     }
@@ -217,7 +241,12 @@ impl Report {
     /// Names the step that the changes to come belong to. One line per step is told then, by
     /// [`summary`](Self::summary), and one per change with `-v` only.
     pub fn step(&mut self, step: &'static str) {
-        self.steps.push(Step { name: step, unknown: None, changes: Vec::new(), began: Instant::now() });
+        self.steps.push(Step {
+            name: step,
+            unknown: None,
+            changes: Vec::new(),
+            began: Instant::now(),
+        });
     }
 
     /// Names a step whose changes cannot be planned, and why.
@@ -235,8 +264,17 @@ impl Report {
 
     /// How long each step took in seconds, in order; the last until now.
     pub fn seconds(&self) -> Vec<(&'static str, f64)> {
-        let ends = self.steps.iter().skip(1).map(|step| step.began).chain([Instant::now()]);
-        self.steps.iter().zip(ends).map(|(step, end)| (step.name, (end - step.began).as_secs_f64())).collect()
+        let ends = self
+            .steps
+            .iter()
+            .skip(1)
+            .map(|step| step.began)
+            .chain([Instant::now()]);
+        self.steps
+            .iter()
+            .zip(ends)
+            .map(|(step, end)| (step.name, (end - step.began).as_secs_f64()))
+            .collect()
     }
 
     /// What was to be known, in order.
@@ -277,7 +315,9 @@ impl Report {
 
     /// What became of a change, with the step it belongs to.
     fn placed(&self, done: &Done) -> String {
-        self.steps.last().map_or_else(|| done.to_string(), |step| format!("{}: {done}", step.name))
+        self.steps
+            .last()
+            .map_or_else(|| done.to_string(), |step| format!("{}: {done}", step.name))
     }
 
     fn change(&mut self, done: &Done) {
@@ -316,7 +356,10 @@ impl Report {
     pub fn finish(&mut self) -> Exit {
         self.flush();
         if self.refused > 0 && self.verbosity == Verbosity::Normal && !self.json {
-            err(&format!("{}: {} left where the kernel holds them (-v names them)\n", self.tool, self.refused));
+            err(&format!(
+                "{}: {} left where the kernel holds them (-v names them)\n",
+                self.tool, self.refused
+            ));
         }
         let exit = match (self.failed, self.done) {
             (0, _) => Exit::Done,
@@ -324,11 +367,17 @@ impl Report {
             _ => Exit::Some,
         };
         if self.json {
-            let steps: Vec<Value> =
-                (self.seconds().into_iter()).map(|(step, seconds)| json!({"step": step, "seconds": seconds})).collect();
-            let of_steps = self.steps.iter().flat_map(|step| step.changes.iter().map(|done| (Some(step.name), done)));
+            let steps: Vec<Value> = (self.seconds().into_iter())
+                .map(|(step, seconds)| json!({"step": step, "seconds": seconds}))
+                .collect();
+            let of_steps = self
+                .steps
+                .iter()
+                .flat_map(|step| step.changes.iter().map(|done| (Some(step.name), done)));
             let changes = self.changes.iter().map(|done| (None, done)).chain(of_steps);
-            let changes: Vec<Value> = changes.map(|(step, done)| done_to_json(step, done)).collect();
+            let changes: Vec<Value> = changes
+                .map(|(step, done)| done_to_json(step, done))
+                .collect();
             let report = json!({
                 "tool": self.tool, "steps": steps, "changes": changes, "notes": self.notes,
                 "refused": self.refused, "failed": self.failed, "exit_code": exit as u8,
@@ -346,15 +395,24 @@ impl Report {
 
 /// A change and what became of it, for programs.
 pub fn done_to_json(step: Option<&str>, done: &Done) -> Value {
-    let Change { label, knob, found, wanted } = &done.change;
-    let mut entry = json!({"step": step, "object": label, "knob": knob, "found": found, "wanted": wanted});
-    if let (Some(entry), Ok(Value::Object(outcome))) = (entry.as_object_mut(), serde_json::to_value(&done.outcome)) {
+    let Change {
+        label,
+        knob,
+        found,
+        wanted,
+    } = &done.change;
+    let mut entry =
+        json!({"step": step, "object": label, "knob": knob, "found": found, "wanted": wanted});
+    if let (Some(entry), Ok(Value::Object(outcome))) =
+        (entry.as_object_mut(), serde_json::to_value(&done.outcome))
+    {
         entry.extend(outcome);
     }
     entry
 }
 
-/// Writes to stdout. A reader that has gone (`| head`) is no reason to die half way through the host's changes.
+/// Writes to stdout. A reader that has gone (`| head`) is no reason to die half way through the
+/// host's changes.
 pub fn out(text: &str) {
     let _ = try_out(text);
 }
@@ -369,8 +427,8 @@ pub fn try_out(text: &str) -> io::Result<()> {
     stdout.flush()
 }
 
-/// Text with ANSI colours as stdout takes it: plain in a pipe, and where `NO_COLOR` or `TERM` say so; `CLICOLOR_FORCE` keeps
-/// them in a pipe too.
+/// Text with ANSI colours as stdout takes it: plain in a pipe, and where `NO_COLOR` or `TERM` say
+/// so; `CLICOLOR_FORCE` keeps them in a pipe too.
 pub fn coloured(text: &str) -> String {
     match anstream::AutoStream::choice(&io::stdout()) {
         anstream::ColorChoice::Never => anstream::adapter::strip_str(text).to_string(),
@@ -396,17 +454,29 @@ mod tests {
     use crate::knob::Knob;
 
     fn done(outcome: Outcome) -> Done {
-        Done { change: Object::new(Knob::Irq(1), "IRQ 1", "0").want("1"), outcome }
+        Done {
+            change: Object::new(Knob::Irq(1), "IRQ 1", "0").want("1"),
+            outcome,
+        }
     }
 
     #[test]
     fn exit_codes() {
         for (outcomes, exit) in [
             (vec![], Exit::Done),
-            (vec![Outcome::Refused(String::new()), Outcome::Gone], Exit::Done),
-            (vec![Outcome::Changed, Outcome::Left(String::new())], Exit::Done),
+            (
+                vec![Outcome::Refused(String::new()), Outcome::Gone],
+                Exit::Done,
+            ),
+            (
+                vec![Outcome::Changed, Outcome::Left(String::new())],
+                Exit::Done,
+            ),
             (vec![Outcome::Failed("EIO".into())], Exit::Failed),
-            (vec![Outcome::Failed("EIO".into()), Outcome::Changed], Exit::Some),
+            (
+                vec![Outcome::Failed("EIO".into()), Outcome::Changed],
+                Exit::Some,
+            ),
         ] {
             let mut report = Report::new("test", Verbosity::Quiet, false);
             report.changes(&outcomes.into_iter().map(done).collect::<Vec<_>>());
@@ -422,14 +492,21 @@ mod tests {
             report
         };
         let text = |report: Report| report.progress_text("offline", 5, 12);
-        assert_eq!(text(report(Verbosity::Normal, false, true)).unwrap(), "\r\x1b[Koffline: 5/12");
+        assert_eq!(
+            text(report(Verbosity::Normal, false, true)).unwrap(),
+            "\r\x1b[Koffline: 5/12"
+        );
         for (verbosity, json, terminal) in [
             (Verbosity::Normal, false, false),
             (Verbosity::Normal, true, true),
             (Verbosity::Quiet, false, true),
             (Verbosity::Verbose, false, true),
         ] {
-            assert_eq!(text(report(verbosity, json, terminal)), None, "{verbosity:?} {json} {terminal}");
+            assert_eq!(
+                text(report(verbosity, json, terminal)),
+                None,
+                "{verbosity:?} {json} {terminal}"
+            );
         }
         // Whatever is said next takes its place.
         let report = report(Verbosity::Normal, false, true);
@@ -444,7 +521,10 @@ mod tests {
         let mut table = Table::new(&["irq", "name", "last cpu"]);
         table.row(["4".into(), "ttyS0".into(), "1".into()]);
         table.row(["128".into(), String::new(), "2".into()]);
-        assert_eq!(table.to_text(), "IRQ  NAME   LAST CPU\n4    ttyS0  1\n128         2\n");
+        assert_eq!(
+            table.to_text(),
+            "IRQ  NAME   LAST CPU\n4    ttyS0  1\n128         2\n"
+        );
         assert_eq!(table.to_json()[1]["irq"], "128");
         assert_eq!(table.to_json()[1]["last_cpu"], "2");
     }

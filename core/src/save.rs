@@ -1,4 +1,5 @@
-//! What a single tool changed, kept in a file of the user's (`--save`), and put back from it (`--restore`).
+//! What a single tool changed, kept in a file of the user's (`--save`), and put back from it
+//! (`--restore`).
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
@@ -48,21 +49,30 @@ struct Saved {
     entries: Vec<Entry>,
 }
 
-/// Writes the file, before the first change is made. It must be new: the values of an earlier run are not written over.
+/// Writes the file, before the first change is made. It must be new: the values of an earlier run
+/// are not written over.
 ///
 /// # Errors
 /// [`Error::Unusable`] where the file is there already, [`Error::Io`] where it cannot be written.
 pub fn write(path: &Path, tool: &str, entries: Vec<Entry>) -> Result<()> {
     let io = |tried: &str, source| Error::io(path, tried, source);
-    let mut file = match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
+    let mut file = match OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+    {
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
             let why = "save: it holds the values of an earlier run; --restore it first, or name another file";
             return Err(Error::unusable(path.display().to_string(), why));
         }
         other => other.map_err(|source| io("save", source))?,
     };
-    let text = to_text(tool, entries).map_err(|why| Error::malformed(path.display().to_string(), why))?;
-    file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(|source| io("save", source))
+    let text =
+        to_text(tool, entries).map_err(|why| Error::malformed(path.display().to_string(), why))?;
+    file.write_all(text.as_bytes())
+        .and_then(|()| file.sync_all())
+        .map_err(|source| io("save", source))
 }
 
 /// Reads the file that `tool` wrote.
@@ -79,7 +89,11 @@ pub fn read(path: &Path, tool: &str) -> Result<Vec<Entry>> {
 /// # Errors
 /// Where the entries are not to be had as JSON.
 pub fn to_text(tool: &str, entries: Vec<Entry>) -> std::result::Result<String, String> {
-    let saved = Saved { version: VERSION, tool: tool.to_owned(), entries };
+    let saved = Saved {
+        version: VERSION,
+        tool: tool.to_owned(),
+        entries,
+    };
     serde_json::to_string_pretty(&saved).map_err(|error| error.to_string())
 }
 
@@ -88,15 +102,25 @@ pub fn to_text(tool: &str, entries: Vec<Entry>) -> std::result::Result<String, S
 /// # Errors
 /// Why it is none that `tool` wrote.
 pub fn parse(text: &str, tool: &str) -> std::result::Result<Vec<Entry>, String> {
-    let saved: Saved = serde_json::from_str(text).map_err(|error| format!("no file of --save: {error}"))?;
+    let saved: Saved =
+        serde_json::from_str(text).map_err(|error| format!("no file of --save: {error}"))?;
     if saved.version != VERSION {
-        return Err(format!("version {} of the file; this is for version {VERSION}", saved.version));
+        return Err(format!(
+            "version {} of the file; this is for version {VERSION}",
+            saved.version
+        ));
     }
     if saved.tool != tool {
         return Err(format!("saved by {0}; restore it with {0}", saved.tool));
     }
-    for Entry { knob, before, set, .. } in &saved.entries {
-        let checked = knob.check().and_then(|()| knob.check_value(before)).and_then(|()| knob.check_value(set));
+    for Entry {
+        knob, before, set, ..
+    } in &saved.entries
+    {
+        let checked = knob
+            .check()
+            .and_then(|()| knob.check_value(before))
+            .and_then(|()| knob.check_value(set));
         checked.map_err(|error| error.to_string())?;
     }
     Ok(saved.entries)
@@ -104,23 +128,49 @@ pub fn parse(text: &str, tool: &str) -> std::result::Result<Vec<Entry>, String> 
 
 /// Puts the values back, last change first. One that was set by somebody else meanwhile is left.
 pub fn restore(root: &Sysroot, entries: Vec<Entry>, dry_run: bool) -> Vec<Done> {
-    entries.into_iter().rev().map(|entry| restore_one(root, entry, dry_run)).collect()
+    entries
+        .into_iter()
+        .rev()
+        .map(|entry| restore_one(root, entry, dry_run))
+        .collect()
 }
 
 fn restore_one(root: &Sysroot, entry: Entry, dry_run: bool) -> Done {
-    let Entry { knob, label, before, set } = entry;
+    let Entry {
+        knob,
+        label,
+        before,
+        set,
+    } = entry;
     let found = knob.read(root);
-    let change = |found: String| Change { knob, label, found, wanted: before };
+    let change = |found: String| Change {
+        knob,
+        label,
+        found,
+        wanted: before,
+    };
     match found {
-        Err(error) => Done { change: change(String::new()), outcome: Outcome::Failed(error.to_string()) },
-        Ok(None) => Done { change: change(String::new()), outcome: Outcome::Gone },
+        Err(error) => Done {
+            change: change(String::new()),
+            outcome: Outcome::Failed(error.to_string()),
+        },
+        Ok(None) => Done {
+            change: change(String::new()),
+            outcome: Outcome::Gone,
+        },
         Ok(Some(found)) => {
             let change = change(found);
             if change.found != set && !change.is_noop() {
-                let outcome = Outcome::Left(format!("it was set to {set} and holds {} now", change.found));
+                let outcome = Outcome::Left(format!(
+                    "it was set to {set} and holds {} now",
+                    change.found
+                ));
                 Done { change, outcome }
             } else if dry_run && !change.is_noop() {
-                Done { change, outcome: Outcome::Planned }
+                Done {
+                    change,
+                    outcome: Outcome::Planned,
+                }
             } else {
                 apply_one(root, change)
             }
@@ -141,15 +191,32 @@ mod tests {
             fs::create_dir_all(&folder).unwrap();
             fs::write(folder.join("smp_affinity_list"), value).unwrap();
         }
-        let entry =
-            |irq| Entry { knob: Knob::Irq(irq), label: format!("IRQ {irq}"), before: "0-23".into(), set: "0-5".into() };
+        let entry = |irq| Entry {
+            knob: Knob::Irq(irq),
+            label: format!("IRQ {irq}"),
+            before: "0-23".into(),
+            set: "0-5".into(),
+        };
         let file = dir.path().join("saved");
         write(&file, "pin-irqs", [1, 2, 3, 4, 9].map(entry).into()).unwrap();
-        assert!(write(&file, "pin-irqs", vec![]).unwrap_err().to_string().contains("earlier run"));
-        assert!(read(&file, "governor").unwrap_err().to_string().contains("saved by pin-irqs"));
+        assert!(
+            write(&file, "pin-irqs", vec![])
+                .unwrap_err()
+                .to_string()
+                .contains("earlier run")
+        );
+        assert!(
+            read(&file, "governor")
+                .unwrap_err()
+                .to_string()
+                .contains("saved by pin-irqs")
+        );
 
         let texts = |dry_run| -> Vec<String> {
-            restore(&root, read(&file, "pin-irqs").unwrap(), dry_run).iter().map(ToString::to_string).collect()
+            restore(&root, read(&file, "pin-irqs").unwrap(), dry_run)
+                .iter()
+                .map(ToString::to_string)
+                .collect()
         };
         let expected = [
             "IRQ 9: gone",
@@ -179,7 +246,8 @@ mod tests {
             (r#"{"pci-driver":"0000:01:00.0"}"#, "../../x", "none"),
             (r#"{"cgroup-of":{"pid":1,"tid":1,"start":1}}"#, "/", "/../x"),
         ] {
-            let entry = format!(r#"{{"knob":{knob},"label":"","before":"{before}","set":"{set}"}}"#);
+            let entry =
+                format!(r#"{{"knob":{knob},"label":"","before":"{before}","set":"{set}"}}"#);
             let leaving = format!(r#"{{"version":1,"tool":"t","entries":[{entry}]}}"#);
             let why = parse(&leaving, "t").unwrap_err();
             assert!(why.contains("leaves its folder"), "{why}");

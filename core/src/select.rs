@@ -9,14 +9,16 @@ use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
 use crate::knob::cpu_list;
 
-/// The options that choose among a tool's objects; without any of them all are taken, and go to all of the CPUs.
+/// The options that choose among a tool's objects; without any of them all are taken, and go to all
+/// of the CPUs.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct Select {
     /// Only what has this number, or a name that this regular expression matches; may be repeated
     #[arg(long, value_name = "PATTERN")]
     only: Vec<Pattern>,
 
-    /// All but what has this number, or a name that this regular expression matches; may be repeated
+    /// All but what has this number, or a name that this regular expression matches; may be
+    /// repeated
     #[arg(long, value_name = "PATTERN")]
     except: Vec<Pattern>,
 
@@ -43,19 +45,32 @@ impl FromStr for Pattern {
 
     fn from_str(text: &str) -> std::result::Result<Self, String> {
         let kind = if text.is_empty() {
-            return Err("an empty pattern would match everything; leave the option out for that".into());
+            return Err(
+                "an empty pattern would match everything; leave the option out for that".into(),
+            );
         } else if text.bytes().all(|byte| byte.is_ascii_digit()) {
-            Kind::Number(text.parse().map_err(|_| format!("{text} is too large a number"))?)
+            Kind::Number(
+                text.parse()
+                    .map_err(|_| format!("{text} is too large a number"))?,
+            )
         } else {
-            // The crate's message draws the pattern over several lines; its last one has the reason.
+            // The crate's message draws the pattern over several lines; its last one has the
+            // reason.
             let name = Regex::new(text).map_err(|error| {
                 let error = error.to_string();
-                let reason = error.lines().last().unwrap_or_default().trim_start_matches("error: ");
+                let reason = error
+                    .lines()
+                    .last()
+                    .unwrap_or_default()
+                    .trim_start_matches("error: ");
                 format!("\"{text}\" is no regular expression: {reason}")
             })?;
             Kind::Name(name)
         };
-        Ok(Self { text: text.to_owned(), kind })
+        Ok(Self {
+            text: text.to_owned(),
+            kind,
+        })
     }
 }
 
@@ -71,7 +86,10 @@ impl Pattern {
 impl Select {
     /// Starts to choose.
     pub fn choice(&self) -> Choice<'_> {
-        Choice { select: self, used: vec![false; self.only.len()] }
+        Choice {
+            select: self,
+            used: vec![false; self.only.len()],
+        }
     }
 
     /// The change that takes an object to `cpus`, or with `--narrow` holds it to them.
@@ -80,7 +98,9 @@ impl Select {
     /// Where what it holds is no CPU list.
     pub fn change(&self, object: Object, cpus: &CpuSet) -> Result<Change> {
         let wanted = match self.narrow {
-            true => cpu_list(&object.label, &object.found)?.held_to(cpus).to_string(),
+            true => cpu_list(&object.label, &object.found)?
+                .held_to(cpus)
+                .to_string(),
             false => cpus.to_string(),
         };
         Ok(object.want(wanted))
@@ -100,7 +120,8 @@ impl Choice<'_> {
         self.decide(|pattern| pattern.matches(number, name))
     }
 
-    /// Whether to take the one object that goes by this very word: the default IRQ mask as `default`.
+    /// Whether to take the one object that goes by this very word: the default IRQ mask as
+    /// `default`.
     ///
     /// Patterns do not reach it, so that `--only .` means the numbered ones.
     pub fn takes_word(&mut self, word: &str) -> bool {
@@ -124,11 +145,18 @@ impl Choice<'_> {
     /// # Errors
     /// [`Error::Unusable`] naming the first that has not; `what` are the objects (`IRQ`).
     pub fn check(self, what: &str) -> Result<()> {
-        match self.select.only.iter().zip(self.used).find(|(_, used)| !used) {
+        match self
+            .select
+            .only
+            .iter()
+            .zip(self.used)
+            .find(|(_, used)| !used)
+        {
             None => Ok(()),
-            Some((pattern, _)) => {
-                Err(Error::unusable(format!("--only {}", pattern.text), format!("no such {what}; see --list")))
-            }
+            Some((pattern, _)) => Err(Error::unusable(
+                format!("--only {}", pattern.text),
+                format!("no such {what}; see --list"),
+            )),
         }
     }
 }
@@ -140,11 +168,23 @@ mod tests {
     const IRQS: [(u64, &str); 4] = [(1, "i8042"), (24, "nvme0q1"), (124, "nvme0q24"), (9, "")];
 
     fn taken(only: &[&str], except: &[&str]) -> std::result::Result<String, String> {
-        let patterns = |texts: &[&str]| texts.iter().map(|text| text.parse()).collect::<std::result::Result<_, _>>();
-        let select = Select { only: patterns(only)?, except: patterns(except)?, narrow: false };
+        let patterns = |texts: &[&str]| {
+            texts
+                .iter()
+                .map(|text| text.parse())
+                .collect::<std::result::Result<_, _>>()
+        };
+        let select = Select {
+            only: patterns(only)?,
+            except: patterns(except)?,
+            narrow: false,
+        };
         let mut choice = select.choice();
-        let mut taken: Vec<String> =
-            IRQS.iter().filter(|(number, name)| choice.takes(*number, name)).map(|irq| irq.0.to_string()).collect();
+        let mut taken: Vec<String> = IRQS
+            .iter()
+            .filter(|(number, name)| choice.takes(*number, name))
+            .map(|irq| irq.0.to_string())
+            .collect();
         if choice.takes_word("default") {
             taken.push("default".into());
         }
@@ -165,14 +205,21 @@ mod tests {
             (&[], &["default", "^$"], "1 24 124"),
             (&["24"], &["24"], ""),
         ] {
-            assert_eq!(taken(only, except).as_deref(), Ok(expected), "only {only:?} except {except:?}");
+            assert_eq!(
+                taken(only, except).as_deref(),
+                Ok(expected),
+                "only {only:?} except {except:?}"
+            );
         }
     }
 
     #[test]
     fn to_all_or_within() {
         let wanted = |narrow, found: &str| {
-            let select = Select { narrow, ..Select::default() };
+            let select = Select {
+                narrow,
+                ..Select::default()
+            };
             let object = Object::new(crate::Knob::Irq(24), "IRQ 24", found);
             select.change(object, &CpuSet::range(0, 5)).unwrap().wanted
         };
@@ -187,8 +234,14 @@ mod tests {
             ("nmve", "--only nmve: no such IRQ; see --list"),
             ("2", "--only 2: no such IRQ; see --list"),
             ("(", "\"(\" is no regular expression: unclosed group"),
-            ("", "an empty pattern would match everything; leave the option out for that"),
-            ("99999999999999999999", "99999999999999999999 is too large a number"),
+            (
+                "",
+                "an empty pattern would match everything; leave the option out for that",
+            ),
+            (
+                "99999999999999999999",
+                "99999999999999999999 is too large a number",
+            ),
         ] {
             assert_eq!(taken(&["1", only], &[]), Err(message.to_owned()));
         }

@@ -1,8 +1,9 @@
 //! What hook keeps under /run/pinfold: reservations and one baseline, behind one lock.
 //!
-//! The *baseline* holds, for every knob that was ever touched, the value before the first touch and the values set
-//! since. It is on disk before the write that it covers, so a run that is killed at any point leaves enough behind for
-//! the next one to mend the host. It lives in /run: it goes with the boot, as the kernel's own state does.
+//! The *baseline* holds, for every knob that was ever touched, the value before the first touch and
+//! the values set since. It is on disk before the write that it covers, so a run that is killed at
+//! any point leaves enough behind for the next one to mend the host. It lives in /run: it goes with
+//! the boot, as the kernel's own state does.
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -37,8 +38,9 @@ struct Entry {
     label: String,
     /// The value before the first touch.
     before: String,
-    /// The values set since, the one that was set last, or was about to be, at the end; before them what the kernel made of one
-    /// by itself. It may come back to any (a thread's mask, as CPUs go and come).
+    /// The values set since, the one that was set last, or was about to be, at the end; before them
+    /// what the kernel made of one by itself. It may come back to any (a thread's mask, as CPUs go
+    /// and come).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     set: Vec<String>,
 }
@@ -58,25 +60,38 @@ pub struct Baseline {
     entries: BTreeMap<Knob, Entry>,
     /// Knobs that held, when this run began, what neither we nor anyone before us had set.
     foreign: BTreeMap<Knob, String>,
-    /// What knobs would hold by now, where changes are planned only: the host does not show it to the steps that follow.
+    /// What knobs would hold by now, where changes are planned only: the host does not show it to
+    /// the steps that follow.
     planned: BTreeMap<Knob, String>,
 }
 
 impl Baseline {
     fn from_entries(entries: Vec<Entry>) -> Self {
-        let entries = entries.into_iter().map(|entry| (entry.knob.clone(), entry)).collect();
-        Self { entries, ..Self::default() }
+        let entries = entries
+            .into_iter()
+            .map(|entry| (entry.knob.clone(), entry))
+            .collect();
+        Self {
+            entries,
+            ..Self::default()
+        }
     }
 
-    /// Puts an object in, with the value it had before the first touch, or would have had: what it holds instead is ours then.
-    /// One that is in already stays as it is.
+    /// Puts an object in, with the value it had before the first touch, or would have had: what it
+    /// holds instead is ours then. One that is in already stays as it is.
     pub fn adopt(&mut self, object: &Object, before: &str) {
-        self.entries.entry(object.knob.clone()).or_insert_with(|| Entry {
-            knob: object.knob.clone(),
-            label: object.label.clone(),
-            before: before.to_owned(),
-            set: if object.found == before { Vec::new() } else { vec![object.found.clone()] },
-        });
+        self.entries
+            .entry(object.knob.clone())
+            .or_insert_with(|| Entry {
+                knob: object.knob.clone(),
+                label: object.label.clone(),
+                before: before.to_owned(),
+                set: if object.found == before {
+                    Vec::new()
+                } else {
+                    vec![object.found.clone()]
+                },
+            });
     }
 
     /// Whether a knob is in.
@@ -101,13 +116,17 @@ impl Baseline {
 
     /// All knobs with their labels and values before the first touch.
     pub fn knobs(&self) -> impl Iterator<Item = (&Knob, &str, &str)> {
-        self.entries.values().map(|entry| (&entry.knob, entry.label.as_str(), entry.before.as_str()))
+        self.entries
+            .values()
+            .map(|entry| (&entry.knob, entry.label.as_str(), entry.before.as_str()))
     }
 
-    /// Looks which knobs hold a value that is neither theirs from before nor one we set, nor one that the kernel has made of
-    /// one of these by itself (`is_kernels`, by that one and the one found): they belong to somebody else now, and
-    /// [`plan`](Self::plan) leaves them. Threads that have ended are dropped. To be called once, before a run changes anything.
-    /// Says whether something of the kernel's was learned, to be saved before the run does what would hide why it is.
+    /// Looks which knobs hold a value that is neither theirs from before nor one we set, nor one
+    /// that the kernel has made of one of these by itself (`is_kernels`, by that one and the one
+    /// found): they belong to somebody else now, and [`plan`](Self::plan) leaves them. Threads that
+    /// have ended are dropped. To be called once, before a run changes anything. Says whether
+    /// something of the kernel's was learned, to be saved before the run does what would hide why
+    /// it is.
     pub fn look(&mut self, root: &Sysroot, is_kernels: impl Fn(&Knob, &str, &str) -> bool) -> bool {
         let mut learned = false;
         self.foreign.clear();
@@ -118,7 +137,11 @@ impl Baseline {
             match knob.read(root) {
                 Ok(Some(found)) if entry.before == found || entry.set.contains(&found) => true,
                 Ok(Some(found)) => {
-                    if [&entry.before].into_iter().chain(&entry.set).any(|given| is_kernels(knob, given, &found)) {
+                    if [&entry.before]
+                        .into_iter()
+                        .chain(&entry.set)
+                        .any(|given| is_kernels(knob, given, &found))
+                    {
                         learned = true;
                         entry.set.insert(0, found);
                     } else {
@@ -139,21 +162,30 @@ impl Baseline {
         self.foreign.contains_key(knob)
     }
 
-    /// The changes that bring objects to what they should hold, which is computed from each one's value before the
-    /// first touch. Objects that are not in the baseline yet are put in with the value found. What is to be set is
-    /// noted: save the state before applying.
-    pub fn plan(&mut self, objects: Vec<Object>, wanted: impl Fn(&Knob, &str) -> String) -> Vec<Planned> {
+    /// The changes that bring objects to what they should hold, which is computed from each one's
+    /// value before the first touch. Objects that are not in the baseline yet are put in with the
+    /// value found. What is to be set is noted: save the state before applying.
+    pub fn plan(
+        &mut self,
+        objects: Vec<Object>,
+        wanted: impl Fn(&Knob, &str) -> String,
+    ) -> Vec<Planned> {
         let mut plan = Vec::with_capacity(objects.len());
         for mut object in objects {
             self.adopt(&object, &object.found.clone());
             if let Some(planned) = self.planned.get(&object.knob) {
                 object.found.clone_from(planned);
             }
-            let Some(entry) = self.entries.get_mut(&object.knob) else { continue };
+            let Some(entry) = self.entries.get_mut(&object.knob) else {
+                continue;
+            };
             let wanted = wanted(&object.knob, &entry.before);
             if let Some(now) = self.foreign.get(&object.knob) {
                 let why = format!("somebody else has set it to {now}");
-                plan.push(Planned { left: Some(why), change: object.want(wanted) });
+                plan.push(Planned {
+                    left: Some(why),
+                    change: object.want(wanted),
+                });
                 continue;
             }
             let change = object.want(wanted);
@@ -165,12 +197,15 @@ impl Baseline {
 
     /// Notes what became of a change.
     fn settle(&mut self, done: &Done) {
-        let Some(entry) = self.entries.get_mut(&done.change.knob) else { return };
+        let Some(entry) = self.entries.get_mut(&done.change.knob) else {
+            return;
+        };
         match done.outcome {
             // It holds nothing of ours, even if it held by itself what was wanted the last time.
             Outcome::Refused(_) => entry.set.clear(),
             Outcome::Planned => {
-                self.planned.insert(done.change.knob.clone(), done.change.wanted.clone());
+                self.planned
+                    .insert(done.change.knob.clone(), done.change.wanted.clone());
             }
             // A write that failed may have taken effect all the same.
             _ => {}
@@ -202,13 +237,22 @@ struct OnDisk<R> {
 
 impl<R: DeserializeOwned> OnDisk<R> {
     fn parse(text: &str) -> std::result::Result<Self, String> {
-        let state: Self = serde_json::from_str(text).map_err(|error| format!("it is no state of hook's: {error}"))?;
+        let state: Self = serde_json::from_str(text)
+            .map_err(|error| format!("it is no state of hook's: {error}"))?;
         if state.version != VERSION {
-            return Err(format!("it has version {}, this hook knows version {VERSION}", state.version));
+            return Err(format!(
+                "it has version {}, this hook knows version {VERSION}",
+                state.version
+            ));
         }
-        for Entry { knob, before, set, .. } in &state.baseline {
+        for Entry {
+            knob, before, set, ..
+        } in &state.baseline
+        {
             let mut values = [before].into_iter().chain(set);
-            let checked = knob.check().and_then(|()| values.try_for_each(|value| knob.check_value(value)));
+            let checked = knob
+                .check()
+                .and_then(|()| values.try_for_each(|value| knob.check_value(value)));
             checked.map_err(|error| error.to_string())?;
         }
         Ok(state)
@@ -228,12 +272,13 @@ pub struct Store<R> {
 }
 
 impl<R: Serialize + DeserializeOwned> Store<R> {
-    /// Takes the lock, waiting for another hook to end, and reads the state; empty where there is none. On a root that is
-    /// [for looking](Sysroot::for_looking) there is no lock, and nothing is ever saved.
+    /// Takes the lock, waiting for another hook to end, and reads the state; empty where there is
+    /// none. On a root that is [for looking](Sysroot::for_looking) there is no lock, and nothing is
+    /// ever saved.
     ///
     /// # Errors
-    /// [`Error::Unusable`] where the lock is not to be had in time, the folder is not ours alone, or the state file cannot
-    /// be trusted; the text says what to do.
+    /// [`Error::Unusable`] where the lock is not to be had in time, the folder is not ours alone,
+    /// or the state file cannot be trusted; the text says what to do.
     pub fn open(root: &Sysroot, deadline: Duration) -> Result<Self> {
         let folder = root.path(FOLDER);
         let lock = if root.is_for_looking() {
@@ -273,7 +318,10 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
             Err(source) => Err(Error::io(folder, "look into", source)),
             Ok(_) => {
                 let on_disk = read_state::<R>(&folder)?;
-                Ok(Some((on_disk.reservations, Baseline::from_entries(on_disk.baseline))))
+                Ok(Some((
+                    on_disk.reservations,
+                    Baseline::from_entries(on_disk.baseline),
+                )))
             }
         }
     }
@@ -283,22 +331,34 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
     /// # Errors
     /// Why it is none, or cannot be trusted.
     pub fn parse(text: &str) -> std::result::Result<(BTreeMap<u32, R>, Baseline), String> {
-        OnDisk::parse(text).map(|on_disk| (on_disk.reservations, Baseline::from_entries(on_disk.baseline)))
+        OnDisk::parse(text).map(|on_disk| {
+            (
+                on_disk.reservations,
+                Baseline::from_entries(on_disk.baseline),
+            )
+        })
     }
 
     /// The text of a state file, which [`parse`](Self::parse) reads.
     ///
     /// # Errors
     /// Where what is kept per VM is not to be had as JSON.
-    pub fn to_text(reservations: &BTreeMap<u32, R>, baseline: &Baseline) -> serde_json::Result<String> {
+    pub fn to_text(
+        reservations: &BTreeMap<u32, R>,
+        baseline: &Baseline,
+    ) -> serde_json::Result<String> {
         serde_json::to_string(&OnDisk {
             version: VERSION,
-            reservations: reservations.iter().map(|(vmid, kept)| (*vmid, kept)).collect(),
+            reservations: reservations
+                .iter()
+                .map(|(vmid, kept)| (*vmid, kept))
+                .collect(),
             baseline: baseline.entries.values().cloned().collect(),
         })
     }
 
-    /// Writes the state, whole or not at all. With no reservation and no baseline left the file goes.
+    /// Writes the state, whole or not at all. With no reservation and no baseline left the file
+    /// goes.
     ///
     /// # Errors
     /// [`Error::Io`] with the path.
@@ -309,7 +369,9 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
         let path = self.folder.join(STATE);
         if self.reservations.is_empty() && self.baseline.entries.is_empty() {
             return match fs::remove_file(&path) {
-                Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::io(path, "remove", source)),
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    Err(Error::io(path, "remove", source))
+                }
                 _ => Ok(()),
             };
         }
@@ -318,23 +380,31 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
         write_own(&path, &text)
     }
 
-    /// Writes another file of hook's beside the state, whole or not at all; nothing that undo depends on.
+    /// Writes another file of hook's beside the state, whole or not at all; nothing that undo
+    /// depends on.
     ///
     /// # Errors
     /// [`Error::Io`] with the path.
     pub fn keep(&self, name: &str, text: &str) -> Result<()> {
-        if self.root.is_for_looking() { Ok(()) } else { write_own(&self.folder.join(name), text) }
+        if self.root.is_for_looking() {
+            Ok(())
+        } else {
+            write_own(&self.folder.join(name), text)
+        }
     }
 
     /// Saves the state, then makes the planned changes one by one, each told to `progress`.
     ///
-    /// What only goes back to its value from before is in the saved state already, so that a full disk does not stop it.
+    /// What only goes back to its value from before is in the saved state already, so that a full
+    /// disk does not stop it.
     ///
     /// # Errors
     /// Where the state cannot be saved; nothing has been changed then.
     pub fn carry_out(&mut self, plan: Vec<Planned>, mut progress: impl FnMut(&Done)) -> Result<()> {
         let is_new = |Planned { change, left }: &Planned| {
-            left.is_none() && !change.is_noop() && self.baseline.before(&change.knob) != Some(&change.wanted)
+            left.is_none()
+                && !change.is_noop()
+                && self.baseline.before(&change.knob) != Some(&change.wanted)
         };
         if plan.iter().any(is_new) {
             self.save()?;
@@ -345,8 +415,16 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
         };
         for group in plan.chunk_by(|a, b| a.left.is_none() && b.left.is_none()) {
             match group {
-                [Planned { change, left: Some(why) }] => {
-                    settle(Done { change: change.clone(), outcome: Outcome::Left(why.clone()) });
+                [
+                    Planned {
+                        change,
+                        left: Some(why),
+                    },
+                ] => {
+                    settle(Done {
+                        change: change.clone(),
+                        outcome: Outcome::Left(why.clone()),
+                    });
                 }
                 group => {
                     let changes = group.iter().map(|planned| planned.change.clone()).collect();
@@ -376,7 +454,12 @@ fn write_own(path: &Path, text: &str) -> Result<()> {
         {
             return Err(error);
         }
-        OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?.write_all(text.as_bytes())?;
+        OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&new)?
+            .write_all(text.as_bytes())?;
         fs::rename(&new, path)
     };
     write().map_err(|source| Error::io(path, "save", source))
@@ -401,9 +484,11 @@ pub fn discard(root: &Sysroot, deadline: Duration) -> Result<bool> {
     }
 }
 
-/// The folder must be a real one, ours, and closed to others: whoever can write the state can write the kernel.
+/// The folder must be a real one, ours, and closed to others: whoever can write the state can write
+/// the kernel.
 fn check_private(folder: &Path) -> Result<()> {
-    let meta = fs::symlink_metadata(folder).map_err(|source| Error::io(folder, "look at", source))?;
+    let meta =
+        fs::symlink_metadata(folder).map_err(|source| Error::io(folder, "look at", source))?;
     let fault = if !meta.is_dir() {
         "it is no folder"
     } else if meta.uid() != nix::unistd::geteuid().as_raw() {
@@ -434,7 +519,10 @@ fn take_lock(folder: &Path, deadline: Duration) -> Result<Flock<File>> {
             Ok(lock) => return Ok(lock),
             Err((back, nix::errno::Errno::EWOULDBLOCK)) if Instant::now() < until => file = back,
             Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
-                let why = format!("another hook has held it for {} s; see `ps -C hook`", deadline.as_secs());
+                let why = format!(
+                    "another hook has held it for {} s; see `ps -C hook`",
+                    deadline.as_secs()
+                );
                 return Err(Error::unusable(path.display().to_string(), why));
             }
             Err((_, errno)) => return Err(Error::io(path, "lock", errno.into())),
@@ -452,7 +540,13 @@ fn read_state<R: DeserializeOwned>(folder: &Path) -> Result<OnDisk<R>> {
         Error::unusable(path.display().to_string(), why)
     };
     let text = match read_own(&path) {
-        Ok(None) => return Ok(OnDisk { version: VERSION, reservations: BTreeMap::new(), baseline: Vec::new() }),
+        Ok(None) => {
+            return Ok(OnDisk {
+                version: VERSION,
+                reservations: BTreeMap::new(),
+                baseline: Vec::new(),
+            });
+        }
         Ok(Some(text)) => text,
         Err(Error::Malformed { why, .. }) => return Err(bad(why)),
         Err(error) => return Err(error),
@@ -460,20 +554,30 @@ fn read_state<R: DeserializeOwned>(folder: &Path) -> Result<OnDisk<R>> {
     OnDisk::parse(&text).map_err(bad)
 }
 
-/// Reads a file of the folder; `None` where there is none. [`Error::Malformed`] is one that is not ours alone.
+/// Reads a file of the folder; `None` where there is none. [`Error::Malformed`] is one that is not
+/// ours alone.
 fn read_own(path: &Path) -> Result<Option<String>> {
     let bad = |why: &str| Error::malformed(path.display().to_string(), why);
-    match OpenOptions::new().read(true).custom_flags(nix::libc::O_NOFOLLOW).open(path) {
+    match OpenOptions::new()
+        .read(true)
+        .custom_flags(nix::libc::O_NOFOLLOW)
+        .open(path)
+    {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) if source.raw_os_error() == Some(nix::libc::ELOOP) => Err(bad("it is a symbolic link")),
+        Err(source) if source.raw_os_error() == Some(nix::libc::ELOOP) => {
+            Err(bad("it is a symbolic link"))
+        }
         Err(source) => Err(Error::io(path, "read", source)),
         Ok(mut file) => {
-            let meta = file.metadata().map_err(|source| Error::io(path, "look at", source))?;
+            let meta = file
+                .metadata()
+                .map_err(|source| Error::io(path, "look at", source))?;
             if meta.uid() != nix::unistd::geteuid().as_raw() || meta.mode() & 0o077 != 0 {
                 return Err(bad("it is not ours alone"));
             }
             let mut text = String::new();
-            io::Read::read_to_string(&mut file, &mut text).map_err(|source| Error::io(path, "read", source))?;
+            io::Read::read_to_string(&mut file, &mut text)
+                .map_err(|source| Error::io(path, "read", source))?;
             Ok(Some(text))
         }
     }
@@ -501,15 +605,25 @@ mod tests {
 
     fn objects(root: &Sysroot) -> Vec<Object> {
         [1, 2]
-            .map(|irq| Object::new(Knob::Irq(irq), format!("IRQ {irq}"), Knob::Irq(irq).read(root).unwrap().unwrap()))
+            .map(|irq| {
+                Object::new(
+                    Knob::Irq(irq),
+                    format!("IRQ {irq}"),
+                    Knob::Irq(irq).read(root).unwrap().unwrap(),
+                )
+            })
             .into()
     }
 
     fn set(store: &mut Store<String>, root: &Sysroot, value: Option<&str>) -> Vec<String> {
         let _ = store.baseline.look(root, |_, _, _| false);
-        let plan = store.baseline.plan(objects(root), |_, before| value.unwrap_or(before).to_owned());
+        let plan = store.baseline.plan(objects(root), |_, before| {
+            value.unwrap_or(before).to_owned()
+        });
         let mut told = Vec::new();
-        store.carry_out(plan, |done| told.push(done.to_string())).unwrap();
+        store
+            .carry_out(plan, |done| told.push(done.to_string()))
+            .unwrap();
         store.save().unwrap();
         told
     }
@@ -519,12 +633,18 @@ mod tests {
         let (_dir, root) = host();
         let mut store: Store<String> = Store::open(&root, SOON).unwrap();
         store.reservations.insert(100, "a".into());
-        assert_eq!(set(&mut store, &root, Some("0")), ["IRQ 1: 0-3 -> 0", "IRQ 2: 0-3 -> 0"]);
+        assert_eq!(
+            set(&mut store, &root, Some("0")),
+            ["IRQ 1: 0-3 -> 0", "IRQ 2: 0-3 -> 0"]
+        );
         drop(store);
         let mut store: Store<String> = Store::open(&root, SOON).unwrap();
         assert_eq!(store.reservations[&100], "a");
         assert_eq!(set(&mut store, &root, Some("1"))[0], "IRQ 1: 0 -> 1");
-        assert_eq!(set(&mut store, &root, None), ["IRQ 1: 1 -> 0-3", "IRQ 2: 1 -> 0-3"]);
+        assert_eq!(
+            set(&mut store, &root, None),
+            ["IRQ 1: 1 -> 0-3", "IRQ 2: 1 -> 0-3"]
+        );
         store.reservations.clear();
         store.baseline.forget(&Knob::Irq(1));
         store.baseline.forget(&Knob::Irq(2));
@@ -538,7 +658,10 @@ mod tests {
         let root = root.for_looking();
         let mut store: Store<String> = Store::open(&root, SOON).unwrap();
         store.reservations.insert(100, "a".into());
-        assert_eq!(set(&mut store, &root, Some("0")), ["IRQ 1: 0-3 -> 0", "IRQ 2: 0-3 -> 0"]);
+        assert_eq!(
+            set(&mut store, &root, Some("0")),
+            ["IRQ 1: 0-3 -> 0", "IRQ 2: 0-3 -> 0"]
+        );
         assert_eq!(set(&mut store, &root, Some("0"))[0], "IRQ 1: already 0");
         assert_eq!(set(&mut store, &root, None)[0], "IRQ 1: 0 -> 0-3");
         store.keep("times.json", "{}").unwrap();
@@ -559,7 +682,12 @@ mod tests {
         assert_eq!(kept(&root, "times.json").unwrap().unwrap(), "b");
         let path = dir.path().join("run/pinfold/times.json");
         fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
-        assert!(kept(&root, "times.json").unwrap_err().to_string().contains("not ours alone"));
+        assert!(
+            kept(&root, "times.json")
+                .unwrap_err()
+                .to_string()
+                .contains("not ours alone")
+        );
     }
 
     #[test]
@@ -570,7 +698,10 @@ mod tests {
         fs::write(dir.path().join("proc/irq/1/smp_affinity_list"), "2").unwrap();
         assert_eq!(
             set(&mut store, &root, None),
-            ["IRQ 1: left as it is: somebody else has set it to 2", "IRQ 2: 0 -> 0-3"]
+            [
+                "IRQ 1: left as it is: somebody else has set it to 2",
+                "IRQ 2: 0 -> 0-3"
+            ]
         );
     }
 
@@ -603,10 +734,15 @@ mod tests {
             let plan = store.baseline.plan(objects(&root), |_, _| value.into());
             store.save().unwrap();
             // Killed after so many writes.
-            plan.into_iter().take(writes).for_each(|planned| drop(apply_one(&root, planned.change)));
+            plan.into_iter()
+                .take(writes)
+                .for_each(|planned| drop(apply_one(&root, planned.change)));
         }
         let mut store: Store<String> = Store::open(&root, SOON).unwrap();
-        assert_eq!(set(&mut store, &root, None), ["IRQ 1: 0 -> 0-3", "IRQ 2: already 0-3"]);
+        assert_eq!(
+            set(&mut store, &root, None),
+            ["IRQ 1: 0 -> 0-3", "IRQ 2: already 0-3"]
+        );
     }
 
     #[test]
@@ -614,7 +750,8 @@ mod tests {
         let (dir, root) = host();
         let mut store: Store<String> = Store::open(&root, SOON).unwrap();
         set(&mut store, &root, Some("0-1"));
-        // A CPU goes: what is wanted next is there by itself, and the earlier value comes back with the CPU.
+        // A CPU goes: what is wanted next is there by itself, and the earlier value comes back with
+        // the CPU.
         let file = dir.path().join("proc/irq/1/smp_affinity_list");
         fs::write(&file, "0").unwrap();
         let plan = store.baseline.plan(objects(&root), |_, _| "0".into());
@@ -630,7 +767,9 @@ mod tests {
     fn what_one_was_born_with_is_ours() {
         let (_dir, root) = host();
         let mut store: Store<String> = Store::open(&root, SOON).unwrap();
-        objects(&root).iter().for_each(|object| store.baseline.adopt(object, "0-7"));
+        objects(&root)
+            .iter()
+            .for_each(|object| store.baseline.adopt(object, "0-7"));
         let _plan = store.baseline.plan(objects(&root), |_, _| "0".into());
         store.save().unwrap();
         // Killed before the first write.
@@ -649,7 +788,10 @@ mod tests {
         apply_one(&root, plan[0].change.clone());
         drop(store);
         let mut store: Store<String> = Store::open(&root, SOON).unwrap();
-        assert_eq!(set(&mut store, &root, None), ["IRQ 1: 0 -> 0-3", "IRQ 2: already 0-3"]);
+        assert_eq!(
+            set(&mut store, &root, None),
+            ["IRQ 1: 0 -> 0-3", "IRQ 2: already 0-3"]
+        );
     }
 
     #[test]
@@ -659,9 +801,17 @@ mod tests {
         let path = dir.path().join("run/pinfold/state.json");
         let refused = |why: &str| {
             let error = Store::<String>::open(&root, SOON).unwrap_err().to_string();
-            assert!(error.contains(why) && error.contains("recover --discard"), "{error}");
+            assert!(
+                error.contains(why) && error.contains("recover --discard"),
+                "{error}"
+            );
         };
-        for text in ["", "{", "{\"version\":9,\"reservations\":{},\"baseline\":[]}", "[]"] {
+        for text in [
+            "",
+            "{",
+            "{\"version\":9,\"reservations\":{},\"baseline\":[]}",
+            "[]",
+        ] {
             let _ = fs::remove_file(&path);
             OpenOptions::new()
                 .write(true)
@@ -691,7 +841,9 @@ mod tests {
             r#""knob":{"cgroup-of":{"pid":1,"tid":1,"start":1}},"before":"/x","set":["/../x"]"#,
             r#""knob":{"cgroup-of":{"pid":1,"tid":1,"start":1}},"before":"/x","set":["/y","/z/.."]"#,
         ] {
-            let text = format!(r#"{{"version":1,"reservations":{{}},"baseline":[{{"label":"",{entry}}}]}}"#);
+            let text = format!(
+                r#"{{"version":1,"reservations":{{}},"baseline":[{{"label":"",{entry}}}]}}"#
+            );
             let why = Store::<String>::parse(&text).unwrap_err();
             assert!(why.contains("leaves its folder"), "{why}");
         }
@@ -729,7 +881,9 @@ mod tests {
     fn one_hook_at_a_time() {
         let (_dir, root) = host();
         let first = Store::<String>::open(&root, SOON).unwrap();
-        let error = Store::<String>::open(&root, Duration::from_millis(30)).unwrap_err().to_string();
+        let error = Store::<String>::open(&root, Duration::from_millis(30))
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("another hook has held it"), "{error}");
         drop(first);
         Store::<String>::open(&root, SOON).unwrap();

@@ -28,7 +28,11 @@ impl Default for Sysroot {
 impl Sysroot {
     /// A root at `root`.
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into(), patience: Patience::default(), for_looking: false }
+        Self {
+            root: root.into(),
+            patience: Patience::default(),
+            for_looking: false,
+        }
     }
 
     /// The same root, whose systemd is waited for so long.
@@ -36,10 +40,14 @@ impl Sysroot {
         Self { patience, ..self }
     }
 
-    /// The same root, on which nothing is ever changed: [`apply_one`](crate::apply_one) plans, and a
-    /// [`Store`](crate::store::Store) neither locks nor saves. So what would be done is found by the code that does it.
+    /// The same root, on which nothing is ever changed: [`apply_one`](crate::apply_one) plans, and
+    /// a [`Store`](crate::store::Store) neither locks nor saves. So what would be done is found by
+    /// the code that does it.
     pub fn for_looking(self) -> Self {
-        Self { for_looking: true, ..self }
+        Self {
+            for_looking: true,
+            ..self
+        }
     }
 
     /// Whether nothing is to be changed here.
@@ -57,7 +65,8 @@ impl Sysroot {
         self.root == Path::new("/")
     }
 
-    /// The full path of `path`; a leading slash counts for nothing, so links read from the host fit too.
+    /// The full path of `path`; a leading slash counts for nothing, so links read from the host fit
+    /// too.
     pub fn path(&self, path: impl AsRef<Path>) -> PathBuf {
         let path = path.as_ref();
         self.root.join(path.strip_prefix("/").unwrap_or(path))
@@ -68,7 +77,8 @@ impl Sysroot {
         self.path(path).exists()
     }
 
-    /// A whole file as text. Bytes that are no UTF-8 (a thread may be named anything) become U+FFFD.
+    /// A whole file as text. Bytes that are no UTF-8 (a thread may be named anything) become
+    /// U+FFFD.
     ///
     /// # Errors
     /// [`Error::Io`] with the path.
@@ -76,8 +86,8 @@ impl Sysroot {
         self.read_until(path.as_ref(), false)
     }
 
-    /// A file that the kernel hands out in one piece (a sysfs attribute, /proc/PID/stat): one read, no second
-    /// one to see the end.
+    /// A file that the kernel hands out in one piece (a sysfs attribute, /proc/PID/stat): one read,
+    /// no second one to see the end.
     ///
     /// # Errors
     /// [`Error::Io`] with the path.
@@ -85,7 +95,8 @@ impl Sysroot {
         self.read_until(path.as_ref(), true)
     }
 
-    /// As [`read_record`](Self::read_record), less the line's end; `None` where there is no such file.
+    /// As [`read_record`](Self::read_record), less the line's end; `None` where there is no such
+    /// file.
     ///
     /// # Errors
     /// [`Error::Io`] with the path, for anything but a file that is not there.
@@ -131,22 +142,27 @@ impl Sysroot {
     pub fn names(&self, path: impl AsRef<Path>) -> Result<Vec<String>> {
         let path = self.path(path);
         let list = || -> io::Result<Vec<String>> {
-            fs::read_dir(&path)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+            fs::read_dir(&path)?
+                .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+                .collect()
         };
         let mut names = list().map_err(|source| Error::io(path.clone(), "list", source))?;
         names.sort_by_cached_key(|name| (name.parse::<u64>().unwrap_or(u64::MAX), name.clone()));
         Ok(names)
     }
 
-    /// The last component a symbolic link points at (`driver`, `iommu_group`); `None` where there is no link.
+    /// The last component a symbolic link points at (`driver`, `iommu_group`); `None` where there
+    /// is no link.
     pub fn link_name(&self, path: impl AsRef<Path>) -> Option<String> {
         let target = fs::read_link(self.path(path)).ok()?;
         Some(target.file_name()?.to_string_lossy().into_owned())
     }
 
-    /// Writes a kernel file, which must be there already. Only [`crate::knob`] calls it, for [`crate::apply()`].
+    /// Writes a kernel file, which must be there already. Only [`crate::knob`] calls it, for
+    /// [`crate::apply()`].
     pub(crate) fn write(&self, path: impl AsRef<Path>, text: &str) -> io::Result<()> {
-        // Plain files, unlike the kernel's, keep what is behind the new text: truncate serves captured trees.
+        // Plain files, unlike the kernel's, keep what is behind the new text: truncate serves
+        // captured trees.
         let mut file = OpenOptions::new()
             .write(true)
             .create(false)
@@ -156,9 +172,13 @@ impl Sysroot {
         write_whole(&mut file, text)
     }
 
-    /// As [`write`](Self::write), and what the same open file says afterwards, less the line's end: the kernel
-    /// may take a value and keep another.
-    pub(crate) fn write_and_read_back(&self, path: impl AsRef<Path>, text: &str) -> io::Result<String> {
+    /// As [`write`](Self::write), and what the same open file says afterwards, less the line's end:
+    /// the kernel may take a value and keep another.
+    pub(crate) fn write_and_read_back(
+        &self,
+        path: impl AsRef<Path>,
+        text: &str,
+    ) -> io::Result<String> {
         let mut file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -169,14 +189,20 @@ impl Sysroot {
         write_whole(&mut file, text)?;
         let mut bytes = [0; 4096];
         let used = file.read_at(&mut bytes, 0)?;
-        Ok(String::from_utf8_lossy(&bytes[..used]).trim_end().to_owned())
+        Ok(String::from_utf8_lossy(&bytes[..used])
+            .trim_end()
+            .to_owned())
     }
 }
 
 /// One write call: the kernel takes a value whole or not at all.
 fn write_whole(file: &mut File, text: &str) -> io::Result<()> {
     let written = file.write(text.as_bytes())?;
-    if written < text.len() { Err(io::Error::from(io::ErrorKind::WriteZero)) } else { Ok(()) }
+    if written < text.len() {
+        Err(io::Error::from(io::ErrorKind::WriteZero))
+    } else {
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -189,7 +215,10 @@ mod tests {
         for name in ["10", "2", "default_smp_affinity"] {
             fs::write(dir.path().join(name), "").unwrap();
         }
-        assert_eq!(Sysroot::new(dir.path()).names("").unwrap(), ["2", "10", "default_smp_affinity"]);
+        assert_eq!(
+            Sysroot::new(dir.path()).names("").unwrap(),
+            ["2", "10", "default_smp_affinity"]
+        );
     }
 
     #[test]
@@ -201,7 +230,10 @@ mod tests {
         let error = root.read("online").unwrap_err();
         assert_eq!(
             error.to_string(),
-            format!("{}: read: No such file or directory", dir.path().join("online").display())
+            format!(
+                "{}: read: No such file or directory",
+                dir.path().join("online").display()
+            )
         );
     }
 

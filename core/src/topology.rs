@@ -1,8 +1,9 @@
-//! The machine as sysfs tells it: packages, dies, LLC domains, NUMA nodes, cores and their kinds; see
-//! Documentation/admin-guide/cputopology.rst and Documentation/ABI/testing/sysfs-devices-system-cpu.
+//! The machine as sysfs tells it: packages, dies, LLC domains, NUMA nodes, cores and their kinds;
+//! see Documentation/admin-guide/cputopology.rst and
+//! Documentation/ABI/testing/sysfs-devices-system-cpu.
 //!
-//! Of an offline CPU the kernel tells nothing: its folders `topology` and `cache` go, and every other CPU's lists leave
-//! it out. So all sets here but `present` and `offline` are of online CPUs.
+//! Of an offline CPU the kernel tells nothing: its folders `topology` and `cache` go, and every
+//! other CPU's lists leave it out. So all sets here but `present` and `offline` are of online CPUs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -39,7 +40,11 @@ pub enum Extent {
 impl Extent {
     /// The size of the cache in KiB; `None` where it is no cache, or where that is not told.
     pub fn cache_kib(&self) -> Option<u64> {
-        if let Self::Cache { kib, .. } = self { *kib } else { None }
+        if let Self::Cache { kib, .. } = self {
+            *kib
+        } else {
+            None
+        }
     }
 
     /// Whether it is a cache, and no stand-in for one.
@@ -55,8 +60,14 @@ impl fmt::Display for Extent {
             Self::Die => write!(f, "die"),
             Self::Node => write!(f, "NUMA node"),
             Self::Cache { level, kib: None } => write!(f, "L{level}"),
-            Self::Cache { level, kib: Some(kib) } if kib % 1024 == 0 => write!(f, "L{level} {}M", kib / 1024),
-            Self::Cache { level, kib: Some(kib) } => write!(f, "L{level} {kib}K"),
+            Self::Cache {
+                level,
+                kib: Some(kib),
+            } if kib % 1024 == 0 => write!(f, "L{level} {}M", kib / 1024),
+            Self::Cache {
+                level,
+                kib: Some(kib),
+            } => write!(f, "L{level} {kib}K"),
         }
     }
 }
@@ -68,9 +79,11 @@ pub struct Domain {
     pub number: usize,
     /// Its online CPUs, by logical number; at least one.
     pub cpus: CpuSet,
-    /// What holds them together. For an LLC domain a die or package stands in where no cache is told.
+    /// What holds them together. For an LLC domain a die or package stands in where no cache is
+    /// told.
     pub extent: Extent,
-    /// Whether the number is what it would be with all CPUs online: those behind a wholly offline domain move up.
+    /// Whether the number is what it would be with all CPUs online: those behind a wholly offline
+    /// domain move up.
     pub sure: bool,
 }
 
@@ -110,8 +123,8 @@ impl Topology {
     /// Reads the host's.
     ///
     /// # Errors
-    /// Where a list of the kernel's cannot be read. What it does not tell at all (in some VMs, on old kernels) is
-    /// assumed to be simple: one package, a core per CPU.
+    /// Where a list of the kernel's cannot be read. What it does not tell at all (in some VMs, on
+    /// old kernels) is assumed to be simple: one package, a core per CPU.
     pub fn read(root: &Sysroot) -> Result<Self> {
         let present = cpu::present(root)?;
         let online = &cpu::online(root)? & &present;
@@ -121,9 +134,22 @@ impl Topology {
         let llcs = llcs(root, &online, &cores, &places.dies)?;
         let nodes = nodes(root, &online)?;
         let (pcores, ecores) = kinds_of_cores(root, &online)?;
-        let (packages, dies) = (numbered(places.packages, &offline), numbered(places.dies, &offline));
+        let (packages, dies) = (
+            numbered(places.packages, &offline),
+            numbered(places.dies, &offline),
+        );
         let llcs = numbered(llcs, &offline);
-        Ok(Self { present, online, cores, pcores, ecores, packages, dies, llcs, nodes })
+        Ok(Self {
+            present,
+            online,
+            cores,
+            pcores,
+            ecores,
+            packages,
+            dies,
+            llcs,
+            nodes,
+        })
     }
 
     /// The domains of a kind, by number.
@@ -149,13 +175,30 @@ impl Topology {
     /// The LLC domains with a larger L3 than others have (3D V-Cache); none where all are alike.
     pub fn vcache(&self) -> Vec<&Domain> {
         // Sizes compare on one level only: what has no L3 at all does not make the others special.
-        let size =
-            |domain: &Domain| if let Extent::Cache { level, kib } = domain.extent { Some((level, kib?)) } else { None };
-        let level = self.llcs.iter().filter_map(size).map(|(level, _)| level).max();
-        let sized =
-            || self.llcs.iter().filter_map(|llc| Some((llc, size(llc)?))).filter(|(_, size)| Some(size.0) == level);
+        let size = |domain: &Domain| {
+            if let Extent::Cache { level, kib } = domain.extent {
+                Some((level, kib?))
+            } else {
+                None
+            }
+        };
+        let level = self
+            .llcs
+            .iter()
+            .filter_map(size)
+            .map(|(level, _)| level)
+            .max();
+        let sized = || {
+            self.llcs
+                .iter()
+                .filter_map(|llc| Some((llc, size(llc)?)))
+                .filter(|(_, size)| Some(size.0) == level)
+        };
         let smallest = sized().map(|(_, size)| size).min();
-        sized().filter(|(_, size)| Some(*size) > smallest).map(|(llc, _)| llc).collect()
+        sized()
+            .filter(|(_, size)| Some(*size) > smallest)
+            .map(|(llc, _)| llc)
+            .collect()
     }
 }
 
@@ -168,24 +211,35 @@ struct Found {
     extent: Extent,
 }
 
-/// Numbers domains from 0, in the order of the kernel's ids where they tell all of them apart, else of their first CPUs.
+/// Numbers domains from 0, in the order of the kernel's ids where they tell all of them apart, else
+/// of their first CPUs.
 fn numbered(mut found: Vec<Found>, offline: &CpuSet) -> Vec<Domain> {
     let ids: BTreeSet<usize> = found.iter().filter_map(|domain| domain.id).collect();
     let told = ids.len() == found.len();
     found.sort_by_key(|domain| (domain.id.filter(|_| told), domain.cpus.first()));
-    let smallest = found.iter().map(|domain| domain.cpus.len()).min().unwrap_or(0);
+    let smallest = found
+        .iter()
+        .map(|domain| domain.cpus.len())
+        .min()
+        .unwrap_or(0);
     let number = |(number, Found { id, cpus, extent })| {
-        // A domain that is wholly offline, in front of this one, would have its first CPU there, and hardly be smaller than
-        // all that are seen.
+        // A domain that is wholly offline, in front of this one, would have its first CPU there,
+        // and hardly be smaller than all that are seen.
         let in_front = offline.iter().any(|cpu| told || Some(cpu) < cpus.first());
         let could_hide = in_front && offline.len() >= smallest;
         let sure = !could_hide || (told && id == Some(number));
-        Domain { number, cpus, extent, sure }
+        Domain {
+            number,
+            cpus,
+            extent,
+            sure,
+        }
     };
     found.into_iter().enumerate().map(number).collect()
 }
 
-/// A number from a CPU's folder `topology`; `None` where it is not told, for which firmware has -1 too.
+/// A number from a CPU's folder `topology`; `None` where it is not told, for which firmware has -1
+/// too.
 fn place(root: &Sysroot, cpu: usize, file: &str) -> Result<Option<usize>> {
     let text = root.read_value(format!("{CPUS}/cpu{cpu}/topology/{file}"))?;
     Ok(text.and_then(|text| text.parse().ok()))
@@ -205,12 +259,26 @@ fn places(root: &Sysroot, online: &CpuSet) -> Result<Places> {
         packages.entry(package).or_default().insert(cpu);
         dies.entry((package, die)).or_default().insert(cpu);
     }
-    let packages = packages.into_iter().map(|(id, cpus)| Found { id, cpus, extent: Extent::Package }).collect();
+    let packages = packages
+        .into_iter()
+        .map(|(id, cpus)| Found {
+            id,
+            cpus,
+            extent: Extent::Package,
+        })
+        .collect();
     let die = |((_, id), cpus): (_, CpuSet)| {
-        let extent = if Option::is_some(&id) { Extent::Die } else { Extent::Package };
+        let extent = if Option::is_some(&id) {
+            Extent::Die
+        } else {
+            Extent::Package
+        };
         Found { id, cpus, extent }
     };
-    Ok(Places { packages, dies: dies.into_iter().map(die).collect() })
+    Ok(Places {
+        packages,
+        dies: dies.into_iter().map(die).collect(),
+    })
 }
 
 fn cores(root: &Sysroot, online: &CpuSet) -> Result<Vec<CpuSet>> {
@@ -226,7 +294,8 @@ fn cores(root: &Sysroot, online: &CpuSet) -> Result<Vec<CpuSet>> {
     Ok(cores)
 }
 
-/// The LLC domains. Where no cache of more than a core is told, a die stands in, and a package where no dies are told.
+/// The LLC domains. Where no cache of more than a core is told, a die stands in, and a package
+/// where no dies are told.
 fn llcs(root: &Sysroot, online: &CpuSet, cores: &[CpuSet], dies: &[Found]) -> Result<Vec<Found>> {
     const L3: u32 = 3;
     let mut left = online.clone();
@@ -239,9 +308,18 @@ fn llcs(root: &Sysroot, online: &CpuSet, cores: &[CpuSet], dies: &[Found]) -> Re
             Some(cache) => {
                 cpus = &(&cache.cpus & &left) | &own;
                 // A core's own L2 where there is no L3 says nothing about who shares what.
-                if cache.level >= L3 || cores.iter().filter(|core| core.intersects(&cpus)).count() > 1 {
-                    let extent = Extent::Cache { level: cache.level, kib: cache.kib };
-                    llcs.push(Found { id: cache.id, cpus: cpus.clone(), extent });
+                if cache.level >= L3
+                    || cores.iter().filter(|core| core.intersects(&cpus)).count() > 1
+                {
+                    let extent = Extent::Cache {
+                        level: cache.level,
+                        kib: cache.kib,
+                    };
+                    llcs.push(Found {
+                        id: cache.id,
+                        cpus: cpus.clone(),
+                        extent,
+                    });
                 } else {
                     untold = &untold | &cpus;
                 }
@@ -250,20 +328,33 @@ fn llcs(root: &Sysroot, online: &CpuSet, cores: &[CpuSet], dies: &[Found]) -> Re
         }
         left = &left - &cpus;
     }
-    let stand_in = |die: &Found| Found { id: None, cpus: &die.cpus & &untold, extent: die.extent };
+    let stand_in = |die: &Found| Found {
+        id: None,
+        cpus: &die.cpus & &untold,
+        extent: die.extent,
+    };
     llcs.extend(dies.iter().map(stand_in).filter(|llc| !llc.cpus.is_empty()));
     Ok(llcs)
 }
 
-/// The NUMA nodes by the kernel's numbers, which numactl has too; nodes of memory alone are left out.
+/// The NUMA nodes by the kernel's numbers, which numactl has too; nodes of memory alone are left
+/// out.
 fn nodes(root: &Sysroot, online: &CpuSet) -> Result<Vec<Domain>> {
     let names = match root.names(NODES) {
         Err(error) if error.is_gone() => Vec::new(),
         names => names?,
     };
-    let node = |number, cpus| Domain { number, cpus, extent: Extent::Node, sure: true };
+    let node = |number, cpus| Domain {
+        number,
+        cpus,
+        extent: Extent::Node,
+        sure: true,
+    };
     let mut nodes = Vec::new();
-    for number in names.iter().filter_map(|name| name.strip_prefix("node")?.parse::<usize>().ok()) {
+    for number in names
+        .iter()
+        .filter_map(|name| name.strip_prefix("node")?.parse::<usize>().ok())
+    {
         let path = format!("{NODES}/node{number}/cpulist");
         let cpus = &cpu_list(&path, &root.read_value(&path)?.unwrap_or_default())? & online;
         if !cpus.is_empty() {
@@ -278,22 +369,28 @@ fn nodes(root: &Sysroot, online: &CpuSet) -> Result<Vec<Domain>> {
     Ok(nodes)
 }
 
-/// The fast and the small cores of a hybrid machine, from Intel's two PMUs, else from the CPUs' capacities.
+/// The fast and the small cores of a hybrid machine, from Intel's two PMUs, else from the CPUs'
+/// capacities.
 fn kinds_of_cores(root: &Sysroot, online: &CpuSet) -> Result<(CpuSet, CpuSet)> {
     let pmu = |name: &str| -> Result<Option<CpuSet>> {
         let path = format!("sys/devices/{name}/cpus");
-        root.read_value(&path)?.map(|list| Ok(&cpu_list(&path, &list)? & online)).transpose()
+        root.read_value(&path)?
+            .map(|list| Ok(&cpu_list(&path, &list)? & online))
+            .transpose()
     };
     if let Some(pcores) = pmu("cpu_core")? {
         let ecores = pmu("cpu_atom")?.unwrap_or_default();
-        // Some parts have a third kind, that of the SoC tile, with a PMU of its own since Linux 6.13.
+        // Some parts have a third kind, that of the SoC tile, with a PMU of its own since Linux
+        // 6.13.
         let lowest = pmu("cpu_lowpower")?.unwrap_or_default();
         return Ok((pcores, &ecores | &lowest));
     }
     let mut capacities: BTreeMap<u32, CpuSet> = BTreeMap::new();
     for cpu in online.iter() {
         let text = root.read_value(format!("{CPUS}/cpu{cpu}/cpu_capacity"))?;
-        let Some(capacity) = text.and_then(|text| text.parse().ok()) else { return Ok(Default::default()) };
+        let Some(capacity) = text.and_then(|text| text.parse().ok()) else {
+            return Ok(Default::default());
+        };
         capacities.entry(capacity).or_default().insert(cpu);
     }
     match capacities.pop_first() {
@@ -307,7 +404,11 @@ mod tests {
     use super::*;
 
     fn found(id: Option<usize>, cpus: &str) -> Found {
-        Found { id, cpus: cpus.parse().unwrap(), extent: Extent::Die }
+        Found {
+            id,
+            cpus: cpus.parse().unwrap(),
+            extent: Extent::Die,
+        }
     }
 
     /// Number, CPUs, and `?` where the number is not sure.
@@ -321,8 +422,16 @@ mod tests {
     fn numbers_start_at_0_and_leave_no_gaps() {
         let (one, two) = (|id| found(id, "0-5"), |id| found(id, "6-11"));
         assert_eq!(numbers(vec![two(None), one(None)], ""), ["0=0-5", "1=6-11"]);
-        assert_eq!(numbers(vec![one(Some(8)), two(Some(0))], ""), ["0=6-11", "1=0-5"], "the kernel's order");
-        assert_eq!(numbers(vec![one(Some(0)), two(Some(0))], ""), ["0=0-5", "1=6-11"], "ids that tell nothing apart");
+        assert_eq!(
+            numbers(vec![one(Some(8)), two(Some(0))], ""),
+            ["0=6-11", "1=0-5"],
+            "the kernel's order"
+        );
+        assert_eq!(
+            numbers(vec![one(Some(0)), two(Some(0))], ""),
+            ["0=0-5", "1=6-11"],
+            "ids that tell nothing apart"
+        );
         assert_eq!(numbers(vec![], "0-3"), [""; 0]);
     }
 
@@ -330,9 +439,21 @@ mod tests {
     fn a_number_that_may_have_moved_up_is_not_sure() {
         let ends = |first, last| vec![found(first, "0-3"), found(last, "8-11")];
         assert_eq!(numbers(ends(None, None), "4-7"), ["0=0-3", "1=8-11?"]);
-        assert_eq!(numbers(ends(None, None), "4-6"), ["0=0-3", "1=8-11"], "three CPUs are no domain here");
-        assert_eq!(numbers(ends(None, None), "12-15"), ["0=0-3", "1=8-11"], "those behind move nothing");
+        assert_eq!(
+            numbers(ends(None, None), "4-6"),
+            ["0=0-3", "1=8-11"],
+            "three CPUs are no domain here"
+        );
+        assert_eq!(
+            numbers(ends(None, None), "12-15"),
+            ["0=0-3", "1=8-11"],
+            "those behind move nothing"
+        );
         assert_eq!(numbers(ends(Some(0), Some(2)), "4-7"), ["0=0-3", "1=8-11?"]);
-        assert_eq!(numbers(ends(Some(0), Some(1)), "4-7"), ["0=0-3", "1=8-11"], "nothing is between 0 and 1");
+        assert_eq!(
+            numbers(ends(Some(0), Some(1)), "4-7"),
+            ["0=0-3", "1=8-11"],
+            "nothing is between 0 and 1"
+        );
     }
 }

@@ -44,7 +44,10 @@ impl TryFrom<u32> for VmId {
         if (100..=999_999_999).contains(&number) {
             Ok(Self(number))
         } else {
-            Err(Error::malformed(number.to_string(), "no VM's number; they run from 100 to 999999999"))
+            Err(Error::malformed(
+                number.to_string(),
+                "no VM's number; they run from 100 to 999999999",
+            ))
         }
     }
 }
@@ -62,7 +65,10 @@ impl FromStr for VmId {
         // One spelling only: what gets into file names is what was typed.
         match text.parse::<u32>() {
             Ok(number) if number.to_string() == text => number.try_into(),
-            _ => Err(Error::malformed(format!("{text:?}"), "no VM's number; they run from 100 to 999999999")),
+            _ => Err(Error::malformed(
+                format!("{text:?}"),
+                "no VM's number; they run from 100 to 999999999",
+            )),
         }
     }
 }
@@ -111,8 +117,8 @@ pub fn pid_file(vmid: VmId) -> String {
     format!("{RUN}/{vmid}.pid")
 }
 
-/// Looks whether a VM runs, as Proxmox VE does (`PVE::QemuServer::Helpers::vm_running_locally`): the process that the
-/// pid file names must be a QEMU that was started with that very pid file.
+/// Looks whether a VM runs, as Proxmox VE does (`PVE::QemuServer::Helpers::vm_running_locally`):
+/// the process that the pid file names must be a QEMU that was started with that very pid file.
 ///
 /// # Errors
 /// Where /run or /proc cannot be read.
@@ -121,15 +127,20 @@ pub fn look_up(root: &Sysroot, vmid: VmId) -> Result<Lookup> {
     let shown = root.path(&file).display().to_string();
     let stale = |why: String| Ok(Lookup::Stopped(format!("{shown} is stale: {why}")));
     let text = match root.read_value(&file) {
-        // QEMU makes it for root alone; other users can find the process by what it was started with.
+        // QEMU makes it for root alone; other users can find the process by what it was started
+        // with.
         Err(error) if error.is_denied() => return by_pid_file(root, vmid, &file, error),
         other => other?,
     };
-    let Some(text) = text else { return Ok(Lookup::Stopped(format!("there is no {shown}"))) };
+    let Some(text) = text else {
+        return Ok(Lookup::Stopped(format!("there is no {shown}")));
+    };
     let Some(pid) = text.parse::<i32>().ok().filter(|pid| *pid > 0) else {
         return stale(format!("{text:?} is no process id"));
     };
-    let Some((id, args)) = process_with_args(root, pid)? else { return stale(format!("process {pid} is gone")) };
+    let Some((id, args)) = process_with_args(root, pid)? else {
+        return stale(format!("process {pid} is gone"));
+    };
     if !is_qemu(&args) {
         let program = args.first().map_or("a kernel thread", String::as_str);
         return stale(format!("process {pid} is {program}, no QEMU"));
@@ -156,7 +167,13 @@ fn by_pid_file(root: &Sysroot, vmid: VmId, file: &str, denied: Error) -> Result<
 fn of_vm(vmid: VmId, id: TaskId, args: &[String]) -> Qemu {
     let monitor = monitor(args).unwrap_or_else(|| format!("/{RUN}/{vmid}.qmp"));
     let threads_per_core = smp::threads(options(args, "smp"));
-    Qemu { id, vmid: Some(vmid), monitor: Some(monitor), threads_per_core, said: OnceCell::new() }
+    Qemu {
+        id,
+        vmid: Some(vmid),
+        monitor: Some(monitor),
+        threads_per_core,
+        said: OnceCell::new(),
+    }
 }
 
 /// A VM's QEMU; `None` where it does not run.
@@ -173,7 +190,8 @@ pub fn find(root: &Sysroot, vmid: VmId) -> Result<Option<Qemu>> {
 /// The QEMU of a VM that must run.
 ///
 /// # Errors
-/// [`Error::Unusable`] that says why it does not: a container, no such VM, no pid file, a stale one.
+/// [`Error::Unusable`] that says why it does not: a container, no such VM, no pid file, a stale
+/// one.
 pub fn running(root: &Sysroot, vmid: VmId) -> Result<Qemu> {
     match look_up(root, vmid)? {
         Lookup::Running(qemu) => Ok(qemu),
@@ -195,10 +213,19 @@ pub fn by_pid(root: &Sysroot, pid: i32) -> Result<Qemu> {
         return Err(unusable("no such process".into()));
     };
     if !is_qemu(&args) {
-        return Err(unusable(format!("it is {}, no QEMU", args.first().map_or("a kernel thread", String::as_str))));
+        return Err(unusable(format!(
+            "it is {}, no QEMU",
+            args.first().map_or("a kernel thread", String::as_str)
+        )));
     }
     let threads_per_core = smp::threads(options(&args, "smp"));
-    Ok(Qemu { id, vmid: None, monitor: monitor(&args), threads_per_core, said: OnceCell::new() })
+    Ok(Qemu {
+        id,
+        vmid: None,
+        monitor: monitor(&args),
+        threads_per_core,
+        said: OnceCell::new(),
+    })
 }
 
 /// The QEMU of a VM that was found before, though its pid file may have gone since.
@@ -214,8 +241,8 @@ pub fn by_task(root: &Sysroot, vmid: VmId, id: TaskId) -> Result<Qemu> {
 /// A VM's settings.
 ///
 /// # Errors
-/// [`Error::Unusable`] where it is a container or where there is no such VM, [`Error::Malformed`] where a setting
-/// cannot be read.
+/// [`Error::Unusable`] where it is a container or where there is no such VM, [`Error::Malformed`]
+/// where a setting cannot be read.
 pub fn conf(root: &Sysroot, vmid: VmId) -> Result<VmConf> {
     check_exists(root, vmid)?;
     let path = conf_path(vmid);
@@ -226,7 +253,10 @@ pub fn conf(root: &Sysroot, vmid: VmId) -> Result<VmConf> {
 /// The VMs of this node, by their numbers; none where it is no node of Proxmox VE.
 pub fn all(root: &Sysroot) -> Vec<VmId> {
     let names = root.names(CONFS).unwrap_or_default();
-    names.iter().filter_map(|name| name.strip_suffix(".conf")?.parse().ok()).collect()
+    names
+        .iter()
+        .filter_map(|name| name.strip_suffix(".conf")?.parse().ok())
+        .collect()
 }
 
 /// Makes sure that the number is a VM's.
@@ -235,7 +265,10 @@ pub fn all(root: &Sysroot) -> Vec<VmId> {
 /// [`Error::Unusable`] where it is a container's, or nobody's on this node.
 pub fn check_exists(root: &Sysroot, vmid: VmId) -> Result<()> {
     if is_container(root, vmid) {
-        return Err(Error::unusable(vmid.to_string(), "it is a container; only VMs have a QEMU"));
+        return Err(Error::unusable(
+            vmid.to_string(),
+            "it is a container; only VMs have a QEMU",
+        ));
     }
     let path = root.path(conf_path(vmid));
     match path.symlink_metadata() {
@@ -257,7 +290,8 @@ fn conf_path(vmid: VmId) -> String {
     format!("{CONFS}/{vmid}.conf")
 }
 
-/// The PCI functions that VMs hold or are about to, by Proxmox VE's own file; stale lines are left out.
+/// The PCI functions that VMs hold or are about to, by Proxmox VE's own file; stale lines are left
+/// out.
 ///
 /// # Errors
 /// Where the file cannot be read. None there is fine.
@@ -268,7 +302,10 @@ pub fn pci_reservations(root: &Sysroot) -> Result<Vec<PciReservation>> {
         Err(error) if error.is_gone() => Vec::new(),
         Err(error) => return Err(error),
     };
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs();
     reservations.retain(|reservation| match reservation.holder {
         PciHolder::Pid(pid) => root.exists(format!("proc/{pid}")),
         PciHolder::Until(time) => time > now,
@@ -276,7 +313,8 @@ pub fn pci_reservations(root: &Sysroot) -> Result<Vec<PciReservation>> {
     Ok(reservations)
 }
 
-/// The devices that a mapping of the cluster offers on this node: of them one is chosen when a VM starts.
+/// The devices that a mapping of the cluster offers on this node: of them one is chosen when a VM
+/// starts.
 ///
 /// # Errors
 /// [`Error::Unusable`] where there is no such mapping, or none for this node.
@@ -291,8 +329,15 @@ pub fn pci_mapping(root: &Sysroot, id: &str) -> Result<Vec<Vec<PciSelector>>> {
     match vmconf::parse_pci_mapping(&text, id, &node) {
         Some(devices) if !devices.is_empty() => Ok(devices),
         found => {
-            let lacks = if found.is_some() { format!("offers nothing on node {node}") } else { "is not there".into() };
-            Err(Error::unusable(format!("PCI mapping {id}"), format!("it {lacks}; see {}", root.path(path).display())))
+            let lacks = if found.is_some() {
+                format!("offers nothing on node {node}")
+            } else {
+                "is not there".into()
+            };
+            Err(Error::unusable(
+                format!("PCI mapping {id}"),
+                format!("it {lacks}; see {}", root.path(path).display()),
+            ))
         }
     }
 }
@@ -347,15 +392,22 @@ pub struct Threads {
 impl Threads {
     /// The numbers of the vCPUs, as a list for people: `0-11`.
     pub fn vcpus(&self) -> CpuSet {
-        let number = |thread: &QemuThread| if let Role::Vcpu(number) = thread.role { Some(number) } else { None };
+        let number = |thread: &QemuThread| {
+            if let Role::Vcpu(number) = thread.role {
+                Some(number)
+            } else {
+                None
+            }
+        };
         self.threads.iter().filter_map(number).collect()
     }
 }
 
 /// The threads of a QEMU with their roles; those that end meanwhile are left out.
 ///
-/// QEMU is asked which thread is which, for at most `budget`; what it says holds for this [`Qemu`] from then on. Where it does
-/// not answer, names tell the vCPUs; most iothreads are emulator threads then, for the kernel has lost names of over 15 bytes.
+/// QEMU is asked which thread is which, for at most `budget`; what it says holds for this [`Qemu`]
+/// from then on. Where it does not answer, names tell the vCPUs; most iothreads are emulator
+/// threads then, for the kernel has lost names of over 15 bytes.
 ///
 /// # Errors
 /// One that [is gone](Error::is_gone) where QEMU has ended.
@@ -372,8 +424,15 @@ pub fn threads(root: &Sysroot, qemu: &Qemu, budget: Duration) -> Result<Threads>
     let tasks = process::tasks(root, qemu.id.pid)?;
     let facts = facts.and_then(|facts| {
         // A QEMU in a container's pid namespace speaks of ids that mean other threads here.
-        let known = facts.vcpus.is_empty() || tasks.iter().any(|task| facts.vcpus.contains_key(&task.id.tid));
-        if known { Ok(facts) } else { Err("its monitor speaks of other threads".into()) }
+        let known = facts.vcpus.is_empty()
+            || tasks
+                .iter()
+                .any(|task| facts.vcpus.contains_key(&task.id.tid));
+        if known {
+            Ok(facts)
+        } else {
+            Err("its monitor speaks of other threads".into())
+        }
     });
     let role = |task: &Task| match &facts {
         Ok(facts) => role_by_facts(facts, task.id.tid),
@@ -384,7 +443,13 @@ pub fn threads(root: &Sysroot, qemu: &Qemu, budget: Duration) -> Result<Threads>
         match process::affinity(root, &task.id) {
             Ok(allowed) => {
                 let role = role(&task);
-                threads.push(QemuThread { id: task.id, role, name: task.name, allowed, last_cpu: task.last_cpu });
+                threads.push(QemuThread {
+                    id: task.id,
+                    role,
+                    name: task.name,
+                    allowed,
+                    last_cpu: task.last_cpu,
+                });
             }
             Err(error) if error.is_gone() => {}
             Err(error) => return Err(error),
@@ -392,9 +457,18 @@ pub fn threads(root: &Sysroot, qemu: &Qemu, budget: Duration) -> Result<Threads>
     }
     let (status, notes) = match facts {
         Ok(facts) => (Some(facts.status.clone()), Vec::new()),
-        Err(why) => (None, vec![format!("{qemu}: {why}; going on with the threads' names from /proc")]),
+        Err(why) => (
+            None,
+            vec![format!(
+                "{qemu}: {why}; going on with the threads' names from /proc"
+            )],
+        ),
     };
-    Ok(Threads { threads, status, notes })
+    Ok(Threads {
+        threads,
+        status,
+        notes,
+    })
 }
 
 fn role_by_facts(facts: &qmp::Facts, tid: i32) -> Role {
@@ -405,14 +479,18 @@ fn role_by_facts(facts: &qmp::Facts, tid: i32) -> Role {
     }
 }
 
-/// The role of a thread by the name that QEMU gives it: `CPU 3/KVM`, `IO io1`. Names cost QEMU's monitor nothing.
+/// The role of a thread by the name that QEMU gives it: `CPU 3/KVM`, `IO io1`. Names cost QEMU's
+/// monitor nothing.
 pub fn role_by_name(name: &str) -> Role {
     let number = || {
         let digits = name
             .strip_prefix("CPU ")?
             .strip_suffix("/KVM")
             .or_else(|| name.strip_prefix("CPU ")?.strip_suffix("/TCG"))?;
-        let number = digits.bytes().all(|b| b.is_ascii_digit()).then(|| digits.parse().ok())?;
+        let number = digits
+            .bytes()
+            .all(|b| b.is_ascii_digit())
+            .then(|| digits.parse().ok())?;
         // Anybody may name a thread so, and the numbers become a set.
         number.filter(|number| *number <= MAX_CPU)
     };
@@ -429,7 +507,10 @@ pub fn role_by_name(name: &str) -> Role {
 fn process_with_args(root: &Sysroot, pid: i32) -> Result<Option<(TaskId, Vec<String>)>> {
     let read = || -> Result<_> {
         let task = process::task(root, pid, pid)?;
-        Ok((task.id, parse_cmdline(&root.read(format!("proc/{pid}/cmdline"))?)))
+        Ok((
+            task.id,
+            parse_cmdline(&root.read(format!("proc/{pid}/cmdline"))?),
+        ))
     };
     match read() {
         Ok(found) => Ok(Some(found)),
@@ -445,25 +526,38 @@ fn parse_cmdline(text: &str) -> Vec<String> {
 
 /// Whether the program is QEMU by the name Proxmox VE starts it under: `kvm`, or `qemu-system-…`.
 fn is_qemu(args: &[String]) -> bool {
-    let program = args.first().map_or("", String::as_str).rsplit('/').next().unwrap_or_default();
+    let program = args
+        .first()
+        .map_or("", String::as_str)
+        .rsplit('/')
+        .next()
+        .unwrap_or_default();
     program.ends_with("kvm") || program.starts_with("qemu-system-")
 }
 
 /// The values of an option, `-name VALUE` or `--name VALUE`.
 pub(crate) fn options<'a>(args: &'a [String], name: &'a str) -> impl Iterator<Item = &'a str> {
-    let is_option =
-        move |arg: &str| arg.strip_prefix('-').is_some_and(|rest| rest.strip_prefix('-').unwrap_or(rest) == name);
-    args.windows(2).filter(move |pair| is_option(&pair[0])).map(|pair| pair[1].as_str())
+    let is_option = move |arg: &str| {
+        arg.strip_prefix('-')
+            .is_some_and(|rest| rest.strip_prefix('-').unwrap_or(rest) == name)
+    };
+    args.windows(2)
+        .filter(move |pair| is_option(&pair[0]))
+        .map(|pair| pair[1].as_str())
 }
 
 /// A path below /run without its leading part: Proxmox VE writes /var/run, which is a link to /run.
 fn in_run(path: &str) -> String {
     let path = PathBuf::from(path);
-    let relative = path.strip_prefix("/var").or_else(|_| path.strip_prefix("/")).unwrap_or(&path);
+    let relative = path
+        .strip_prefix("/var")
+        .or_else(|_| path.strip_prefix("/"))
+        .unwrap_or(&path);
     relative.display().to_string()
 }
 
-/// The path of the QMP socket: of a `-chardev socket` that a `-mon …,mode=control` uses, or of `-qmp unix:…`.
+/// The path of the QMP socket: of a `-chardev socket` that a `-mon …,mode=control` uses, or of
+/// `-qmp unix:…`.
 fn monitor(args: &[String]) -> Option<String> {
     let fields = |text: &'_ str| -> BTreeMap<String, String> {
         text.split(',')
@@ -471,15 +565,22 @@ fn monitor(args: &[String]) -> Option<String> {
             .map(|(key, value)| (key.to_owned(), value.to_owned()))
             .collect()
     };
-    let monitors: Vec<_> =
-        options(args, "mon").map(fields).filter(|mon| mon.get("mode").is_some_and(|mode| mode == "control")).collect();
+    let monitors: Vec<_> = options(args, "mon")
+        .map(fields)
+        .filter(|mon| mon.get("mode").is_some_and(|mode| mode == "control"))
+        .collect();
     // The first one: Proxmox VE's second is for events, and its daemon keeps it.
     let by_chardev = monitors.iter().find_map(|mon| {
-        let chardev = options(args, "chardev").map(fields).find(|chardev| chardev.get("id") == mon.get("chardev"))?;
+        let chardev = options(args, "chardev")
+            .map(fields)
+            .find(|chardev| chardev.get("id") == mon.get("chardev"))?;
         chardev.get("path").cloned()
     });
     by_chardev.or_else(|| {
-        let path = options(args, "qmp").find_map(|text| text.strip_prefix("unix:"))?.split(',').next()?;
+        let path = options(args, "qmp")
+            .find_map(|text| text.strip_prefix("unix:"))?
+            .split(',')
+            .next()?;
         Some(path.to_owned())
     })
 }
@@ -499,10 +600,25 @@ mod tests {
         for text in ["100", "999999999"] {
             assert_eq!(text.parse::<VmId>().unwrap().to_string(), text);
         }
-        for text in ["", "99", "0100", "+100", " 100", "100\n", "1000000000", "-1", "../100", "100/..", "1e3", "١٠٠"]
-        {
+        for text in [
+            "",
+            "99",
+            "0100",
+            "+100",
+            " 100",
+            "100\n",
+            "1000000000",
+            "-1",
+            "../100",
+            "100/..",
+            "1e3",
+            "١٠٠",
+        ] {
             let error = text.parse::<VmId>().unwrap_err().to_string();
-            assert!(error.ends_with("no VM's number; they run from 100 to 999999999"), "{error}");
+            assert!(
+                error.ends_with("no VM's number; they run from 100 to 999999999"),
+                "{error}"
+            );
         }
         assert_eq!(serde_json::to_string(&VmId(100)).unwrap(), "100");
         assert!(serde_json::from_str::<VmId>("7").is_err());
@@ -542,12 +658,24 @@ mod tests {
             assert_eq!(is_qemu(&args(program)), qemu, "{program}");
         }
         assert!(!is_qemu(&[]));
-        assert_eq!(parse_cmdline("kvm\0-name\0\0x\0"), ["kvm", "-name", "", "x"]);
+        assert_eq!(
+            parse_cmdline("kvm\0-name\0\0x\0"),
+            ["kvm", "-name", "", "x"]
+        );
         assert!(parse_cmdline("").is_empty());
         let line = args("kvm -pidfile /var/run/a.pid --pidfile b -pidfile");
-        assert_eq!(options(&line, "pidfile").collect::<Vec<_>>(), ["/var/run/a.pid", "b"]);
-        assert_eq!(in_run("/var/run/qemu-server/100.pid"), "run/qemu-server/100.pid");
-        assert_eq!(in_run("/run/qemu-server/100.pid"), "run/qemu-server/100.pid");
+        assert_eq!(
+            options(&line, "pidfile").collect::<Vec<_>>(),
+            ["/var/run/a.pid", "b"]
+        );
+        assert_eq!(
+            in_run("/var/run/qemu-server/100.pid"),
+            "run/qemu-server/100.pid"
+        );
+        assert_eq!(
+            in_run("/run/qemu-server/100.pid"),
+            "run/qemu-server/100.pid"
+        );
     }
 
     #[test]
@@ -585,7 +713,10 @@ mod tests {
         thread(dir.path(), 4711, 4711, "kvm", "0-5");
         thread(dir.path(), 4711, 4712, "CPU 0/KVM", "6");
         thread(dir.path(), 4711, 4713, "CPU 1/KVM", "0-23");
-        write("proc/4711/task/4714/comm", "a thread that went while being read\n");
+        write(
+            "proc/4711/task/4714/comm",
+            "a thread that went while being read\n",
+        );
         write("proc/900/cmdline", "/bin/bash\0");
         thread(dir.path(), 900, 900, "bash", "0-23");
         let root = Sysroot::new(dir.path());
@@ -604,7 +735,11 @@ mod tests {
              2147483647 0 0 0 0 17 9 0 0 0 0 0 0 0 0 0 0 0 0 0\n"
         );
         write(base, &format!("proc/{pid}/task/{tid}/stat"), &stat);
-        write(base, &format!("proc/{pid}/task/{tid}/status"), &format!("Name:\tx\nCpus_allowed_list:\t{allowed}\n"));
+        write(
+            base,
+            &format!("proc/{pid}/task/{tid}/status"),
+            &format!("Name:\tx\nCpus_allowed_list:\t{allowed}\n"),
+        );
         if pid == tid {
             write(base, &format!("proc/{pid}/stat"), &stat);
         }
@@ -614,7 +749,10 @@ mod tests {
     fn a_vm_is_found_and_its_threads_have_roles() {
         let (_dir, root) = host();
         let qemu = running(&root, VmId(100)).unwrap();
-        assert_eq!((qemu.id.pid, qemu.id.start, qemu.threads_per_core), (4711, 42, 2));
+        assert_eq!(
+            (qemu.id.pid, qemu.id.start, qemu.threads_per_core),
+            (4711, 42, 2)
+        );
         assert_eq!(qemu.monitor.as_deref(), Some("/run/qemu-server/100.qmp"));
         let found = threads(&root, &qemu, Duration::ZERO).unwrap();
         let shown: Vec<_> = found
@@ -622,16 +760,27 @@ mod tests {
             .iter()
             .map(|thread| format!("{} {} {}", thread.id.tid, thread.role, thread.allowed))
             .collect();
-        assert_eq!(shown, ["4711 emulator 0-5", "4712 vCPU 0 6", "4713 vCPU 1 0-23"]);
+        assert_eq!(
+            shown,
+            ["4711 emulator 0-5", "4712 vCPU 0 6", "4713 vCPU 1 0-23"]
+        );
         assert_eq!(found.vcpus().to_string(), "0-1");
         assert_eq!(
             found.notes,
-            ["VM 100: its monitor is not asked under --sysroot; going on with the threads' names from /proc"]
+            [
+                "VM 100: its monitor is not asked under --sysroot; going on with the threads' names from /proc"
+            ]
         );
         let other = by_pid(&root, 4711).unwrap();
-        assert_eq!((other.id, other.to_string().as_str()), (qemu.id, "QEMU 4711"));
+        assert_eq!(
+            (other.id, other.to_string().as_str()),
+            (qemu.id, "QEMU 4711")
+        );
         assert_eq!(by_task(&root, VmId(100), qemu.id).unwrap(), qemu);
-        let reused = TaskId { start: 41, ..qemu.id };
+        let reused = TaskId {
+            start: 41,
+            ..qemu.id
+        };
         assert!(by_task(&root, VmId(100), reused).unwrap_err().is_gone());
     }
 
@@ -655,7 +804,9 @@ mod tests {
         ] {
             assert_eq!(
                 why(text),
-                format!("VM 102: it does not run: {shown} is stale: {reason}; qm start 102 starts it")
+                format!(
+                    "VM 102: it does not run: {shown} is stale: {reason}; qm start 102 starts it"
+                )
             );
         }
         fs::remove_file(run.join("102.pid")).unwrap();
@@ -663,7 +814,10 @@ mod tests {
             running(&root, VmId(102)).unwrap_err().to_string(),
             format!("VM 102: it does not run: there is no {shown}; qm start 102 starts it")
         );
-        assert_eq!(running(&root, VmId(101)).unwrap_err().to_string(), "101: it is a container; only VMs have a QEMU");
+        assert_eq!(
+            running(&root, VmId(101)).unwrap_err().to_string(),
+            "101: it is a container; only VMs have a QEMU"
+        );
         assert_eq!(
             running(&root, VmId(103)).unwrap_err().to_string(),
             format!(
@@ -671,18 +825,33 @@ mod tests {
                 dir.path().join("etc/pve/qemu-server/103.conf").display()
             )
         );
-        assert_eq!(by_pid(&root, 900).unwrap_err().to_string(), "process 900: it is /bin/bash, no QEMU");
-        assert_eq!(by_pid(&root, 5555).unwrap_err().to_string(), "process 5555: no such process");
+        assert_eq!(
+            by_pid(&root, 900).unwrap_err().to_string(),
+            "process 900: it is /bin/bash, no QEMU"
+        );
+        assert_eq!(
+            by_pid(&root, 5555).unwrap_err().to_string(),
+            "process 5555: no such process"
+        );
     }
 
     #[test]
     fn without_the_pid_file_the_process_tells() {
         let (_dir, root) = host();
-        let denied = || Error::io("/run/qemu-server/100.pid", "read", std::io::ErrorKind::PermissionDenied.into());
+        let denied = || {
+            Error::io(
+                "/run/qemu-server/100.pid",
+                "read",
+                std::io::ErrorKind::PermissionDenied.into(),
+            )
+        };
         let found = by_pid_file(&root, VmId(100), &pid_file(VmId(100)), denied()).unwrap();
         assert_eq!(found, look_up(&root, VmId(100)).unwrap());
         let none = by_pid_file(&root, VmId(102), &pid_file(VmId(102)), denied()).unwrap();
-        assert_eq!(none, Lookup::Stopped("/run/qemu-server/100.pid: read: permission denied".into()));
+        assert_eq!(
+            none,
+            Lookup::Stopped("/run/qemu-server/100.pid: read: permission denied".into())
+        );
     }
 
     #[test]
@@ -691,7 +860,10 @@ mod tests {
         assert_eq!(conf(&root, VmId(100)).unwrap().vcpus(), 2);
         assert_eq!(
             conf(&root, VmId(102)).unwrap_err().to_string(),
-            format!("{}: cores: \"x\" is no count", dir.path().join("etc/pve/qemu-server/102.conf").display())
+            format!(
+                "{}: cores: \"x\" is no count",
+                dir.path().join("etc/pve/qemu-server/102.conf").display()
+            )
         );
         assert!(conf(&root, VmId(101)).is_err());
         write(dir.path(), "etc/pve/qemu-server/99.conf.tmp", "");
@@ -708,19 +880,36 @@ mod tests {
             "run/qemu-server/pci-id-reservations",
             "0000:01:00.0 100 pid:4711\n0000:02:00.0 102 pid:5555\n0000:03:00.0 102 time:1\n0000:04:00.0 102 time:99999999999\n",
         );
-        let held: Vec<_> = pci_reservations(&root).unwrap().iter().map(|held| held.address.to_string()).collect();
+        let held: Vec<_> = pci_reservations(&root)
+            .unwrap()
+            .iter()
+            .map(|held| held.address.to_string())
+            .collect();
         assert_eq!(held, ["0000:01:00.0", "0000:04:00.0"]);
 
         write(dir.path(), "proc/sys/kernel/hostname", "pve1.example.org\n");
         let error = |id: &str| pci_mapping(&root, id).unwrap_err().to_string();
-        let file = dir.path().join("etc/pve/mapping/pci.cfg").display().to_string();
-        assert_eq!(error("gpu"), format!("PCI mapping gpu: it is not there; see {file}"));
+        let file = dir
+            .path()
+            .join("etc/pve/mapping/pci.cfg")
+            .display()
+            .to_string();
+        assert_eq!(
+            error("gpu"),
+            format!("PCI mapping gpu: it is not there; see {file}")
+        );
         write(
             dir.path(),
             "etc/pve/mapping/pci.cfg",
             "gpu\n\tmap node=pve1,path=0000:01:00\n\nnic\n\tmap node=x,path=0000:01:00\n",
         );
-        assert_eq!(pci_mapping(&root, "gpu").unwrap(), [["01:00".parse().unwrap()]]);
-        assert_eq!(error("nic"), format!("PCI mapping nic: it offers nothing on node pve1; see {file}"));
+        assert_eq!(
+            pci_mapping(&root, "gpu").unwrap(),
+            [["01:00".parse().unwrap()]]
+        );
+        assert_eq!(
+            error("nic"),
+            format!("PCI mapping nic: it offers nothing on node pve1; see {file}")
+        );
     }
 }

@@ -1,7 +1,8 @@
-//! Proxmox VE's files about a VM: its settings, the PCI devices reserved, the cluster's PCI mappings.
+//! Proxmox VE's files about a VM: its settings, the PCI devices reserved, the cluster's PCI
+//! mappings.
 //!
-//! The grammar is that of qemu-server's `PVE::QemuServer::parse_vm_config`, `PVE::QemuServer::PCI` and
-//! pve-guest-common's `PVE::Mapping::PCI`.
+//! The grammar is that of qemu-server's `PVE::QemuServer::parse_vm_config`, `PVE::QemuServer::PCI`
+//! and pve-guest-common's `PVE::Mapping::PCI`.
 
 use crate::error::{Error, Result};
 use crate::pci::{PciAddress, PciSelector};
@@ -11,7 +12,8 @@ use crate::vm::{self, VmId};
 /// The number of hostpci entries that a VM may have.
 const MAX_HOSTPCI: u32 = 16;
 
-/// What Pinfold needs of a VM's settings: those of the running VM, neither pending ones nor a snapshot's.
+/// What Pinfold needs of a VM's settings: those of the running VM, neither pending ones nor a
+/// snapshot's.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct VmConf {
     /// The VM's name.
@@ -61,13 +63,18 @@ pub enum HostDevices {
 }
 
 impl VmConf {
-    /// Parses VMID.conf. Keys that Pinfold has no use for are passed over, as is what is no `key: value` line.
+    /// Parses VMID.conf. Keys that Pinfold has no use for are passed over, as is what is no `key:
+    /// value` line.
     ///
     /// # Errors
     /// [`Error::Malformed`] with the key and the value.
     pub fn parse(text: &str) -> Result<Self> {
         let mut conf = Self::default();
-        for (key, value) in text.lines().take_while(|line| !is_section(line)).filter_map(key_and_value) {
+        for (key, value) in text
+            .lines()
+            .take_while(|line| !is_section(line))
+            .filter_map(key_and_value)
+        {
             let text = || Some(value.to_owned());
             let count = || match value.parse::<u32>() {
                 Ok(count @ 1..) => Ok(Some(count)),
@@ -85,7 +92,8 @@ impl VmConf {
                 "tpmstate0" => conf.tpm = true,
                 "template" => conf.template = matches!(value, "1" | "on" | "yes" | "true"),
                 _ => {
-                    conf.virtiofs |= key.trim_end_matches(|c: char| c.is_ascii_digit()) == "virtiofs";
+                    conf.virtiofs |=
+                        key.trim_end_matches(|c: char| c.is_ascii_digit()) == "virtiofs";
                     if let Some(index) = key.strip_prefix("hostpci").and_then(hostpci_index) {
                         let entry = parse_hostpci(index, value)?;
                         conf.hostpci.retain(|other| other.index != index);
@@ -105,20 +113,30 @@ impl VmConf {
 
     /// The number of vCPUs that the VM can have, those that can be plugged in among them.
     pub fn max_vcpus(&self) -> u32 {
-        self.sockets.unwrap_or(1).saturating_mul(self.cores.unwrap_or(1))
+        self.sockets
+            .unwrap_or(1)
+            .saturating_mul(self.cores.unwrap_or(1))
     }
 
-    /// The threads of each core of the guest: one with Proxmox VE's own settings, unless `args` has a `-smp` that says more.
+    /// The threads of each core of the guest: one with Proxmox VE's own settings, unless `args` has
+    /// a `-smp` that says more.
     pub fn threads_per_core(&self) -> usize {
         let (sockets, cores) = (self.sockets.unwrap_or(1), self.cores.unwrap_or(1));
-        let own = format!("{},sockets={sockets},cores={cores},maxcpus={}", self.vcpus(), self.max_vcpus());
+        let own = format!(
+            "{},sockets={sockets},cores={cores},maxcpus={}",
+            self.vcpus(),
+            self.max_vcpus()
+        );
         let words = self.args.as_deref().unwrap_or_default().split_whitespace();
-        let words: Vec<String> = words.map(|word| word.trim_matches(['\'', '"']).to_owned()).collect();
+        let words: Vec<String> = words
+            .map(|word| word.trim_matches(['\'', '"']).to_owned())
+            .collect();
         smp::threads([own.as_str()].into_iter().chain(vm::options(&words, "smp")))
     }
 }
 
-/// Whether the line opens `[PENDING]`, `[special:…]` or a snapshot, with which the running VM's settings end.
+/// Whether the line opens `[PENDING]`, `[special:…]` or a snapshot, with which the running VM's
+/// settings end.
 fn is_section(line: &str) -> bool {
     line.starts_with('[')
 }
@@ -141,9 +159,14 @@ fn hostpci_index(digits: &str) -> Option<u32> {
 
 /// Parses the value of a `hostpciN` key: `[host=]ADDRESS[;ADDRESS…]` or `mapping=ID`, and options.
 fn parse_hostpci(index: u32, value: &str) -> Result<HostPci> {
-    let bad = |why: &str| Error::malformed(format!("hostpci{index}"), format!("{why} in {value:?}"));
+    let bad =
+        |why: &str| Error::malformed(format!("hostpci{index}"), format!("{why} in {value:?}"));
     let (mut host, mut mapping, mut shared) = (None, None, false);
-    for part in value.split(',').map(str::trim).filter(|part| !part.is_empty()) {
+    for part in value
+        .split(',')
+        .map(str::trim)
+        .filter(|part| !part.is_empty())
+    {
         match part.split_once('=') {
             None => host = Some(part),
             Some(("host", addresses)) => host = Some(addresses),
@@ -153,25 +176,35 @@ fn parse_hostpci(index: u32, value: &str) -> Result<HostPci> {
         }
     }
     let devices = match (host, mapping) {
-        (Some(addresses), None) => HostDevices::Addresses(selectors(addresses).ok_or_else(|| bad("no PCI address"))?),
+        (Some(addresses), None) => {
+            HostDevices::Addresses(selectors(addresses).ok_or_else(|| bad("no PCI address"))?)
+        }
         (None, Some(id)) if is_mapping_id(id) => HostDevices::Mapping(id.to_owned()),
         (None, Some(_)) => return Err(bad("no mapping's name")),
         (Some(_), Some(_)) => return Err(bad("both host and mapping")),
         (None, None) => return Err(bad("neither host nor mapping")),
     };
-    Ok(HostPci { index, devices, shared })
+    Ok(HostPci {
+        index,
+        devices,
+        shared,
+    })
 }
 
 /// Addresses with `;` between them.
 fn selectors(text: &str) -> Option<Vec<PciSelector>> {
-    text.split(';').map(|address| address.parse().ok()).collect()
+    text.split(';')
+        .map(|address| address.parse().ok())
+        .collect()
 }
 
 /// Whether the text is a name as Proxmox VE takes it for sections (`pve-configid`).
 fn is_mapping_id(id: &str) -> bool {
     id.len() >= 2
         && id.starts_with(|c: char| c.is_ascii_alphabetic())
-        && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+        && id
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
 }
 
 /// A line of /run/qemu-server/pci-id-reservations: a PCI function that a VM holds or is about to.
@@ -199,18 +232,27 @@ pub enum PciHolder {
 /// Lines of another form are passed over, as Proxmox VE does.
 pub fn parse_pci_reservations(text: &str) -> Vec<PciReservation> {
     let reservation = |line: &str| {
-        let [address, vmid, holder] = line.split_whitespace().collect::<Vec<_>>().try_into().ok()?;
+        let [address, vmid, holder] = line
+            .split_whitespace()
+            .collect::<Vec<_>>()
+            .try_into()
+            .ok()?;
         let holder = match holder.split_once(':')? {
             ("pid", pid) => PciHolder::Pid(pid.parse().ok()?),
             ("time", time) => PciHolder::Until(time.parse().ok()?),
             _ => return None,
         };
-        Some(PciReservation { address: address.parse().ok()?, vmid: vmid.parse().ok()?, holder })
+        Some(PciReservation {
+            address: address.parse().ok()?,
+            vmid: vmid.parse().ok()?,
+            holder,
+        })
     };
     text.lines().filter_map(reservation).collect()
 }
 
-/// The devices that a mapping offers on a node, from /etc/pve/mapping/pci.cfg; of them one is chosen at the VM's start.
+/// The devices that a mapping offers on a node, from /etc/pve/mapping/pci.cfg; of them one is
+/// chosen at the VM's start.
 ///
 /// `None` where there is no such mapping. A device may be several functions (`path=A;B`).
 pub fn parse_pci_mapping(text: &str, id: &str, node: &str) -> Option<Vec<Vec<PciSelector>>> {
@@ -221,9 +263,16 @@ pub fn parse_pci_mapping(text: &str, id: &str, node: &str) -> Option<Vec<Vec<Pci
         .filter_map(|line| line.trim().strip_prefix("map"))
         .filter(|map| map.starts_with([' ', '\t']))
         .filter_map(|map| {
-            let value =
-                |key: &str| map.trim().split(',').find_map(|part| part.trim().strip_prefix(key)?.strip_prefix('='));
-            if value("node")? == node { selectors(value("path")?) } else { None }
+            let value = |key: &str| {
+                map.trim()
+                    .split(',')
+                    .find_map(|part| part.trim().strip_prefix(key)?.strip_prefix('='))
+            };
+            if value("node")? == node {
+                selectors(value("path")?)
+            } else {
+                None
+            }
         });
     Some(devices.collect())
 }
@@ -239,7 +288,9 @@ mod tests {
             .hostpci
             .iter()
             .flat_map(|entry| match &entry.devices {
-                HostDevices::Addresses(devices) => devices.iter().map(ToString::to_string).collect(),
+                HostDevices::Addresses(devices) => {
+                    devices.iter().map(ToString::to_string).collect()
+                }
                 HostDevices::Mapping(id) => vec![format!("mapping {id}")],
             })
             .collect())
@@ -270,7 +321,10 @@ mod tests {
         for (text, vcpus) in [
             ("", 1),
             ("\n", 1),
-            ("garbage\nmore : garbage\n: x\n1cores: 5\nCores: 5\n cores: 5\n", 1),
+            (
+                "garbage\nmore : garbage\n: x\n1cores: 5\nCores: 5\n cores: 5\n",
+                1,
+            ),
             ("cores: 4", 4),
             ("cores:4\r\n", 4),
             ("cores:   4   \n", 4),
@@ -282,16 +336,24 @@ mod tests {
             assert_eq!(VmConf::parse(text).unwrap().vcpus(), vcpus, "{text:?}");
         }
         assert!(VmConf::parse("template: 1\n").unwrap().template);
-        let conf = VmConf::parse("args: -smp 12,threads=2\ntpmstate0: local:x\nvirtiofs3: share\n").unwrap();
-        assert_eq!((conf.args.as_deref(), conf.tpm, conf.virtiofs), (Some("-smp 12,threads=2"), true, true));
-        let conf = VmConf::parse("tpmstate1: x\nvirtiofsx: y\n[PENDING]\nargs: z\ntpmstate0: x\n").unwrap();
+        let conf = VmConf::parse("args: -smp 12,threads=2\ntpmstate0: local:x\nvirtiofs3: share\n")
+            .unwrap();
+        assert_eq!(
+            (conf.args.as_deref(), conf.tpm, conf.virtiofs),
+            (Some("-smp 12,threads=2"), true, true)
+        );
+        let conf = VmConf::parse("tpmstate1: x\nvirtiofsx: y\n[PENDING]\nargs: z\ntpmstate0: x\n")
+            .unwrap();
         assert_eq!(conf, VmConf::default());
         assert!(!VmConf::parse("template: 0\n").unwrap().template);
         for (text, message) in [
             ("cores: x", "cores: \"x\" is no count"),
             ("cores: 0", "cores: \"0\" is no count"),
             ("vcpus: -1", "vcpus: \"-1\" is no count"),
-            ("sockets: 99999999999", "sockets: \"99999999999\" is no count"),
+            (
+                "sockets: 99999999999",
+                "sockets: \"99999999999\" is no count",
+            ),
         ] {
             assert_eq!(VmConf::parse(text).unwrap_err().to_string(), message);
         }
@@ -303,7 +365,10 @@ mod tests {
             ("", 1),
             ("cores: 12\nsockets: 2\n", 1),
             ("cores: 12\nargs: -smp 12,sockets=1,cores=6,threads=2\n", 2),
-            ("cores: 12\nargs: -cpu host --smp '12,sockets=1,cores=6,threads=2' -S\n", 2),
+            (
+                "cores: 12\nargs: -cpu host --smp '12,sockets=1,cores=6,threads=2' -S\n",
+                2,
+            ),
             ("cores: 12\nargs: -smp cores=6\n", 2),
             ("cores: 12\nvcpus: 4\nargs: -smp cores=4\n", 3),
             ("cores: 12\nargs: -smp\n", 1),
@@ -311,7 +376,11 @@ mod tests {
             ("cores: 12\n[before]\nargs: -smp threads=2\n", 1),
             ("cores: 4294967295\nsockets: 4294967295\n", 1),
         ] {
-            assert_eq!(VmConf::parse(text).unwrap().threads_per_core(), threads, "{text:?}");
+            assert_eq!(
+                VmConf::parse(text).unwrap().threads_per_core(),
+                threads,
+                "{text:?}"
+            );
         }
     }
 
@@ -321,8 +390,14 @@ mod tests {
             ("01:00.0", &["0000:01:00.0"] as &[&str]),
             ("0000:01:00", &["0000:01:00"]),
             ("host=01:00,pcie=1", &["0000:01:00"]),
-            ("pcie=1,host=0A:00.1,x-vga=on,romfile=a=b.rom", &["0000:0a:00.1"]),
-            ("01:00.0;01:00.1;10000:02:00", &["0000:01:00.0", "0000:01:00.1", "10000:02:00"]),
+            (
+                "pcie=1,host=0A:00.1,x-vga=on,romfile=a=b.rom",
+                &["0000:0a:00.1"],
+            ),
+            (
+                "01:00.0;01:00.1;10000:02:00",
+                &["0000:01:00.0", "0000:01:00.1", "10000:02:00"],
+            ),
             ("mapping=gpu-1,pcie=1", &["mapping gpu-1"]),
         ] {
             assert_eq!(hostpci(value).unwrap(), devices, "{value:?}");
@@ -333,15 +408,25 @@ mod tests {
             ("host=", "hostpci0: no PCI address in \"host=\""),
             ("01:00.0;", "hostpci0: no PCI address in \"01:00.0;\""),
             ("../../x", "hostpci0: no PCI address in \"../../x\""),
-            ("mapping=../x", "hostpci0: no mapping's name in \"mapping=../x\""),
-            ("01:00,mapping=gpu", "hostpci0: both host and mapping in \"01:00,mapping=gpu\""),
+            (
+                "mapping=../x",
+                "hostpci0: no mapping's name in \"mapping=../x\"",
+            ),
+            (
+                "01:00,mapping=gpu",
+                "hostpci0: both host and mapping in \"01:00,mapping=gpu\"",
+            ),
         ] {
             assert_eq!(hostpci(value).unwrap_err().to_string(), message);
         }
         let conf =
             VmConf::parse("hostpci10: 05:00\nhostpci2: 03:00,mdev=nvidia-63\nhostpci16: 09:00\nhostpci01: 08:00\n")
                 .unwrap();
-        let entries: Vec<_> = conf.hostpci.iter().map(|entry| (entry.index, entry.shared)).collect();
+        let entries: Vec<_> = conf
+            .hostpci
+            .iter()
+            .map(|entry| (entry.index, entry.shared))
+            .collect();
         assert_eq!(entries, [(2, true), (10, false)]);
     }
 
@@ -354,7 +439,10 @@ mod tests {
         assert_eq!(found[0].holder, PciHolder::Pid(4711));
         assert_eq!(found[1].holder, PciHolder::Until(1_700_000_000));
         assert_eq!(
-            (found[1].address.to_string().as_str(), found[1].vmid.to_string().as_str()),
+            (
+                found[1].address.to_string().as_str(),
+                found[1].vmid.to_string().as_str()
+            ),
             ("0000:01:00.1", "101")
         );
         assert!(parse_pci_reservations("").is_empty());
@@ -368,12 +456,20 @@ mod tests {
                     \tmap node=pve1,path=garbage\n\tmap\n\nother\n\tmap node=pve1,path=0000:09:00\n";
         let shown = |id: &str, node: &str| {
             parse_pci_mapping(text, id, node).map(|devices| {
-                let show =
-                    |device: &Vec<PciSelector>| device.iter().map(ToString::to_string).collect::<Vec<_>>().join(";");
+                let show = |device: &Vec<PciSelector>| {
+                    device
+                        .iter()
+                        .map(ToString::to_string)
+                        .collect::<Vec<_>>()
+                        .join(";")
+                };
                 devices.iter().map(show).collect::<Vec<_>>()
             })
         };
-        assert_eq!(shown("gpu", "pve1").unwrap(), ["0000:01:00", "0000:02:00.0;0000:02:00.1"]);
+        assert_eq!(
+            shown("gpu", "pve1").unwrap(),
+            ["0000:01:00", "0000:02:00.0;0000:02:00.1"]
+        );
         assert_eq!(shown("gpu", "pve2").unwrap(), ["0000:41:00"]);
         assert_eq!(shown("gpu", "pve3").unwrap(), [""; 0]);
         assert_eq!(shown("none", "pve1"), None);
@@ -382,8 +478,14 @@ mod tests {
     }
 
     fn any_selector() -> impl Strategy<Value = PciSelector> {
-        (any::<u32>(), any::<u8>(), 0..32u8, prop::option::of(0..8u8))
-            .prop_map(|(domain, bus, device, function)| PciSelector { domain, bus, device, function })
+        (any::<u32>(), any::<u8>(), 0..32u8, prop::option::of(0..8u8)).prop_map(
+            |(domain, bus, device, function)| PciSelector {
+                domain,
+                bus,
+                device,
+                function,
+            },
+        )
     }
 
     fn any_hostpci() -> impl Strategy<Value = Vec<HostPci>> {
@@ -391,24 +493,50 @@ mod tests {
             prop::collection::vec(any_selector(), 1..4).prop_map(HostDevices::Addresses),
             "[a-zA-Z][a-zA-Z0-9_-]{1,9}".prop_map(HostDevices::Mapping),
         ];
-        prop::collection::btree_map(0..MAX_HOSTPCI, (devices, any::<bool>()), 0..5).prop_map(|entries| {
-            entries.into_iter().map(|(index, (devices, shared))| HostPci { index, devices, shared }).collect()
-        })
+        prop::collection::btree_map(0..MAX_HOSTPCI, (devices, any::<bool>()), 0..5).prop_map(
+            |entries| {
+                entries
+                    .into_iter()
+                    .map(|(index, (devices, shared))| HostPci {
+                        index,
+                        devices,
+                        shared,
+                    })
+                    .collect()
+            },
+        )
     }
 
     fn joined(selectors: &[PciSelector]) -> String {
-        selectors.iter().map(ToString::to_string).collect::<Vec<_>>().join(";")
+        selectors
+            .iter()
+            .map(ToString::to_string)
+            .collect::<Vec<_>>()
+            .join(";")
     }
 
     fn render(conf: &VmConf) -> String {
         let mut lines = Vec::new();
-        for (key, count) in [("sockets", conf.sockets), ("cores", conf.cores), ("vcpus", conf.vcpus)] {
+        for (key, count) in [
+            ("sockets", conf.sockets),
+            ("cores", conf.cores),
+            ("vcpus", conf.vcpus),
+        ] {
             lines.extend(count.map(|count| format!("{key}: {count}\n")));
         }
-        for (key, text) in [("name", &conf.name), ("hookscript", &conf.hookscript), ("args", &conf.args)] {
+        for (key, text) in [
+            ("name", &conf.name),
+            ("hookscript", &conf.hookscript),
+            ("args", &conf.args),
+        ] {
             lines.extend(text.as_ref().map(|text| format!("{key}: {text}\n")));
         }
-        for HostPci { index, devices, shared } in &conf.hostpci {
+        for HostPci {
+            index,
+            devices,
+            shared,
+        } in &conf.hostpci
+        {
             let devices = match devices {
                 HostDevices::Addresses(selectors) => joined(selectors),
                 HostDevices::Mapping(id) => format!("mapping={id}"),

@@ -19,7 +19,10 @@ struct Machines {
 
 impl Machines {
     fn new() -> Self {
-        Self { folder: tempfile::tempdir().unwrap(), machines: machine::all().into_iter().collect() }
+        Self {
+            folder: tempfile::tempdir().unwrap(),
+            machines: machine::all().into_iter().collect(),
+        }
     }
 
     /// A machine, expanded where it was not yet.
@@ -34,12 +37,22 @@ impl Machines {
 
 fn resolved(root: &Sysroot, text: &str) -> Result<String, String> {
     let expr: CpuExpr = text.parse().unwrap();
-    expr.resolve(root).map(|cpus| cpus.to_string()).map_err(|error| error.to_string())
+    expr.resolve(root)
+        .map(|cpus| cpus.to_string())
+        .map_err(|error| error.to_string())
 }
 
 /// `0=0-5,12-17 L3 32M`, joined by `; `.
 fn shown(domains: &[Domain]) -> String {
-    let one = |d: &Domain| format!("{}={} {}{}", d.number, d.cpus, d.extent, if d.sure { "" } else { " ?" });
+    let one = |d: &Domain| {
+        format!(
+            "{}={} {}{}",
+            d.number,
+            d.cpus,
+            d.extent,
+            if d.sure { "" } else { " ?" }
+        )
+    };
     domains.iter().map(one).collect::<Vec<_>>().join("; ")
 }
 
@@ -48,11 +61,17 @@ fn llc_domains() {
     let machines = Machines::new();
     for (name, llcs) in [
         ("5900x", "0=0-5,12-17 L3 32M; 1=6-11,18-23 L3 32M"),
-        ("5900x-offline", "0=0-1,3-5,12-17 L3 32M; 1=6-10,18-23 L3 32M"),
+        (
+            "5900x-offline",
+            "0=0-1,3-5,12-17 L3 32M; 1=6-10,18-23 L3 32M",
+        ),
         ("5900x-fenced", "0=0-5,12-17 L3 32M"),
         ("7950x3d", "0=0-7,16-23 L3 96M; 1=8-15,24-31 L3 32M"),
         ("one-l3", "0=0-15 L3 16M"),
-        ("two-sockets", "0=0,2,4,6,8,10,12,14 L3 25344K; 1=1,3,5,7,9,11,13,15 L3 25344K"),
+        (
+            "two-sockets",
+            "0=0,2,4,6,8,10,12,14 L3 25344K; 1=1,3,5,7,9,11,13,15 L3 25344K",
+        ),
         ("hybrid", "0=0-23 L3 30M"),
         ("meteor-lake", "0=0-11 L3 24M; 1=12-13 L2 2M"),
         ("big-little", "0=0-7 package"),
@@ -81,13 +100,27 @@ fn every_online_cpu_is_in_one_domain_of_each_kind_and_in_one_core() {
         let once = |sets: Vec<&CpuSet>| {
             let union = sets.iter().fold(CpuSet::new(), |all, set| &all | set);
             assert_eq!(union, topology.online, "{name}");
-            assert_eq!(sets.iter().map(|set| set.len()).sum::<usize>(), union.len(), "{name}");
+            assert_eq!(
+                sets.iter().map(|set| set.len()).sum::<usize>(),
+                union.len(),
+                "{name}"
+            );
         };
         for kind in [Kind::Package, Kind::Die, Kind::Llc, Kind::Node] {
-            once(topology.domains(kind).iter().map(|domain| &domain.cpus).collect());
+            once(
+                topology
+                    .domains(kind)
+                    .iter()
+                    .map(|domain| &domain.cpus)
+                    .collect(),
+            );
         }
         once(topology.cores.iter().collect());
-        assert_eq!(&topology.online | &topology.offline(), topology.present, "{name}: none is lost");
+        assert_eq!(
+            &topology.online | &topology.offline(),
+            topology.present,
+            "{name}: none is lost"
+        );
         assert!(!topology.online.intersects(&topology.offline()));
     }
 }
@@ -155,20 +188,40 @@ fn expressions_on_machines() {
         ("512-cpus", "llc:31", "248-255,504-511"),
         ("512-cpus", "package:1&first-threads", "128-255"),
     ] {
-        assert_eq!(resolved(&machines.root(name), text).as_deref(), Ok(cpus), "{name}: {text}");
+        assert_eq!(
+            resolved(&machines.root(name), text).as_deref(),
+            Ok(cpus),
+            "{name}: {text}"
+        );
     }
 }
 
 #[test]
 fn the_documented_examples_hold() {
     let machines = Machines::new();
-    let table = include_str!("../../docs/selectors.md").split("## On a 5900X").nth(1).unwrap();
-    let rows = table.lines().skip(4).take_while(|line| line.starts_with('|'));
-    let rows: Vec<Vec<&str>> =
-        rows.map(|row| row.split('|').map(|cell| cell.trim_matches([' ', '`'])).collect()).collect();
+    let table = include_str!("../../docs/selectors.md")
+        .split("## On a 5900X")
+        .nth(1)
+        .unwrap();
+    let rows = table
+        .lines()
+        .skip(4)
+        .take_while(|line| line.starts_with('|'));
+    let rows: Vec<Vec<&str>> = rows
+        .map(|row| {
+            row.split('|')
+                .map(|cell| cell.trim_matches([' ', '`']))
+                .collect()
+        })
+        .collect();
     assert!(rows.len() > 10);
     for row in rows {
-        assert_eq!(resolved(&machines.root("5900x"), row[1]).as_deref(), Ok(row[2]), "{}", row[1]);
+        assert_eq!(
+            resolved(&machines.root("5900x"), row[1]).as_deref(),
+            Ok(row[2]),
+            "{}",
+            row[1]
+        );
     }
 }
 
@@ -239,7 +292,10 @@ fn what_a_machine_lacks_is_named_with_what_it_has() {
         assert_eq!(resolved(&machines.root(name), text), Err(message), "{name}: {text}");
     }
     let error = resolved(&machines.root("5900x"), "vm:100").unwrap_err();
-    assert!(error.starts_with("VM 100: no such VM on this node: "), "{error}");
+    assert!(
+        error.starts_with("VM 100: no such VM on this node: "),
+        "{error}"
+    );
 }
 
 #[test]
@@ -247,16 +303,52 @@ fn what_the_kernel_could_not_have_written_is_an_error_or_left_out() {
     let machines = Machines::new();
     let root = machines.root("5900x");
     for (file, text, expected) in [
-        ("cpu0/topology/thread_siblings_list", "5-3", Err("runs backwards")),
-        ("cpu0/cache/index3/shared_cpu_list", "x", Err("is no CPU number or range")),
-        ("cpu0/cache/index3/shared_cpu_list", "6-11", Ok("0=0,6-11 L3 32M; 1=1-5,12-17 L3 32M; 2=18-23 L3 32M")),
-        ("cpu0/cache/index3/shared_cpu_list", "", Ok("0=0 die; 1=1-5,12-17 L3 32M; 2=6-11,18-23 L3 32M")),
-        ("cpu0/cache/index3/level", "x", Ok("0=0,12 die; 1=1-5,13-17 L3 32M; 2=6-11,18-23 L3 32M")),
-        ("cpu0/cache/index3/size", "x", Ok("0=0-5,12-17 L3; 1=6-11,18-23 L3 32M")),
-        ("cpu0/cache/index3/type", "Instruction", Ok("0=0,12 die; 1=1-5,13-17 L3 32M; 2=6-11,18-23 L3 32M")),
-        ("cpu0/topology/physical_package_id", "x", Ok("0=0-5,12-17 L3 32M; 1=6-11,18-23 L3 32M")),
+        (
+            "cpu0/topology/thread_siblings_list",
+            "5-3",
+            Err("runs backwards"),
+        ),
+        (
+            "cpu0/cache/index3/shared_cpu_list",
+            "x",
+            Err("is no CPU number or range"),
+        ),
+        (
+            "cpu0/cache/index3/shared_cpu_list",
+            "6-11",
+            Ok("0=0,6-11 L3 32M; 1=1-5,12-17 L3 32M; 2=18-23 L3 32M"),
+        ),
+        (
+            "cpu0/cache/index3/shared_cpu_list",
+            "",
+            Ok("0=0 die; 1=1-5,12-17 L3 32M; 2=6-11,18-23 L3 32M"),
+        ),
+        (
+            "cpu0/cache/index3/level",
+            "x",
+            Ok("0=0,12 die; 1=1-5,13-17 L3 32M; 2=6-11,18-23 L3 32M"),
+        ),
+        (
+            "cpu0/cache/index3/size",
+            "x",
+            Ok("0=0-5,12-17 L3; 1=6-11,18-23 L3 32M"),
+        ),
+        (
+            "cpu0/cache/index3/type",
+            "Instruction",
+            Ok("0=0,12 die; 1=1-5,13-17 L3 32M; 2=6-11,18-23 L3 32M"),
+        ),
+        (
+            "cpu0/topology/physical_package_id",
+            "x",
+            Ok("0=0-5,12-17 L3 32M; 1=6-11,18-23 L3 32M"),
+        ),
         ("present", "", Ok("")),
-        ("online", "0-40", Ok("0=0-5,12-17 L3 32M; 1=6-11,18-23 L3 32M")),
+        (
+            "online",
+            "0-40",
+            Ok("0=0-5,12-17 L3 32M; 1=6-11,18-23 L3 32M"),
+        ),
     ] {
         let path = root.path("sys/devices/system/cpu").join(file);
         let before = std::fs::read(&path).unwrap();
@@ -267,7 +359,10 @@ fn what_the_kernel_could_not_have_written_is_an_error_or_left_out() {
             Ok(expected) => assert_eq!(llcs.unwrap(), expected, "{file}: {text}"),
             Err(expected) => {
                 let error = llcs.unwrap_err().to_string();
-                assert!(error.contains(file) && error.contains(expected), "{file}: {text}: {error}");
+                assert!(
+                    error.contains(file) && error.contains(expected),
+                    "{file}: {text}: {error}"
+                );
             }
         }
     }
@@ -294,15 +389,22 @@ fn any_expr() -> impl Strategy<Value = (String, CpuSet)> {
         let cpus: CpuSet = cpus.into_iter().collect();
         (cpus.to_string(), cpus)
     });
-    let named: Vec<(String, CpuSet)> = selectors().into_iter().map(|(name, cpus)| (name.into(), cpus)).collect();
+    let named: Vec<(String, CpuSet)> = selectors()
+        .into_iter()
+        .map(|(name, cpus)| (name.into(), cpus))
+        .collect();
     let leaf = prop_oneof![numbers, prop::sample::select(named)];
-    // Everything that is joined is put in parentheses, so that the model needs no grammar of its own.
+    // Everything that is joined is put in parentheses, so that the model needs no grammar of its
+    // own.
     leaf.prop_recursive(4, 24, 3, |inner| {
         let all = CpuSet::range(0, 23);
         prop_oneof![
-            (inner.clone(), inner.clone()).prop_map(|(a, b)| (format!("({},({}))", a.0, b.0), &a.1 | &b.1)),
-            (inner.clone(), inner.clone()).prop_map(|(a, b)| (format!("(({}) & ({}))", a.0, b.0), &a.1 & &b.1)),
-            (inner.clone(), inner.clone()).prop_map(|(a, b)| (format!("({},!({}))", a.0, b.0), &a.1 - &b.1)),
+            (inner.clone(), inner.clone())
+                .prop_map(|(a, b)| (format!("({},({}))", a.0, b.0), &a.1 | &b.1)),
+            (inner.clone(), inner.clone())
+                .prop_map(|(a, b)| (format!("(({}) & ({}))", a.0, b.0), &a.1 & &b.1)),
+            (inner.clone(), inner.clone())
+                .prop_map(|(a, b)| (format!("({},!({}))", a.0, b.0), &a.1 - &b.1)),
             inner.prop_map(move |a| (format!("!({})", a.0), &all - &a.1)),
         ]
     })
@@ -310,9 +412,12 @@ fn any_expr() -> impl Strategy<Value = (String, CpuSet)> {
 
 /// Any text that is made of what expressions are made of.
 fn any_text() -> impl Strategy<Value = String> {
-    const TOKENS: [&str; 18] =
-        ["0", "5", "0-3", ",", ",", "&", "!", "(", ")", "llc:", "llc:1", "smt:", "vm:", "100", "all", "cpu:", " ", "é"];
-    prop::collection::vec(prop::sample::select(&TOKENS[..]), 0..12).prop_map(|tokens| tokens.concat())
+    const TOKENS: [&str; 18] = [
+        "0", "5", "0-3", ",", ",", "&", "!", "(", ")", "llc:", "llc:1", "smt:", "vm:", "100",
+        "all", "cpu:", " ", "é",
+    ];
+    prop::collection::vec(prop::sample::select(&TOKENS[..]), 0..12)
+        .prop_map(|tokens| tokens.concat())
 }
 
 #[test]

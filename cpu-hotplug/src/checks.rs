@@ -3,8 +3,8 @@
 use pinfold_core::knob::TaskId;
 use pinfold_core::{CpuSet, Error, Knob, Result, Sysroot, cgroup, cpu, process};
 
-/// All that is looked at before CPUs go offline: [`check_possible`], [`check_partitions`] without force, and
-/// [`bound_tasks`]; gives their notes.
+/// All that is looked at before CPUs go offline: [`check_possible`], [`check_partitions`] without
+/// force, and [`bound_tasks`]; gives their notes.
 ///
 /// # Errors
 /// Where they should not go, with the reason.
@@ -27,21 +27,28 @@ pub(crate) fn can_go(root: &Sysroot, cpu: usize) -> bool {
 pub fn check_possible(root: &Sysroot, cpus: &CpuSet) -> Result<()> {
     cpu::check_present(root, cpus)?;
     if cpus.contains(0) {
-        return Err(Error::unusable("CPU 0", "cannot be taken offline: the kernel needs it; leave it out"));
+        return Err(Error::unusable(
+            "CPU 0",
+            "cannot be taken offline: the kernel needs it; leave it out",
+        ));
     }
     let stuck: CpuSet = cpus.iter().filter(|cpu| !can_go(root, *cpu)).collect();
     if !stuck.is_empty() {
-        let why = "cannot be taken offline: the kernel gives it no file to do so (CONFIG_HOTPLUG_CPU)";
+        let why =
+            "cannot be taken offline: the kernel gives it no file to do so (CONFIG_HOTPLUG_CPU)";
         return Err(Error::unusable(format!("CPU {stuck}"), why));
     }
     if cpu::online(root)?.is_subset(cpus) {
-        return Err(Error::unusable(format!("CPU {cpus}"), "no CPU would be left online"));
+        return Err(Error::unusable(
+            format!("CPU {cpus}"),
+            "no CPU would be left online",
+        ));
     }
     Ok(())
 }
 
-/// Makes sure that no cpuset partition loses its last CPU: it would be invalid from then on, online again or not. Gives
-/// a note for each that loses some, and with `force` for each that loses all.
+/// Makes sure that no cpuset partition loses its last CPU: it would be invalid from then on, online
+/// again or not. Gives a note for each that loses some, and with `force` for each that loses all.
 ///
 /// # Errors
 /// [`Error::Unusable`] naming the first partition that would lose all of its CPUs, unless `force`.
@@ -49,7 +56,9 @@ pub fn check_partitions(root: &Sysroot, cpus: &CpuSet, force: bool) -> Result<Ve
     let mut notes = Vec::new();
     // Since Linux 6.7 the root cgroup lists the CPUs of isolated partitions, which saves the walk.
     let isolated = root.read_value(cgroup::file("", "cpuset.cpus.isolated"))?;
-    if isolated.is_some_and(|list| CpuSet::from_kernel_list(&list).is_ok_and(|isolated| !isolated.intersects(cpus))) {
+    if isolated.is_some_and(|list| {
+        CpuSet::from_kernel_list(&list).is_ok_and(|isolated| !isolated.intersects(cpus))
+    }) {
         return Ok(notes);
     }
     for (path, own) in partitions(root)? {
@@ -58,7 +67,9 @@ pub fn check_partitions(root: &Sysroot, cpus: &CpuSet, force: bool) -> Result<Ve
         if lost.is_empty() {
             continue;
         } else if lost != own {
-            notes.push(format!("{object}: cpuset partition /{path} is without it until it is online again"));
+            notes.push(format!(
+                "{object}: cpuset partition /{path} is without it until it is online again"
+            ));
         } else if force {
             notes.push(format!("{object}: cpuset partition /{path} loses all of its CPUs and is invalid from then on"));
         } else {
@@ -72,7 +83,8 @@ pub fn check_partitions(root: &Sysroot, cpus: &CpuSet, force: bool) -> Result<Ve
     Ok(notes)
 }
 
-/// The valid cpuset partitions below the root cgroup, with their CPUs; see cpuset.cpus.partition in cgroup-v2.rst.
+/// The valid cpuset partitions below the root cgroup, with their CPUs; see cpuset.cpus.partition in
+/// cgroup-v2.rst.
 fn partitions(root: &Sysroot) -> Result<Vec<(String, CpuSet)>> {
     let mut partitions = Vec::new();
     let mut left = vec![String::new()];
@@ -81,20 +93,33 @@ fn partitions(root: &Sysroot) -> Result<Vec<(String, CpuSet)>> {
             Err(error) if error.is_gone() => continue,
             children => children?,
         };
-        left.extend(children.iter().map(|name| format!("{path}/{name}").trim_start_matches('/').to_owned()));
-        let value = |name: &str| root.read_value(cgroup::file(&path, name)).map(Option::unwrap_or_default);
+        left.extend(
+            children
+                .iter()
+                .map(|name| format!("{path}/{name}").trim_start_matches('/').to_owned()),
+        );
+        let value = |name: &str| {
+            root.read_value(cgroup::file(&path, name))
+                .map(Option::unwrap_or_default)
+        };
         // The root cgroup has no such file, and `isolated invalid (…)` has nothing left to lose.
-        if matches!(value("cpuset.cpus.partition")?.as_str(), "isolated" | "root") {
+        if matches!(
+            value("cpuset.cpus.partition")?.as_str(),
+            "isolated" | "root"
+        ) {
             let own = value("cpuset.cpus.effective")?;
-            let own = CpuSet::from_kernel_list(&own)
-                .map_err(|source| Error::Cpus { object: format!("cgroup /{path}"), source })?;
+            let own = CpuSet::from_kernel_list(&own).map_err(|source| Error::Cpus {
+                object: format!("cgroup /{path}"),
+                source,
+            })?;
             partitions.push((path, own));
         }
     }
     Ok(partitions)
 }
 
-/// The tasks that may run on none but these CPUs, a note for each: when the CPUs go, the kernel lets them run anywhere.
+/// The tasks that may run on none but these CPUs, a note for each: when the CPUs go, the kernel
+/// lets them run anywhere.
 ///
 /// # Errors
 /// Where /proc or the list of online CPUs cannot be read.
@@ -122,12 +147,20 @@ pub fn bound_tasks(root: &Sysroot, cpus: &CpuSet) -> Result<Vec<String>> {
         }
     }
     if hidden > 0 {
-        notes.push(format!("where {hidden} tasks may run is not to be seen without root"));
+        notes.push(format!(
+            "where {hidden} tasks may run is not to be seen without root"
+        ));
     }
     Ok(notes)
 }
 
-fn bound_task(root: &Sysroot, pid: i32, tid: i32, cpus: &CpuSet, online: &CpuSet) -> Result<Option<String>> {
+fn bound_task(
+    root: &Sysroot,
+    pid: i32,
+    tid: i32,
+    cpus: &CpuSet,
+    online: &CpuSet,
+) -> Result<Option<String>> {
     // Its start time matters to nobody here, and one file less per thread does.
     let allowed = &process::affinity(root, &TaskId { pid, tid, start: 0 })? & online;
     if allowed.is_empty() || !allowed.is_subset(cpus) {
@@ -138,7 +171,13 @@ fn bound_task(root: &Sysroot, pid: i32, tid: i32, cpus: &CpuSet, online: &CpuSet
     if task.kernel && (task.bound || task.name.starts_with("irq/")) {
         return Ok(None);
     }
-    let thread = if task.kernel { Knob::Kthread(task.id) } else { Knob::Thread(task.id) };
+    let thread = if task.kernel {
+        Knob::Kthread(task.id)
+    } else {
+        Knob::Thread(task.id)
+    };
     let name = task.name;
-    Ok(Some(format!("{thread} ({name}): may run on CPU {allowed} only; once offline, the kernel lets it run anywhere")))
+    Ok(Some(format!(
+        "{thread} ({name}): may run on CPU {allowed} only; once offline, the kernel lets it run anywhere"
+    )))
 }

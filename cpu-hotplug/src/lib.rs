@@ -1,4 +1,5 @@
-//! cpu-hotplug: takes CPUs offline, which throws every task, timer and unbound worker off them, and online again.
+//! cpu-hotplug: takes CPUs offline, which throws every task, timer and unbound worker off them, and
+//! online again.
 
 mod checks;
 
@@ -59,7 +60,9 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     }
     let (cpus, online) = match args.verb {
         None => {
-            report.error("nothing to do: say offline CPUS or online CPUS, or --list or --restore FILE");
+            report.error(
+                "nothing to do: say offline CPUS or online CPUS, or --list or --restore FILE",
+            );
             return Ok(Exit::Usage);
         }
         Some(Verb::Offline { cpus, force }) => {
@@ -79,14 +82,20 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         }
     };
     let wanted = if online { "1" } else { "0" };
-    let changes: Vec<Change> = objects(&root, &cpus)?.into_iter().map(|object| object.want(wanted)).collect();
+    let changes: Vec<Change> = objects(&root, &cpus)?
+        .into_iter()
+        .map(|object| object.want(wanted))
+        .collect();
     args.common.make(&root, &mut report, TOOL, changes)?;
     // A tree of files has nobody who keeps the list of those online.
     if root.is_live() && !args.common.dry_run {
         let other = in_between(&cpus, &cpu::online(&root)?, online);
         // Each failed write has been told; this is about a kernel that says yes and does not do it.
         if other.len() > report.failures() {
-            report.error(&format!("CPU {other}: still {} after all", if online { "offline" } else { "online" }));
+            report.error(&format!(
+                "CPU {other}: still {} after all",
+                if online { "offline" } else { "online" }
+            ));
         }
     }
     Ok(report.finish())
@@ -94,10 +103,15 @@ fn run(args: Args) -> anyhow::Result<Exit> {
 
 /// The CPUs of these that are not as they were asked to be.
 fn in_between(cpus: &CpuSet, online_now: &CpuSet, wanted_online: bool) -> CpuSet {
-    if wanted_online { cpus - online_now } else { cpus & online_now }
+    if wanted_online {
+        cpus - online_now
+    } else {
+        cpus & online_now
+    }
 }
 
-/// The CPUs among these that can go offline and online, with the state they are in. CPU 0 mostly cannot.
+/// The CPUs among these that can go offline and online, with the state they are in. CPU 0 mostly
+/// cannot.
 ///
 /// # Errors
 /// Where a CPU does not exist, or sysfs cannot be read.
@@ -114,8 +128,10 @@ pub fn objects(root: &Sysroot, cpus: &CpuSet) -> Result<Vec<Object>> {
 
 fn list(root: &Sysroot) -> Result<Table> {
     let present = cpu::present(root)?;
-    let states: BTreeMap<Knob, String> =
-        objects(root, &present)?.into_iter().map(|object| (object.knob, object.found)).collect();
+    let states: BTreeMap<Knob, String> = objects(root, &present)?
+        .into_iter()
+        .map(|object| (object.knob, object.found))
+        .collect();
     let mut table = Table::new(&["cpu", "state", "can go offline"]);
     for cpu in present.iter() {
         let state = match states.get(&Knob::CpuOnline(cpu)).map(String::as_str) {
@@ -123,7 +139,11 @@ fn list(root: &Sysroot) -> Result<Table> {
             // Without the file it cannot be anything else.
             _ => "online",
         };
-        let removable = if checks::can_go(root, cpu) { "yes" } else { "no" };
+        let removable = if checks::can_go(root, cpu) {
+            "yes"
+        } else {
+            "no"
+        };
         table.row([cpu.to_string(), state.into(), removable.into()]);
     }
     Ok(table)

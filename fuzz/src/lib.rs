@@ -1,7 +1,8 @@
-//! What the fuzz targets do with their input, as plain functions: libFuzzer calls them, and so does tests/corpus.rs.
+//! What the fuzz targets do with their input, as plain functions: libFuzzer calls them, and so does
+//! tests/corpus.rs.
 //!
-//! Each hands the input to a parser as the programs do (bytes that are no UTF-8 become U+FFFD) and panics where the
-//! result is not as promised. What comes back is whether the parser took it.
+//! Each hands the input to a parser as the programs do (bytes that are no UTF-8 become U+FFFD) and
+//! panics where the result is not as promised. What comes back is whether the parser took it.
 
 use std::alloc::System;
 
@@ -9,12 +10,15 @@ use cap::Cap;
 use pinfold_core::pci::PciSelector;
 use pinfold_core::save::{self, Entry};
 use pinfold_core::store::Store;
-use pinfold_core::vmconf::{HostDevices, HostPci, PciHolder, VmConf, parse_pci_mapping, parse_pci_reservations};
+use pinfold_core::vmconf::{
+    HostDevices, HostPci, PciHolder, VmConf, parse_pci_mapping, parse_pci_reservations,
+};
 use pinfold_core::{CpuSet, Knob, MAX_CPU, Sysroot, process, qmp};
 use serde_json::{Value, json};
 
-/// No parser needs more, whatever it is given. Of a process's memory this is Rust's part alone: libFuzzer's own, some
-/// tens of MiB that grow with its corpus, is allocated elsewhere and so does not blur it.
+/// No parser needs more, whatever it is given. Of a process's memory this is Rust's part alone:
+/// libFuzzer's own, some tens of MiB that grow with its corpus, is allocated elsewhere and so does
+/// not blur it.
 pub const MEMORY: usize = 64 << 20;
 
 #[global_allocator]
@@ -28,23 +32,41 @@ pub fn cpu_list(data: &[u8]) -> bool {
     let text = String::from_utf8_lossy(data);
     let parsed = text.parse::<CpuSet>();
     // A kernel file may be empty, a list that somebody typed may not; that is all the difference.
-    assert_eq!(CpuSet::from_kernel_list(&text).is_ok(), parsed.is_ok() || text.trim().is_empty());
+    assert_eq!(
+        CpuSet::from_kernel_list(&text).is_ok(),
+        parsed.is_ok() || text.trim().is_empty()
+    );
     parsed.map(|cpus| check_cpus(&cpus)).is_ok()
 }
 
 /// A CPU mask.
 pub fn cpu_mask(data: &[u8]) -> bool {
-    CpuSet::from_mask(&String::from_utf8_lossy(data)).map(|cpus| check_cpus(&cpus)).is_ok()
+    CpuSet::from_mask(&String::from_utf8_lossy(data))
+        .map(|cpus| check_cpus(&cpus))
+        .is_ok()
 }
 
 /// A line of /proc/PID/stat; and the input as the name of a thread, which may be anything.
 pub fn proc_stat(data: &[u8]) -> bool {
     let text = String::from_utf8_lossy(data);
-    let named = format!("17 ({text}) S 2 0 0 0 -1 69238848 0 0 0 0 0 5 0 0 20 0 1 0 42{} 17 9 0 0\n", " 0".repeat(15));
+    let named = format!(
+        "17 ({text}) S 2 0 0 0 -1 69238848 0 0 0 0 0 5 0 0 20 0 1 0 42{} 17 9 0 0\n",
+        " 0".repeat(15)
+    );
     let task = process::parse_stat(17, &named).unwrap();
-    assert_eq!((task.name.as_str(), task.id.tid, task.id.start, task.last_cpu), (&*text, 17, 42, 9));
+    assert_eq!(
+        (
+            task.name.as_str(),
+            task.id.tid,
+            task.id.start,
+            task.last_cpu
+        ),
+        (&*text, 17, 42, 9)
+    );
 
-    let Ok(task) = process::parse_stat(17, &text) else { return false };
+    let Ok(task) = process::parse_stat(17, &text) else {
+        return false;
+    };
     // Told apart in another way: the name is what is between the outermost brackets.
     let (tid, rest) = text.split_once(" (").unwrap();
     let (name, fields) = rest.rsplit_once(") ").unwrap();
@@ -53,16 +75,24 @@ pub fn proc_stat(data: &[u8]) -> bool {
         (17, tid.parse::<i32>().unwrap().to_string(), name)
     );
     assert!(task.id.tid >= 0);
-    assert_eq!(Ok(task.id.start), fields.split(' ').nth(19).unwrap().parse());
+    assert_eq!(
+        Ok(task.id.start),
+        fields.split(' ').nth(19).unwrap().parse()
+    );
     true
 }
 
 /// VMID.conf, its hostpci entries too.
 pub fn vm_conf(data: &[u8]) -> bool {
     let text = String::from_utf8_lossy(data);
-    let Ok(conf) = VmConf::parse(&text) else { return false };
+    let Ok(conf) = VmConf::parse(&text) else {
+        return false;
+    };
     assert!(conf.vcpus() >= 1 && conf.max_vcpus() >= 1 && conf.threads_per_core() >= 1);
-    assert!(conf.hostpci.is_sorted_by(|a, b| a.index < b.index) && conf.hostpci.iter().all(|entry| entry.index < 16));
+    assert!(
+        conf.hostpci.is_sorted_by(|a, b| a.index < b.index)
+            && conf.hostpci.iter().all(|entry| entry.index < 16)
+    );
     for entry in &conf.hostpci {
         match &entry.devices {
             HostDevices::Addresses(selectors) => check_selectors(selectors),
@@ -82,9 +112,14 @@ pub fn pci_mapping(data: &[u8]) -> bool {
     let parse = |text: &str| parse_pci_mapping(text, "gpu", "pve1");
     let text = String::from_utf8_lossy(data);
     let devices = parse(&text);
-    assert_eq!(parse(&format!("{text}\nother\n\tmap node=pve1,path=09:00\n")), devices);
+    assert_eq!(
+        parse(&format!("{text}\nother\n\tmap node=pve1,path=09:00\n")),
+        devices
+    );
     let Some(devices) = devices else { return false };
-    devices.iter().for_each(|selectors| check_selectors(selectors));
+    devices
+        .iter()
+        .for_each(|selectors| check_selectors(selectors));
     let map = |device: &Vec<PciSelector>| format!("\tmap node=pve1,path={}\n", joined(device));
     let rendered: String = devices.iter().map(map).collect();
     assert_eq!(parse(&format!("gpu\n{rendered}")).as_ref(), Some(&devices));
@@ -111,13 +146,29 @@ pub fn pci_reservations(data: &[u8]) -> bool {
 
 /// What QEMU's monitor says in a whole conversation.
 pub fn qmp_reply(data: &[u8]) -> bool {
-    let Ok(facts) = qmp::Facts::parse(&String::from_utf8_lossy(data)) else { return false };
+    let Ok(facts) = qmp::Facts::parse(&String::from_utf8_lossy(data)) else {
+        return false;
+    };
     // The numbers become a set, whose size is that of the largest.
     assert!(facts.vcpus.values().all(|number| *number <= MAX_CPU));
-    let cpus = facts.vcpus.iter().map(|(tid, number)| json!({"thread-id": tid, "cpu-index": number}));
-    let iothreads = facts.iothreads.iter().map(|(tid, id)| json!({"thread-id": tid, "id": id}));
-    let replies = [json!({}), cpus.collect(), iothreads.collect(), json!({"status": facts.status})];
-    let rendered: String = replies.into_iter().map(|reply| format!("{}\n", json!({"return": reply}))).collect();
+    let cpus = facts
+        .vcpus
+        .iter()
+        .map(|(tid, number)| json!({"thread-id": tid, "cpu-index": number}));
+    let iothreads = facts
+        .iothreads
+        .iter()
+        .map(|(tid, id)| json!({"thread-id": tid, "id": id}));
+    let replies = [
+        json!({}),
+        cpus.collect(),
+        iothreads.collect(),
+        json!({"status": facts.status}),
+    ];
+    let rendered: String = replies
+        .into_iter()
+        .map(|reply| format!("{}\n", json!({"return": reply})))
+        .collect();
     assert_eq!(qmp::Facts::parse(&rendered).as_ref(), Ok(&facts));
     true
 }
@@ -125,24 +176,43 @@ pub fn qmp_reply(data: &[u8]) -> bool {
 /// A settings file of hook's, on a host with CPUs 0 to 23.
 pub fn settings(data: &[u8]) -> bool {
     let root = Sysroot::new(concat!(env!("CARGO_MANIFEST_DIR"), "/host"));
-    let Ok(resolved) = hook::check_settings(&root, &String::from_utf8_lossy(data), "fuzz") else { return false };
+    let Ok(resolved) = hook::check_settings(&root, &String::from_utf8_lossy(data), "fuzz") else {
+        return false;
+    };
     let resolved: Value = serde_json::from_str(&resolved).unwrap();
     let cpus = |value: &Value| CpuSet::from_kernel_list(value.as_str().unwrap()).unwrap();
     let isolated = cpus(&resolved["isolated"]);
     assert!(!isolated.is_empty());
     check_cpus(&isolated);
-    let pins: Vec<CpuSet> = resolved["pins"].as_array().unwrap().iter().map(cpus).collect();
-    assert!(!pins.is_empty() && pins.iter().all(|pin| !pin.is_empty() && pin.is_subset(&isolated)));
+    let pins: Vec<CpuSet> = resolved["pins"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(cpus)
+        .collect();
+    assert!(
+        !pins.is_empty()
+            && pins
+                .iter()
+                .all(|pin| !pin.is_empty() && pin.is_subset(&isolated))
+    );
     assert!(resolved["min_housekeeping"].as_u64().unwrap() >= 1);
     // Beyond some bound a deadline is more than the clock can hold.
-    assert!(resolved["deadlines"].as_object().unwrap().values().all(|seconds| seconds.as_u64().unwrap() <= 3600));
+    assert!(
+        resolved["deadlines"]
+            .as_object()
+            .unwrap()
+            .values()
+            .all(|seconds| seconds.as_u64().unwrap() <= 3600)
+    );
     // They live on in the state, and have to come back from it.
     let reservation = json!({
         "phase": "isolated", "isolation": "hotplug", "settings": resolved, "qemu": {"pid": 1, "tid": 1, "start": 1}, "starter": null,
         "idle_vm_stopped": false,
     });
     let state = json!({"version": 1, "reservations": {"100": reservation}, "baseline": []});
-    let kept: Value = serde_json::from_str(&hook::check_state(&state.to_string()).unwrap()).unwrap();
+    let kept: Value =
+        serde_json::from_str(&hook::check_state(&state.to_string()).unwrap()).unwrap();
     assert_eq!(kept, state);
     true
 }
@@ -150,7 +220,9 @@ pub fn settings(data: &[u8]) -> bool {
 /// hook's state file.
 pub fn state(data: &[u8]) -> bool {
     let text = String::from_utf8_lossy(data);
-    let Ok(written) = hook::check_state(&text) else { return false };
+    let Ok(written) = hook::check_state(&text) else {
+        return false;
+    };
     assert_eq!(hook::check_state(&written).unwrap(), written);
     // Whatever is kept per VM, the baseline is read alike.
     let (_, baseline) = Store::<Value>::parse(&text).unwrap();
@@ -158,15 +230,23 @@ pub fn state(data: &[u8]) -> bool {
     for (knob, _, before) in baseline.knobs() {
         check_knob(knob);
         check_value(knob, before);
-        baseline.set(knob).iter().for_each(|value| check_value(knob, value));
+        baseline
+            .set(knob)
+            .iter()
+            .for_each(|value| check_value(knob, value));
     }
     true
 }
 
 /// What `--save` of pin-irqs writes.
 pub fn saved(data: &[u8]) -> bool {
-    let Ok(entries) = save::parse(&String::from_utf8_lossy(data), TOOL) else { return false };
-    for Entry { knob, before, set, .. } in &entries {
+    let Ok(entries) = save::parse(&String::from_utf8_lossy(data), TOOL) else {
+        return false;
+    };
+    for Entry {
+        knob, before, set, ..
+    } in &entries
+    {
         check_knob(knob);
         check_value(knob, before);
         check_value(knob, set);
@@ -191,7 +271,10 @@ fn check_cpus(cpus: &CpuSet) {
 fn check_selectors(selectors: &[PciSelector]) {
     assert!(!selectors.is_empty());
     for selector in selectors {
-        assert_eq!(&selector.to_string().parse::<PciSelector>().unwrap(), selector);
+        assert_eq!(
+            &selector.to_string().parse::<PciSelector>().unwrap(),
+            selector
+        );
         assert!(selector.matches(&selector.first()));
         assert!(selector.device < 32 && selector.function.is_none_or(|function| function < 8));
     }
@@ -247,19 +330,45 @@ fn check_value(knob: &Knob, value: &str) {
 
 fn check_path(path: &str) {
     use std::path::{Component, Path};
-    let inside = Path::new(path).components().all(|part| matches!(part, Component::Normal(_)));
-    assert!(inside && !path.is_empty() && !path.contains('\0'), "{path:?} leaves its folder");
+    let inside = Path::new(path)
+        .components()
+        .all(|part| matches!(part, Component::Normal(_)));
+    assert!(
+        inside && !path.is_empty() && !path.contains('\0'),
+        "{path:?} leaves its folder"
+    );
 }
 
 fn joined(selectors: &[PciSelector]) -> String {
-    selectors.iter().map(ToString::to_string).collect::<Vec<_>>().join(";")
+    selectors
+        .iter()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(";")
 }
 
 fn render_conf(conf: &VmConf) -> String {
-    let VmConf { name, sockets, cores, vcpus, affinity, hugepages, hostpci, template, hookscript, args, .. } = conf;
+    let VmConf {
+        name,
+        sockets,
+        cores,
+        vcpus,
+        affinity,
+        hugepages,
+        hostpci,
+        template,
+        hookscript,
+        args,
+        ..
+    } = conf;
     let mut text = format!("template: {}\n", u8::from(*template));
-    let texts =
-        [("name", name), ("affinity", affinity), ("hugepages", hugepages), ("hookscript", hookscript), ("args", args)];
+    let texts = [
+        ("name", name),
+        ("affinity", affinity),
+        ("hugepages", hugepages),
+        ("hookscript", hookscript),
+        ("args", args),
+    ];
     for (key, value) in texts {
         text.extend(value.iter().map(|value| format!("{key}: {value}\n")));
     }
@@ -269,7 +378,12 @@ fn render_conf(conf: &VmConf) -> String {
     for (key, count) in [("sockets", sockets), ("cores", cores), ("vcpus", vcpus)] {
         text.extend(count.iter().map(|count| format!("{key}: {count}\n")));
     }
-    for HostPci { index, devices, shared } in hostpci {
+    for HostPci {
+        index,
+        devices,
+        shared,
+    } in hostpci
+    {
         let devices = match devices {
             HostDevices::Addresses(selectors) => format!("host={}", joined(selectors)),
             HostDevices::Mapping(id) => format!("mapping={id}"),

@@ -1,5 +1,6 @@
-//! Replays the corpus without libFuzzer. `good-*` has to be taken and `bad-*` refused; of everything else, regressions
-//! above all, it is enough that nothing that the target promises is broken.
+//! Replays the corpus without libFuzzer. `good-*` has to be taken and `bad-*` refused; of
+//! everything else, regressions above all, it is enough that nothing that the target promises is
+//! broken.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,8 +8,13 @@ use std::path::{Path, PathBuf};
 use pinfold_fuzz as fuzz;
 
 fn replay(target: &str, body: fn(&[u8]) -> bool) {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target);
-    let files: Vec<PathBuf> = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("corpus")
+        .join(target);
+    let files: Vec<PathBuf> = fs::read_dir(&folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
     let (mut good, mut bad) = (0, 0);
     for path in &files {
         let taken = body(&fs::read(path).unwrap());
@@ -21,7 +27,11 @@ fn replay(target: &str, body: fn(&[u8]) -> bool) {
             assert!(!taken, "{} is taken", path.display());
         }
     }
-    assert!(good > 0 && bad > 0, "{} needs good-* and bad-*, both", folder.display());
+    assert!(
+        good > 0 && bad > 0,
+        "{} needs good-* and bad-*, both",
+        folder.display()
+    );
 }
 
 /// A test per target, whose corpus has the target's name.
@@ -50,8 +60,17 @@ fn memory_is_held() {
 fn nothing_is_left_out() {
     let names = |folder: &str| {
         let entries = fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(folder)).unwrap();
-        let mut names: Vec<String> =
-            entries.map(|entry| entry.unwrap().path().file_stem().unwrap().to_string_lossy().into_owned()).collect();
+        let mut names: Vec<String> = entries
+            .map(|entry| {
+                entry
+                    .unwrap()
+                    .path()
+                    .file_stem()
+                    .unwrap()
+                    .to_string_lossy()
+                    .into_owned()
+            })
+            .collect();
         names.sort_unstable();
         names
     };

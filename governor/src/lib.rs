@@ -1,6 +1,7 @@
 //! governor: sets the cpufreq governor of CPUs.
 //!
-//! A governor belongs to a policy: the CPUs that share a clock. Setting it for one of them sets it for all.
+//! A governor belongs to a policy: the CPUs that share a clock. Setting it for one of them sets it
+//! for all.
 
 use std::process::ExitCode;
 
@@ -60,11 +61,15 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     for note in check(&root, &name, &cpus)? {
         report.note(&note);
     }
-    let changes = objects(&root, &cpus)?.into_iter().map(|object| object.want(&*name)).collect();
+    let changes = objects(&root, &cpus)?
+        .into_iter()
+        .map(|object| object.want(&*name))
+        .collect();
     args.common.carry_out(&root, &mut report, TOOL, changes)
 }
 
-const NO_DRIVER: &str = "this host has no cpufreq driver, as in a VM, or with the clock left to the firmware";
+const NO_DRIVER: &str =
+    "this host has no cpufreq driver, as in a VM, or with the clock left to the firmware";
 
 /// The policies of these CPUs, with their governors.
 ///
@@ -72,14 +77,18 @@ const NO_DRIVER: &str = "this host has no cpufreq driver, as in a VM, or with th
 /// Where cpufreq cannot be read.
 pub fn objects(root: &Sysroot, cpus: &CpuSet) -> Result<Vec<Object>> {
     let policies = cpufreq::policies(root)?;
-    Ok(policies.iter().filter(|policy| policy.cpus.intersects(cpus)).map(Policy::object).collect())
+    Ok(policies
+        .iter()
+        .filter(|policy| policy.cpus.intersects(cpus))
+        .map(Policy::object)
+        .collect())
 }
 
 /// Makes sure that these CPUs can have the governor, and says which others would get it too.
 ///
 /// # Errors
-/// [`Error::Unusable`] where a CPU does not exist or has no policy, or a policy does not offer the governor; nothing
-/// should be set then.
+/// [`Error::Unusable`] where a CPU does not exist or has no policy, or a policy does not offer the
+/// governor; nothing should be set then.
 pub fn check(root: &Sysroot, name: &str, cpus: &CpuSet) -> Result<Vec<String>> {
     cpu::check_present(root, cpus)?;
     let policies = cpufreq::policies(root)?;
@@ -89,19 +98,31 @@ pub fn check(root: &Sysroot, name: &str, cpus: &CpuSet) -> Result<Vec<String>> {
     let mut without = cpus.clone();
     let mut offline = CpuSet::new();
     let mut notes = Vec::new();
-    for policy in policies.iter().filter(|policy| policy.cpus.intersects(cpus)) {
+    for policy in policies
+        .iter()
+        .filter(|policy| policy.cpus.intersects(cpus))
+    {
         without = &without - &policy.cpus;
         if policy.governor.is_empty() {
             offline = &offline | &policy.cpus;
             continue;
         }
         if !policy.available.iter().any(|offered| offered == name) {
-            let why = format!("no governor {name:?}; it offers {}", policy.available.join(", "));
-            return Err(Error::unusable(format!("{} (CPU {})", policy.name, policy.cpus), why));
+            let why = format!(
+                "no governor {name:?}; it offers {}",
+                policy.available.join(", ")
+            );
+            return Err(Error::unusable(
+                format!("{} (CPU {})", policy.name, policy.cpus),
+                why,
+            ));
         }
         let others = &policy.cpus - cpus;
         if !others.is_empty() {
-            notes.push(format!("{}: CPU {others} shares its clock and follows", policy.name));
+            notes.push(format!(
+                "{}: CPU {others} shares its clock and follows",
+                policy.name
+            ));
         }
     }
     offline = &offline | &(&without - &cpu::online(root)?);
@@ -112,14 +133,23 @@ pub fn check(root: &Sysroot, name: &str, cpus: &CpuSet) -> Result<Vec<String>> {
         ));
     }
     if !without.is_empty() {
-        return Err(Error::unusable(format!("CPU {without}"), "no cpufreq policy; see --list"));
+        return Err(Error::unusable(
+            format!("CPU {without}"),
+            "no cpufreq policy; see --list",
+        ));
     }
     Ok(notes)
 }
 
 fn list(policies: Vec<Policy>) -> Table {
     let mut table = Table::new(&["policy", "cpus", "governor", "available"]);
-    for Policy { name, cpus, governor, available } in policies {
+    for Policy {
+        name,
+        cpus,
+        governor,
+        available,
+    } in policies
+    {
         table.row([name, cpus.to_string(), governor, available.join(" ")]);
     }
     table

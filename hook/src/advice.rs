@@ -1,4 +1,5 @@
-//! What `hook check` looks at beside what pre-start does: nothing that stops a start by itself, and what makes the most of it.
+//! What `hook check` looks at beside what pre-start does: nothing that stops a start by itself, and
+//! what makes the most of it.
 
 use std::os::unix::fs::PermissionsExt;
 
@@ -17,7 +18,12 @@ const SNIPPETS: &str = "var/lib/vz/snippets";
 ///
 /// # Errors
 /// Where the host cannot be read.
-pub(crate) fn findings(root: &Sysroot, vmid: VmId, conf: &VmConf, settings: &Settings) -> Result<Vec<Finding>> {
+pub(crate) fn findings(
+    root: &Sysroot,
+    vmid: VmId,
+    conf: &VmConf,
+    settings: &Settings,
+) -> Result<Vec<Finding>> {
     let topology = Topology::read(root)?;
     let mut findings = command_line(&root.read("proc/cmdline")?, &settings.isolated);
     findings.push(llc(&topology, &settings.isolated));
@@ -33,24 +39,41 @@ pub(crate) fn hookscript(root: &Sysroot, vmid: VmId, conf: &VmConf) -> Finding {
     const CHECK: &str = "hookscript";
     let Some(volume) = &conf.hookscript else {
         let fix = format!("qm set {vmid} --hookscript local:snippets/hook");
-        return Finding::warn(CHECK, "not set: Proxmox VE does not call hook for this VM", fix);
+        return Finding::warn(
+            CHECK,
+            "not set: Proxmox VE does not call hook for this VM",
+            fix,
+        );
     };
     let path = match volume.strip_prefix("local:snippets/") {
         Some(name) => format!("{SNIPPETS}/{name}"),
         None if volume.starts_with('/') => volume.clone(),
-        None => return Finding::ok(CHECK, format!("{volume}; where that is has not been looked at")),
+        None => {
+            return Finding::ok(
+                CHECK,
+                format!("{volume}; where that is has not been looked at"),
+            );
+        }
     };
     let path = root.path(path);
     let shown = path.display();
     match path.metadata() {
         Err(error) => {
             let what = format!("{shown}: {}", pinfold_core::os_text(&error));
-            Finding::error(CHECK, what, format!("copy hook there: install -m 0755 $(command -v hook) {shown}"))
+            Finding::error(
+                CHECK,
+                what,
+                format!("copy hook there: install -m 0755 $(command -v hook) {shown}"),
+            )
         }
-        Ok(file) if !file.is_file() => Finding::error(CHECK, format!("{shown}: it is no file"), "put hook there"),
-        Ok(file) if file.permissions().mode() & 0o111 == 0 => {
-            Finding::error(CHECK, format!("{shown}: not executable"), format!("chmod 0755 {shown}"))
+        Ok(file) if !file.is_file() => {
+            Finding::error(CHECK, format!("{shown}: it is no file"), "put hook there")
         }
+        Ok(file) if file.permissions().mode() & 0o111 == 0 => Finding::error(
+            CHECK,
+            format!("{shown}: not executable"),
+            format!("chmod 0755 {shown}"),
+        ),
         Ok(_) => Finding::ok(CHECK, volume),
     }
 }
@@ -58,20 +81,34 @@ pub(crate) fn hookscript(root: &Sysroot, vmid: VmId, conf: &VmConf) -> Finding {
 /// CPUs that the kernel's command line sets aside for good (admin-guide/kernel-parameters.txt).
 fn command_line(text: &str, isolated: &CpuSet) -> Vec<Finding> {
     const CHECK: &str = "command line";
-    let words = || text.split_whitespace().filter_map(|word| word.split_once('='));
+    let words = || {
+        text.split_whitespace()
+            .filter_map(|word| word.split_once('='))
+    };
     let mut findings = Vec::new();
-    for (name, value) in words().filter(|(name, _)| matches!(*name, "isolcpus" | "nohz_full" | "rcu_nocbs")) {
+    for (name, value) in
+        words().filter(|(name, _)| matches!(*name, "isolcpus" | "nohz_full" | "rcu_nocbs"))
+    {
         // isolcpus may begin with flags: `managed_irq,domain,2-3`.
         let is_flag = |word: &&str| word.starts_with(|c: char| c.is_ascii_alphabetic());
-        let list = value.split(',').skip_while(is_flag).collect::<Vec<_>>().join(",");
+        let list = value
+            .split(',')
+            .skip_while(is_flag)
+            .collect::<Vec<_>>()
+            .join(",");
         let covers = CpuSet::from_kernel_list(&list).is_ok_and(|cpus| isolated.is_subset(&cpus));
         findings.push(match name {
             "isolcpus" => Finding::warn(
                 CHECK,
-                format!("{name}={value} keeps these CPUs from everybody also while the VM does not run"),
+                format!(
+                    "{name}={value} keeps these CPUs from everybody also while the VM does not run"
+                ),
                 "take it out: hook fences them off while it does",
             ),
-            _ if covers => Finding::ok(CHECK, format!("{name}={value} has all of the isolated CPUs")),
+            _ if covers => Finding::ok(
+                CHECK,
+                format!("{name}={value} has all of the isolated CPUs"),
+            ),
             _ => Finding::warn(
                 CHECK,
                 format!("{name}={value} has not all of the isolated CPUs, and vCPUs differ by it"),
@@ -88,7 +125,11 @@ fn command_line(text: &str, isolated: &CpuSet) -> Vec<Finding> {
 /// Whether the set is in as few LLC domains as can be.
 fn llc(topology: &Topology, isolated: &CpuSet) -> Finding {
     const CHECK: &str = "L3";
-    let mut sizes: Vec<usize> = topology.domains(Kind::Llc).iter().map(|llc| llc.cpus.len()).collect();
+    let mut sizes: Vec<usize> = topology
+        .domains(Kind::Llc)
+        .iter()
+        .map(|llc| llc.cpus.len())
+        .collect();
     sizes.sort_unstable_by(|a, b| b.cmp(a));
     let mut room = 0;
     let needed = sizes.iter().take_while(|size| {
@@ -97,26 +138,53 @@ fn llc(topology: &Topology, isolated: &CpuSet) -> Finding {
         more
     });
     let needed = needed.count();
-    let own = topology.domains(Kind::Llc).iter().filter(|llc| llc.cpus.intersects(isolated));
+    let own = topology
+        .domains(Kind::Llc)
+        .iter()
+        .filter(|llc| llc.cpus.intersects(isolated));
     let own: Vec<String> = own.map(|llc| format!("llc:{}", llc.number)).collect();
     if own.len() <= needed {
         return Finding::ok(CHECK, format!("in {}", own.join(", ")));
     }
-    let what = format!("CPU {isolated} is split across {}: vCPUs share caches with the host", own.join(", "));
-    Finding::warn(CHECK, what, format!("{needed} would do; `hook layout` shows which CPUs share one"))
+    let what = format!(
+        "CPU {isolated} is split across {}: vCPUs share caches with the host",
+        own.join(", ")
+    );
+    Finding::warn(
+        CHECK,
+        what,
+        format!("{needed} would do; `hook layout` shows which CPUs share one"),
+    )
 }
 
 /// Pins that no vCPU has.
 fn spare_pins(conf: &VmConf, settings: &Settings) -> Finding {
     let vcpus = conf.vcpus() as usize;
-    let used: CpuSet = settings.pins.iter().take(vcpus).flat_map(CpuSet::iter).collect();
-    let spare: CpuSet = settings.pins.iter().skip(vcpus).flat_map(CpuSet::iter).collect();
+    let used: CpuSet = settings
+        .pins
+        .iter()
+        .take(vcpus)
+        .flat_map(CpuSet::iter)
+        .collect();
+    let spare: CpuSet = settings
+        .pins
+        .iter()
+        .skip(vcpus)
+        .flat_map(CpuSet::iter)
+        .collect();
     let spare = &spare - &used;
     if spare.is_empty() {
         return Finding::ok("vCPUs", format!("{vcpus}, each with a pin"));
     }
-    let what = format!("{vcpus}, and pins for {}: CPU {spare} is taken from the host for nobody", settings.pins.len());
-    Finding::warn("vCPUs", what, "give the VM more cores, or isolate fewer CPUs")
+    let what = format!(
+        "{vcpus}, and pins for {}: CPU {spare} is taken from the host for nobody",
+        settings.pins.len()
+    );
+    Finding::warn(
+        "vCPUs",
+        what,
+        "give the VM more cores, or isolate fewer CPUs",
+    )
 }
 
 /// Whether the guest knows which of its vCPUs are threads of one core.
@@ -126,20 +194,27 @@ fn guest_cores(root: &Sysroot, vmid: VmId, conf: &VmConf, settings: &Settings) -
     let single = |pin: &CpuSet| pin.first().filter(|_| pin.len() == 1);
     let pins: Vec<usize> = settings.pins.iter().take(vcpus).map_while(single).collect();
     if pins.len() < vcpus || vcpus < 2 {
-        return Ok(Finding::ok(CHECK, "as they come: pins are no CPUs of their own"));
+        return Ok(Finding::ok(
+            CHECK,
+            "as they come: pins are no CPUs of their own",
+        ));
     }
     let mut cores = Vec::with_capacity(vcpus);
     for cpu in &pins {
         cores.push(cpu::siblings(root, *cpu)?);
     }
     let together = cores.iter().any(|core| core.len() > 1);
-    let paired = together && vcpus.is_multiple_of(2) && cores.chunks(2).all(|pair| pair[0] == pair[1]);
+    let paired =
+        together && vcpus.is_multiple_of(2) && cores.chunks(2).all(|pair| pair[0] == pair[1]);
     Ok(match (paired, conf.threads_per_core() == 2) {
         (true, true) => Finding::ok(CHECK, "two vCPUs each, on the two threads of one core"),
         (true, false) => Finding::warn(
             CHECK,
             "vCPUs 0 and 1, 2 and 3, … are threads of one core, and the guest takes each for a core of its own",
-            format!("qm set {vmid} --args '-smp {vcpus},sockets=1,cores={},threads=2'", vcpus / 2),
+            format!(
+                "qm set {vmid} --args '-smp {vcpus},sockets=1,cores={},threads=2'",
+                vcpus / 2
+            ),
         ),
         (false, true) => {
             let mut pins = pins;
@@ -148,7 +223,10 @@ fn guest_cores(root: &Sysroot, vmid: VmId, conf: &VmConf, settings: &Settings) -
             Finding::warn(
                 CHECK,
                 "the guest takes vCPUs 0 and 1, 2 and 3, … for threads of one core, and their pins are on two",
-                format!("put the threads of a core behind each other: pins = \"{}\"", pins.join(",")),
+                format!(
+                    "put the threads of a core behind each other: pins = \"{}\"",
+                    pins.join(",")
+                ),
             )
         }
         (false, false) => Finding::ok(CHECK, "one vCPU each"),
@@ -157,11 +235,20 @@ fn guest_cores(root: &Sysroot, vmid: VmId, conf: &VmConf, settings: &Settings) -
 
 /// The first thread of a CPU's core.
 fn cores_first(cores: &[CpuSet], cpu: usize) -> usize {
-    cores.iter().find(|core| core.contains(cpu)).and_then(CpuSet::first).unwrap_or(cpu)
+    cores
+        .iter()
+        .find(|core| core.contains(cpu))
+        .and_then(CpuSet::first)
+        .unwrap_or(cpu)
 }
 
 /// Whether huge pages are where the isolated CPUs are (admin-guide/mm/hugetlbpage.rst).
-fn hugepages(root: &Sysroot, topology: &Topology, conf: &VmConf, isolated: &CpuSet) -> Result<Finding> {
+fn hugepages(
+    root: &Sysroot,
+    topology: &Topology,
+    conf: &VmConf,
+    isolated: &CpuSet,
+) -> Result<Finding> {
     const CHECK: &str = "hugepages";
     let sizes: &[u32] = match conf.hugepages.as_deref() {
         None => return Ok(Finding::ok(CHECK, "not asked for")),
@@ -173,8 +260,14 @@ fn hugepages(root: &Sysroot, topology: &Topology, conf: &VmConf, isolated: &CpuS
     let (mut near, mut far) = (0, Vec::new());
     for node in nodes {
         for size in sizes {
-            let path = format!("sys/devices/system/node/node{}/hugepages/hugepages-{size}kB/nr_hugepages", node.number);
-            let pages: u64 = root.read_value(path)?.and_then(|text| text.parse().ok()).unwrap_or(0);
+            let path = format!(
+                "sys/devices/system/node/node{}/hugepages/hugepages-{size}kB/nr_hugepages",
+                node.number
+            );
+            let pages: u64 = root
+                .read_value(path)?
+                .and_then(|text| text.parse().ok())
+                .unwrap_or(0);
             if node.cpus.intersects(isolated) {
                 near += pages;
             } else if pages > 0 {
@@ -183,22 +276,42 @@ fn hugepages(root: &Sysroot, topology: &Topology, conf: &VmConf, isolated: &CpuS
         }
     }
     far.dedup();
-    let own: Vec<String> =
-        nodes.iter().filter(|node| node.cpus.intersects(isolated)).map(|node| node.number.to_string()).collect();
+    let own: Vec<String> = nodes
+        .iter()
+        .filter(|node| node.cpus.intersects(isolated))
+        .map(|node| node.number.to_string())
+        .collect();
     Ok(if near == 0 && !far.is_empty() {
-        let what = format!("all on {}, and the isolated CPUs are on node {}", far.join(", "), own.join(", "));
-        let file =
-            format!("/sys/devices/system/node/node{}/hugepages/hugepages-{}kB/nr_hugepages", own.join(","), sizes[0]);
+        let what = format!(
+            "all on {}, and the isolated CPUs are on node {}",
+            far.join(", "),
+            own.join(", ")
+        );
+        let file = format!(
+            "/sys/devices/system/node/node{}/hugepages/hugepages-{}kB/nr_hugepages",
+            own.join(","),
+            sizes[0]
+        );
         Finding::warn(CHECK, what, format!("reserve them there, in {file}"))
     } else {
-        Finding::ok(CHECK, format!("on node {}, where the isolated CPUs are, or yet to be reserved", own.join(", ")))
+        Finding::ok(
+            CHECK,
+            format!(
+                "on node {}, where the isolated CPUs are, or yet to be reserved",
+                own.join(", ")
+            ),
+        )
     })
 }
 
 /// What runs beside QEMU.
 fn helpers(conf: &VmConf, settings: &Settings) -> Finding {
     let names = [("swtpm", conf.tpm), ("virtiofsd", conf.virtiofs)];
-    let names: Vec<&str> = names.iter().filter(|(_, there)| *there).map(|(name, _)| *name).collect();
+    let names: Vec<&str> = names
+        .iter()
+        .filter(|(_, there)| *there)
+        .map(|(name, _)| *name)
+        .collect();
     let go = if names.len() > 1 { "go" } else { "goes" };
     let names = names.join(" and ");
     let what = match &settings.emulator {

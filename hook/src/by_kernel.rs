@@ -1,6 +1,8 @@
-//! Masks that nobody has set: the kernel and its drivers change them by themselves, as partitions, cpusets and CPUs come and go.
+//! Masks that nobody has set: the kernel and its drivers change them by themselves, as partitions,
+//! cpusets and CPUs come and go.
 //!
-//! A run that mends what a killed one has left tells them from what somebody else has set meanwhile.
+//! A run that mends what a killed one has left tells them from what somebody else has set
+//! meanwhile.
 
 use std::collections::BTreeSet;
 
@@ -21,28 +23,48 @@ pub(crate) struct ByKernel {
 }
 
 impl ByKernel {
-    /// As the host is, whose partitions have `left` this to all others, and as the store says it was changed.
+    /// As the host is, whose partitions have `left` this to all others, and as the store says it
+    /// was changed.
     ///
     /// # Errors
     /// Where the host's CPUs cannot be read.
     pub(crate) fn on(root: &Sysroot, store: &Store<Reservation>, left: &CpuSet) -> Result<Self> {
-        let partitions = store.reservations.values().filter(|it| it.isolation == Isolation::Partition);
+        let partitions = store
+            .reservations
+            .values()
+            .filter(|it| it.isolation == Isolation::Partition);
         let partitions = partitions.map(|it| it.settings.isolated.clone()).collect();
         let is_cgroup = |knob: &Knob| matches!(knob, Knob::UnitCpus(_) | Knob::CgroupCpus(_));
-        let cgroups = store.baseline.knobs().map(|(knob, ..)| knob).filter(|knob| is_cgroup(knob));
+        let cgroups = store
+            .baseline
+            .knobs()
+            .map(|(knob, ..)| knob)
+            .filter(|knob| is_cgroup(knob));
         // Nearly all of them are the same.
-        let narrowed: BTreeSet<&String> = cgroups.flat_map(|knob| store.baseline.set(knob)).collect();
-        let narrowed = narrowed.into_iter().filter_map(|list| CpuSet::from_kernel_list(list).ok());
+        let narrowed: BTreeSet<&String> =
+            cgroups.flat_map(|knob| store.baseline.set(knob)).collect();
+        let narrowed = narrowed
+            .into_iter()
+            .filter_map(|list| CpuSet::from_kernel_list(list).ok());
         let narrowed = narrowed.filter(|cpus| !cpus.is_empty()).collect();
-        Ok(Self { left: left.clone(), partitions, narrowed, online: cpu::online(root)? })
+        Ok(Self {
+            left: left.clone(),
+            partitions,
+            narrowed,
+            online: cpu::online(root)?,
+        })
     }
 
-    /// Whether a mask that was `given` is as `found` by the kernel's doing. Partitions leave a kernel thread what is left of what
-    /// was set by hand, else all that is left; a cgroup does so with its threads, of what is online. A driver that spreads its
-    /// IRQs anew as CPUs come and go (virtio_net, `virtnet_cpu_online`) gives one what is online, and so does RCU with its
+    /// Whether a mask that was `given` is as `found` by the kernel's doing. Partitions leave a
+    /// kernel thread what is left of what was set by hand, else all that is left; a cgroup does so
+    /// with its threads, of what is online. A driver that spreads its IRQs anew as CPUs come and go
+    /// (virtio_net, `virtnet_cpu_online`) gives one what is online, and so does RCU with its
     /// expedited workers (`rcutree_affinity_setting`), of what was set by hand the last time.
     pub(crate) fn has_set(&self, knob: &Knob, given: &str, found: &str) -> bool {
-        let (Ok(given), Ok(found)) = (CpuSet::from_kernel_list(given), CpuSet::from_kernel_list(found)) else {
+        let (Ok(given), Ok(found)) = (
+            CpuSet::from_kernel_list(given),
+            CpuSet::from_kernel_list(found),
+        ) else {
             return false;
         };
         let is_left_of = |cpus: &CpuSet| found == *cpus || found == cpus.held_to(&self.online);
@@ -51,17 +73,33 @@ impl ByKernel {
         match knob {
             Knob::Workqueues => left.iter().any(share_of),
             Knob::Kthread(_) if left.iter().any(share_of) => true,
-            Knob::Thread(_) if left.iter().chain(&self.partitions).chain(&self.narrowed).any(share_of) => true,
-            Knob::Irq(_) | Knob::Kthread(_) | Knob::Thread(_) => found == given.held_to(&self.online),
+            Knob::Thread(_)
+                if left
+                    .iter()
+                    .chain(&self.partitions)
+                    .chain(&self.narrowed)
+                    .any(share_of) =>
+            {
+                true
+            }
+            Knob::Irq(_) | Knob::Kthread(_) | Knob::Thread(_) => {
+                found == given.held_to(&self.online)
+            }
             _ => false,
         }
     }
 
-    /// What partitions left to all others when the kernel last set this mask, if it did: it does not for each one that goes, so
-    /// that all that the mask has nothing of may have been there. `None` where no VM has one.
+    /// What partitions left to all others when the kernel last set this mask, if it did: it does
+    /// not for each one that goes, so that all that the mask has nothing of may have been there.
+    /// `None` where no VM has one.
     fn left_at_last(&self, mask: &CpuSet) -> Option<CpuSet> {
-        let (there, gone): (Vec<_>, Vec<_>) = self.partitions.iter().partition(|cpus| !cpus.intersects(mask));
-        let left = gone.into_iter().fold(self.left.clone(), |all, cpus| &all | cpus);
+        let (there, gone): (Vec<_>, Vec<_>) = self
+            .partitions
+            .iter()
+            .partition(|cpus| !cpus.intersects(mask));
+        let left = gone
+            .into_iter()
+            .fold(self.left.clone(), |all, cpus| &all | cpus);
         let left = there.into_iter().fold(left, |all, cpus| &all - cpus);
         (!self.partitions.is_empty() && mask.is_subset(&self.left)).then_some(left)
     }
@@ -74,8 +112,16 @@ mod tests {
 
     #[test]
     fn what_the_kernel_does_to_masks_is_told_from_what_people_do() {
-        let kthread = Knob::Kthread(TaskId { pid: 9, tid: 9, start: 1 });
-        let vcpu = Knob::Thread(TaskId { pid: 8, tid: 9, start: 1 });
+        let kthread = Knob::Kthread(TaskId {
+            pid: 9,
+            tid: 9,
+            start: 1,
+        });
+        let vcpu = Knob::Thread(TaskId {
+            pid: 8,
+            tid: 9,
+            start: 1,
+        });
         let set = |list: &str| list.parse::<CpuSet>().unwrap();
         // Of two partitions one, 6-9, is there; the other, 18, has gone with its VM.
         let kernel = ByKernel {
@@ -118,9 +164,18 @@ mod tests {
             (&Knob::Irq(4), "16-19", "16-17,19", true),
             (&Knob::Irq(4), "16-19", "16", false),
         ] {
-            assert_eq!(kernel.has_set(knob, before, found), kernels, "{knob:?} {before} {found}");
+            assert_eq!(
+                kernel.has_set(knob, before, found),
+                kernels,
+                "{knob:?} {before} {found}"
+            );
         }
-        let kernel = ByKernel { left: set("0-23"), partitions: Vec::new(), narrowed: Vec::new(), online: set("0-23") };
+        let kernel = ByKernel {
+            left: set("0-23"),
+            partitions: Vec::new(),
+            narrowed: Vec::new(),
+            online: set("0-23"),
+        };
         assert!(!kernel.has_set(&kthread, "0-23", "0-5,10-23"));
     }
 }

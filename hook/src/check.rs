@@ -30,11 +30,15 @@ struct Checked {
 
 impl Checked {
     fn count(&self, level: Level) -> usize {
-        self.findings.iter().filter(|finding| finding.level == level).count()
+        self.findings
+            .iter()
+            .filter(|finding| finding.level == level)
+            .count()
     }
 }
 
-/// The command's whole run: of one VM, or of all that are hook's. Exit code 1 where anything is an error.
+/// The command's whole run: of one VM, or of all that are hook's. Exit code 1 where anything is an
+/// error.
 ///
 /// # Errors
 /// Where /etc/pve cannot be listed.
@@ -44,31 +48,58 @@ pub(crate) fn run(output: &Output, vmid: Option<VmId>) -> anyhow::Result<Exit> {
         Some(vmid) => vec![vmid],
         None => ours(&root)?,
     };
-    let checked: BTreeMap<u32, Checked> = vmids.into_iter().map(|vmid| (vmid.into(), check(&root, vmid))).collect();
-    let count = |level| checked.values().map(|checked| checked.count(level)).sum::<usize>();
+    let checked: BTreeMap<u32, Checked> = vmids
+        .into_iter()
+        .map(|vmid| (vmid.into(), check(&root, vmid)))
+        .collect();
+    let count = |level| {
+        checked
+            .values()
+            .map(|checked| checked.count(level))
+            .sum::<usize>()
+    };
     let errors = count(Level::Error);
     if output.json {
-        out(&format!("{:#}\n", json!({"vms": checked, "errors": errors, "warnings": count(Level::Warn)})));
+        out(&format!(
+            "{:#}\n",
+            json!({"vms": checked, "errors": errors, "warnings": count(Level::Warn)})
+        ));
     } else if checked.is_empty() {
         out("no VM has settings, or hook as its hookscript\n");
     } else {
         let least = if output.quiet { Level::Warn } else { Level::Ok };
-        out(&coloured(&checked.iter().map(|(vmid, checked)| to_text(*vmid, checked, least)).collect::<String>()));
+        out(&coloured(
+            &checked
+                .iter()
+                .map(|(vmid, checked)| to_text(*vmid, checked, least))
+                .collect::<String>(),
+        ));
     }
-    Ok(if errors == 0 { Exit::Done } else { Exit::Failed })
+    Ok(if errors == 0 {
+        Exit::Done
+    } else {
+        Exit::Failed
+    })
 }
 
 /// The VMs with settings of their own, or with hook as their hookscript.
 fn ours(root: &Sysroot) -> pinfold_core::Result<Vec<VmId>> {
     let mut vmids = Vec::new();
-    for (folder, end) in SETTINGS.map(|folder| (folder, ".toml")).into_iter().chain([("etc/pve/qemu-server", ".conf")])
+    for (folder, end) in SETTINGS
+        .map(|folder| (folder, ".toml"))
+        .into_iter()
+        .chain([("etc/pve/qemu-server", ".conf")])
     {
         let names = match root.names(folder) {
             Err(error) if error.is_gone() => continue,
             names => names?,
         };
-        let ids = names.iter().filter_map(|name| name.strip_suffix(end)?.parse::<VmId>().ok());
-        vmids.extend(ids.filter(|vmid| end == ".toml" || vm::conf(root, *vmid).is_ok_and(|conf| calls_hook(&conf))));
+        let ids = names
+            .iter()
+            .filter_map(|name| name.strip_suffix(end)?.parse::<VmId>().ok());
+        vmids.extend(ids.filter(|vmid| {
+            end == ".toml" || vm::conf(root, *vmid).is_ok_and(|conf| calls_hook(&conf))
+        }));
     }
     // The cluster's settings are for whichever node has the VM.
     vmids.retain(|vmid| vm::check_exists(root, *vmid).is_ok() || !is_elsewhere(root, *vmid));
@@ -78,13 +109,19 @@ fn ours(root: &Sysroot) -> pinfold_core::Result<Vec<VmId>> {
 }
 
 fn calls_hook(conf: &VmConf) -> bool {
-    !conf.template && conf.hookscript.as_deref().is_some_and(|volume| volume.rsplit('/').next() == Some("hook"))
+    !conf.template
+        && conf
+            .hookscript
+            .as_deref()
+            .is_some_and(|volume| volume.rsplit('/').next() == Some("hook"))
 }
 
 /// Whether another node of the cluster has the VM.
 fn is_elsewhere(root: &Sysroot, vmid: VmId) -> bool {
     let nodes = root.names("etc/pve/nodes").unwrap_or_default();
-    nodes.iter().any(|node| root.exists(format!("etc/pve/nodes/{node}/qemu-server/{vmid}.conf")))
+    nodes
+        .iter()
+        .any(|node| root.exists(format!("etc/pve/nodes/{node}/qemu-server/{vmid}.conf")))
 }
 
 /// Everything about a VM. What cannot be looked at is a finding too.
@@ -93,17 +130,26 @@ fn check(root: &Sysroot, vmid: VmId) -> Checked {
     let conf = match vm::conf(root, vmid) {
         Ok(conf) => conf,
         Err(error) => {
-            let left =
-                SETTINGS.map(|folder| format!("{folder}/{vmid}.toml")).into_iter().find(|file| root.exists(file));
+            let left = SETTINGS
+                .map(|folder| format!("{folder}/{vmid}.toml"))
+                .into_iter()
+                .find(|file| root.exists(file));
             let gone = vm::check_exists(root, vmid).is_err();
             let finding = match left.filter(|_| gone) {
                 Some(file) => {
                     let file = root.path(file).display().to_string();
-                    Finding::warn("settings", format!("{file} is for a VM that is not there"), format!("rm {file}"))
+                    Finding::warn(
+                        "settings",
+                        format!("{file} is for a VM that is not there"),
+                        format!("rm {file}"),
+                    )
                 }
                 None => told("VM", &error),
             };
-            return Checked { source: None, findings: vec![finding] };
+            return Checked {
+                source: None,
+                findings: vec![finding],
+            };
         }
     };
     let mut findings = vec![advice::hookscript(root, vmid, &conf)];
@@ -111,7 +157,10 @@ fn check(root: &Sysroot, vmid: VmId) -> Checked {
         Ok(settings) => settings,
         Err(error) => {
             findings.push(told("settings", &error));
-            return Checked { source: None, findings };
+            return Checked {
+                source: None,
+                findings,
+            };
         }
     };
     match checks::findings(root, vmid, &conf, &settings) {
@@ -122,7 +171,11 @@ fn check(root: &Sysroot, vmid: VmId) -> Checked {
         Ok(state) => state.unwrap_or_default().0,
         Err(error) => {
             findings.push(match error.is_denied() {
-                true => Finding::warn("state", error.to_string(), "the reservations are root's to see"),
+                true => Finding::warn(
+                    "state",
+                    error.to_string(),
+                    "the reservations are root's to see",
+                ),
                 false => told("state", &error),
             });
             BTreeMap::new()
@@ -130,24 +183,47 @@ fn check(root: &Sysroot, vmid: VmId) -> Checked {
     };
     findings.push(checks::overlap(&reservations, vmid, &settings));
     // For its next start: of the one that runs the reservation knows.
-    findings.push(match checks::isolation(root, &reservations, vmid, &settings, None) {
-        Ok((_, Some(note))) => Finding::ok("method", note),
-        Ok((_, None)) => Finding::ok("method", "this kernel can do it"),
-        Err(error) => Finding::error("method", error.to_string(), ""),
-    });
+    findings.push(
+        match checks::isolation(root, &reservations, vmid, &settings, None) {
+            Ok((_, Some(note))) => Finding::ok("method", note),
+            Ok((_, None)) => Finding::ok("method", "this kernel can do it"),
+            Err(error) => Finding::error("method", error.to_string(), ""),
+        },
+    );
     match advice::findings(root, vmid, &conf, &settings) {
         Ok(found) => findings.extend(found),
         Err(error) => findings.push(told("host", &error)),
     }
-    Checked { source: Some(settings.source), findings }
+    Checked {
+        source: Some(settings.source),
+        findings,
+    }
 }
 
 /// The findings that are at least so bad.
 fn to_text(vmid: u32, checked: &Checked, least: Level) -> String {
-    let by = checked.source.as_ref().map(|source| format!(", by {source}")).unwrap_or_default();
+    let by = checked
+        .source
+        .as_ref()
+        .map(|source| format!(", by {source}"))
+        .unwrap_or_default();
     let mut text = format!("VM {vmid}{by}\n");
-    let width = checked.findings.iter().map(|finding| finding.check.len()).max().unwrap_or(0);
-    for Finding { level, check, what, fix } in checked.findings.iter().filter(|finding| finding.level >= least) {
+    let width = checked
+        .findings
+        .iter()
+        .map(|finding| finding.check.len())
+        .max()
+        .unwrap_or(0);
+    for Finding {
+        level,
+        check,
+        what,
+        fix,
+    } in checked
+        .findings
+        .iter()
+        .filter(|finding| finding.level >= least)
+    {
         let (word, colour) = match level {
             Level::Ok => ("ok", AnsiColor::Green),
             Level::Warn => ("warn", AnsiColor::Yellow),
@@ -169,8 +245,7 @@ mod tests {
     use crate::reservation::Phase;
     use std::os::unix::fs::PermissionsExt;
 
-    const CONF: &str =
-        "cores: 12\nargs: -smp 12,sockets=1,cores=6,threads=2\nhookscript: local:snippets/hook\nmemory: 4096";
+    const CONF: &str = "cores: 12\nargs: -smp 12,sockets=1,cores=6,threads=2\nhookscript: local:snippets/hook\nmemory: 4096";
     const HOOK: &str = "var/lib/vz/snippets/hook";
 
     fn vmid() -> VmId {
@@ -178,7 +253,8 @@ mod tests {
     }
 
     fn mode(host: &Host, path: &str, mode: u32) {
-        std::fs::set_permissions(host.root.path(path), std::fs::Permissions::from_mode(mode)).unwrap();
+        std::fs::set_permissions(host.root.path(path), std::fs::Permissions::from_mode(mode))
+            .unwrap();
     }
 
     /// A host and VM 100 that nothing is wrong with.
@@ -197,13 +273,29 @@ mod tests {
 
     /// What is not as it should be: `warn affinity: what => fix`.
     fn faults(host: &Host) -> Vec<String> {
-        let findings = check(&host.root, vmid()).findings.into_iter().filter(|finding| finding.level > Level::Ok);
-        let show = |Finding { level, check, what, fix }: Finding| {
-            format!("{} {check}: {what} => {fix}", format!("{level:?}").to_lowercase())
+        let findings = check(&host.root, vmid())
+            .findings
+            .into_iter()
+            .filter(|finding| finding.level > Level::Ok);
+        let show = |Finding {
+                        level,
+                        check,
+                        what,
+                        fix,
+                    }: Finding| {
+            format!(
+                "{} {check}: {what} => {fix}",
+                format!("{level:?}").to_lowercase()
+            )
         };
         findings
             .map(show)
-            .map(|text| text.replace(&format!("{}/", host.root.path("").display()).replace("//", "/"), "/"))
+            .map(|text| {
+                text.replace(
+                    &format!("{}/", host.root.path("").display()).replace("//", "/"),
+                    "/",
+                )
+            })
             .collect()
     }
 
@@ -219,7 +311,10 @@ mod tests {
             ("A=b\0IRQBALANCE_BANNED_CPULIST=6-11,18-23\0", false),
             ("IRQBALANCE_BANNED_CPULIST=5-23\0", false),
             ("IRQBALANCE_BANNED_CPUS=fc0fc0\0", false),
-            ("IRQBALANCE_BANNED_CPULIST=6-11\0IRQBALANCE_BANNED_CPUS=fc0fc0\0", true),
+            (
+                "IRQBALANCE_BANNED_CPULIST=6-11\0IRQBALANCE_BANNED_CPUS=fc0fc0\0",
+                true,
+            ),
             ("IRQBALANCE_BANNED_CPULIST=all\0", true),
             ("XIRQBALANCE_BANNED_CPULIST=6-11,18-23\0", true),
             ("", true),
@@ -233,7 +328,11 @@ mod tests {
         let host = host();
         assert_eq!(faults(&host), [""; 0]);
         let checked = check(&host.root, vmid());
-        let checks: Vec<&str> = checked.findings.iter().map(|finding| finding.check).collect();
+        let checks: Vec<&str> = checked
+            .findings
+            .iter()
+            .map(|finding| finding.check)
+            .collect();
         assert_eq!(
             checks,
             [
@@ -256,7 +355,12 @@ mod tests {
             ]
         );
         let text = to_text(100, &checked, Level::Ok);
-        assert!(text.contains("isolated      CPU 6-11,18-23, which leaves 0-5,12-17 for housekeeping\n"), "{text}");
+        assert!(
+            text.contains(
+                "isolated      CPU 6-11,18-23, which leaves 0-5,12-17 for housekeeping\n"
+            ),
+            "{text}"
+        );
     }
 
     /// A host that is as it should be but for one thing, and what is found.
@@ -276,7 +380,10 @@ mod tests {
                 |h| mode(h, HOOK, 0o644),
                 "error hookscript: /var/lib/vz/snippets/hook: not executable => chmod 0755 /var/lib/vz/snippets/hook",
             ),
-            (|h| h.settings(100, "layout = 5"), "error settings: /etc/pinfold/100.toml: "),
+            (
+                |h| h.settings(100, "layout = 5"),
+                "error settings: /etc/pinfold/100.toml: ",
+            ),
             (
                 |h| {
                     h.settings(
@@ -309,9 +416,11 @@ mod tests {
             (
                 |h| {
                     let policy = "sys/devices/system/cpu/cpufreq/policy6";
-                    for (file, text) in
-                        [("related_cpus", "6"), ("scaling_governor", "x"), ("scaling_available_governors", "x y")]
-                    {
+                    for (file, text) in [
+                        ("related_cpus", "6"),
+                        ("scaling_governor", "x"),
+                        ("scaling_available_governors", "x y"),
+                    ] {
                         h.file(&format!("{policy}/{file}"), text);
                     }
                 },
@@ -330,7 +439,12 @@ mod tests {
                 "warn irqbalance: irqbalance (process 900) moves IRQs back within 10 s => stop it, or set IRQBALANCE_BANNED_CPULIST=6-11,18-23",
             ),
             (
-                |h| h.file("proc/cmdline", "quiet isolcpus=managed_irq,domain,6-11,18-23"),
+                |h| {
+                    h.file(
+                        "proc/cmdline",
+                        "quiet isolcpus=managed_irq,domain,6-11,18-23",
+                    )
+                },
                 "warn command line: isolcpus=managed_irq,domain,6-11,18-23 keeps these CPUs from everybody also while the VM does not run => take it out: hook fences them off while it does",
             ),
             (
@@ -402,9 +516,24 @@ mod tests {
         for (number, arrange) in ([
             |h| h.file("proc/cmdline", "nohz_full=6-11,18-23 rcu_nocbs=6-11,18-23"),
             |h| h.conf(101, "affinity: 0-9"),
-            |h| h.conf(100, &CONF.replace("local:snippets/hook", "nas:snippets/hook")),
-            |h| h.settings(100, "layout = \"5900x\"\nemulator = \"0-5\"\niothreads = \"4\""),
-            |h| h.file("sys/devices/system/node/node0/hugepages/hugepages-1048576kB/nr_hugepages", "4"),
+            |h| {
+                h.conf(
+                    100,
+                    &CONF.replace("local:snippets/hook", "nas:snippets/hook"),
+                )
+            },
+            |h| {
+                h.settings(
+                    100,
+                    "layout = \"5900x\"\nemulator = \"0-5\"\niothreads = \"4\"",
+                )
+            },
+            |h| {
+                h.file(
+                    "sys/devices/system/node/node0/hugepages/hugepages-1048576kB/nr_hugepages",
+                    "4",
+                )
+            },
         ] as [fn(&Host); 5])
             .into_iter()
             .enumerate()
@@ -419,9 +548,17 @@ mod tests {
     fn huge_pages_belong_where_the_cpus_are() {
         let settings = "isolated = \"1,3,5,7,9,11,13,15\"\npins = \"1,9,3,11,5,13,7,15\"";
         let host = host_of("two-sockets", settings);
-        host.conf(100, &format!("{}\nhugepages: 1024", CONF.replace("12", "8").replace("cores=6", "cores=4")));
+        host.conf(
+            100,
+            &format!(
+                "{}\nhugepages: 1024",
+                CONF.replace("12", "8").replace("cores=6", "cores=4")
+            ),
+        );
         let pages = |node, count| {
-            let path = format!("sys/devices/system/node/node{node}/hugepages/hugepages-1048576kB/nr_hugepages");
+            let path = format!(
+                "sys/devices/system/node/node{node}/hugepages/hugepages-1048576kB/nr_hugepages"
+            );
             host.file(&path, count);
         };
         pages(0, "8");
@@ -439,10 +576,19 @@ mod tests {
         let told = || check(&host.root, vmid()).findings.pop().unwrap().what;
         assert_eq!(told(), "none beside QEMU");
         host.conf(100, &format!("{CONF}\ntpmstate0: local:x"));
-        assert_eq!(told(), "swtpm goes to the housekeeping CPUs, with the emulator threads");
-        host.conf(100, &format!("{CONF}\ntpmstate0: local:x\nvirtiofs0: share"));
+        assert_eq!(
+            told(),
+            "swtpm goes to the housekeeping CPUs, with the emulator threads"
+        );
+        host.conf(
+            100,
+            &format!("{CONF}\ntpmstate0: local:x\nvirtiofs0: share"),
+        );
         host.settings(100, "layout = \"5900x\"\nemulator = \"0-1\"");
-        assert_eq!(told(), "swtpm and virtiofsd go where emulator threads go, to CPU 0-1");
+        assert_eq!(
+            told(),
+            "swtpm and virtiofsd go where emulator threads go, to CPU 0-1"
+        );
     }
 
     #[test]
@@ -456,12 +602,23 @@ mod tests {
         host.settings(998, "isolated = \"6\"");
         host.file("etc/pve/nodes/other/qemu-server/998.conf", "");
         host.file("etc/pinfold/default.toml", "");
-        let ours: Vec<u32> = ours(&host.root).unwrap().into_iter().map(u32::from).collect();
+        let ours: Vec<u32> = ours(&host.root)
+            .unwrap()
+            .into_iter()
+            .map(u32::from)
+            .collect();
         assert_eq!(ours, [100, 102, 999]);
         let gone = check(&host.root, "999".parse().unwrap());
         let file = host.root.path("etc/pinfold/999.toml").display().to_string();
-        let fault = Finding::warn("settings", format!("{file} is for a VM that is not there"), format!("rm {file}"));
+        let fault = Finding::warn(
+            "settings",
+            format!("{file} is for a VM that is not there"),
+            format!("rm {file}"),
+        );
         assert_eq!(gone.findings, [fault]);
-        assert_eq!(check(&host.root, "997".parse().unwrap()).findings[0].level, Level::Error);
+        assert_eq!(
+            check(&host.root, "997".parse().unwrap()).findings[0].level,
+            Level::Error
+        );
     }
 }

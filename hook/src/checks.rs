@@ -1,4 +1,5 @@
-//! What pre-start checks: everything that could fail later, as findings, which pre-start folds into a refusal and notes.
+//! What pre-start checks: everything that could fail later, as findings, which pre-start folds into
+//! a refusal and notes.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -39,15 +40,38 @@ pub(crate) struct Finding {
 
 impl Finding {
     pub(crate) fn ok(check: &'static str, what: impl Into<String>) -> Self {
-        Self { level: Level::Ok, check, what: what.into(), fix: String::new() }
+        Self {
+            level: Level::Ok,
+            check,
+            what: what.into(),
+            fix: String::new(),
+        }
     }
 
-    pub(crate) fn warn(check: &'static str, what: impl Into<String>, fix: impl Into<String>) -> Self {
-        Self { level: Level::Warn, check, what: what.into(), fix: fix.into() }
+    pub(crate) fn warn(
+        check: &'static str,
+        what: impl Into<String>,
+        fix: impl Into<String>,
+    ) -> Self {
+        Self {
+            level: Level::Warn,
+            check,
+            what: what.into(),
+            fix: fix.into(),
+        }
     }
 
-    pub(crate) fn error(check: &'static str, what: impl Into<String>, fix: impl Into<String>) -> Self {
-        Self { level: Level::Error, check, what: what.into(), fix: fix.into() }
+    pub(crate) fn error(
+        check: &'static str,
+        what: impl Into<String>,
+        fix: impl Into<String>,
+    ) -> Self {
+        Self {
+            level: Level::Error,
+            check,
+            what: what.into(),
+            fix: fix.into(),
+        }
     }
 }
 
@@ -55,25 +79,43 @@ impl Finding {
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.what)?;
-        if self.fix.is_empty() { Ok(()) } else { write!(f, "; {}", self.fix) }
+        if self.fix.is_empty() {
+            Ok(())
+        } else {
+            write!(f, "; {}", self.fix)
+        }
     }
 }
 
-/// Checks the settings against the host and the VM. Returns what does not stop the start and should be known.
+/// Checks the settings against the host and the VM. Returns what does not stop the start and should
+/// be known.
 ///
 /// # Errors
 /// [`Error::Unusable`] that names the setting, the host's side of it, and the next step.
-pub(crate) fn before_start(root: &Sysroot, vmid: VmId, conf: &VmConf, settings: &Settings) -> Result<Vec<String>> {
+pub(crate) fn before_start(
+    root: &Sysroot,
+    vmid: VmId,
+    conf: &VmConf,
+    settings: &Settings,
+) -> Result<Vec<String>> {
     let findings = findings(root, vmid, conf, settings)?;
     refuse(&findings, settings)?;
-    let warnings = findings.iter().filter(|finding| finding.level == Level::Warn);
+    let warnings = findings
+        .iter()
+        .filter(|finding| finding.level == Level::Warn);
     Ok(warnings.map(ToString::to_string).collect())
 }
 
 /// The first error there is.
 fn refuse(findings: &[Finding], settings: &Settings) -> Result<()> {
-    match findings.iter().find(|finding| finding.level == Level::Error) {
-        Some(error) => Err(Error::unusable(&settings.source, format!("{}: {error}", error.check))),
+    match findings
+        .iter()
+        .find(|finding| finding.level == Level::Error)
+    {
+        Some(error) => Err(Error::unusable(
+            &settings.source,
+            format!("{}: {error}", error.check),
+        )),
         None => Ok(()),
     }
 }
@@ -82,7 +124,12 @@ fn refuse(findings: &[Finding], settings: &Settings) -> Result<()> {
 ///
 /// # Errors
 /// Where the host cannot be read.
-pub(crate) fn findings(root: &Sysroot, vmid: VmId, conf: &VmConf, settings: &Settings) -> Result<Vec<Finding>> {
+pub(crate) fn findings(
+    root: &Sysroot,
+    vmid: VmId,
+    conf: &VmConf,
+    settings: &Settings,
+) -> Result<Vec<Finding>> {
     let isolated = &settings.isolated;
     let mut findings = vec![isolated_cpus(root, settings)?];
     let places = settings.emulator.iter().map(|cpus| ("emulator", cpus));
@@ -113,7 +160,11 @@ fn isolated_cpus(root: &Sysroot, settings: &Settings) -> Result<Finding> {
         return Ok(Finding::error(CHECK, error.to_string(), ""));
     }
     if isolated.contains(0) {
-        return Ok(Finding::error(CHECK, "CPU 0 cannot be isolated, the kernel needs it for itself", "choose others"));
+        return Ok(Finding::error(
+            CHECK,
+            "CPU 0 cannot be isolated, the kernel needs it for itself",
+            "choose others",
+        ));
     }
     let housekeeping = &cpu::online(root)? - isolated;
     if housekeeping.len() < settings.min_housekeeping {
@@ -124,10 +175,14 @@ fn isolated_cpus(root: &Sysroot, settings: &Settings) -> Result<Finding> {
         );
         return Ok(Finding::error(CHECK, what, "isolate fewer"));
     }
-    Ok(Finding::ok(CHECK, format!("CPU {isolated}, which leaves {housekeeping} for housekeeping")))
+    Ok(Finding::ok(
+        CHECK,
+        format!("CPU {isolated}, which leaves {housekeeping} for housekeeping"),
+    ))
 }
 
-/// Every vCPU needs a pin, up to the `last` by its number: with some unplugged that is more than there are.
+/// Every vCPU needs a pin, up to the `last` by its number: with some unplugged that is more than
+/// there are.
 fn pins(settings: &Settings, vcpus: usize, last: Option<usize>) -> Finding {
     let pins = settings.pins.len();
     if last.is_none_or(|last| last < pins) {
@@ -157,14 +212,26 @@ pub(crate) fn pins_suffice(settings: &Settings, vcpus: usize, last: Option<usize
 ///
 /// # Errors
 /// [`Error::Unusable`] that names the other VM and the CPUs.
-pub(crate) fn no_overlap(reservations: &BTreeMap<u32, Reservation>, vmid: VmId, settings: &Settings) -> Result<()> {
+pub(crate) fn no_overlap(
+    reservations: &BTreeMap<u32, Reservation>,
+    vmid: VmId,
+    settings: &Settings,
+) -> Result<()> {
     refuse(&[overlap(reservations, vmid, settings)], settings)
 }
 
 /// Whether another VM has some of the CPUs.
-pub(crate) fn overlap(reservations: &BTreeMap<u32, Reservation>, vmid: VmId, settings: &Settings) -> Finding {
+pub(crate) fn overlap(
+    reservations: &BTreeMap<u32, Reservation>,
+    vmid: VmId,
+    settings: &Settings,
+) -> Finding {
     const CHECK: &str = "isolated";
-    let others = || reservations.iter().filter(|(other, claim)| **other != u32::from(vmid) && claim.is_claim());
+    let others = || {
+        reservations
+            .iter()
+            .filter(|(other, claim)| **other != u32::from(vmid) && claim.is_claim())
+    };
     for (other, reservation) in others() {
         let shared = &reservation.settings.isolated & &settings.isolated;
         if !shared.is_empty() {
@@ -172,18 +239,27 @@ pub(crate) fn overlap(reservations: &BTreeMap<u32, Reservation>, vmid: VmId, set
             return Finding::error(CHECK, what, "stop it or choose others");
         }
     }
-    let taken =
-        others().fold(settings.isolated.clone(), |taken, (_, reservation)| &taken | &reservation.settings.isolated);
+    let taken = others().fold(settings.isolated.clone(), |taken, (_, reservation)| {
+        &taken | &reservation.settings.isolated
+    });
     for (_, reservation) in others() {
-        if let Some(emulator) = reservation.settings.emulator.as_ref().filter(|cpus| cpus.is_subset(&taken)) {
-            let what = format!("it would take CPU {emulator}, all that another VM's emulator threads have");
+        if let Some(emulator) = reservation
+            .settings
+            .emulator
+            .as_ref()
+            .filter(|cpus| cpus.is_subset(&taken))
+        {
+            let what = format!(
+                "it would take CPU {emulator}, all that another VM's emulator threads have"
+            );
             return Finding::error(CHECK, what, "");
         }
     }
     Finding::ok(CHECK, "no other VM that runs has any of them")
 }
 
-/// How this VM's CPUs are to be isolated, and why so where the settings leave it open. `qemu` is its QEMU, once that runs.
+/// How this VM's CPUs are to be isolated, and why so where the settings leave it open. `qemu` is
+/// its QEMU, once that runs.
 ///
 /// # Errors
 /// [`Error::Unusable`] that says why the method of the settings cannot be had.
@@ -196,45 +272,68 @@ pub(crate) fn isolation(
 ) -> Result<(Isolation, Option<String>)> {
     // What hotplug does to slices and CPUs would reach into a partition.
     let not_beside = |isolation: Isolation| {
-        let other = reservations
-            .iter()
-            .find(|(id, other)| **id != u32::from(vmid) && (other.is_claim()) && other.isolation != isolation);
+        let other = reservations.iter().find(|(id, other)| {
+            **id != u32::from(vmid) && (other.is_claim()) && other.isolation != isolation
+        });
         other.map_or(Ok(()), |(id, _)| {
             let why =
                 format!("method: VM {id} is isolated by the other method while that runs; the two cannot be mixed");
             Err(Error::unusable(&settings.source, why))
         })
     };
-    let partition =
-        || not_beside(Isolation::Partition).and_then(|()| check_partition(root, vmid, &settings.isolated, qemu));
-    let hotplug = || not_beside(Isolation::Hotplug).and_then(|()| check_hotplug(root, &settings.isolated));
+    let partition = || {
+        not_beside(Isolation::Partition)
+            .and_then(|()| check_partition(root, vmid, &settings.isolated, qemu))
+    };
+    let hotplug =
+        || not_beside(Isolation::Hotplug).and_then(|()| check_hotplug(root, &settings.isolated));
     Ok(match settings.method {
         Method::Hotplug => hotplug().map(|()| (Isolation::Hotplug, None))?,
         Method::Partition => partition().map(|()| (Isolation::Partition, None))?,
         Method::Auto => match partition() {
-            Ok(()) => (Isolation::Partition, Some("method auto: by partition".into())),
+            Ok(()) => (
+                Isolation::Partition,
+                Some("method auto: by partition".into()),
+            ),
             Err(why) => {
                 hotplug()?;
-                (Isolation::Hotplug, Some(format!("method auto: by hotplug, since partition cannot be: {why}")))
+                (
+                    Isolation::Hotplug,
+                    Some(format!(
+                        "method auto: by hotplug, since partition cannot be: {why}"
+                    )),
+                )
             }
         },
     })
 }
 
-fn check_partition(root: &Sysroot, vmid: VmId, isolated: &CpuSet, qemu: Option<&Qemu>) -> Result<()> {
+fn check_partition(
+    root: &Sysroot,
+    vmid: VmId,
+    isolated: &CpuSet,
+    qemu: Option<&Qemu>,
+) -> Result<()> {
     let scope = match qemu {
         Some(qemu) => cg_slice::scope(root, vmid, qemu)?,
         None => cg_slice::usual_scope(vmid),
     };
     cg_slice::partition::check(root, &cg_slice::partition::vcpu_cgroup(&scope), isolated)?;
-    if qemu.is_some() { cg_slice::partition::check_delegated(root, vmid) } else { Ok(()) }
+    if qemu.is_some() {
+        cg_slice::partition::check_delegated(root, vmid)
+    } else {
+        Ok(())
+    }
 }
 
 fn check_hotplug(root: &Sysroot, isolated: &CpuSet) -> Result<()> {
     cgroup::check_unified(root)?;
     match cpu_hotplug::objects(root, isolated) {
         Ok(objects) if objects.len() == isolated.len() => Ok(()),
-        Ok(_) => Err(Error::unusable(format!("CPU {isolated}"), "this kernel cannot take all of them offline")),
+        Ok(_) => Err(Error::unusable(
+            format!("CPU {isolated}"),
+            "this kernel cannot take all of them offline",
+        )),
         Err(error) => Err(error),
     }
 }
@@ -245,14 +344,29 @@ fn check_governor(root: &Sysroot, isolated: &CpuSet, governor: &str) -> Result<F
         Err(error) => return Ok(Finding::error(CHECK, error.to_string(), "")),
         policies => policies?,
     };
-    // A host without cpufreq (a VM, a BIOS that keeps it) has nothing to set, which is no reason to stay off.
-    for policy in policies.iter().filter(|policy| policy.cpus.intersects(isolated)) {
+    // A host without cpufreq (a VM, a BIOS that keeps it) has nothing to set, which is no reason to
+    // stay off.
+    for policy in policies
+        .iter()
+        .filter(|policy| policy.cpus.intersects(isolated))
+    {
         if !policy.available.iter().any(|name| name == governor) {
             let what = format!("no {governor:?} for CPU {}", policy.cpus);
-            return Ok(Finding::error(CHECK, what, format!("there is {}", policy.available.join(", "))));
+            return Ok(Finding::error(
+                CHECK,
+                what,
+                format!("there is {}", policy.available.join(", ")),
+            ));
         }
     }
-    Ok(Finding::ok(CHECK, if policies.is_empty() { "this host has none to set" } else { governor }))
+    Ok(Finding::ok(
+        CHECK,
+        if policies.is_empty() {
+            "this host has none to set"
+        } else {
+            governor
+        },
+    ))
 }
 
 /// What may go wrong with others meanwhile.
@@ -267,8 +381,13 @@ fn others(root: &Sysroot, vmid: VmId, conf: &VmConf, isolated: &CpuSet) -> Resul
     }];
     let mut shut_out = Vec::new();
     for other in vm::all(root).into_iter().filter(|other| *other != vmid) {
-        let Some(affinity) = vm::conf(root, other).ok().and_then(|conf| conf.affinity) else { continue };
-        if affinity.parse::<CpuSet>().is_ok_and(|cpus| cpus.is_subset(isolated)) {
+        let Some(affinity) = vm::conf(root, other).ok().and_then(|conf| conf.affinity) else {
+            continue;
+        };
+        if affinity
+            .parse::<CpuSet>()
+            .is_ok_and(|cpus| cpus.is_subset(isolated))
+        {
             shut_out.push(Finding::warn(
                 "other VMs",
                 format!(
@@ -279,15 +398,27 @@ fn others(root: &Sysroot, vmid: VmId, conf: &VmConf, isolated: &CpuSet) -> Resul
         }
     }
     if shut_out.is_empty() {
-        shut_out.push(Finding::ok("other VMs", "none has all of its `affinity:` on the isolated CPUs"));
+        shut_out.push(Finding::ok(
+            "other VMs",
+            "none has all of its `affinity:` on the isolated CPUs",
+        ));
     }
     findings.append(&mut shut_out);
     let mut balancers = Vec::new();
     for pid in process::user_pids(root)? {
         // Those that have ended have no business here.
-        if root.read_value(format!("proc/{pid}/comm")).ok().flatten().as_deref() == Some("irqbalance") {
+        if root
+            .read_value(format!("proc/{pid}/comm"))
+            .ok()
+            .flatten()
+            .as_deref()
+            == Some("irqbalance")
+        {
             balancers.push(if isolated.is_subset(&banned(root, pid)) {
-                Finding::ok("irqbalance", format!("irqbalance (process {pid}) keeps off CPU {isolated}"))
+                Finding::ok(
+                    "irqbalance",
+                    format!("irqbalance (process {pid}) keeps off CPU {isolated}"),
+                )
             } else {
                 Finding::warn(
                     "irqbalance",
@@ -304,17 +435,24 @@ fn others(root: &Sysroot, vmid: VmId, conf: &VmConf, isolated: &CpuSet) -> Resul
     findings.push(if siblings_inside(root, isolated)? {
         Finding::ok("SMT", "whole cores are isolated")
     } else {
-        let what = format!("CPU {isolated} leaves SMT siblings outside: what runs there slows the VM's cores");
+        let what = format!(
+            "CPU {isolated} leaves SMT siblings outside: what runs there slows the VM's cores"
+        );
         Finding::warn("SMT", what, "isolate whole cores; `hook layout` shows them")
     });
     Ok(findings)
 }
 
-/// The CPUs that an irqbalance leaves alone, as the variables it was started with say; none where they cannot be read.
-/// See irqbalance(1) and its cputree.c, `setup_banned_cpus`: the list comes first.
+/// The CPUs that an irqbalance leaves alone, as the variables it was started with say; none where
+/// they cannot be read. See irqbalance(1) and its cputree.c, `setup_banned_cpus`: the list comes
+/// first.
 fn banned(root: &Sysroot, pid: i32) -> CpuSet {
     let environ = root.read(format!("proc/{pid}/environ")).unwrap_or_default();
-    let value = |name: &str| environ.split('\0').find_map(|variable| variable.strip_prefix(name)?.strip_prefix('='));
+    let value = |name: &str| {
+        environ
+            .split('\0')
+            .find_map(|variable| variable.strip_prefix(name)?.strip_prefix('='))
+    };
     let list = value("IRQBALANCE_BANNED_CPULIST").map(|list| CpuSet::from_kernel_list(list).ok());
     let mask = || value("IRQBALANCE_BANNED_CPUS").map(|mask| CpuSet::from_mask(mask).ok());
     list.or_else(mask).flatten().unwrap_or_default()

@@ -25,7 +25,10 @@ impl Host {
     /// A host with a machine's CPUs and what every host has.
     pub(crate) fn new(machine: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let (_, text) = machine::all().into_iter().find(|(name, _)| name == machine).unwrap();
+        let (_, text) = machine::all()
+            .into_iter()
+            .find(|(name, _)| name == machine)
+            .unwrap();
         machine::expand(&text, dir.path());
         let root = Sysroot::new(dir.path());
         let host = Self { dir, root };
@@ -45,10 +48,16 @@ impl Host {
         host.file("sys/devices/virtual/workqueue/cpumask", &present.to_mask());
         host.file("proc/irq/default_smp_affinity", &present.to_mask());
         host.file("proc/irq/24/smp_affinity_list", &all);
-        host.file("proc/interrupts", "      CPU0\n 24:      3  PCI-MSI 524288-edge      nvme0q0\n");
+        host.file(
+            "proc/interrupts",
+            "      CPU0\n 24:      3  PCI-MSI 524288-edge      nvme0q0\n",
+        );
         host.file("proc/sys/vm/stat_interval", "1");
         host.file("proc/sys/kernel/osrelease", "6.1.0-44-amd64");
-        host.file("proc/cmdline", "BOOT_IMAGE=/boot/vmlinuz root=/dev/sda1 quiet");
+        host.file(
+            "proc/cmdline",
+            "BOOT_IMAGE=/boot/vmlinuz root=/dev/sda1 quiet",
+        );
         fs::create_dir(host.root.path("run")).unwrap();
         host
     }
@@ -65,7 +74,10 @@ impl Host {
              2147483647 0 0 0 0 17 9 0 0 0 0 0 0 0 0 0 0 0 0 0"
         );
         self.file(&format!("proc/{pid}/task/{tid}/stat"), &stat);
-        self.file(&format!("proc/{pid}/task/{tid}/status"), &format!("Cpus_allowed_list:\t{cpus}"));
+        self.file(
+            &format!("proc/{pid}/task/{tid}/status"),
+            &format!("Cpus_allowed_list:\t{cpus}"),
+        );
         if pid == tid {
             self.file(&format!("proc/{pid}/stat"), &stat);
             self.file(&format!("proc/{pid}/comm"), name);
@@ -75,7 +87,10 @@ impl Host {
 
     fn cgroup(&self, path: &str, pids: &[i32]) {
         let pids: Vec<String> = pids.iter().map(ToString::to_string).collect();
-        self.file(&format!("sys/fs/cgroup/{path}/cgroup.procs"), &pids.join("\n"));
+        self.file(
+            &format!("sys/fs/cgroup/{path}/cgroup.procs"),
+            &pids.join("\n"),
+        );
         self.file(&format!("sys/fs/cgroup/{path}/cpuset.cpus"), "");
     }
 
@@ -100,29 +115,51 @@ impl Host {
         let pid = vmid.cast_signed();
         self.thread(pid, pid, "kvm", &all, 0);
         for (vcpu, on) in (0..).zip(cpus) {
-            self.thread(pid, pid * 100 + vcpu, &format!("CPU {vcpu}/KVM"), &on.to_string(), 0);
+            self.thread(
+                pid,
+                pid * 100 + vcpu,
+                &format!("CPU {vcpu}/KVM"),
+                &on.to_string(),
+                0,
+            );
         }
         self.file(
             &format!("proc/{vmid}/cmdline"),
             &format!("/usr/bin/kvm\0-pidfile\0/var/run/qemu-server/{vmid}.pid\0"),
         );
-        self.file(&format!("proc/{vmid}/cgroup"), &format!("0::/qemu.slice/{vmid}.scope"));
+        self.file(
+            &format!("proc/{vmid}/cgroup"),
+            &format!("0::/qemu.slice/{vmid}.scope"),
+        );
         self.cgroup("qemu.slice", &[]);
         self.cgroup(&format!("qemu.slice/{vmid}.scope"), &[pid]);
     }
 
     /// The state that hook has for a VM, with its threads' CPUs as those that hook has set.
     pub(crate) fn reserve(&self, vmid: u32, phase: Phase, settings: &str) {
-        let mut store: Store<Reservation> = Store::open(&self.root, Duration::from_secs(1)).unwrap();
-        let qemu = vm::find(&self.root, VmId::try_from(vmid).unwrap()).unwrap().map(|qemu| qemu.id);
+        let mut store: Store<Reservation> =
+            Store::open(&self.root, Duration::from_secs(1)).unwrap();
+        let qemu = vm::find(&self.root, VmId::try_from(vmid).unwrap())
+            .unwrap()
+            .map(|qemu| qemu.id);
         let settings = settings::resolve(&self.root, settings, "test", 1).unwrap();
-        for task in qemu.iter().flat_map(|qemu| process::tasks(&self.root, qemu.pid).unwrap()) {
+        for task in qemu
+            .iter()
+            .flat_map(|qemu| process::tasks(&self.root, qemu.pid).unwrap())
+        {
             let found = process::affinity(&self.root, &task.id).unwrap().to_string();
             let object = pinfold_core::Object::new(Knob::Thread(task.id), "", found.clone());
             store.baseline.plan(vec![object], |_, _| found.clone());
         }
         let isolation = Isolation::Hotplug;
-        let reservation = Reservation { phase, isolation, settings, qemu, starter: None, idle_vm_stopped: false };
+        let reservation = Reservation {
+            phase,
+            isolation,
+            settings,
+            qemu,
+            starter: None,
+            idle_vm_stopped: false,
+        };
         store.reservations.insert(vmid, reservation);
         store.save().unwrap();
     }
@@ -132,7 +169,10 @@ impl Host {
         fn walk(folder: &Path, files: &mut Vec<(String, String)>) {
             for entry in fs::read_dir(folder).unwrap() {
                 let path = entry.unwrap().path();
-                files.push((path.display().to_string(), fs::read_to_string(&path).unwrap_or_default()));
+                files.push((
+                    path.display().to_string(),
+                    fs::read_to_string(&path).unwrap_or_default(),
+                ));
                 if path.is_dir() {
                     walk(&path, files);
                 }

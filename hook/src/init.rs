@@ -69,14 +69,23 @@ struct Choice {
 /// The command's whole run.
 ///
 /// # Errors
-/// Where there is no such VM, no domain has room for it, it has settings already, or they cannot be written.
-pub(crate) fn run(root: &Sysroot, report: &mut Report, wish: &Wish, json: bool) -> anyhow::Result<Exit> {
+/// Where there is no such VM, no domain has room for it, it has settings already, or they cannot be
+/// written.
+pub(crate) fn run(
+    root: &Sysroot,
+    report: &mut Report,
+    wish: &Wish,
+    json: bool,
+) -> anyhow::Result<Exit> {
     let vmid = wish.vmid;
     let conf = vm::conf(root, vmid)?;
     if !wish.print {
         settings::no_own_file(root, vmid)?;
     }
-    let guest = Guest { vcpus: conf.vcpus().max(conf.max_vcpus()) as usize, threads: conf.threads_per_core() };
+    let guest = Guest {
+        vcpus: conf.vcpus().max(conf.max_vcpus()) as usize,
+        threads: conf.threads_per_core(),
+    };
     let others = others(root, report, vmid);
     let topology = Topology::read(root)?;
     let mut choice = match &wish.cpus {
@@ -86,7 +95,8 @@ pub(crate) fn run(root: &Sysroot, report: &mut Report, wish: &Wish, json: bool) 
                 // It says what there is where there is none.
                 "vcache".parse::<CpuExpr>()?.resolve(root)?;
             }
-            choose(&topology, guest, wish.vcache, &others).map_err(|why| Error::unusable(format!("VM {vmid}"), why))?
+            choose(&topology, guest, wish.vcache, &others)
+                .map_err(|why| Error::unusable(format!("VM {vmid}"), why))?
         }
     };
     for shared in shared(&choice.cpus, &others) {
@@ -103,16 +113,32 @@ pub(crate) fn run(root: &Sysroot, report: &mut Report, wish: &Wish, json: bool) 
         return Ok(Exit::Done);
     }
     let path = settings::create(root, vmid, &text)?;
-    let pins: Vec<String> = settings.pins.iter().take(guest.vcpus).map(ToString::to_string).collect();
+    let pins: Vec<String> = settings
+        .pins
+        .iter()
+        .take(guest.vcpus)
+        .map(ToString::to_string)
+        .collect();
     if json {
-        let told = json!({"path": path, "isolated": choice.isolated, "cpus": choice.cpus, "pins": pins});
+        let told =
+            json!({"path": path, "isolated": choice.isolated, "cpus": choice.cpus, "pins": pins});
         out(&format!("{told:#}\n"));
         return Ok(Exit::Done);
     }
-    report.line(&format!("{} is written: VM {vmid} gets {}", path.display(), in_words(&choice)));
-    report.line(&format!("its {} vCPUs are pinned to {}", guest.vcpus, pins.join(",")));
+    report.line(&format!(
+        "{} is written: VM {vmid} gets {}",
+        path.display(),
+        in_words(&choice)
+    ));
+    report.line(&format!(
+        "its {} vCPUs are pinned to {}",
+        guest.vcpus,
+        pins.join(",")
+    ));
     match &conf.hookscript {
-        None => report.line(&format!("next: qm set {vmid} --hookscript local:snippets/hook")),
+        None => report.line(&format!(
+            "next: qm set {vmid} --hookscript local:snippets/hook"
+        )),
         Some(volume) => report.line(&format!("its hookscript is {volume}")),
     }
     report.line("once it runs, hook status shows what may still run on its CPUs");
@@ -121,7 +147,11 @@ pub(crate) fn run(root: &Sysroot, report: &mut Report, wish: &Wish, json: bool) 
 
 fn in_words(choice: &Choice) -> String {
     let Choice { isolated, cpus, .. } = choice;
-    if *isolated == cpus.to_string() { format!("CPU {cpus}") } else { format!("{isolated}, CPU {cpus}") }
+    if *isolated == cpus.to_string() {
+        format!("CPU {cpus}")
+    } else {
+        format!("{isolated}, CPU {cpus}")
+    }
 }
 
 /// The CPUs that other VMs have now, or will have when they start.
@@ -134,7 +164,10 @@ fn others(root: &Sysroot, report: &mut Report, vmid: VmId) -> BTreeMap<VmId, Cpu
     match Store::<Reservation>::peek(root) {
         Ok(state) => {
             let (reservations, _) = state.unwrap_or_default();
-            for (id, reservation) in reservations.iter().filter(|(_, reservation)| reservation.is_claim()) {
+            for (id, reservation) in reservations
+                .iter()
+                .filter(|(_, reservation)| reservation.is_claim())
+            {
                 if let Ok(other) = VmId::try_from(*id) {
                     add(other, &reservation.settings.isolated);
                 }
@@ -144,15 +177,18 @@ fn others(root: &Sysroot, report: &mut Report, vmid: VmId) -> BTreeMap<VmId, Cpu
     }
     for other in vm::all(root) {
         // Those without hook may have settings for later; those with it have some in any case.
-        let has_hook =
-            || vm::conf(root, other).is_ok_and(|conf| conf.hookscript.is_some_and(|at| at.ends_with("/hook")));
+        let has_hook = || {
+            vm::conf(root, other)
+                .is_ok_and(|conf| conf.hookscript.is_some_and(|at| at.ends_with("/hook")))
+        };
         let own = settings::own_file(root, other);
         if own.is_none() && !has_hook() {
             continue;
         }
         match settings::load(root, other, 1) {
             Ok(settings) => add(other, &settings.isolated),
-            // Without a file of its own it has what comes with hook, which may not be for this host.
+            // Without a file of its own it has what comes with hook, which may not be for this
+            // host.
             Err(_) if own.is_none() => {}
             Err(error) => report.note(&format!("the CPUs of VM {other} are not known: {error}")),
         }
@@ -167,14 +203,28 @@ fn given(root: &Sysroot, expr: &CpuExpr, guest: Guest) -> Result<Choice> {
     let unusable = |why: String| Error::unusable(format!("CPU {cpus}"), why);
     cpu::check_online(root, &cpus)?;
     if cpus.contains(0) {
-        return Err(unusable("CPU 0 cannot be isolated, the kernel needs it for itself; leave it out".into()));
+        return Err(unusable(
+            "CPU 0 cannot be isolated, the kernel needs it for itself; leave it out".into(),
+        ));
     }
     if cpus.len() < guest.vcpus {
-        return Err(unusable(format!("{} CPUs are too few for the VM's {} vCPUs", cpus.len(), guest.vcpus)));
+        return Err(unusable(format!(
+            "{} CPUs are too few for the VM's {} vCPUs",
+            cpus.len(),
+            guest.vcpus
+        )));
     }
     let isolated = expr.to_string();
-    let why = if isolated == cpus.to_string() { Vec::new() } else { vec![format!("{isolated} is CPU {cpus}.")] };
-    Ok(Choice { isolated, cpus, why })
+    let why = if isolated == cpus.to_string() {
+        Vec::new()
+    } else {
+        vec![format!("{isolated} is CPU {cpus}.")]
+    };
+    Ok(Choice {
+        isolated,
+        cpus,
+        why,
+    })
 }
 
 /// What a domain could give the VM.
@@ -188,8 +238,9 @@ struct Offer<'a> {
     beside_host: bool,
 }
 
-/// Chooses CPUs for a guest, in an LLC domain with room for it: one that other VMs leave room in, with fast cores enough,
-/// without CPU 0, and a small one, in this order (docs/design.md, "What init chooses").
+/// Chooses CPUs for a guest, in an LLC domain with room for it: one that other VMs leave room in,
+/// with fast cores enough, without CPU 0, and a small one, in this order (docs/design.md, "What
+/// init chooses").
 ///
 /// # Errors
 /// That none has room for it, with what each has.
@@ -200,17 +251,39 @@ fn choose(
     others: &BTreeMap<VmId, CpuSet>,
 ) -> std::result::Result<Choice, String> {
     let taken = others.values().fold(CpuSet::new(), |all, cpus| &all | cpus);
-    let domains = if vcache { topology.vcache() } else { topology.domains(Kind::Llc).iter().collect() };
+    let domains = if vcache {
+        topology.vcache()
+    } else {
+        topology.domains(Kind::Llc).iter().collect()
+    };
     let offers = |taken: &CpuSet| {
-        let offers = domains.iter().filter_map(|domain| offer(topology, domain, taken, guest));
+        let offers = domains
+            .iter()
+            .filter_map(|domain| offer(topology, domain, taken, guest));
         let mut offers: Vec<Offer<'_>> = offers.collect();
-        offers.sort_by_key(|offer| (offer.small, offer.beside_host, offer.domain.cpus.len(), offer.domain.number));
+        offers.sort_by_key(|offer| {
+            (
+                offer.small,
+                offer.beside_host,
+                offer.domain.cpus.len(),
+                offer.domain.number,
+            )
+        });
         offers
     };
     let (free, all) = (offers(&taken), offers(&CpuSet::new()));
     let Some(best) = free.first().or(all.first()) else {
-        let list = domains.iter().take(TOLD).map(|domain| size(topology, domain)).collect::<Vec<_>>().join(", ");
-        let more = if domains.len() > TOLD { " and more (`hook layout` shows all)" } else { "" };
+        let list = domains
+            .iter()
+            .take(TOLD)
+            .map(|domain| size(topology, domain))
+            .collect::<Vec<_>>()
+            .join(", ");
+        let more = if domains.len() > TOLD {
+            " and more (`hook layout` shows all)"
+        } else {
+            ""
+        };
         return Err(format!(
             "no LLC domain has room for {} vCPUs: {list}{more}; take vCPUs away, or name CPUs of more than one by --cpus",
             guest.vcpus
@@ -220,21 +293,41 @@ fn choose(
     // What a selector stands for changes when CPUs come online.
     let whole = *cpus == domain.cpus && domain.sure && topology.offline().is_empty();
     let name = format!("llc:{}", domain.number);
-    let isolated = if whole { name.clone() } else { cpus.to_string() };
-    let cores = topology.cores.iter().filter(|core| core.intersects(cpus)).count();
-    let part = if *cpus == domain.cpus { "all" } else { "a part" };
+    let isolated = if whole {
+        name.clone()
+    } else {
+        cpus.to_string()
+    };
+    let cores = topology
+        .cores
+        .iter()
+        .filter(|core| core.intersects(cpus))
+        .count();
+    let part = if *cpus == domain.cpus {
+        "all"
+    } else {
+        "a part"
+    };
     let cores_there = format!("{cores} {}", if cores == 1 { "core" } else { "cores" });
-    let mut why =
-        vec![format!("{name} is CPU {}, {}. The VM has {part} of it: {cores_there}.", domain.cpus, domain.extent)];
+    let mut why = vec![format!(
+        "{name} is CPU {}, {}. The VM has {part} of it: {cores_there}.",
+        domain.cpus, domain.extent
+    )];
     if best.beside_host {
-        why.push("CPU 0, which stays the host's, is in it too: the VM shares the cache with it.".into());
+        why.push(
+            "CPU 0, which stays the host's, is in it too: the VM shares the cache with it.".into(),
+        );
     }
     if cores == guest.vcpus && cpus.len() > cores {
         why.push("Each vCPU has a core of its own; the second threads have nothing to do.".into());
     }
     // Of those of which the same is to be said it is said once.
     let mut rest: Vec<(String, Vec<&Domain>)> = Vec::new();
-    for other in domains.iter().copied().filter(|other| other.number != domain.number) {
+    for other in domains
+        .iter()
+        .copied()
+        .filter(|other| other.number != domain.number)
+    {
         let is_it = |offer: &&Offer<'_>| offer.domain.number == other.number;
         let verdict = match (free.iter().find(is_it), all.iter().find(is_it)) {
             (Some(offer), _) => verdict(offer, best).to_owned(),
@@ -252,11 +345,21 @@ fn choose(
     for (verdict, domains) in rest {
         let which = match domains[..] {
             [domain] => size(topology, domain),
-            _ => format!("llc:{}", domains.iter().map(|domain| domain.number).collect::<CpuSet>()),
+            _ => format!(
+                "llc:{}",
+                domains
+                    .iter()
+                    .map(|domain| domain.number)
+                    .collect::<CpuSet>()
+            ),
         };
         why.push(format!("  {which}: {verdict}"));
     }
-    Ok(Choice { isolated, cpus: cpus.clone(), why })
+    Ok(Choice {
+        isolated,
+        cpus: cpus.clone(),
+        why,
+    })
 }
 
 /// Why an offer was not the best.
@@ -274,30 +377,54 @@ fn verdict(offer: &Offer<'_>, best: &Offer<'_>) -> &'static str {
 
 /// What other VMs have of some CPUs.
 fn shared(cpus: &CpuSet, others: &BTreeMap<VmId, CpuSet>) -> Vec<String> {
-    let shared = others.iter().map(|(other, theirs)| (other, theirs & cpus)).filter(|(_, shared)| !shared.is_empty());
-    shared.map(|(other, shared)| format!("CPU {shared} is VM {other}'s")).collect()
+    let shared = others
+        .iter()
+        .map(|(other, theirs)| (other, theirs & cpus))
+        .filter(|(_, shared)| !shared.is_empty());
+    shared
+        .map(|(other, shared)| format!("CPU {shared} is VM {other}'s"))
+        .collect()
 }
 
 /// `llc:1 (CPU 6-11,18-23) has 12 CPUs`: how many there are to be given away.
 fn size(topology: &Topology, domain: &Domain) -> String {
     let cpus: usize = cores(topology, &domain.cpus).map(CpuSet::len).sum();
-    let less = if domain.cpus.contains(0) { " beside the core of CPU 0" } else { "" };
-    format!("llc:{} (CPU {}) has {cpus} CPUs{less}", domain.number, domain.cpus)
+    let less = if domain.cpus.contains(0) {
+        " beside the core of CPU 0"
+    } else {
+        ""
+    };
+    format!(
+        "llc:{} (CPU {}) has {cpus} CPUs{less}",
+        domain.number, domain.cpus
+    )
 }
 
 /// The whole cores within some CPUs that a VM may have: all but that of CPU 0.
-fn cores<'a>(topology: &'a Topology, within: &'a CpuSet) -> impl DoubleEndedIterator<Item = &'a CpuSet> {
-    topology.cores.iter().filter(|core| core.is_subset(within) && !core.contains(0))
+fn cores<'a>(
+    topology: &'a Topology,
+    within: &'a CpuSet,
+) -> impl DoubleEndedIterator<Item = &'a CpuSet> {
+    topology
+        .cores
+        .iter()
+        .filter(|core| core.is_subset(within) && !core.contains(0))
 }
 
 /// What a domain has for a guest; none where it is too little.
 ///
-/// Cores are given away whole, the last ones first. A guest without SMT has a core for each vCPU where there are enough.
-/// Small cores are only taken where the fast ones are too few.
-fn offer<'a>(topology: &Topology, domain: &'a Domain, taken: &CpuSet, guest: Guest) -> Option<Offer<'a>> {
+/// Cores are given away whole, the last ones first. A guest without SMT has a core for each vCPU
+/// where there are enough. Small cores are only taken where the fast ones are too few.
+fn offer<'a>(
+    topology: &Topology,
+    domain: &'a Domain,
+    taken: &CpuSet,
+    guest: Guest,
+) -> Option<Offer<'a>> {
     let free = &domain.cpus - taken;
-    let (small, fast): (Vec<&CpuSet>, Vec<&CpuSet>) =
-        cores(topology, &free).rev().partition(|core| core.intersects(&topology.ecores));
+    let (small, fast): (Vec<&CpuSet>, Vec<&CpuSet>) = cores(topology, &free)
+        .rev()
+        .partition(|core| core.intersects(&topology.ecores));
     let all = [fast.clone(), small].concat();
     let fill = |cores: &[&CpuSet], vcpus_of: fn(&CpuSet) -> usize| {
         let (mut cpus, mut vcpus) = (CpuSet::new(), 0);
@@ -310,12 +437,21 @@ fn offer<'a>(topology: &Topology, domain: &'a Domain, taken: &CpuSet, guest: Gue
         (vcpus >= guest.vcpus).then_some(cpus)
     };
     let within = |cores: &[&CpuSet]| {
-        let alone = if guest.threads == 1 { fill(cores, |_| 1) } else { None };
+        let alone = if guest.threads == 1 {
+            fill(cores, |_| 1)
+        } else {
+            None
+        };
         alone.or_else(|| fill(cores, CpuSet::len))
     };
     let cpus = within(&fast).or_else(|| within(&all))?;
     let (small, beside_host) = (cpus.intersects(&topology.ecores), domain.cpus.contains(0));
-    Some(Offer { domain, cpus, small, beside_host })
+    Some(Offer {
+        domain,
+        cpus,
+        small,
+        beside_host,
+    })
 }
 
 /// The text of the settings file.
@@ -324,7 +460,10 @@ fn text(vmid: VmId, guest: Guest, choice: &Choice, housekeeping: &CpuSet) -> Str
         1 => String::new(),
         threads => format!(", {threads} threads per core"),
     };
-    let mut text = format!("# VM {vmid} on this host, by `hook init`: {} vCPUs{cores}.\n", guest.vcpus);
+    let mut text = format!(
+        "# VM {vmid} on this host, by `hook init`: {} vCPUs{cores}.\n",
+        guest.vcpus
+    );
     for line in &choice.why {
         text += &format!("# {line}\n");
     }
@@ -332,7 +471,10 @@ fn text(vmid: VmId, guest: Guest, choice: &Choice, housekeeping: &CpuSet) -> Str
     text += "# The vCPUs' order, by the cores that the guest is told of; pin-vcpu --list shows it while the VM runs.\n";
     text += "pins = \"auto\"\n\n";
     text += "# The other keys, with what holds where they are not set. README.md, \"Settings\", tells more.\n";
-    let (emulator, iothreads) = (format!("#emulator = \"{housekeeping}\""), format!("#iothreads = \"{housekeeping}\""));
+    let (emulator, iothreads) = (
+        format!("#emulator = \"{housekeeping}\""),
+        format!("#iothreads = \"{housekeeping}\""),
+    );
     text += &format!("{emulator:30} # all housekeeping CPUs\n");
     text += &format!("{iothreads:30} # as the emulator; or {{ iothread-virtioscsi0 = \"0\" }}\n");
     text + OTHER_KEYS
@@ -348,7 +490,10 @@ mod tests {
     /// A captured machine with VMs.
     fn host(name: &str, vms: &[(u32, &str)]) -> (tempfile::TempDir, Sysroot) {
         let dir = tempfile::tempdir().unwrap();
-        let (_, text) = machine::all().into_iter().find(|(known, _)| known == name).unwrap();
+        let (_, text) = machine::all()
+            .into_iter()
+            .find(|(known, _)| known == name)
+            .unwrap();
         machine::expand(&text, dir.path());
         let confs = dir.path().join("etc/pve/qemu-server");
         std::fs::create_dir_all(&confs).unwrap();
@@ -361,7 +506,12 @@ mod tests {
 
     fn init(root: &Sysroot, id: u32, cpus: Option<&str>) -> std::result::Result<Settings, String> {
         let vmid = VmId::try_from(id).unwrap();
-        let wish = Wish { vmid, cpus: cpus.map(|text| text.parse().unwrap()), vcache: false, print: false };
+        let wish = Wish {
+            vmid,
+            cpus: cpus.map(|text| text.parse().unwrap()),
+            vcache: false,
+            print: false,
+        };
         let mut report = Report::new("hook", Verbosity::Quiet, false);
         run(root, &mut report, &wish, false).map_err(|error| error.to_string())?;
         Ok(settings::load(root, vmid, vm::conf(root, vmid).unwrap().threads_per_core()).unwrap())
@@ -403,9 +553,17 @@ mod tests {
             ("bare", 4, 1, "none"),
         ] {
             let (_dir, root) = host(name, &[]);
-            let choice = choose(&Topology::read(&root).unwrap(), guest(vcpus, threads), false, &BTreeMap::new());
+            let choice = choose(
+                &Topology::read(&root).unwrap(),
+                guest(vcpus, threads),
+                false,
+                &BTreeMap::new(),
+            );
             let chosen = choice.map_or("none".to_owned(), |choice| choice.isolated);
-            assert_eq!(chosen, isolated, "{name}: {vcpus} vCPUs, {threads} threads per core");
+            assert_eq!(
+                chosen, isolated,
+                "{name}: {vcpus} vCPUs, {threads} threads per core"
+            );
         }
     }
 
@@ -417,19 +575,38 @@ mod tests {
             let topology = Topology::read(&root).unwrap();
             let mut fits = 0;
             for (vcpus, threads) in (1..=16).flat_map(|vcpus| [(vcpus, 1), (vcpus, 2)]) {
-                let Ok(choice) = choose(&topology, guest(vcpus, threads), false, &BTreeMap::new()) else { continue };
+                let Ok(choice) = choose(&topology, guest(vcpus, threads), false, &BTreeMap::new())
+                else {
+                    continue;
+                };
                 fits += 1;
-                let text = text("100".parse().unwrap(), guest(vcpus, threads), &choice, &CpuSet::new());
+                let text = text(
+                    "100".parse().unwrap(),
+                    guest(vcpus, threads),
+                    &choice,
+                    &CpuSet::new(),
+                );
                 let text = text.replace("\"\"", "\"0\"");
                 let settings = settings::resolve(&root, &text, "test", threads).unwrap();
-                let told = format!("{name}: {vcpus} vCPUs, {threads} threads per core: {}", choice.isolated);
+                let told = format!(
+                    "{name}: {vcpus} vCPUs, {threads} threads per core: {}",
+                    choice.isolated
+                );
                 assert_eq!(settings.isolated, choice.cpus, "{told}");
-                assert!(settings.pins.len() >= vcpus && settings.isolated.is_subset(&topology.online), "{told}");
+                assert!(
+                    settings.pins.len() >= vcpus && settings.isolated.is_subset(&topology.online),
+                    "{told}"
+                );
                 assert!(!settings.isolated.contains(0), "{told}");
-                let is_whole = |core: &&CpuSet| !core.intersects(&choice.cpus) || core.is_subset(&choice.cpus);
+                let is_whole =
+                    |core: &&CpuSet| !core.intersects(&choice.cpus) || core.is_subset(&choice.cpus);
                 assert!(topology.cores.iter().all(|core| is_whole(&core)), "{told}");
                 let is_in = |llc: &&Domain| choice.cpus.is_subset(&llc.cpus);
-                assert_eq!(topology.domains(Kind::Llc).iter().filter(is_in).count(), 1, "{told}");
+                assert_eq!(
+                    topology.domains(Kind::Llc).iter().filter(is_in).count(),
+                    1,
+                    "{told}"
+                );
             }
             assert!(fits > 0, "{name}");
         }
@@ -441,17 +618,28 @@ mod tests {
         let as_written = init(&root, 100, None).unwrap();
         let path = settings::node_file(&root, as_vmid(100));
         let text = std::fs::read_to_string(path).unwrap();
-        let set: Vec<&str> = text.lines().map(|line| line.strip_prefix('#').unwrap_or(line)).collect();
-        let set: String = set.iter().filter(|line| !line.starts_with(' ')).map(|line| format!("{line}\n")).collect();
+        let set: Vec<&str> = text
+            .lines()
+            .map(|line| line.strip_prefix('#').unwrap_or(line))
+            .collect();
+        let set: String = set
+            .iter()
+            .filter(|line| !line.starts_with(' '))
+            .map(|line| format!("{line}\n"))
+            .collect();
         let mut all_set = settings::resolve(&root, &set, &as_written.source, 1).unwrap();
         assert_eq!((all_set.idle_vm, as_written.idle_vm), (Some(107), None));
         let housekeeping = Some("0-5,12-17".parse().unwrap());
-        assert_eq!((&all_set.emulator, &all_set.iothreads), (&housekeeping, &housekeeping));
+        assert_eq!(
+            (&all_set.emulator, &all_set.iothreads),
+            (&housekeeping, &housekeeping)
+        );
         (all_set.idle_vm, all_set.emulator, all_set.iothreads) = (None, None, None);
         assert_eq!(all_set, as_written);
         for key in settings::known_keys() {
-            let is_told =
-                set.lines().any(|line| line.starts_with(&format!("{key} =")) || line.starts_with(&format!("[{key}]")));
+            let is_told = set.lines().any(|line| {
+                line.starts_with(&format!("{key} =")) || line.starts_with(&format!("[{key}]"))
+            });
             assert!(is_told || key == "layout", "{key} is not told");
         }
     }
@@ -462,20 +650,40 @@ mod tests {
 
     #[test]
     fn other_vms_are_kept_clear_of() {
-        let vms = [(100, "cores: 4\n"), (101, "cores: 12\n"), (102, "cores: 5\n"), (103, "cores: 12\n")];
+        let vms = [
+            (100, "cores: 4\n"),
+            (101, "cores: 12\n"),
+            (102, "cores: 5\n"),
+            (103, "cores: 12\n"),
+        ];
         let (dir, root) = host("5900x", &vms);
-        assert_eq!(init(&root, 100, None).unwrap().isolated.to_string(), "8-11,20-23");
-        assert_eq!(init(&root, 102, None).unwrap().isolated.to_string(), "1-5,13-17", "a part of llc:1 is taken");
+        assert_eq!(
+            init(&root, 100, None).unwrap().isolated.to_string(),
+            "8-11,20-23"
+        );
+        assert_eq!(
+            init(&root, 102, None).unwrap().isolated.to_string(),
+            "1-5,13-17",
+            "a part of llc:1 is taken"
+        );
         // There is no room but beside others.
         let settings = init(&root, 101, None).unwrap();
         assert_eq!(settings.isolated.to_string(), "6-11,18-23");
         let text = std::fs::read_to_string(&settings.source).unwrap();
-        assert!(text.contains("# CPU 8-11,20-23 is VM 100's too: of the two only one can run at a time.\n"), "{text}");
+        assert!(
+            text.contains(
+                "# CPU 8-11,20-23 is VM 100's too: of the two only one can run at a time.\n"
+            ),
+            "{text}"
+        );
         // One with hook and no file has the built-in layout.
         std::fs::remove_dir_all(dir.path().join("etc/pinfold")).unwrap();
         let hook = "cores: 12\nhookscript: local:snippets/hook\n";
         std::fs::write(dir.path().join("etc/pve/qemu-server/103.conf"), hook).unwrap();
-        assert_eq!(init(&root, 100, None).unwrap().isolated.to_string(), "2-5,14-17");
+        assert_eq!(
+            init(&root, 100, None).unwrap().isolated.to_string(),
+            "2-5,14-17"
+        );
     }
 
     #[test]
@@ -487,29 +695,52 @@ mod tests {
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             std::fs::write(&path, "mine").unwrap();
             let error = init(&root, 100, None).unwrap_err();
-            assert!(error.starts_with(&format!("{}: VM 100 has these settings already", path.display())), "{error}");
+            assert!(
+                error.starts_with(&format!(
+                    "{}: VM 100 has these settings already",
+                    path.display()
+                )),
+                "{error}"
+            );
             assert_eq!(std::fs::read_to_string(&path).unwrap(), "mine");
             std::fs::remove_file(&path).unwrap();
         }
         // A link that leads nowhere would be written through.
         let path = dir.path().join("etc/pinfold/100.toml");
         std::os::unix::fs::symlink("elsewhere", &path).unwrap();
-        assert!(init(&root, 100, None).is_err() && !dir.path().join("etc/pinfold/elsewhere").exists());
+        assert!(
+            init(&root, 100, None).is_err() && !dir.path().join("etc/pinfold/elsewhere").exists()
+        );
         std::fs::remove_file(&path).unwrap();
         // What is for all VMs is no VM's own.
-        std::fs::write(dir.path().join("etc/pinfold/default.toml"), "layout = \"5900x\"").unwrap();
+        std::fs::write(
+            dir.path().join("etc/pinfold/default.toml"),
+            "layout = \"5900x\"",
+        )
+        .unwrap();
         init(&root, 100, None).unwrap();
-        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o7133, 0, "0644, or less where the umask says so");
+        assert_eq!(
+            path.metadata().unwrap().permissions().mode() & 0o7133,
+            0,
+            "0644, or less where the umask says so"
+        );
     }
 
     #[test]
     fn cpus_by_name() {
-        let vms = [(100, "cores: 4\n"), (101, "cores: 4\n"), (102, "cores: 2\n")];
+        let vms = [
+            (100, "cores: 4\n"),
+            (101, "cores: 4\n"),
+            (102, "cores: 2\n"),
+        ];
         let (_dir, root) = host("7950x3d", &vms);
         let settings = init(&root, 100, Some("vcache,!core:0")).unwrap();
         assert_eq!(settings.isolated.to_string(), "1-7,17-23");
         let text = std::fs::read_to_string(&settings.source).unwrap();
-        assert!(text.contains("# vcache,!core:0 is CPU 1-7,17-23.\nisolated = \"vcache,!core:0\"\n"), "{text}");
+        assert!(
+            text.contains("# vcache,!core:0 is CPU 1-7,17-23.\nisolated = \"vcache,!core:0\"\n"),
+            "{text}"
+        );
         for (cpus, why) in [
             ("vcache", "CPU 0-7,16-23: CPU 0 cannot be isolated"),
             ("8-10", "CPU 8-10: 3 CPUs are too few for the VM's 4 vCPUs"),
@@ -519,6 +750,9 @@ mod tests {
             let error = init(&root, 101, Some(cpus)).unwrap_err();
             assert!(error.starts_with(why), "{cpus}: {error}");
         }
-        assert!(!settings::node_file(&root, as_vmid(101)).exists(), "nothing is written where it fails");
+        assert!(
+            !settings::node_file(&root, as_vmid(101)).exists(),
+            "nothing is written where it fails"
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! `hook layout`: this host's CPUs, where each is, and the selectors that name them (docs/selectors.md).
+//! `hook layout`: this host's CPUs, where each is, and the selectors that name them
+//! (docs/selectors.md).
 
 use std::collections::BTreeSet;
 
@@ -65,9 +66,20 @@ fn to_json(topology: &Topology) -> serde_json::Value {
 
 fn to_text(topology: &Topology) -> String {
     let mut table = Table::new(&["selector", "cpus", "cores", "what"]);
-    for Named { selector, cpus, cores, what, .. } in named(topology) {
+    for Named {
+        selector,
+        cpus,
+        cores,
+        what,
+        ..
+    } in named(topology)
+    {
         // The kernel tells nothing of the cores of offline CPUs.
-        let cores = if cores == 0 { "-".into() } else { cores.to_string() };
+        let cores = if cores == 0 {
+            "-".into()
+        } else {
+            cores.to_string()
+        };
         table.row([selector, cpus.to_string(), cores, what]);
     }
     format!("{}\n{}", table.to_text(), map(topology).to_text())
@@ -75,7 +87,13 @@ fn to_text(topology: &Topology) -> String {
 
 /// Every selector that stands for something here, but for those of cores and VMs.
 fn named(topology: &Topology) -> Vec<Named> {
-    let cores = |cpus: &CpuSet| topology.cores.iter().filter(|core| core.intersects(cpus)).count();
+    let cores = |cpus: &CpuSet| {
+        topology
+            .cores
+            .iter()
+            .filter(|core| core.intersects(cpus))
+            .count()
+    };
     let mut rows = Vec::new();
     let vcache = topology.vcache();
     for kind in [Kind::Package, Kind::Die, Kind::Llc, Kind::Node] {
@@ -96,14 +114,29 @@ fn named(topology: &Topology) -> Vec<Named> {
         ("vcache", vcache, "what has a larger L3 than others"),
         ("pcores", topology.pcores.clone(), "fast cores"),
         ("ecores", topology.ecores.clone(), "small cores"),
-        ("first-threads", topology.first_threads(), "one thread of each core"),
+        (
+            "first-threads",
+            topology.first_threads(),
+            "one thread of each core",
+        ),
         ("online", topology.online.clone(), "what tasks can run on"),
-        ("offline", topology.offline(), "the kernel does not tell where they are"),
+        (
+            "offline",
+            topology.offline(),
+            "the kernel does not tell where they are",
+        ),
         ("all", topology.present.clone(), "what is in the machine"),
     ] {
         if !cpus.is_empty() {
             let (selector, what, cores) = (selector.into(), what.into(), cores(&cpus));
-            rows.push(Named { selector, cpus, cores, what, cache_kib: None, vcache: false });
+            rows.push(Named {
+                selector,
+                cpus,
+                cores,
+                what,
+                cache_kib: None,
+                vcache: false,
+            });
         }
     }
     rows
@@ -137,20 +170,36 @@ fn what(kind: Kind, domain: &Domain, vcache: bool) -> String {
 
 /// Any of its CPUs names a core; this takes the first.
 fn core_selector(core: &CpuSet) -> String {
-    core.first().map(|cpu| format!("core:{cpu}")).unwrap_or_default()
+    core.first()
+        .map(|cpu| format!("core:{cpu}"))
+        .unwrap_or_default()
 }
 
 fn place(topology: &Topology, core: &CpuSet) -> Place {
     let of = |kind| {
-        let domain = topology.domains(kind).iter().find(|domain| domain.cpus.intersects(core));
-        domain.map(|domain| selector(kind, domain)).unwrap_or_default()
+        let domain = topology
+            .domains(kind)
+            .iter()
+            .find(|domain| domain.cpus.intersects(core));
+        domain
+            .map(|domain| selector(kind, domain))
+            .unwrap_or_default()
     };
-    let kind = match (core.intersects(&topology.pcores), core.intersects(&topology.ecores)) {
+    let kind = match (
+        core.intersects(&topology.pcores),
+        core.intersects(&topology.ecores),
+    ) {
         (true, _) => "pcores",
         (_, true) => "ecores",
         _ => "",
     };
-    Place { package: of(Kind::Package), die: of(Kind::Die), llc: of(Kind::Llc), node: of(Kind::Node), kind }
+    Place {
+        package: of(Kind::Package),
+        die: of(Kind::Die),
+        llc: of(Kind::Llc),
+        node: of(Kind::Node),
+        kind,
+    }
 }
 
 /// The cores by where they are, the places in the order of their first CPUs.
@@ -169,21 +218,44 @@ pub(crate) fn by_place(topology: &Topology) -> Vec<(Place, Vec<&CpuSet>)> {
 /// The cores by where they are, each as its threads: `0,12  1,13`.
 fn map(topology: &Topology) -> Table {
     let cells = by_place(topology);
-    let hybrid = cells.iter().map(|(place, _)| place.kind).collect::<BTreeSet<_>>().len() > 1;
+    let hybrid = cells
+        .iter()
+        .map(|(place, _)| place.kind)
+        .collect::<BTreeSet<_>>()
+        .len()
+        > 1;
     let mut table = if hybrid {
-        Table::new(&["package", "die", "llc", "node", "kind", "cores by their threads"])
+        Table::new(&[
+            "package",
+            "die",
+            "llc",
+            "node",
+            "kind",
+            "cores by their threads",
+        ])
     } else {
         Table::new(&["package", "die", "llc", "node", "cores by their threads"])
     };
     for (place, cores) in cells {
         let lines = cores.chunks(CORES_PER_LINE).map(|line| {
             line.iter()
-                .map(|core| core.iter().map(|cpu| cpu.to_string()).collect::<Vec<_>>().join(","))
+                .map(|core| {
+                    core.iter()
+                        .map(|cpu| cpu.to_string())
+                        .collect::<Vec<_>>()
+                        .join(",")
+                })
                 .collect::<Vec<_>>()
         });
         for (number, line) in lines.enumerate() {
             // What the line above says is not said again.
-            let once = |text: &str| if number == 0 { text.to_owned() } else { String::new() };
+            let once = |text: &str| {
+                if number == 0 {
+                    text.to_owned()
+                } else {
+                    String::new()
+                }
+            };
             let (package, die) = (once(&place.package), once(&place.die));
             let (llc, node, line) = (once(&place.llc), once(&place.node), line.join("  "));
             if hybrid {
@@ -197,9 +269,22 @@ fn map(topology: &Topology) -> Table {
         let offline = topology.offline().to_string();
         let unknown = || "?".to_owned();
         if hybrid {
-            table.row([unknown(), unknown(), unknown(), unknown(), unknown(), format!("offline: {offline}")]);
+            table.row([
+                unknown(),
+                unknown(),
+                unknown(),
+                unknown(),
+                unknown(),
+                format!("offline: {offline}"),
+            ]);
         } else {
-            table.row([unknown(), unknown(), unknown(), unknown(), format!("offline: {offline}")]);
+            table.row([
+                unknown(),
+                unknown(),
+                unknown(),
+                unknown(),
+                format!("offline: {offline}"),
+            ]);
         }
     }
     table

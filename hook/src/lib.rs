@@ -1,7 +1,7 @@
 //! hook: fences CPUs off for a VM when it starts, and puts the host back when it stops.
 //!
-//! It composes the other tools' libraries in the documented order (docs/design.md) and keeps, under /run/pinfold, what
-//! is needed to take everything back.
+//! It composes the other tools' libraries in the documented order (docs/design.md) and keeps, under
+//! /run/pinfold, what is needed to take everything back.
 
 use std::process::ExitCode;
 
@@ -35,7 +35,8 @@ const TOOL: &str = "hook";
 
 /// Fence CPUs off for a VM when it starts and put the host back when it stops
 ///
-/// Proxmox VE calls it as `hook VMID PHASE`; name it with `qm set VMID --hookscript local:snippets/hook`.
+/// Proxmox VE calls it as `hook VMID PHASE`; name it with `qm set VMID --hookscript
+/// local:snippets/hook`.
 #[derive(Debug, Parser)]
 #[command(name = TOOL, version, after_help = cli::EXIT_CODES, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Args {
@@ -67,18 +68,21 @@ enum Verb {
         #[command(flatten)]
         output: Output,
     },
-    /// Show this host's CPUs: packages, dies, LLC domains, NUMA nodes and cores, and the selectors that name them
+    /// Show this host's CPUs: packages, dies, LLC domains, NUMA nodes and cores, and the selectors
+    /// that name them
     Layout {
         #[command(flatten)]
         output: Output,
     },
     /// Write settings for a VM on this host: which CPUs it has, chosen by LLC domain
     ///
-    /// They are written to /etc/pinfold/VMID.toml, and nowhere where the VM has some. Nothing else is changed.
+    /// They are written to /etc/pinfold/VMID.toml, and nowhere where the VM has some. Nothing else
+    /// is changed.
     Init {
         /// The VM's number
         vmid: VmId,
-        /// The CPUs to isolate, by logical number or selector, as in 6-11,18-23 or llc:1 [default: an LLC domain that fits]
+        /// The CPUs to isolate, by logical number or selector, as in 6-11,18-23 or llc:1 [default:
+        /// an LLC domain that fits]
         #[arg(long, conflicts_with = "vcache")]
         cpus: Option<CpuExpr>,
         /// Choose among the LLC domains with a larger L3 (3D V-Cache)
@@ -90,7 +94,8 @@ enum Verb {
         #[command(flatten)]
         output: Output,
     },
-    /// Show every change that post-start would make now, in order, and how long each step took last time; changes nothing
+    /// Show every change that post-start would make now, in order, and how long each step took last
+    /// time; changes nothing
     ///
     /// Of a VM that does not run it is what is known without its threads.
     Plan {
@@ -99,10 +104,11 @@ enum Verb {
         #[command(flatten)]
         output: Output,
     },
-    /// Look for what would keep a VM from having its CPUs, or from making the most of them, each with what to do
+    /// Look for what would keep a VM from having its CPUs, or from making the most of them, each
+    /// with what to do
     ///
-    /// It is what pre-start checks, and more. Without a number: all VMs that have settings, or hook as their hookscript. Exit
-    /// code 1 where a line says error.
+    /// It is what pre-start checks, and more. Without a number: all VMs that have settings, or hook
+    /// as their hookscript. Exit code 1 where a line says error.
     Check {
         /// The VM's number
         vmid: Option<VmId>,
@@ -166,35 +172,63 @@ pub fn main() -> ExitCode {
 
 fn run(args: Args) -> anyhow::Result<Exit> {
     match (args.verb, args.vmid, args.phase) {
-        (Some(Verb::Status { watch, output }), ..) => {
-            status::run(&output.root(), output.json, watch.map(std::time::Duration::from_secs))
-        }
+        (Some(Verb::Status { watch, output }), ..) => status::run(
+            &output.root(),
+            output.json,
+            watch.map(std::time::Duration::from_secs),
+        ),
         (Some(Verb::Layout { output }), ..) => Ok(layout::run(&output.root(), output.json)?),
-        (Some(Verb::Init { vmid, cpus, vcache, print, output }), ..) => {
-            let wish = init::Wish { vmid, cpus, vcache, print };
+        (
+            Some(Verb::Init {
+                vmid,
+                cpus,
+                vcache,
+                print,
+                output,
+            }),
+            ..,
+        ) => {
+            let wish = init::Wish {
+                vmid,
+                cpus,
+                vcache,
+                print,
+            };
             init::run(&output.root(), &mut output.report(TOOL), &wish, output.json)
         }
         (Some(Verb::Plan { vmid, output }), ..) => plan::run(&output, vmid),
         (Some(Verb::Check { vmid, output }), ..) => check::run(&output, vmid),
         (Some(Verb::Recover { discard, output }), ..) => {
             let mut report = output.report(TOOL);
-            let mut run = phases::Run { root: output.root(), report: &mut report };
-            if discard { run.discard() } else { run.recover() }
+            let mut run = phases::Run {
+                root: output.root(),
+                report: &mut report,
+            };
+            if discard {
+                run.discard()
+            } else {
+                run.recover()
+            }
         }
         (Some(Verb::Step { step }), ..) => run_step(step),
-        (None, Some(vmid), Some(phase)) => run_phase(args.output.root(), args.output.report(TOOL), vmid, &phase),
+        (None, Some(vmid), Some(phase)) => {
+            run_phase(args.output.root(), args.output.report(TOOL), vmid, &phase)
+        }
         // clap asks for both.
         (None, ..) => anyhow::bail!("VMID and PHASE are missing; see hook --help"),
     }
 }
 
-/// Checks the text of a settings file as pre-start does before it looks at the VM, and says what it comes to: the JSON
-/// that is kept with the VM's reservation, for a guest without SMT. `source` names the file in errors.
+/// Checks the text of a settings file as pre-start does before it looks at the VM, and says what it
+/// comes to: the JSON that is kept with the VM's reservation, for a guest without SMT. `source`
+/// names the file in errors.
 ///
 /// # Errors
 /// What the text says wrong, with the key; that a layout is not for this machine.
 pub fn check_settings(root: &Sysroot, text: &str, source: &str) -> anyhow::Result<String> {
-    Ok(serde_json::to_string(&settings::resolve(root, text, source, 1)?)?)
+    Ok(serde_json::to_string(&settings::resolve(
+        root, text, source, 1,
+    )?)?)
 }
 
 /// Checks the text of a state file as every phase does, and gives it back as hook would write it.
@@ -206,14 +240,19 @@ pub fn check_state(text: &str) -> anyhow::Result<String> {
     Ok(Store::to_text(&reservations, &baseline)?)
 }
 
-/// A failure in pre-start stops the VM's start; in the other phases PVE only warns. Whatever is not hook's business ends
-/// well, so that it stops nobody.
+/// A failure in pre-start stops the VM's start; in the other phases PVE only warns. Whatever is not
+/// hook's business ends well, so that it stops nobody.
 fn run_phase(root: Sysroot, mut report: Report, vmid: VmId, phase: &str) -> anyhow::Result<Exit> {
     if vm::is_container(&root, vmid) {
-        report.note(&format!("{vmid} is a container; only VMs have vCPUs to fence off, nothing is done"));
+        report.note(&format!(
+            "{vmid} is a container; only VMs have vCPUs to fence off, nothing is done"
+        ));
         return Ok(report.finish());
     }
-    let mut run = phases::Run { root, report: &mut report };
+    let mut run = phases::Run {
+        root,
+        report: &mut report,
+    };
     match phase {
         "pre-start" => run.pre_start(vmid),
         "post-start" => run.post_start(vmid),
@@ -234,7 +273,9 @@ fn run_step(step: Step) -> anyhow::Result<Exit> {
         Step::TidyCaches { common } => {
             let (root, mut report) = (common.output.root(), common.output.report(TOOL));
             if common.list || common.restore.is_some() || common.save.is_some() {
-                anyhow::bail!("tidy-caches holds no state: there is nothing to list, save or restore");
+                anyhow::bail!(
+                    "tidy-caches holds no state: there is nothing to list, save or restore"
+                );
             }
             common.carry_out(&root, &mut report, TOOL, steps::tidy_caches_plan())
         }
@@ -250,14 +291,26 @@ fn run_step(step: Step) -> anyhow::Result<Exit> {
                 table.row([object.label, object.found]);
                 return Ok(cli::listed(&mut report, &table));
             };
-            common.carry_out(&root, &mut report, TOOL, vec![object.want(seconds.to_string())])
+            common.carry_out(
+                &root,
+                &mut report,
+                TOOL,
+                vec![object.want(seconds.to_string())],
+            )
         }
-        Step::IdleVm { action, vmid, deadline, output } => {
+        Step::IdleVm {
+            action,
+            vmid,
+            deadline,
+            output,
+        } => {
             let (root, mut report) = (output.root(), output.report(TOOL));
             let deadline = std::time::Duration::from_secs(deadline);
             match action {
                 IdleAction::Stop => steps::stop_idle_vm(&root, &mut report, vmid.into(), deadline)?,
-                IdleAction::Start => steps::start_idle_vm(&root, &mut report, vmid.into(), deadline)?,
+                IdleAction::Start => {
+                    steps::start_idle_vm(&root, &mut report, vmid.into(), deadline)?
+                }
             }
             Ok(report.finish())
         }

@@ -17,7 +17,8 @@ use crate::{checks, steps, times};
 /// How often a QEMU that is to be gone is looked at.
 const EXIT_INTERVAL: Duration = Duration::from_millis(20);
 
-/// The guest's state while a QEMU stands that was started for a backup alone and will never run its guest.
+/// The guest's state while a QEMU stands that was started for a backup alone and will never run its
+/// guest.
 const NEVER_RUNS: &str = "prelaunch";
 
 /// One call of hook.
@@ -29,15 +30,17 @@ pub(crate) struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Before QEMU is started: everything that could fail later is checked now, since this is the one phase that can stop
-    /// the start. Then what must be done before QEMU takes its devices and memory.
+    /// Before QEMU is started: everything that could fail later is checked now, since this is the
+    /// one phase that can stop the start. Then what must be done before QEMU takes its devices and
+    /// memory.
     pub(crate) fn pre_start(&mut self, vmid: VmId) -> anyhow::Result<Exit> {
         let conf = vm::conf(&self.root, vmid)?;
         let deadlines = settings::deadlines(&self.root, vmid);
         self.heed(&deadlines);
         let mut store = self.open(&deadlines)?;
         self.drop_dead(&mut store, Some(vmid))?;
-        // Under the lock: of CPUs that another hook has taken offline the kernel tells neither core nor cache.
+        // Under the lock: of CPUs that another hook has taken offline the kernel tells neither core
+        // nor cache.
         let settings = settings::load(&self.root, vmid, conf.threads_per_core())?;
         for note in checks::before_start(&self.root, vmid, &conf, &settings)? {
             self.report.note(&note);
@@ -47,14 +50,23 @@ impl Run<'_> {
         let prepared = self.prepare(vmid, &settings, isolation);
         if prepared.is_err() {
             // No post-stop follows a start that this phase aborts.
-            self.release(vmid, &settings.deadlines).context("taking back the reservation")?;
+            self.release(vmid, &settings.deadlines)
+                .context("taking back the reservation")?;
         }
         prepared?;
-        self.report.line(&format!("CPU {} reserved for VM {vmid}, by {}", settings.isolated, settings.source));
+        self.report.line(&format!(
+            "CPU {} reserved for VM {vmid}, by {}",
+            settings.isolated, settings.source
+        ));
         Ok(self.report.finish())
     }
 
-    fn reserve(&mut self, mut store: Store<Reservation>, vmid: VmId, settings: &Settings) -> anyhow::Result<Isolation> {
+    fn reserve(
+        &mut self,
+        mut store: Store<Reservation>,
+        vmid: VmId,
+        settings: &Settings,
+    ) -> anyhow::Result<Isolation> {
         checks::no_overlap(&store.reservations, vmid, settings)?;
         let owed = owed(&store, vmid);
         let isolation = self.isolation(&store, vmid, settings, None)?;
@@ -82,22 +94,39 @@ impl Run<'_> {
         settings: &Settings,
         qemu: Option<&Qemu>,
     ) -> anyhow::Result<Isolation> {
-        let (isolation, note) = checks::isolation(&self.root, &store.reservations, vmid, settings, qemu)?;
+        let (isolation, note) =
+            checks::isolation(&self.root, &store.reservations, vmid, settings, qemu)?;
         if let Some(note) = note {
             self.report.line(&note);
         }
         Ok(isolation)
     }
 
-    fn prepare(&mut self, vmid: VmId, settings: &Settings, isolation: Isolation) -> anyhow::Result<()> {
+    fn prepare(
+        &mut self,
+        vmid: VmId,
+        settings: &Settings,
+        isolation: Isolation,
+    ) -> anyhow::Result<()> {
         if isolation == Isolation::Partition {
             self.report.step("delegation");
             let change = cg_slice::partition::delegation(&self.root, vmid, PRESENT)?;
-            self.report.changes(&pinfold_core::apply(&self.root, change.into_iter().collect()));
-            ensure!(self.report.failures() == 0, "without delegation systemd would take the partition away");
+            self.report.changes(&pinfold_core::apply(
+                &self.root,
+                change.into_iter().collect(),
+            ));
+            ensure!(
+                self.report.failures() == 0,
+                "without delegation systemd would take the partition away"
+            );
         }
         if let Some(idle) = settings.idle_vm {
-            steps::stop_idle_vm(&self.root, self.report, idle, Duration::from_secs(settings.deadlines.idle_vm))?;
+            steps::stop_idle_vm(
+                &self.root,
+                self.report,
+                idle,
+                Duration::from_secs(settings.deadlines.idle_vm),
+            )?;
         }
         let functions = match &settings.reset_pci {
             ResetPci::OfVm(false) => Vec::new(),
@@ -114,14 +143,16 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// When QEMU runs: its CPUs are fenced off. Once more on a VM that is fenced already, it mends and pins newcomers.
+    /// When QEMU runs: its CPUs are fenced off. Once more on a VM that is fenced already, it mends
+    /// and pins newcomers.
     pub(crate) fn post_start(&mut self, vmid: VmId) -> anyhow::Result<Exit> {
         let qemu = vm::running(&self.root, vmid)?;
         self.begin(vmid, Some(&qemu))?;
         Ok(self.report.finish())
     }
 
-    /// What post-start does, but for the report's end. A plan may be without a QEMU. Returns the CPUs that are the VM's then.
+    /// What post-start does, but for the report's end. A plan may be without a QEMU. Returns the
+    /// CPUs that are the VM's then.
     pub(crate) fn begin(&mut self, vmid: VmId, qemu: Option<&Qemu>) -> anyhow::Result<CpuSet> {
         let task = qemu.map(|qemu| qemu.id);
         let deadlines = self.deadlines(vmid)?;
@@ -129,21 +160,37 @@ impl Run<'_> {
         let mut store = self.open(&deadlines)?;
         self.drop_dead(&mut store, Some(vmid))?;
         let mut reservation = match store.reservations.get(&vmid.into()) {
-            Some(claim) if claim.is_claim() && claim.qemu.is_none_or(|known| task == Some(known)) => claim.clone(),
+            Some(claim)
+                if claim.is_claim() && claim.qemu.is_none_or(|known| task == Some(known)) =>
+            {
+                claim.clone()
+            }
             // No pre-start, or that of an earlier QEMU: its checks are made now.
             _ => {
                 let conf = vm::conf(&self.root, vmid)?;
-                let threads_per_core = qemu.map_or_else(|| conf.threads_per_core(), |qemu| qemu.threads_per_core);
+                let threads_per_core =
+                    qemu.map_or_else(|| conf.threads_per_core(), |qemu| qemu.threads_per_core);
                 let settings = settings::load(&self.root, vmid, threads_per_core)?;
                 checks::before_start(&self.root, vmid, &conf, &settings)?;
                 checks::no_overlap(&store.reservations, vmid, &settings)?;
                 let isolation = self.isolation(&store, vmid, &settings, qemu)?;
                 let idle_vm_stopped = owed(&store, vmid);
-                Reservation { phase: Phase::Starting, isolation, settings, qemu: None, starter: None, idle_vm_stopped }
+                Reservation {
+                    phase: Phase::Starting,
+                    isolation,
+                    settings,
+                    qemu: None,
+                    starter: None,
+                    idle_vm_stopped,
+                }
             }
         };
         if let Some(qemu) = qemu {
-            let threads = vm::threads(&self.root, qemu, Duration::from_secs(reservation.settings.deadlines.qmp))?;
+            let threads = vm::threads(
+                &self.root,
+                qemu,
+                Duration::from_secs(reservation.settings.deadlines.qmp),
+            )?;
             if threads.status.as_deref() == Some(NEVER_RUNS) {
                 self.give_back(&mut store, &[vmid], task)?;
                 self.report.note(&format!(
@@ -151,8 +198,11 @@ impl Run<'_> {
                 ));
                 return Ok(CpuSet::new());
             }
-            // VMID.conf may have been another when pre-start read it, or say less than QEMU was told.
-            reservation.settings.fit_guest(&self.root, qemu.threads_per_core)?;
+            // VMID.conf may have been another when pre-start read it, or say less than QEMU was
+            // told.
+            reservation
+                .settings
+                .fit_guest(&self.root, qemu.threads_per_core)?;
             let vcpus = threads.vcpus();
             checks::pins_suffice(&reservation.settings, vcpus.len(), vcpus.last())?;
         }
@@ -164,16 +214,25 @@ impl Run<'_> {
         store.reservations.insert(vmid.into(), reservation);
         store.save()?;
 
-        self.report.line(&format!("fencing CPU {isolated} off for VM {vmid}"));
+        self.report
+            .line(&format!("fencing CPU {isolated} off for VM {vmid}"));
         self.fence(&mut store, vmid, qemu)?;
         Ok(isolated)
     }
 
-    /// Fences the CPUs of a VM off whose reservation is in the store with its QEMU. Where that fails the VM keeps running, on
-    /// whatever CPUs there are, and nothing of the fence stays.
-    fn fence(&mut self, store: &mut Store<Reservation>, vmid: VmId, qemu: Option<&Qemu>) -> anyhow::Result<()> {
+    /// Fences the CPUs of a VM off whose reservation is in the store with its QEMU. Where that
+    /// fails the VM keeps running, on whatever CPUs there are, and nothing of the fence stays.
+    fn fence(
+        &mut self,
+        store: &mut Store<Reservation>,
+        vmid: VmId,
+        qemu: Option<&Qemu>,
+    ) -> anyhow::Result<()> {
         let earlier = self.report.steps().len();
-        let whole = store.reservations.get(&vmid.into()).is_some_and(|claim| claim.phase == Phase::Isolating);
+        let whole = store
+            .reservations
+            .get(&vmid.into())
+            .is_some_and(|claim| claim.phase == Phase::Isolating);
         let fenced = Reconcile::new(&self.root, store, self.report)
             .and_then(|mut reconcile| reconcile.isolate(vmid, qemu))
             .and_then(|()| match store.reservations.get_mut(&vmid.into()) {
@@ -203,7 +262,9 @@ impl Run<'_> {
 
     /// When the VM is gone: its CPUs go back to the host.
     pub(crate) fn post_stop(&mut self, vmid: VmId) -> anyhow::Result<Exit> {
-        let Some(reservation) = self.peek(vmid)? else { return self.recover() };
+        let Some(reservation) = self.peek(vmid)? else {
+            return self.recover();
+        };
         let deadlines = reservation.settings.deadlines;
         self.heed(&deadlines);
         if let Some(task) = &reservation.qemu {
@@ -223,25 +284,36 @@ impl Run<'_> {
         };
         while running() {
             if Instant::now() >= until {
-                self.report.note(&format!("VM {vmid}: a process of it is still there after {} s", deadline.as_secs()));
+                self.report.note(&format!(
+                    "VM {vmid}: a process of it is still there after {} s",
+                    deadline.as_secs()
+                ));
                 return;
             }
             std::thread::sleep(EXIT_INTERVAL);
         }
     }
 
-    /// Drops a VM's reservation, brings the host to what the others ask for, and starts its idle VM.
+    /// Drops a VM's reservation, brings the host to what the others ask for, and starts its idle
+    /// VM.
     fn release(&mut self, vmid: VmId, deadlines: &Deadlines) -> anyhow::Result<()> {
         let mut store = self.open(deadlines)?;
         let mut dropped = self.drop_dead(&mut store, Some(vmid))?;
         dropped.extend(self.give_back(&mut store, &[vmid], own_task(&self.root))?);
-        for reservation in dropped.iter().filter(|(id, reservation)| *id == vmid && reservation.is_fenced()) {
-            self.report.line(&format!("CPU {} given back by VM {vmid}", reservation.1.settings.isolated));
+        for reservation in dropped
+            .iter()
+            .filter(|(id, reservation)| *id == vmid && reservation.is_fenced())
+        {
+            self.report.line(&format!(
+                "CPU {} given back by VM {vmid}",
+                reservation.1.settings.isolated
+            ));
         }
         self.start_idle(store, &dropped)
     }
 
-    /// Drops the reservations of VMs that run no more, and brings the host to what the others ask for.
+    /// Drops the reservations of VMs that run no more, and brings the host to what the others ask
+    /// for.
     pub(crate) fn recover(&mut self) -> anyhow::Result<Exit> {
         let deadlines = Deadlines::default();
         if Store::<Reservation>::peek(&self.root)?.is_none() {
@@ -277,14 +349,17 @@ impl Run<'_> {
     /// Removes a state that cannot be trusted.
     pub(crate) fn discard(&mut self) -> anyhow::Result<Exit> {
         if store::discard(&self.root, Duration::from_secs(Deadlines::default().lock))? {
-            self.report.note("the saved state is gone; what it covered stays as it is now until the next boot");
+            self.report.note(
+                "the saved state is gone; what it covered stays as it is now until the next boot",
+            );
         }
         Ok(self.report.finish())
     }
 
     /// A VM's reservation, looked at without the lock.
     fn peek(&self, vmid: VmId) -> anyhow::Result<Option<Reservation>> {
-        Ok(Store::<Reservation>::peek(&self.root)?.and_then(|(mut reservations, _)| reservations.remove(&vmid.into())))
+        Ok(Store::<Reservation>::peek(&self.root)?
+            .and_then(|(mut reservations, _)| reservations.remove(&vmid.into())))
     }
 
     /// A VM's deadlines, as they were at its pre-start.
@@ -301,11 +376,18 @@ impl Run<'_> {
     }
 
     fn open(&self, deadlines: &Deadlines) -> anyhow::Result<Store<Reservation>> {
-        Ok(Store::open(&self.root, Duration::from_secs(deadlines.lock))?)
+        Ok(Store::open(
+            &self.root,
+            Duration::from_secs(deadlines.lock),
+        )?)
     }
 
     /// Drops every dead reservation but that of `but`, whose phase is being run.
-    fn drop_dead(&mut self, store: &mut Store<Reservation>, but: Option<VmId>) -> anyhow::Result<Vec<Dropped>> {
+    fn drop_dead(
+        &mut self,
+        store: &mut Store<Reservation>,
+        but: Option<VmId>,
+    ) -> anyhow::Result<Vec<Dropped>> {
         let mut dead = Vec::new();
         for (id, reservation) in &store.reservations {
             let vmid = VmId::try_from(*id)?;
@@ -320,12 +402,17 @@ impl Run<'_> {
             });
             dead.push(vmid);
         }
-        if dead.is_empty() { Ok(Vec::new()) } else { self.give_back(store, &dead, own_task(&self.root)) }
+        if dead.is_empty() {
+            Ok(Vec::new())
+        } else {
+            self.give_back(store, &dead, own_task(&self.root))
+        }
     }
 
-    /// Brings the host to what the reservations ask for, less those of VMs that are `gone`, which are dropped. Returns them as
-    /// they were. One with an idle VM to be started stays in the state until it is ([`start_idle`](Self::start_idle)); when the
-    /// process `until` has ended, that is any hook's to do.
+    /// Brings the host to what the reservations ask for, less those of VMs that are `gone`, which
+    /// are dropped. Returns them as they were. One with an idle VM to be started stays in the state
+    /// until it is ([`start_idle`](Self::start_idle)); when the process `until` has ended, that is
+    /// any hook's to do.
     fn give_back(
         &mut self,
         store: &mut Store<Reservation>,
@@ -354,22 +441,35 @@ impl Run<'_> {
         Ok(dropped)
     }
 
-    /// Starts the idle VMs that were stopped for VMs that are gone; without the lock, since that runs their own hook.
+    /// Starts the idle VMs that were stopped for VMs that are gone; without the lock, since that
+    /// runs their own hook.
     fn start_idle(&mut self, store: Store<Reservation>, dropped: &[Dropped]) -> anyhow::Result<()> {
         drop(store);
-        let owed = || dropped.iter().filter(|(_, reservation)| reservation.idle_vm_stopped);
+        let owed = || {
+            dropped
+                .iter()
+                .filter(|(_, reservation)| reservation.idle_vm_stopped)
+        };
         for (_, Reservation { settings, .. }) in owed() {
-            let Some(idle) = settings.idle_vm else { continue };
+            let Some(idle) = settings.idle_vm else {
+                continue;
+            };
             let deadline = Duration::from_secs(settings.deadlines.idle_vm);
             // Once is enough: what keeps it from starting is not ours to mend.
             if let Err(error) = steps::start_idle_vm(&self.root, self.report, idle, deadline) {
                 self.report.error(&format!("{error:#}"));
             }
         }
-        let Some((_, last)) = owed().next_back() else { return Ok(()) };
+        let Some((_, last)) = owed().next_back() else {
+            return Ok(());
+        };
         let mut store = self.open(&last.settings.deadlines)?;
         for (vmid, _) in owed() {
-            if store.reservations.get(&(*vmid).into()).is_some_and(|reservation| reservation.phase == Phase::Idle) {
+            if store
+                .reservations
+                .get(&(*vmid).into())
+                .is_some_and(|reservation| reservation.phase == Phase::Idle)
+            {
                 store.reservations.remove(&(*vmid).into());
             }
         }
@@ -378,9 +478,13 @@ impl Run<'_> {
     }
 }
 
-/// Whether an earlier hook has stopped the VM's idle VM and not come to start it yet: it is still to be started some day.
+/// Whether an earlier hook has stopped the VM's idle VM and not come to start it yet: it is still
+/// to be started some day.
 fn owed(store: &Store<Reservation>, vmid: VmId) -> bool {
-    store.reservations.get(&vmid.into()).is_some_and(|earlier| earlier.idle_vm_stopped)
+    store
+        .reservations
+        .get(&vmid.into())
+        .is_some_and(|earlier| earlier.idle_vm_stopped)
 }
 
 /// A reservation as it was, with its VM.
@@ -392,5 +496,7 @@ fn own_task(root: &Sysroot) -> Option<TaskId> {
 
 /// A process, for good.
 fn task(root: &Sysroot, pid: Pid) -> Option<TaskId> {
-    process::task(root, pid.as_raw(), pid.as_raw()).ok().map(|task| task.id)
+    process::task(root, pid.as_raw(), pid.as_raw())
+        .ok()
+        .map(|task| task.id)
 }

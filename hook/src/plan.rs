@@ -1,4 +1,5 @@
-//! `hook plan`: what post-start would change now, found by post-start's own code on a root where changes are only planned.
+//! `hook plan`: what post-start would change now, found by post-start's own code on a root where
+//! changes are only planned.
 
 use pinfold_core::cli::Output;
 use pinfold_core::report::{self, Step, done_to_json, err, out};
@@ -36,7 +37,9 @@ struct Planned {
 pub(crate) fn run(output: &Output, vmid: VmId) -> anyhow::Result<Exit> {
     let plan = make(&output.root(), vmid)?;
     if !output.json && !output.quiet {
-        plan.notes.iter().for_each(|note| err(&format!("{TOOL}: {note}\n")));
+        plan.notes
+            .iter()
+            .for_each(|note| err(&format!("{TOOL}: {note}\n")));
     }
     if output.json {
         out(&format!("{:#}\n", plan.to_json()));
@@ -53,14 +56,27 @@ fn make(root: &Sysroot, vmid: VmId) -> anyhow::Result<Plan> {
     let qemu = vm::find(&root, vmid)?;
     // Its changes are kept, and nothing is told before the end.
     let mut report = Report::new(TOOL, Verbosity::Quiet, true);
-    let isolated = Run { root: root.clone(), report: &mut report }.begin(vmid, qemu.as_ref())?;
-    anyhow::ensure!(report.failures() == 0, "VM {vmid}: there is no telling what post-start would do");
+    let isolated = Run {
+        root: root.clone(),
+        report: &mut report,
+    }
+    .begin(vmid, qemu.as_ref())?;
+    anyhow::ensure!(
+        report.failures() == 0,
+        "VM {vmid}: there is no telling what post-start would do"
+    );
     let mut notes = report.notes().to_vec();
     let last = times::last(&root, vmid).unwrap_or_else(|error| {
         notes.push(error.to_string());
         Times::new()
     });
-    Ok(Plan { vmid, isolated, running: qemu.is_some(), steps: join(report.steps(), last), notes })
+    Ok(Plan {
+        vmid,
+        isolated,
+        running: qemu.is_some(),
+        steps: join(report.steps(), last),
+        notes,
+    })
 }
 
 /// Steps with how long they took; the same one twice in a row is one.
@@ -73,10 +89,21 @@ fn join(steps: &[Step], last: Times) -> Vec<Planned> {
         }
     }
     let mut joined: Vec<Planned> = Vec::new();
-    for Step { name, unknown, changes, .. } in steps {
+    for Step {
+        name,
+        unknown,
+        changes,
+        ..
+    } in steps
+    {
         match joined.last_mut().filter(|before| before.name == *name) {
             Some(before) => before.changes.extend_from_slice(changes),
-            None => joined.push(Planned { name, unknown: unknown.clone(), changes: changes.clone(), seconds: None }),
+            None => joined.push(Planned {
+                name,
+                unknown: unknown.clone(),
+                changes: changes.clone(),
+                seconds: None,
+            }),
         }
     }
     // From the end: what is given back first, of VMs that are gone, was not in it last time.
@@ -91,24 +118,39 @@ fn join(steps: &[Step], last: Times) -> Vec<Planned> {
 
 impl Planned {
     fn planned(&self) -> usize {
-        self.changes.iter().filter(|done| done.outcome == Outcome::Planned).count()
+        self.changes
+            .iter()
+            .filter(|done| done.outcome == Outcome::Planned)
+            .count()
     }
 
     fn to_text(&self, verbose: bool) -> String {
-        let held = self.changes.iter().filter(|done| matches!(done.outcome, Outcome::Refused(_))).count();
+        let held = self
+            .changes
+            .iter()
+            .filter(|done| matches!(done.outcome, Outcome::Refused(_)))
+            .count();
         let what = match (&self.unknown, self.planned()) {
             (Some(why), _) => format!("not known, {why}"),
             (None, 0) => "nothing to do".into(),
             (None, 1) => "1 change".into(),
             (None, count) => format!("{count} changes"),
         };
-        let held = if held > 0 { format!(", {held} left where the kernel holds them") } else { String::new() };
-        let seconds = self.seconds.map_or_else(|| "-".into(), |seconds| format!("{seconds:.1} s"));
+        let held = if held > 0 {
+            format!(", {held} left where the kernel holds them")
+        } else {
+            String::new()
+        };
+        let seconds = self
+            .seconds
+            .map_or_else(|| "-".into(), |seconds| format!("{seconds:.1} s"));
         let mut text = format!("{}: {what}{held}; last time {seconds}\n", self.name);
         for done in &self.changes {
             let told = match done.outcome {
                 Outcome::Planned | Outcome::Left(_) | Outcome::Failed(_) => true,
-                Outcome::Changed | Outcome::Already | Outcome::Gone | Outcome::Refused(_) => verbose,
+                Outcome::Changed | Outcome::Already | Outcome::Gone | Outcome::Refused(_) => {
+                    verbose
+                }
             };
             if told {
                 text += &format!("  {done}\n");
@@ -123,14 +165,26 @@ impl Plan {
         let Self { vmid, isolated, .. } = self;
         let count: usize = self.steps.iter().map(Planned::planned).sum();
         let state = if self.running { "runs" } else { "does not run" };
-        let steps: String = self.steps.iter().map(|step| step.to_text(verbose)).collect();
-        let whose = if isolated.is_empty() { String::new() } else { format!(", to have CPU {isolated}") };
+        let steps: String = self
+            .steps
+            .iter()
+            .map(|step| step.to_text(verbose))
+            .collect();
+        let whose = if isolated.is_empty() {
+            String::new()
+        } else {
+            format!(", to have CPU {isolated}")
+        };
         format!("VM {vmid} {state}{whose}: post-start would make {count} changes\n{steps}")
     }
 
     fn to_json(&self) -> serde_json::Value {
         let step = |step: &Planned| {
-            let changes: Vec<_> = step.changes.iter().map(|done| done_to_json(Some(step.name), done)).collect();
+            let changes: Vec<_> = step
+                .changes
+                .iter()
+                .map(|done| done_to_json(Some(step.name), done))
+                .collect();
             json!({"step": step.name, "last_seconds": step.seconds, "unknown": step.unknown, "changes": changes})
         };
         json!({
@@ -169,11 +223,15 @@ mod tests {
         // As since Linux 6.12 with those that it holds.
         host.file("proc/irq/25/smp_affinity_list", "6");
         let held = host.root.path("proc/irq/25/smp_affinity_list");
-        std::fs::set_permissions(held, std::os::unix::fs::PermissionsExt::from_mode(0o444)).unwrap();
+        std::fs::set_permissions(held, std::os::unix::fs::PermissionsExt::from_mode(0o444))
+            .unwrap();
         let before = host.snapshot();
         let plan = make(&host.root, vmid()).unwrap();
         let all = |from: &str, to: &str| -> String {
-            isolated().iter().map(|cpu| format!("  CPU {cpu}: {from} -> {to}\n")).collect()
+            isolated()
+                .iter()
+                .map(|cpu| format!("  CPU {cpu}: {from} -> {to}\n"))
+                .collect()
         };
         assert_eq!(
             plan.to_text(false),
@@ -222,7 +280,10 @@ mod tests {
         let before = host.snapshot();
         let plan = make(&host.root, vmid()).unwrap();
         let text = plan.to_text(false);
-        assert!(text.starts_with("VM 100 does not run, to have CPU 6-11,18-23: post-start would make "), "{text}");
+        assert!(
+            text.starts_with("VM 100 does not run, to have CPU 6-11,18-23: post-start would make "),
+            "{text}"
+        );
         for line in [
             "offline: 12 changes; last time -\n  CPU 6: online -> offline\n",
             "pins: not known, its QEMU is needed; last time -\n",
@@ -237,7 +298,11 @@ mod tests {
     fn a_vm_that_is_fenced_keeps_its_cpus_online() {
         let host = host();
         host.vm(100, &[6, 18]);
-        host.reserve(100, Phase::Isolated, "layout = \"5900x\"\ngovernor = \"keep\"");
+        host.reserve(
+            100,
+            Phase::Isolated,
+            "layout = \"5900x\"\ngovernor = \"keep\"",
+        );
         for (file, text) in [
             ("proc/irq/24/smp_affinity_list", "0-5,12-17"),
             ("sys/devices/virtual/workqueue/cpumask", "03f03f"),
@@ -246,18 +311,37 @@ mod tests {
             host.file(file, text);
         }
         let plan = make(&host.root, vmid()).unwrap();
-        assert!(plan.steps.iter().all(|step| step.name != "offline"), "{}", plan.to_text(true));
+        assert!(
+            plan.steps.iter().all(|step| step.name != "offline"),
+            "{}",
+            plan.to_text(true)
+        );
         let vcpus = plan.steps.iter().find(|step| step.name == "pins").unwrap();
-        assert!(vcpus.to_text(true).contains("  vCPU 1 (thread 10001): already 18\n"), "{}", vcpus.to_text(true));
+        assert!(
+            vcpus
+                .to_text(true)
+                .contains("  vCPU 1 (thread 10001): already 18\n"),
+            "{}",
+            vcpus.to_text(true)
+        );
     }
 
     #[test]
     fn what_post_start_would_refuse_is_refused() {
         let host = host();
         host.conf(100, "cores: 13");
-        let error = make(&host.root, vmid()).map(|_| ()).unwrap_err().to_string();
-        assert!(error.contains("the VM has 13 vCPUs and there are pins for 12"), "{error}");
-        let error = make(&host.root, "101".parse().unwrap()).map(|_| ()).unwrap_err().to_string();
+        let error = make(&host.root, vmid())
+            .map(|_| ())
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("the VM has 13 vCPUs and there are pins for 12"),
+            "{error}"
+        );
+        let error = make(&host.root, "101".parse().unwrap())
+            .map(|_| ())
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("VM 101: no such VM on this node"), "{error}");
     }
 
@@ -265,9 +349,15 @@ mod tests {
     fn it_tells_how_long_steps_took_last_time() {
         let host = host();
         host.conf(100, "cores: 2");
-        let store: Store<Reservation> = Store::open(&host.root, std::time::Duration::from_secs(1)).unwrap();
+        let store: Store<Reservation> =
+            Store::open(&host.root, std::time::Duration::from_secs(1)).unwrap();
         times::keep(&store, vmid(), &[("slices", 9.0)]).unwrap();
-        times::keep(&store, vmid(), &[("slices", 0.625), ("offline", 2.0), ("offline", 1.0)]).unwrap();
+        times::keep(
+            &store,
+            vmid(),
+            &[("slices", 0.625), ("offline", 2.0), ("offline", 1.0)],
+        )
+        .unwrap();
         times::keep(&store, "101".parse().unwrap(), &[("irqs", 7.0)]).unwrap();
         let text = make(&host.root, vmid()).unwrap().to_text(false);
         for line in [
@@ -278,7 +368,13 @@ mod tests {
             assert!(text.contains(line), "{text}");
         }
         host.file("run/pinfold/times.json", "garbage");
-        assert!(make(&host.root, vmid()).unwrap().notes.iter().any(|note| note.contains("times.json")));
+        assert!(
+            make(&host.root, vmid())
+                .unwrap()
+                .notes
+                .iter()
+                .any(|note| note.contains("times.json"))
+        );
     }
 
     #[test]
@@ -289,9 +385,20 @@ mod tests {
             report.steps()[0].clone()
         };
         let steps = ["irqs", "slices", "irqs", "pins", "pins", "irqs", "pace"].map(step);
-        let last = [("slices", 1.0), ("irqs", 2.0), ("pins", 3.0), ("pins", 4.0), ("irqs", 5.0)];
-        let last = last.map(|(name, seconds)| (name.to_owned(), seconds)).into();
-        let joined: Vec<_> = join(&steps, last).into_iter().map(|step| (step.name, step.seconds)).collect();
+        let last = [
+            ("slices", 1.0),
+            ("irqs", 2.0),
+            ("pins", 3.0),
+            ("pins", 4.0),
+            ("irqs", 5.0),
+        ];
+        let last = last
+            .map(|(name, seconds)| (name.to_owned(), seconds))
+            .into();
+        let joined: Vec<_> = join(&steps, last)
+            .into_iter()
+            .map(|step| (step.name, step.seconds))
+            .collect();
         assert_eq!(
             joined,
             [

@@ -9,7 +9,8 @@ use crate::settings::Settings;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Phase {
-    /// What the VM had is being given back: in the state until all of it is, for a hook that is killed meanwhile.
+    /// What the VM had is being given back: in the state until all of it is, for a hook that is
+    /// killed meanwhile.
     Leaving,
     /// All is given back; its idle VM is yet to be started.
     Idle,
@@ -25,7 +26,8 @@ pub(crate) enum Phase {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Isolation {
-    /// By the documented order: slices narrowed, CPUs taken offline and online again, the VM out of its slice.
+    /// By the documented order: slices narrowed, CPUs taken offline and online again, the VM out of
+    /// its slice.
     #[default]
     Hotplug,
     /// By a cpuset partition in the VM's scope.
@@ -45,8 +47,9 @@ pub(crate) struct Reservation {
     pub settings: Settings,
     /// The VM's QEMU, once it runs.
     pub qemu: Option<TaskId>,
-    /// Who starts the VM: PVE's task, hook's parent process. While it lives, QEMU may still come. Of one that is
-    /// [idle](Phase::Idle) the hook that starts the idle VM, or the VM's QEMU where that runs on without a fence.
+    /// Who starts the VM: PVE's task, hook's parent process. While it lives, QEMU may still come.
+    /// Of one that is [idle](Phase::Idle) the hook that starts the idle VM, or the VM's QEMU where
+    /// that runs on without a fence.
     pub starter: Option<TaskId>,
     /// Whether the idle VM was stopped for this one, and is to be started again.
     pub idle_vm_stopped: bool,
@@ -63,7 +66,8 @@ impl Reservation {
         self.phase > Phase::Starting
     }
 
-    /// Whether the VM still runs, or still starts; of one that is idle, whether its hook still does.
+    /// Whether the VM still runs, or still starts; of one that is idle, whether its hook still
+    /// does.
     pub(crate) fn is_alive(&self, root: &Sysroot) -> bool {
         let task = match self.phase {
             Phase::Leaving => None,

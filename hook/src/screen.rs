@@ -55,7 +55,9 @@ impl Cpu {
             Owner::Reserved => format!("({vm})"),
             Owner::Isolated => match (self.vcpus.first(), self.vcpus.to_string()) {
                 (None, _) => vm,
-                (Some(first), list) if list.contains(',') => format!("{vm}:v{first}+{}", self.vcpus.len() - 1),
+                (Some(first), list) if list.contains(',') => {
+                    format!("{vm}:v{first}+{}", self.vcpus.len() - 1)
+                }
                 (_, list) => format!("{vm}:v{list}"),
             },
         };
@@ -76,7 +78,12 @@ impl Cpu {
 
     /// VMs have a colour each, by turns.
     fn style(&self, vms: &[u32]) -> Style {
-        const COLOURS: [AnsiColor; 4] = [AnsiColor::Green, AnsiColor::Cyan, AnsiColor::Magenta, AnsiColor::Blue];
+        const COLOURS: [AnsiColor; 4] = [
+            AnsiColor::Green,
+            AnsiColor::Cyan,
+            AnsiColor::Magenta,
+            AnsiColor::Blue,
+        ];
         let colour = |colour: AnsiColor| Style::new().fg_color(Some(colour.into()));
         let place = vms.iter().position(|vm| Some(*vm) == self.vm).unwrap_or(0);
         match self.owner {
@@ -100,19 +107,39 @@ pub(crate) fn draw(topology: &Topology, cpus: &BTreeMap<usize, Cpu>, columns: us
     vms.sort_unstable();
     vms.dedup();
     let places = layout::by_place(topology);
-    let mut nodes: Vec<&str> = places.iter().map(|(place, _)| place.node.as_str()).collect();
+    let mut nodes: Vec<&str> = places
+        .iter()
+        .map(|(place, _)| place.node.as_str())
+        .collect();
     nodes.dedup();
     let mut domains = Vec::new();
     for (place, cores) in &places {
-        let node = if nodes.len() > 1 { place.node.as_str() } else { "" };
+        let node = if nodes.len() > 1 {
+            place.node.as_str()
+        } else {
+            ""
+        };
         let label = [place.llc.as_str(), place.kind, node].join(" ");
-        domains.push((place.package.as_str(), label.split_whitespace().collect::<Vec<_>>().join(" "), cores.clone()));
+        domains.push((
+            place.package.as_str(),
+            label.split_whitespace().collect::<Vec<_>>().join(" "),
+            cores.clone(),
+        ));
     }
-    let offline: Vec<CpuSet> = topology.offline().iter().map(|cpu| [cpu].into_iter().collect()).collect();
+    let offline: Vec<CpuSet> = topology
+        .offline()
+        .iter()
+        .map(|cpu| [cpu].into_iter().collect())
+        .collect();
     if !offline.is_empty() {
         domains.push(("", "offline".into(), offline.iter().collect()));
     }
-    let indent = domains.iter().map(|(_, label, _)| label.len()).max().unwrap_or(0) + 4;
+    let indent = domains
+        .iter()
+        .map(|(_, label, _)| label.len())
+        .max()
+        .unwrap_or(0)
+        + 4;
     let number = topology.present.last().unwrap_or(0).to_string().len();
     let mark = cpus.values().map(|cpu| cpu.mark().len()).max().unwrap_or(0);
     let cell = number + 1 + mark + 2;
@@ -132,7 +159,9 @@ pub(crate) fn draw(topology: &Topology, cpus: &BTreeMap<usize, Cpu>, columns: us
                 Cells::Each(cells) => {
                     for cell in cells {
                         row += &match cell {
-                            Some(cpu) => format!("{:>number$} {}  ", cpu.cpu, painted(cpu, &vms, mark)),
+                            Some(cpu) => {
+                                format!("{:>number$} {}  ", cpu.cpu, painted(cpu, &vms, mark))
+                            }
                             None => " ".repeat(number + 1 + mark + 2),
                         };
                     }
@@ -177,23 +206,36 @@ fn lines<'a>(cores: &[&CpuSet], cpus: &'a BTreeMap<usize, Cpu>, per_line: usize)
 /// A mark in its colour, so wide.
 fn painted(cpu: &Cpu, vms: &[u32], width: usize) -> String {
     let (style, mark) = (cpu.style(vms), cpu.mark());
-    format!("{style}{mark}{style:#}{}", " ".repeat(width.saturating_sub(mark.len())))
+    format!(
+        "{style}{mark}{style:#}{}",
+        " ".repeat(width.saturating_sub(mark.len()))
+    )
 }
 
 /// What the marks in use mean: one example of each kind.
 fn legend(cpus: &BTreeMap<usize, Cpu>, vms: &[u32], columns: usize) -> String {
     let mut kinds: BTreeMap<_, Cpu> = BTreeMap::new();
     for cpu in cpus.values() {
-        let example = Cpu { stray: false, ..cpu.clone() };
+        let example = Cpu {
+            stray: false,
+            ..cpu.clone()
+        };
         kinds
-            .entry((example.owner, cpu.vm.filter(|_| cpu.owner != Owner::Offline), cpu.vcpus.is_empty()))
+            .entry((
+                example.owner,
+                cpu.vm.filter(|_| cpu.owner != Owner::Offline),
+                cpu.vcpus.is_empty(),
+            ))
             .or_insert(example);
     }
     let mut items: Vec<(String, usize)> = kinds
         .values()
         .map(|cpu| {
             let meaning = cpu.meaning();
-            (format!("{} {meaning}", painted(cpu, vms, 0)), cpu.mark().len() + 1 + meaning.len())
+            (
+                format!("{} {meaning}", painted(cpu, vms, 0)),
+                cpu.mark().len() + 1 + meaning.len(),
+            )
         })
         .collect();
     if let Some(stray) = cpus.values().find(|cpu| cpu.stray) {
@@ -203,9 +245,14 @@ fn legend(cpus: &BTreeMap<usize, Cpu>, vms: &[u32], columns: usize) -> String {
     wrapped("", &items, "   ", columns)
 }
 
-/// Items one behind the other, in lines of so many columns; further lines are as far in as the first's `head` is. An item
-/// comes with the columns it takes.
-pub(crate) fn wrapped(head: &str, items: &[(String, usize)], between: &str, columns: usize) -> String {
+/// Items one behind the other, in lines of so many columns; further lines are as far in as the
+/// first's `head` is. An item comes with the columns it takes.
+pub(crate) fn wrapped(
+    head: &str,
+    items: &[(String, usize)],
+    between: &str,
+    columns: usize,
+) -> String {
     let indent = " ".repeat(head.len());
     let (mut text, mut used) = (head.to_owned(), head.len());
     for (at, (item, width)) in items.iter().enumerate() {

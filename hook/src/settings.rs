@@ -17,7 +17,8 @@ mod pins;
 
 use pins::Pins;
 
-/// The layout for the machine that the documented order is for, used where no settings file is found.
+/// The layout for the machine that the documented order is for, used where no settings file is
+/// found.
 const DEFAULT_LAYOUT: &str = "5900x";
 
 /// The layouts that come with hook.
@@ -33,7 +34,8 @@ struct Layout {
     pins: Pins,
 }
 
-/// A settings file. Unknown keys are refused. CPUs are texts here, so that what is said of them can name their key.
+/// A settings file. Unknown keys are refused. CPUs are texts here, so that what is said of them can
+/// name their key.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
@@ -54,7 +56,10 @@ struct File {
 }
 
 #[derive(Debug, Clone, Deserialize)]
-#[serde(untagged, expecting = "CPUs, as in \"4-5\", or CPUs by iothread, as in { iothread-virtioscsi0 = \"4\" }")]
+#[serde(
+    untagged,
+    expecting = "CPUs, as in \"4-5\", or CPUs by iothread, as in { iothread-virtioscsi0 = \"4\" }"
+)]
 enum Iothreads {
     All(String),
     ById(BTreeMap<String, String>),
@@ -74,7 +79,10 @@ pub(crate) enum Method {
 
 /// Which PCI functions are reset before the VM starts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged, expecting = "true, false or a list of PCI addresses, as in [\"0000:01:00\", \"02:00.1\"]")]
+#[serde(
+    untagged,
+    expecting = "true, false or a list of PCI addresses, as in [\"0000:01:00\", \"02:00.1\"]"
+)]
 pub(crate) enum ResetPci {
     /// All of the VM's hostpci devices, or none.
     OfVm(bool),
@@ -113,31 +121,46 @@ pub(crate) struct Deadlines {
 }
 
 /// A clock has an end too: a time too far off is more than it can hold.
-fn seconds<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<u64, D::Error> {
+fn seconds<'de, D: serde::Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<u64, D::Error> {
     let seconds = u64::deserialize(deserializer)?;
     if seconds <= MAX_DEADLINE {
         Ok(seconds)
     } else {
-        Err(serde::de::Error::custom(format!("{seconds} s is too long; the longest deadline is {MAX_DEADLINE}")))
+        Err(serde::de::Error::custom(format!(
+            "{seconds} s is too long; the longest deadline is {MAX_DEADLINE}"
+        )))
     }
 }
 
 impl Default for Deadlines {
     fn default() -> Self {
-        Self { lock: 120, systemd: 10, reload: 60, qmp: 5, pci: 10, idle_vm: 60, qemu_exit: 10 }
+        Self {
+            lock: 120,
+            systemd: 10,
+            reload: 60,
+            qmp: 5,
+            pci: 10,
+            idle_vm: 60,
+            qemu_exit: 10,
+        }
     }
 }
 
 impl Deadlines {
-    /// The longest that each phase may take in seconds, whatever hangs, while `others` more VMs are fenced. What the kernel
-    /// needs to take CPUs offline and online again is not in it.
+    /// The longest that each phase may take in seconds, whatever hangs, while `others` more VMs are
+    /// fenced. What the kernel needs to take CPUs offline and online again is not in it.
     pub(crate) fn bounds(&self, others: usize) -> Bounds {
         let sum = |parts: &[u64]| parts.iter().copied().fold(0, u64::saturating_add);
-        let others = u64::try_from(others).unwrap_or(u64::MAX).saturating_mul(self.qmp);
+        let others = u64::try_from(others)
+            .unwrap_or(u64::MAX)
+            .saturating_mul(self.qmp);
         // A systemd that hangs is waited for once; the reload and the scope are of the way back.
         let systemd = sum(&[self.systemd, self.systemd, self.reload]);
         Bounds {
-            // Both idle VM and PCI functions are waited for twice: to go and to come back. The partition's scope needs a reload.
+            // Both idle VM and PCI functions are waited for twice: to go and to come back. The
+            // partition's scope needs a reload.
             pre_start: sum(&[
                 self.lock,
                 self.lock,
@@ -169,7 +192,8 @@ pub(crate) struct Bounds {
     pub post_stop: u64,
 }
 
-/// A VM's settings, resolved: kept with its reservation, since the file may change or go while the VM runs.
+/// A VM's settings, resolved: kept with its reservation, since the file may change or go while the
+/// VM runs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Settings {
     /// Where they come from, for messages.
@@ -178,7 +202,8 @@ pub(crate) struct Settings {
     pub isolated: CpuSet,
     /// The CPUs of each vCPU, by its number.
     pub pins: Vec<CpuSet>,
-    /// The threads of the guest's cores that hook has ordered the pins for; none where the settings give the order.
+    /// The threads of the guest's cores that hook has ordered the pins for; none where the settings
+    /// give the order.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub auto_pins: Option<usize>,
     /// The CPUs of emulator threads; all housekeeping CPUs where none.
@@ -206,12 +231,16 @@ pub(crate) struct Settings {
 }
 
 impl Settings {
-    /// Orders the pins for a guest with so many threads per core, where that is left to hook and was done for another.
+    /// Orders the pins for a guest with so many threads per core, where that is left to hook and
+    /// was done for another.
     ///
     /// # Errors
     /// Where the host's topology cannot be read.
     pub(crate) fn fit_guest(&mut self, root: &Sysroot, threads_per_core: usize) -> Result<()> {
-        if self.auto_pins.is_some_and(|threads| threads != threads_per_core) {
+        if self
+            .auto_pins
+            .is_some_and(|threads| threads != threads_per_core)
+        {
             self.pins = pins::auto(&Topology::read(root)?, &self.isolated, threads_per_core);
             self.auto_pins = Some(threads_per_core);
         }
@@ -224,13 +253,19 @@ const KEEP: &str = "keep";
 
 /// Where a VM's settings may be, below the sysroot; the first that is there counts.
 fn candidates(vmid: VmId) -> [String; 3] {
-    [format!("etc/pve/pinfold/{vmid}.toml"), format!("etc/pinfold/{vmid}.toml"), "etc/pinfold/default.toml".to_owned()]
+    [
+        format!("etc/pve/pinfold/{vmid}.toml"),
+        format!("etc/pinfold/{vmid}.toml"),
+        "etc/pinfold/default.toml".to_owned(),
+    ]
 }
 
 /// A VM's own settings file: where it is, if there is one. What is for all VMs is none.
 pub(crate) fn own_file(root: &Sysroot, vmid: VmId) -> Option<PathBuf> {
     let [cluster, node, _] = candidates(vmid).map(|path| root.path(path));
-    [cluster, node].into_iter().find(|path| path.symlink_metadata().is_ok())
+    [cluster, node]
+        .into_iter()
+        .find(|path| path.symlink_metadata().is_ok())
 }
 
 /// Where a VM's settings for this node are, or would be.
@@ -250,10 +285,15 @@ pub(crate) fn create(root: &Sysroot, vmid: VmId, text: &str) -> Result<PathBuf> 
         let made = DirBuilder::new().recursive(true).mode(0o755).create(folder);
         made.map_err(|source| Error::io(folder, "make the folder", source))?;
     }
-    let file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(&path);
+    let file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o644)
+        .open(&path);
     let written = file.and_then(|mut file| {
         // Half a file would be taken for the whole of it.
-        file.write_all(text.as_bytes()).inspect_err(|_| drop(fs::remove_file(&path)))
+        file.write_all(text.as_bytes())
+            .inspect_err(|_| drop(fs::remove_file(&path)))
     });
     written.map_err(|source| Error::io(&path, "write", source))?;
     Ok(path)
@@ -267,32 +307,48 @@ pub(crate) fn no_own_file(root: &Sysroot, vmid: VmId) -> Result<()> {
     match own_file(root, vmid) {
         None => Ok(()),
         Some(path) => {
-            let why =
-                format!("VM {vmid} has these settings already, which are left as they are; change or remove them");
+            let why = format!(
+                "VM {vmid} has these settings already, which are left as they are; change or remove them"
+            );
             Err(Error::unusable(path.display().to_string(), why))
         }
     }
 }
 
-/// Finds and resolves a VM's settings; `threads_per_core` is of its guest, for pins whose order is left to hook.
+/// Finds and resolves a VM's settings; `threads_per_core` is of its guest, for pins whose order is
+/// left to hook.
 ///
 /// # Errors
-/// Where a file is not root's alone, cannot be read or says something wrong, or the layout is not for this machine.
+/// Where a file is not root's alone, cannot be read or says something wrong, or the layout is not
+/// for this machine.
 pub(crate) fn load(root: &Sysroot, vmid: VmId, threads_per_core: usize) -> Result<Settings> {
     if let Some((path, text)) = find(root, vmid)? {
         return resolve(root, &text, &path, threads_per_core);
     }
-    let (text, source) = (format!("layout = \"{DEFAULT_LAYOUT}\""), format!("the built-in layout {DEFAULT_LAYOUT}"));
+    let (text, source) = (
+        format!("layout = \"{DEFAULT_LAYOUT}\""),
+        format!("the built-in layout {DEFAULT_LAYOUT}"),
+    );
     resolve(root, &text, &source, threads_per_core).map_err(|error| {
         let [_, first, _] = candidates(vmid).map(|path| root.path(path));
-        let advice = format!("write your CPUs to {}, as in\n  isolated = \"4-7\"\n  pins = \"auto\"", first.display());
-        Error::unusable(format!("VM {vmid} has no settings file and {error}"), advice)
+        let advice = format!(
+            "write your CPUs to {}, as in\n  isolated = \"4-7\"\n  pins = \"auto\"",
+            first.display()
+        );
+        Error::unusable(
+            format!("VM {vmid} has no settings file and {error}"),
+            advice,
+        )
     })
 }
 
-/// A VM's deadlines, without a look at the host. Settings with a fault have the usual ones: [`load`] tells the fault.
+/// A VM's deadlines, without a look at the host. Settings with a fault have the usual ones:
+/// [`load`] tells the fault.
 pub(crate) fn deadlines(root: &Sysroot, vmid: VmId) -> Deadlines {
-    let file = find(root, vmid).ok().flatten().and_then(|(_, text)| toml::from_str::<File>(&text).ok());
+    let file = find(root, vmid)
+        .ok()
+        .flatten()
+        .and_then(|(_, text)| toml::from_str::<File>(&text).ok());
     file.map(|file| file.deadlines).unwrap_or_default()
 }
 
@@ -328,49 +384,72 @@ fn check_owner(path: &str, meta: &fs::Metadata) -> Result<()> {
 }
 
 /// Resolves the text of a settings file, for a guest with so many threads per core.
-pub(crate) fn resolve(root: &Sysroot, text: &str, source: &str, threads_per_core: usize) -> Result<Settings> {
-    let file: File =
-        toml::from_str(text).map_err(|error| Error::malformed(source, error.to_string().trim_end().to_owned()))?;
+pub(crate) fn resolve(
+    root: &Sysroot,
+    text: &str,
+    source: &str,
+    threads_per_core: usize,
+) -> Result<Settings> {
+    let file: File = toml::from_str(text)
+        .map_err(|error| Error::malformed(source, error.to_string().trim_end().to_owned()))?;
     let wrong = |why: String| Error::malformed(source, why);
     let host = cpuexpr::Host::new(root);
-    let read = |key: &str, text: &str| cpus(&host, text).map_err(|why| wrong(format!("{key}: {why}")));
-    let mut isolated = file.isolated.map(|text| read("isolated", &text)).transpose()?;
+    let read =
+        |key: &str, text: &str| cpus(&host, text).map_err(|why| wrong(format!("{key}: {why}")));
+    let mut isolated = file
+        .isolated
+        .map(|text| read("isolated", &text))
+        .transpose()?;
     let mut pins = file.pins;
     if let Some(name) = &file.layout {
         let layout = layout(name).map_err(&wrong)?;
         let present = pinfold_core::cpu::present(root)?;
         if present != layout.present {
-            let why = format!("layout {name} is for a host with CPUs {}; this one has {present}", layout.present);
+            let why = format!(
+                "layout {name} is for a host with CPUs {}; this one has {present}",
+                layout.present
+            );
             return Err(Error::unusable(source, why));
         }
         isolated = isolated.or(Some(layout.isolated));
         pins = pins.or(Some(layout.pins));
     }
     let isolated = isolated.filter(|cpus| !cpus.is_empty());
-    let isolated =
-        isolated.ok_or_else(|| wrong("isolated: the VM's CPUs are missing; write isolated = \"4-7\"".into()))?;
+    let isolated = isolated.ok_or_else(|| {
+        wrong("isolated: the VM's CPUs are missing; write isolated = \"4-7\"".into())
+    })?;
     let pins = pins.ok_or_else(|| {
-        wrong("pins: missing; write pins = \"auto\", or a CPU per vCPU, as in pins = \"4,5,6,7\"".into())
+        wrong(
+            "pins: missing; write pins = \"auto\", or a CPU per vCPU, as in pins = \"4,5,6,7\""
+                .into(),
+        )
     })?;
     let auto_pins = pins.are_auto().then_some(threads_per_core);
     let pins = match auto_pins {
         Some(threads) => pins::auto(&Topology::read(root)?, &isolated, threads),
-        None => pins.resolve(&host).map_err(|why| wrong(format!("pins: {why}")))?,
+        None => pins
+            .resolve(&host)
+            .map_err(|why| wrong(format!("pins: {why}")))?,
     };
     for (vcpu, cpus) in pins.iter().enumerate() {
         let outside = cpus - &isolated;
         if !outside.is_empty() {
-            return Err(wrong(format!("pins: vCPU {vcpu}: CPU {outside} is not among the isolated {isolated}")));
+            return Err(wrong(format!(
+                "pins: vCPU {vcpu}: CPU {outside} is not among the isolated {isolated}"
+            )));
         }
     }
     // An empty text is a slip, since leaving the key out says more.
     let some = |key: &str, text: &str| match read(key, text)? {
-        cpus if cpus.is_empty() => {
-            Err(wrong(format!("{key}: an empty CPU list; leave it out for all housekeeping CPUs")))
-        }
+        cpus if cpus.is_empty() => Err(wrong(format!(
+            "{key}: an empty CPU list; leave it out for all housekeeping CPUs"
+        ))),
         cpus => Ok(cpus),
     };
-    let emulator = file.emulator.map(|text| some("emulator", &text)).transpose()?;
+    let emulator = file
+        .emulator
+        .map(|text| some("emulator", &text))
+        .transpose()?;
     let (mut iothreads, mut iothread) = (None, BTreeMap::new());
     match file.iothreads {
         None => {}
@@ -383,7 +462,9 @@ pub(crate) fn resolve(root: &Sysroot, text: &str, source: &str, threads_per_core
         }
     }
     if file.stat_interval == Some(0) {
-        return Err(wrong("stat_interval: 0 s is no interval; leave it out for 120".into()));
+        return Err(wrong(
+            "stat_interval: 0 s is no interval; leave it out for 120".into(),
+        ));
     }
     Ok(Settings {
         source: source.to_owned(),
@@ -394,7 +475,8 @@ pub(crate) fn resolve(root: &Sysroot, text: &str, source: &str, threads_per_core
         iothreads,
         iothread,
         method: file.method.unwrap_or(Method::Hotplug),
-        governor: Some(file.governor.unwrap_or_else(|| "performance".into())).filter(|name| name != KEEP),
+        governor: Some(file.governor.unwrap_or_else(|| "performance".into()))
+            .filter(|name| name != KEEP),
         stat_interval: Some(file.stat_interval.unwrap_or(120)),
         idle_vm: file.idle_vm,
         reset_pci: file.reset_pci.unwrap_or(ResetPci::OfVm(false)),
@@ -418,7 +500,9 @@ fn cpus(host: &cpuexpr::Host<'_>, text: &str) -> std::result::Result<CpuSet, Str
     if text.trim().is_empty() {
         return Ok(CpuSet::new());
     }
-    let expr: CpuExpr = text.parse().map_err(|error: cpuexpr::CpuExprError| error.to_string())?;
+    let expr: CpuExpr = text
+        .parse()
+        .map_err(|error: cpuexpr::CpuExprError| error.to_string())?;
     if expr.names_vms() {
         // QEMU's monitor would be waited for as well, beyond the deadlines.
         let why = "where a VM's vCPUs may run changes as VMs come and go, settings do not; write the CPUs themselves";
@@ -457,7 +541,10 @@ mod tests {
     /// A captured machine.
     fn machine(name: &str) -> (tempfile::TempDir, Sysroot) {
         let dir = tempfile::tempdir().unwrap();
-        let (_, text) = machine::all().into_iter().find(|(known, _)| known == name).unwrap();
+        let (_, text) = machine::all()
+            .into_iter()
+            .find(|(known, _)| known == name)
+            .unwrap();
         machine::expand(&text, dir.path());
         let root = Sysroot::new(dir.path());
         (dir, root)
@@ -474,27 +561,45 @@ mod tests {
         assert_eq!(settings.isolated.to_string(), "6-11,18-23");
         let pins: Vec<String> = settings.pins.iter().map(ToString::to_string).collect();
         assert_eq!(pins.join(" "), "6 18 7 19 8 20 9 21 10 22 11 23");
-        assert_eq!((settings.governor.as_deref(), settings.stat_interval), (Some("performance"), Some(120)));
-        assert_eq!((settings.idle_vm, settings.reset_pci, settings.tidy_caches), (None, ResetPci::OfVm(false), true));
+        assert_eq!(
+            (settings.governor.as_deref(), settings.stat_interval),
+            (Some("performance"), Some(120))
+        );
+        assert_eq!(
+            (settings.idle_vm, settings.reset_pci, settings.tidy_caches),
+            (None, ResetPci::OfVm(false), true)
+        );
     }
 
     #[test]
     fn where_the_layout_does_not_fit_it_says_what_to_write() {
         let (_dir, root) = host("0-7");
         let error = load(&root, vm(), 1).unwrap_err().to_string();
-        assert!(error.contains("layout 5900x is for a host with CPUs 0-23; this one has 0-7"), "{error}");
-        assert!(error.contains("etc/pinfold/100.toml, as in\n  isolated = \"4-7\"\n  pins = \"auto\""), "{error}");
+        assert!(
+            error.contains("layout 5900x is for a host with CPUs 0-23; this one has 0-7"),
+            "{error}"
+        );
+        assert!(
+            error.contains("etc/pinfold/100.toml, as in\n  isolated = \"4-7\"\n  pins = \"auto\""),
+            "{error}"
+        );
     }
 
     #[test]
     fn the_nearest_file_wins() {
         let (dir, root) = host("0-7");
-        for (folder, file, cpu) in
-            [("etc/pinfold", "default.toml", 1), ("etc/pinfold", "100.toml", 2), ("etc/pve/pinfold", "100.toml", 3)]
-        {
+        for (folder, file, cpu) in [
+            ("etc/pinfold", "default.toml", 1),
+            ("etc/pinfold", "100.toml", 2),
+            ("etc/pve/pinfold", "100.toml", 3),
+        ] {
             let folder = dir.path().join(folder);
             fs::create_dir_all(&folder).unwrap();
-            fs::write(folder.join(file), format!("isolated = \"{cpu}\"\npins = [{cpu}]")).unwrap();
+            fs::write(
+                folder.join(file),
+                format!("isolated = \"{cpu}\"\npins = [{cpu}]"),
+            )
+            .unwrap();
             assert_eq!(load(&root, vm(), 1).unwrap().isolated.first(), Some(cpu));
         }
     }
@@ -502,10 +607,18 @@ mod tests {
     #[test]
     fn pins_in_both_forms() {
         let (_dir, root) = host("0-23");
-        for (pins, resolved) in
-            [("\"6,18,7-8\"", "6 18 7 8"), ("[6, 18]", "6 18"), ("[\"6-7\", 18, \"8,20\"]", "6-7 18 8,20")]
-        {
-            let settings = resolve(&root, &format!("isolated = \"6-11,18-23\"\npins = {pins}"), "test", 1).unwrap();
+        for (pins, resolved) in [
+            ("\"6,18,7-8\"", "6 18 7 8"),
+            ("[6, 18]", "6 18"),
+            ("[\"6-7\", 18, \"8,20\"]", "6-7 18 8,20"),
+        ] {
+            let settings = resolve(
+                &root,
+                &format!("isolated = \"6-11,18-23\"\npins = {pins}"),
+                "test",
+                1,
+            )
+            .unwrap();
             let got: Vec<String> = settings.pins.iter().map(ToString::to_string).collect();
             assert_eq!(got.join(" "), resolved);
         }
@@ -518,15 +631,35 @@ mod tests {
                     iothreads = { a = \"first-threads&llc:0\", b = \"4\" }";
         let settings = resolve(&root, text, "test", 1).unwrap();
         let shown = |cpus: &Option<CpuSet>| cpus.as_ref().map(ToString::to_string);
-        assert_eq!((settings.isolated.to_string().as_str(), shown(&settings.iothreads)), ("6-11,18-23", None));
+        assert_eq!(
+            (
+                settings.isolated.to_string().as_str(),
+                shown(&settings.iothreads)
+            ),
+            ("6-11,18-23", None)
+        );
         let pins: Vec<String> = settings.pins.iter().map(ToString::to_string).collect();
         assert_eq!(pins, ["6,18", "18", "19", "8-9"]);
         assert_eq!(shown(&settings.emulator).as_deref(), Some("0-5,12-17"));
-        let iothread: Vec<String> = settings.iothread.iter().map(|(id, cpus)| format!("{id}={cpus}")).collect();
+        let iothread: Vec<String> = settings
+            .iothread
+            .iter()
+            .map(|(id, cpus)| format!("{id}={cpus}"))
+            .collect();
         assert_eq!(iothread, ["a=0-5", "b=4"]);
         let kept = serde_json::to_value(&settings).unwrap();
-        assert_eq!((&kept["isolated"], &kept["pins"][0]), (&"6-11,18-23".into(), &"6,18".into()), "kept as CPUs");
-        let settings = resolve(&root, "layout = \"5900x\"\niothreads = \"core:4\"", "test", 1).unwrap();
+        assert_eq!(
+            (&kept["isolated"], &kept["pins"][0]),
+            (&"6-11,18-23".into(), &"6,18".into()),
+            "kept as CPUs"
+        );
+        let settings = resolve(
+            &root,
+            "layout = \"5900x\"\niothreads = \"core:4\"",
+            "test",
+            1,
+        )
+        .unwrap();
         assert_eq!(shown(&settings.iothreads).as_deref(), Some("4,16"));
     }
 
@@ -534,22 +667,48 @@ mod tests {
     fn pins_are_ordered_for_the_guest() {
         let (_dir, root) = machine("5900x");
         let text = "isolated = \"llc:1\"\npins = \"auto\"";
-        let pins = |settings: &Settings| settings.pins.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
-        let (alone, paired) = ("6,7,8,9,10,11,18,19,20,21,22,23", "6,18,7,19,8,20,9,21,10,22,11,23");
+        let pins = |settings: &Settings| {
+            settings
+                .pins
+                .iter()
+                .map(ToString::to_string)
+                .collect::<Vec<_>>()
+                .join(",")
+        };
+        let (alone, paired) = (
+            "6,7,8,9,10,11,18,19,20,21,22,23",
+            "6,18,7,19,8,20,9,21,10,22,11,23",
+        );
         let mut settings = resolve(&root, text, "test", 1).unwrap();
-        assert_eq!((pins(&settings).as_str(), settings.auto_pins), (alone, Some(1)));
+        assert_eq!(
+            (pins(&settings).as_str(), settings.auto_pins),
+            (alone, Some(1))
+        );
         let kept = serde_json::to_string(&settings).unwrap();
         assert_eq!(serde_json::from_str::<Settings>(&kept).unwrap(), settings);
         settings.fit_guest(&root, 2).unwrap();
         assert_eq!(settings, resolve(&root, text, "test", 2).unwrap());
         assert_eq!(pins(&settings), paired);
         // Nothing is looked at where nothing is to be done.
-        settings.fit_guest(&Sysroot::new("/nonexistent"), 2).unwrap();
-        let mut written = resolve(&root, &format!("isolated = \"llc:1\"\npins = \"{alone}\""), "test", 2).unwrap();
+        settings
+            .fit_guest(&Sysroot::new("/nonexistent"), 2)
+            .unwrap();
+        let mut written = resolve(
+            &root,
+            &format!("isolated = \"llc:1\"\npins = \"{alone}\""),
+            "test",
+            2,
+        )
+        .unwrap();
         written.fit_guest(&root, 2).unwrap();
         assert_eq!((pins(&written).as_str(), written.auto_pins), (alone, None));
-        let error = resolve(&root, "pins = \"auto\"", "test", 1).unwrap_err().to_string();
-        assert!(error.contains("isolated: the VM's CPUs are missing"), "{error}");
+        let error = resolve(&root, "pins = \"auto\"", "test", 1)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("isolated: the VM's CPUs are missing"),
+            "{error}"
+        );
         let auto = resolve(&root, "layout = \"5900x\"\npins = \" auto \"", "test", 2).unwrap();
         assert_eq!(pins(&auto), paired);
     }
@@ -557,11 +716,20 @@ mod tests {
     #[test]
     fn a_state_of_before_is_read() {
         let (_dir, root) = machine("5900x");
-        let mut kept = serde_json::to_value(resolve(&root, "layout = \"5900x\"", "test", 1).unwrap()).unwrap();
+        let mut kept =
+            serde_json::to_value(resolve(&root, "layout = \"5900x\"", "test", 1).unwrap()).unwrap();
         assert!(kept.get("auto_pins").is_none());
-        assert_eq!(serde_json::from_value::<Settings>(kept.clone()).unwrap().auto_pins, None);
+        assert_eq!(
+            serde_json::from_value::<Settings>(kept.clone())
+                .unwrap()
+                .auto_pins,
+            None
+        );
         kept["auto_pins"] = 2.into();
-        assert_eq!(serde_json::from_value::<Settings>(kept).unwrap().auto_pins, Some(2));
+        assert_eq!(
+            serde_json::from_value::<Settings>(kept).unwrap().auto_pins,
+            Some(2)
+        );
     }
 
     #[test]
@@ -576,11 +744,26 @@ mod tests {
                 "isolated = \"llc:2\"",
                 "test: isolated: llc:2: no such LLC domain; this host has llc:0 (CPU 0-5,12-17) and",
             ),
-            ("isolated = \"vcache\"", "test: isolated: vcache: no L3 is larger than the others"),
-            ("isolated = \"llc:1&0\"", "test: isolated: llc:1&0: there is no CPU in it"),
-            ("isolated = \"!vm:101\"", "test: isolated: !vm:101: where a VM's vCPUs may run changes"),
-            ("isolated = \"6\"\npins = \"6\"\nemulator = \"node:1\"", "test: emulator: node:1: no such NUMA node"),
-            ("isolated = \"6\"\npins = \"6\"\niothreads = \"core:24\"", "test: iothreads: CPU 24: no such CPU"),
+            (
+                "isolated = \"vcache\"",
+                "test: isolated: vcache: no L3 is larger than the others",
+            ),
+            (
+                "isolated = \"llc:1&0\"",
+                "test: isolated: llc:1&0: there is no CPU in it",
+            ),
+            (
+                "isolated = \"!vm:101\"",
+                "test: isolated: !vm:101: where a VM's vCPUs may run changes",
+            ),
+            (
+                "isolated = \"6\"\npins = \"6\"\nemulator = \"node:1\"",
+                "test: emulator: node:1: no such NUMA node",
+            ),
+            (
+                "isolated = \"6\"\npins = \"6\"\niothreads = \"core:24\"",
+                "test: iothreads: CPU 24: no such CPU",
+            ),
             (
                 "isolated = \"6\"\npins = \"6\"\niothreads = { io1 = \"cor:4\" }",
                 "test: iothreads: io1: \"cor\" in \"cor:4\"",
@@ -589,7 +772,10 @@ mod tests {
                 "isolated = \"6\"\npins = [6, \"core:\"]",
                 "test: pins: vCPU 1: \"\" in \"core:\" (character 6) is no number",
             ),
-            ("isolated = \"6\"\npins = [\"llc:0\"]", "test: pins: vCPU 0: CPU 0-5,12-17 is not among the isolated 6"),
+            (
+                "isolated = \"6\"\npins = [\"llc:0\"]",
+                "test: pins: vCPU 0: CPU 0-5,12-17 is not among the isolated 6",
+            ),
             (
                 "isolated = \"6,18\"\npins = \"6,core:6\"",
                 "test: pins: \"core:6\" in \"6,core:6\" has no order; write \"auto\", CPUs in",
@@ -598,7 +784,10 @@ mod tests {
                 "isolated = \"llc:1\"\npins = \"llc:1,!6\"",
                 "test: pins: \"llc:1\" in \"llc:1,!6\" has no order; write \"auto\", CPUs in",
             ),
-            ("isolated = \"6,18\"\npins = \"6,cor:6\"", "test: pins: \"cor:6\" in \"cor:6\" is no CPU number or range"),
+            (
+                "isolated = \"6,18\"\npins = \"6,cor:6\"",
+                "test: pins: \"cor:6\" in \"cor:6\" is no CPU number or range",
+            ),
         ] {
             let error = resolve(&root, text, "test", 1).unwrap_err().to_string();
             assert!(error.starts_with(why), "{text:?}: {error}");
@@ -613,7 +802,10 @@ mod tests {
         let lock = || deadlines(&root, vm()).lock;
         assert_eq!(lock(), 120, "no file");
         let file = dir.path().join("etc/pinfold/100.toml");
-        for (text, seconds) in [("isolated = \"llc:1\"\n[deadlines]\nlock = 5", 5), ("[deadlines]\nlock = x", 120)] {
+        for (text, seconds) in [
+            ("isolated = \"llc:1\"\n[deadlines]\nlock = 5", 5),
+            ("[deadlines]\nlock = x", 120),
+        ] {
             fs::write(&file, text).unwrap();
             assert_eq!(lock(), seconds);
         }
@@ -626,26 +818,65 @@ mod tests {
             ("isolated = \"6\"", "pins: missing"),
             ("pins = \"6\"", "isolated: the VM's CPUs are missing"),
             ("isolated = \"6-5\"\npins = \"6\"", "runs backwards"),
-            ("isolated = \"6\"\npins = \"7\"", "pins: vCPU 0: CPU 7 is not among the isolated 6"),
-            ("isolated = \"6\"\npins = \"6,\"", "pins: \"\" is an empty CPU list"),
-            ("isolated = \"6\"\npins = 6", "CPUs in vCPU order, as in \"6,18,7,19\", or a list per vCPU"),
+            (
+                "isolated = \"6\"\npins = \"7\"",
+                "pins: vCPU 0: CPU 7 is not among the isolated 6",
+            ),
+            (
+                "isolated = \"6\"\npins = \"6,\"",
+                "pins: \"\" is an empty CPU list",
+            ),
+            (
+                "isolated = \"6\"\npins = 6",
+                "CPUs in vCPU order, as in \"6,18,7,19\", or a list per vCPU",
+            ),
             ("isolated = \"6\"\npins = []", "pins: no CPU at all"),
             ("isolated = \"6\"\npins = [\"\"]", "pins: vCPU 0 has no CPU"),
-            ("isolated = \"6\"\npins = \"6\"\ncolour = 1", "unknown field `colour`"),
-            ("isolated = \"6\"\npins = \"6\"\nmethod = \"magic\"", "unknown variant `magic`"),
+            (
+                "isolated = \"6\"\npins = \"6\"\ncolour = 1",
+                "unknown field `colour`",
+            ),
+            (
+                "isolated = \"6\"\npins = \"6\"\nmethod = \"magic\"",
+                "unknown variant `magic`",
+            ),
             ("layout = \"9999x\"", "no \"9999x\"; there is 5900x"),
-            ("isolated = \"6\"\npins = \"6\"\nemulator = \"\"", "emulator: an empty CPU list"),
-            ("isolated = \"6\"\npins = \"6\"\niothreads = { a = \"0\", b = \" \" }", "iothreads: b: an empty CPU list"),
+            (
+                "isolated = \"6\"\npins = \"6\"\nemulator = \"\"",
+                "emulator: an empty CPU list",
+            ),
+            (
+                "isolated = \"6\"\npins = \"6\"\niothreads = { a = \"0\", b = \" \" }",
+                "iothreads: b: an empty CPU list",
+            ),
             (
                 "isolated = \"6\"\npins = \"6\"\niothreads = 4",
                 "CPUs by iothread, as in { iothread-virtioscsi0 = \"4\" }",
             ),
-            ("isolated = \"6\"\npins = \"6\"\nstat_interval = 0", "stat_interval: 0 s"),
-            ("isolated = \"6\"\npins = \"6\"\n[deadlines]\nqmp = -1", "qmp"),
-            ("isolated = \"6\"\npins = \"6\"\n[deadlines]\nlock = 3601", "the longest deadline is 3600"),
-            ("isolated = \"6\"\npins = [9223372036854775807]", "pins: CPU 9223372036854775807 is beyond 8191"),
-            ("isolated = \"6\"\npins = \"0-8191,0-8191\"", "pins: more than 8192"),
-            (&format!("isolated = \"6\"\npins = [{}]", "6,".repeat(8193)), "pins: more than 8192"),
+            (
+                "isolated = \"6\"\npins = \"6\"\nstat_interval = 0",
+                "stat_interval: 0 s",
+            ),
+            (
+                "isolated = \"6\"\npins = \"6\"\n[deadlines]\nqmp = -1",
+                "qmp",
+            ),
+            (
+                "isolated = \"6\"\npins = \"6\"\n[deadlines]\nlock = 3601",
+                "the longest deadline is 3600",
+            ),
+            (
+                "isolated = \"6\"\npins = [9223372036854775807]",
+                "pins: CPU 9223372036854775807 is beyond 8191",
+            ),
+            (
+                "isolated = \"6\"\npins = \"0-8191,0-8191\"",
+                "pins: more than 8192",
+            ),
+            (
+                &format!("isolated = \"6\"\npins = [{}]", "6,".repeat(8193)),
+                "pins: more than 8192",
+            ),
             ("=", "test: "),
         ] {
             let error = resolve(&root, text, "test", 1).unwrap_err().to_string();
@@ -676,12 +907,16 @@ mod tests {
         }
     }
 
-    /// The settings that the README shows are settings, all keys are among them, and the defaults are as it says.
+    /// The settings that the README shows are settings, all keys are among them, and the defaults
+    /// are as it says.
     #[test]
     fn the_readme_tells_the_truth() {
         let readme = include_str!("../../README.md");
-        let blocks: Vec<&str> =
-            readme.split("```toml\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
+        let blocks: Vec<&str> = readme
+            .split("```toml\n")
+            .skip(1)
+            .map(|rest| rest.split("```").next().unwrap())
+            .collect();
         assert!(blocks.len() > 1, "README.md has no settings any more");
         let (_dir, root) = machine("5900x");
         for block in &blocks {
@@ -689,20 +924,37 @@ mod tests {
         }
         let all = blocks[0];
         for key in known_keys() {
-            let is_told = |line: &str| line.contains(&format!("{key} =")) || line.starts_with(&format!("[{key}]"));
+            let is_told = |line: &str| {
+                line.contains(&format!("{key} =")) || line.starts_with(&format!("[{key}]"))
+            };
             assert!(all.lines().any(is_told), "README.md does not show {key}");
         }
         let shown = resolve(&root, all, "", 1).unwrap();
         let default = resolve(&root, "isolated = \"6\"\npins = \"6\"", "", 1).unwrap();
         assert_eq!(
-            (shown.method, shown.governor, shown.stat_interval, shown.tidy_caches, shown.deadlines),
-            (default.method, default.governor, default.stat_interval, default.tidy_caches, default.deadlines),
+            (
+                shown.method,
+                shown.governor,
+                shown.stat_interval,
+                shown.tidy_caches,
+                shown.deadlines
+            ),
+            (
+                default.method,
+                default.governor,
+                default.stat_interval,
+                default.tidy_caches,
+                default.deadlines
+            ),
         );
         let layout = resolve(&root, "layout = \"5900x\"", "", 1).unwrap();
         assert_eq!((shown.isolated, shown.pins), (layout.isolated, layout.pins));
         for (key, is_default) in [
             ("idle_vm = 107", default.idle_vm.is_none()),
-            ("reset_pci = true", default.reset_pci == ResetPci::OfVm(false)),
+            (
+                "reset_pci = true",
+                default.reset_pci == ResetPci::OfVm(false),
+            ),
             ("min_housekeeping = 2", default.min_housekeeping == 1),
         ] {
             let line = all.lines().find(|line| line.starts_with(key)).unwrap();
@@ -723,6 +975,11 @@ mod tests {
         }
         fs::remove_file(&path).unwrap();
         std::os::unix::fs::symlink("/etc/hostname", &path).unwrap();
-        assert!(load(&root, vm(), 1).unwrap_err().to_string().contains("no plain file"));
+        assert!(
+            load(&root, vm(), 1)
+                .unwrap_err()
+                .to_string()
+                .contains("no plain file")
+        );
     }
 }

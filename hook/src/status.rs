@@ -26,7 +26,8 @@ pub(crate) enum Class {
     KernelBound,
     /// An IRQ that the kernel does not let user space move.
     ManagedIrq,
-    /// An IRQ that has been moved, and comes to its old CPU once more: without interrupt remapping the kernel moves it then.
+    /// An IRQ that has been moved, and comes to its old CPU once more: without interrupt remapping
+    /// the kernel moves it then.
     MovingIrq,
 }
 
@@ -41,7 +42,8 @@ pub(crate) struct Stray {
     pub cpus: CpuSet,
 }
 
-/// Lists what may run on `isolated`, less the QEMU processes in `vms`' own vCPU threads, which belong there.
+/// Lists what may run on `isolated`, less the QEMU processes in `vms`' own vCPU threads, which
+/// belong there.
 ///
 /// # Errors
 /// Where /proc cannot be read. Things that go meanwhile are left out.
@@ -55,7 +57,11 @@ pub(crate) fn strays(
     let mut see = |class, object: String, cpus: &CpuSet| {
         let cpus = cpus & isolated;
         if !cpus.is_empty() {
-            strays.push(Stray { class, object, cpus });
+            strays.push(Stray {
+                class,
+                object,
+                cpus,
+            });
         }
     };
     for pid in process::pids(root)? {
@@ -68,19 +74,31 @@ pub(crate) fn strays(
                 Err(error) if error.is_gone() => continue,
                 cpus => cpus?,
             };
-            let class = if task.bound { Class::KernelBound } else { Class::Stray };
+            let class = if task.bound {
+                Class::KernelBound
+            } else {
+                Class::Stray
+            };
             let kind = if task.kernel { "kthread" } else { "thread" };
             let cpus = match pinned.get(&task.id) {
                 Some(own) => &cpus - own,
                 None => cpus,
             };
-            see(class, format!("{kind} {} ({})", task.id.tid, task.name), &cpus);
+            see(
+                class,
+                format!("{kind} {} ({})", task.id.tid, task.name),
+                &cpus,
+            );
         }
     }
     for Object { knob, label, found } in pin_irqs::objects(root)? {
         // One that the kernel refused to move has a value from before and none that was set.
         let refused = baseline.has(&knob) && baseline.last(&knob).is_none();
-        let class = if refused { Class::ManagedIrq } else { Class::Stray };
+        let class = if refused {
+            Class::ManagedIrq
+        } else {
+            Class::Stray
+        };
         let cpus = CpuSet::from_kernel_list(&found).unwrap_or_default();
         if let (Knob::Irq(number), false) = (&knob, cpus.intersects(isolated)) {
             see(Class::MovingIrq, label, &irq::effective(root, *number)?);
@@ -89,9 +107,15 @@ pub(crate) fn strays(
         }
     }
     if let Some(found) = Knob::Workqueues.read(root)? {
-        see(Class::Stray, Knob::Workqueues.to_string(), &CpuSet::from_kernel_list(&found).unwrap_or_default());
+        see(
+            Class::Stray,
+            Knob::Workqueues.to_string(),
+            &CpuSet::from_kernel_list(&found).unwrap_or_default(),
+        );
     }
-    strays.sort_by(|a, b| (a.class, a.cpus.first(), &a.object).cmp(&(b.class, b.cpus.first(), &b.object)));
+    strays.sort_by(|a, b| {
+        (a.class, a.cpus.first(), &a.object).cmp(&(b.class, b.cpus.first(), &b.object))
+    });
     Ok(strays)
 }
 
@@ -105,8 +129,8 @@ struct Seen {
     cpus: BTreeMap<usize, Cpu>,
 }
 
-/// The command's whole run. Exit code 1 where something movable was missed, so that monitoring can call it. With an `interval`
-/// it looks again and again, until nobody reads any more.
+/// The command's whole run. Exit code 1 where something movable was missed, so that monitoring can
+/// call it. With an `interval` it looks again and again, until nobody reads any more.
 ///
 /// # Errors
 /// Where the state or the host cannot be read.
@@ -114,14 +138,23 @@ pub(crate) fn run(root: &Sysroot, json: bool, interval: Option<Duration>) -> any
     loop {
         let seen = match look(root) {
             Err(error) if error.is_denied() => {
-                err(&format!("hook: {error}; the reservations are root's to see\n"));
+                err(&format!(
+                    "hook: {error}; the reservations are root's to see\n"
+                ));
                 return Ok(Exit::Failed);
             }
             seen => seen?,
         };
-        let exit = if seen.missed() == 0 { Exit::Done } else { Exit::Failed };
-        let text =
-            if json { format!("{:#}\n", seen.to_json(root)) } else { coloured(&seen.to_text(root, screen::columns())) };
+        let exit = if seen.missed() == 0 {
+            Exit::Done
+        } else {
+            Exit::Failed
+        };
+        let text = if json {
+            format!("{:#}\n", seen.to_json(root))
+        } else {
+            coloured(&seen.to_text(root, screen::columns()))
+        };
         let Some(interval) = interval else {
             out(&text);
             return Ok(exit);
@@ -144,45 +177,93 @@ fn look(root: &Sysroot) -> Result<Seen> {
     let topology = Topology::read(root)?;
     let mut cpus: BTreeMap<usize, Cpu> = (topology.present.iter())
         .map(|cpu| {
-            let owner = if topology.online.contains(cpu) { Owner::Housekeeping } else { Owner::Offline };
-            (cpu, Cpu { cpu, owner, vm: None, vcpus: CpuSet::new(), stray: false })
+            let owner = if topology.online.contains(cpu) {
+                Owner::Housekeeping
+            } else {
+                Owner::Offline
+            };
+            (
+                cpu,
+                Cpu {
+                    cpu,
+                    owner,
+                    vm: None,
+                    vcpus: CpuSet::new(),
+                    stray: false,
+                },
+            )
         })
         .collect();
     let mut isolated = CpuSet::new();
     let mut pinned = BTreeMap::new();
-    for (id, reservation) in reservations.iter().filter(|(_, reservation)| reservation.is_claim()) {
+    for (id, reservation) in reservations
+        .iter()
+        .filter(|(_, reservation)| reservation.is_claim())
+    {
         let own = &reservation.settings.isolated;
         for cpu in cpus.values_mut().filter(|cpu| own.contains(cpu.cpu)) {
             cpu.vm = Some(*id);
             if cpu.owner == Owner::Housekeeping {
-                cpu.owner = if reservation.is_fenced() { Owner::Isolated } else { Owner::Reserved };
+                cpu.owner = if reservation.is_fenced() {
+                    Owner::Isolated
+                } else {
+                    Owner::Reserved
+                };
             }
         }
         if !reservation.is_fenced() {
             continue;
         }
         isolated = &isolated | own;
-        for task in reservation.qemu.iter().flat_map(|qemu| process::tasks(root, qemu.pid).unwrap_or_default()) {
+        for task in reservation
+            .qemu
+            .iter()
+            .flat_map(|qemu| process::tasks(root, qemu.pid).unwrap_or_default())
+        {
             // What hook pinned inside the fence is where it belongs: the vCPU threads.
-            let last = baseline.last(&Knob::Thread(task.id)).and_then(|last| CpuSet::from_kernel_list(last).ok());
-            let Some(last) = last.filter(|last| last.is_subset(own)) else { continue };
+            let last = baseline
+                .last(&Knob::Thread(task.id))
+                .and_then(|last| CpuSet::from_kernel_list(last).ok());
+            let Some(last) = last.filter(|last| last.is_subset(own)) else {
+                continue;
+            };
             let now = process::affinity(root, &task.id).unwrap_or_default();
             if let (Role::Vcpu(vcpu), true) = (vm::role_by_name(&task.name), now.is_subset(own)) {
-                cpus.values_mut().filter(|cpu| now.contains(cpu.cpu)).for_each(|cpu| cpu.vcpus.insert(vcpu));
+                cpus.values_mut()
+                    .filter(|cpu| now.contains(cpu.cpu))
+                    .for_each(|cpu| cpu.vcpus.insert(vcpu));
             }
             pinned.insert(task.id, last);
         }
     }
-    let strays = if isolated.is_empty() { Vec::new() } else { strays(root, &isolated, &pinned, &baseline)? };
-    let strayed = |cpu: usize| strays.iter().any(|stray| stray.class == Class::Stray && stray.cpus.contains(cpu));
-    cpus.values_mut().for_each(|cpu| cpu.stray = strayed(cpu.cpu));
-    Ok(Seen { topology, reservations, isolated, strays, cpus })
+    let strays = if isolated.is_empty() {
+        Vec::new()
+    } else {
+        strays(root, &isolated, &pinned, &baseline)?
+    };
+    let strayed = |cpu: usize| {
+        strays
+            .iter()
+            .any(|stray| stray.class == Class::Stray && stray.cpus.contains(cpu))
+    };
+    cpus.values_mut()
+        .for_each(|cpu| cpu.stray = strayed(cpu.cpu));
+    Ok(Seen {
+        topology,
+        reservations,
+        isolated,
+        strays,
+        cpus,
+    })
 }
 
 impl Seen {
     /// How many things could be elsewhere.
     fn missed(&self) -> usize {
-        self.strays.iter().filter(|stray| stray.class == Class::Stray).count()
+        self.strays
+            .iter()
+            .filter(|stray| stray.class == Class::Stray)
+            .count()
     }
 
     fn to_json(&self, root: &Sysroot) -> serde_json::Value {
@@ -196,18 +277,33 @@ impl Seen {
 
     fn to_text(&self, root: &Sysroot, columns: usize) -> String {
         let picture = screen::draw(&self.topology, &self.cpus, columns);
-        format!("{picture}\n{}", text(root, &self.reservations, &self.isolated, &self.strays, columns))
+        format!(
+            "{picture}\n{}",
+            text(
+                root,
+                &self.reservations,
+                &self.isolated,
+                &self.strays,
+                columns
+            )
+        )
     }
 }
 
-/// The screen over the last one, without a moment in which it is empty; no more lines than there are `rows`, lest it scroll.
+/// The screen over the last one, without a moment in which it is empty; no more lines than there
+/// are `rows`, lest it scroll.
 fn redrawn(text: &str, rows: usize) -> String {
-    // ECMA-48: cursor to the first column of the first line; erase to the end of the line; of the screen.
+    // ECMA-48: cursor to the first column of the first line; erase to the end of the line; of the
+    // screen.
     const HOME: &str = "\x1b[H";
     const END_OF_LINE: &str = "\x1b[K";
     const TO_THE_END: &str = "\x1b[J";
     let lines: Vec<&str> = text.lines().collect();
-    let fit = if lines.len() < rows { lines.len() } else { rows.saturating_sub(2) };
+    let fit = if lines.len() < rows {
+        lines.len()
+    } else {
+        rows.saturating_sub(2)
+    };
     let mut screen = HOME.to_owned();
     for line in &lines[..fit] {
         screen += &format!("{line}{END_OF_LINE}\n");
@@ -237,10 +333,28 @@ fn text(
             Phase::Isolating => "is being given",
             Phase::Isolated => "has",
         };
-        let dead = if reservation.is_alive(root) { "" } else { ", but runs no more: `hook recover` gives them back" };
-        let by = if reservation.isolation == Isolation::Partition { ", by partition" } else { "" };
-        text += &format!("VM {id} {phase} CPU {}{by}{dead}\n", reservation.settings.isolated);
-        let Bounds { pre_start, post_start, post_stop } = reservation.settings.deadlines.bounds(reservations.len() - 1);
+        let dead = if reservation.is_alive(root) {
+            ""
+        } else {
+            ", but runs no more: `hook recover` gives them back"
+        };
+        let by = if reservation.isolation == Isolation::Partition {
+            ", by partition"
+        } else {
+            ""
+        };
+        text += &format!(
+            "VM {id} {phase} CPU {}{by}{dead}\n",
+            reservation.settings.isolated
+        );
+        let Bounds {
+            pre_start,
+            post_start,
+            post_stop,
+        } = reservation
+            .settings
+            .deadlines
+            .bounds(reservations.len() - 1);
         text += &format!(
             "  whatever hangs, its pre-start ends within {pre_start} s, post-start {post_start} s, post-stop {post_stop} s\n"
         );
@@ -259,8 +373,17 @@ fn text(
         // CPUs with the same on them share a line.
         let mut lines: Vec<(CpuSet, Vec<String>)> = Vec::new();
         for cpu in isolated.iter() {
-            let on = || of_class.iter().filter(|stray| stray.cpus.contains(cpu)).map(|stray| stray.object.as_str());
-            let on = if class == Class::KernelBound { kinds(on()) } else { on().map(str::to_owned).collect() };
+            let on = || {
+                of_class
+                    .iter()
+                    .filter(|stray| stray.cpus.contains(cpu))
+                    .map(|stray| stray.object.as_str())
+            };
+            let on = if class == Class::KernelBound {
+                kinds(on())
+            } else {
+                on().map(str::to_owned).collect()
+            };
             match lines.iter_mut().find(|(_, known)| *known == on) {
                 _ if on.is_empty() => {}
                 Some((cpus, _)) => cpus.insert(cpu),
@@ -268,19 +391,29 @@ fn text(
             }
         }
         for (cpus, on) in lines {
-            let items: Vec<(String, usize)> = on.into_iter().map(|item| (item.clone(), item.chars().count())).collect();
+            let items: Vec<(String, usize)> = on
+                .into_iter()
+                .map(|item| (item.clone(), item.chars().count()))
+                .collect();
             text += &screen::wrapped(&format!("  CPU {cpus}: "), &items, ", ", columns);
         }
     }
     text
 }
 
-/// What the kernel binds comes in a few kinds, the same on every CPU: `kthread 40 (kworker/6:0-events)` is a kworker.
+/// What the kernel binds comes in a few kinds, the same on every CPU: `kthread 40
+/// (kworker/6:0-events)` is a kworker.
 fn kinds<'a>(objects: impl Iterator<Item = &'a str>) -> Vec<String> {
     let mut counts = BTreeMap::new();
     for object in objects {
-        let name = object.split_once('(').map_or(object, |(_, name)| name.trim_end_matches(')'));
-        let kind = if name.starts_with("kworker/R-") { "rescuer" } else { name.split('/').next().unwrap_or(name) };
+        let name = object
+            .split_once('(')
+            .map_or(object, |(_, name)| name.trim_end_matches(')'));
+        let kind = if name.starts_with("kworker/R-") {
+            "rescuer"
+        } else {
+            name.split('/').next().unwrap_or(name)
+        };
         *counts.entry(kind).or_insert(0) += 1;
     }
     let shown = counts.iter().map(|(kind, count)| match count {
@@ -308,7 +441,12 @@ mod tests {
         host.file("proc/irq/24/smp_affinity_list", "0-5");
         host.file("sys/devices/virtual/workqueue/cpumask", "03f03f");
         host.file("proc/irq/default_smp_affinity", "03f03f");
-        for (pid, name) in [(1, "systemd"), (2, "kthreadd"), (3, "kswapd0"), (100, "kvm")] {
+        for (pid, name) in [
+            (1, "systemd"),
+            (2, "kthreadd"),
+            (3, "kswapd0"),
+            (100, "kvm"),
+        ] {
             let flags = if matches!(pid, 2 | 3) { 0x0020_0000 } else { 0 };
             host.thread(pid, pid, name, "0-5,12-17", flags);
         }
@@ -348,8 +486,14 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("\nVM 100 has CPU 6-11,18-23\n"), "{text}");
-        assert!(text.contains("\nstrays (could be elsewhere): 0\n"), "{text}");
-        assert!(text.contains("\nthreads the kernel binds: 1\n  CPU 6: ksoftirqd\n"), "{text}");
+        assert!(
+            text.contains("\nstrays (could be elsewhere): 0\n"),
+            "{text}"
+        );
+        assert!(
+            text.contains("\nthreads the kernel binds: 1\n  CPU 6: ksoftirqd\n"),
+            "{text}"
+        );
         assert!(text.lines().all(|line| line.len() <= 100), "{text}");
     }
 
@@ -361,12 +505,25 @@ mod tests {
         let seen = look(&host.root).unwrap();
         assert_eq!(seen.missed(), 2);
         let text = screen(&host, 100);
-        assert!(text.contains(" 7 100:v2!") && text.contains("20 100! ") && text.contains("! something strays there"));
+        assert!(
+            text.contains(" 7 100:v2!")
+                && text.contains("20 100! ")
+                && text.contains("! something strays there")
+        );
         assert!(text.contains("\n  CPU 6: thread 901 (wide)\n  CPU 7: thread 901 (wide), thread 900 (stress)\n  CPU 20: thread 900 (stress)\n"), "{text}");
         let json = seen.to_json(&host.root);
-        assert_eq!(json["cpus"][7], json!({"cpu": 7, "owner": "isolated", "vm": 100, "vcpus": "2", "stray": true}));
-        assert_eq!(json["cpus"][0], json!({"cpu": 0, "owner": "housekeeping", "stray": false}));
-        assert_eq!((&json["missed"], &json["isolated"]), (&json!(2), &json!("6-11,18-23")));
+        assert_eq!(
+            json["cpus"][7],
+            json!({"cpu": 7, "owner": "isolated", "vm": 100, "vcpus": "2", "stray": true})
+        );
+        assert_eq!(
+            json["cpus"][0],
+            json!({"cpu": 0, "owner": "housekeeping", "stray": false})
+        );
+        assert_eq!(
+            (&json["missed"], &json["isolated"]),
+            (&json!(2), &json!("6-11,18-23"))
+        );
         assert!(json["vms"]["100"]["bounds"]["post_start"].is_u64() && json["strays"].is_array());
     }
 
@@ -376,7 +533,12 @@ mod tests {
         host.file("proc/irq/24/effective_affinity_list", "7");
         assert_eq!(look(&host.root).unwrap().missed(), 0);
         let text = screen(&host, 100);
-        assert!(text.contains("\nIRQs that move with their next interrupt: 1\n  CPU 7: IRQ 24 (nvme0q0)\n"), "{text}");
+        assert!(
+            text.contains(
+                "\nIRQs that move with their next interrupt: 1\n  CPU 7: IRQ 24 (nvme0q0)\n"
+            ),
+            "{text}"
+        );
         host.file("proc/irq/24/effective_affinity_list", "3");
         assert!(!screen(&host, 100).contains("next interrupt"));
     }
@@ -387,10 +549,19 @@ mod tests {
         host.vm(100, &[6]);
         host.reserve(100, Phase::Starting, "isolated = \"6,11\"\npins = [6]");
         let text = screen(&host, 100);
-        assert!(text.contains(" 6 (100)  ") && text.contains("(100) for VM 100, which starts"), "{text}");
+        assert!(
+            text.contains(" 6 (100)  ") && text.contains("(100) for VM 100, which starts"),
+            "{text}"
+        );
         assert!(text.contains("\n  offline   2 off    11 off\n"), "{text}");
-        assert!(text.contains("\nVM 100 is starting, to have CPU 6,11\n"), "{text}");
-        assert_eq!(look(&host.root).unwrap().to_json(&host.root)["cpus"][11]["owner"], "offline");
+        assert!(
+            text.contains("\nVM 100 is starting, to have CPU 6,11\n"),
+            "{text}"
+        );
+        assert_eq!(
+            look(&host.root).unwrap().to_json(&host.root)["cpus"][11]["owner"],
+            "offline"
+        );
     }
 
     #[test]
@@ -399,10 +570,19 @@ mod tests {
         host.vm(100, &[]);
         host.reserve(100, Phase::Isolated, "isolated = \"8-11,264\"\npins = [8]");
         let text = screen(&host, 80);
-        assert!(text.contains("\n  llc:0 node:0   0-7,256-263 .\n"), "{text}");
-        assert!(text.contains("package:1\n") && text.contains("264 100"), "{text}");
+        assert!(
+            text.contains("\n  llc:0 node:0   0-7,256-263 .\n"),
+            "{text}"
+        );
+        assert!(
+            text.contains("package:1\n") && text.contains("264 100"),
+            "{text}"
+        );
         let picture = text.split("\n\n").next().unwrap();
-        assert!(picture.lines().count() < 40 && picture.lines().all(|line| line.len() <= 80), "{text}");
+        assert!(
+            picture.lines().count() < 40 && picture.lines().all(|line| line.len() <= 80),
+            "{text}"
+        );
     }
 
     #[test]
@@ -410,16 +590,36 @@ mod tests {
         let host = fenced();
         (900..930).for_each(|pid| host.thread(pid, pid, "stress", "7", 0));
         let text = screen(&host, 60);
-        assert!((900..930).all(|pid| text.contains(&format!("thread {pid} (stress)"))), "{text}");
-        let listed = text.split("elsewhere): 30\n").nth(1).unwrap().split("IRQs").next().unwrap();
-        assert!(listed.lines().all(|line| line.len() <= 60 && line.starts_with("  ")), "{listed}");
+        assert!(
+            (900..930).all(|pid| text.contains(&format!("thread {pid} (stress)"))),
+            "{text}"
+        );
+        let listed = text
+            .split("elsewhere): 30\n")
+            .nth(1)
+            .unwrap()
+            .split("IRQs")
+            .next()
+            .unwrap();
+        assert!(
+            listed
+                .lines()
+                .all(|line| line.len() <= 60 && line.starts_with("  ")),
+            "{listed}"
+        );
     }
 
     #[test]
     fn a_redrawn_screen_never_scrolls() {
         assert_eq!(redrawn("a\nb\n", 3), "\x1b[Ha\x1b[K\nb\x1b[K\n\x1b[J");
-        assert_eq!(redrawn("a\nb\nc\nd\n", 4), "\x1b[Ha\x1b[K\nb\x1b[K\n... and 2 lines more\x1b[K\n\x1b[J");
-        assert_eq!(redrawn("a\nb\n", 1), "\x1b[H... and 2 lines more\x1b[K\n\x1b[J");
+        assert_eq!(
+            redrawn("a\nb\nc\nd\n", 4),
+            "\x1b[Ha\x1b[K\nb\x1b[K\n... and 2 lines more\x1b[K\n\x1b[J"
+        );
+        assert_eq!(
+            redrawn("a\nb\n", 1),
+            "\x1b[H... and 2 lines more\x1b[K\n\x1b[J"
+        );
     }
 
     #[test]
@@ -427,6 +627,9 @@ mod tests {
         let host = fenced();
         let text = look(&host.root).unwrap().to_text(&host.root, 100);
         assert!(text.contains("\x1b[1m\x1b[32m100:v0\x1b[0m"), "{text:?}");
-        assert!(!coloured(&text).contains('\x1b'), "tests write to a pipe or a file");
+        assert!(
+            !coloured(&text).contains('\x1b'),
+            "tests write to a pipe or a file"
+        );
     }
 }

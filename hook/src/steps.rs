@@ -5,14 +5,16 @@ use std::time::Duration;
 use pinfold_core::vm::VmId;
 use pinfold_core::{Error, Knob, Object, Report, Result, Sysroot, apply, command, vm};
 
-/// Drops clean caches and compacts memory, so that hugepages can be had. What it cannot do is told and stops nothing.
+/// Drops clean caches and compacts memory, so that hugepages can be had. What it cannot do is told
+/// and stops nothing.
 pub(crate) fn tidy_caches(root: &Sysroot, report: &mut Report) {
     report.step("caches");
     report.changes(&apply(root, tidy_caches_plan()));
     report.summary("caches: dropped, memory compacted");
 }
 
-/// The changes behind [`tidy_caches`]: admin-guide/sysctl/vm.rst, `drop_caches` and `compact_memory`.
+/// The changes behind [`tidy_caches`]: admin-guide/sysctl/vm.rst, `drop_caches` and
+/// `compact_memory`.
 pub(crate) fn tidy_caches_plan() -> Vec<pinfold_core::Change> {
     [("vm/drop_caches", "3"), ("vm/compact_memory", "1")]
         .into_iter()
@@ -32,7 +34,9 @@ const STAT_INTERVAL: &str = "vm/stat_interval";
 /// Where it cannot be read.
 pub(crate) fn stat_interval(root: &Sysroot) -> Result<Option<Object>> {
     let knob = Knob::Sysctl(STAT_INTERVAL.into());
-    Ok(knob.read(root)?.map(|found| Object::new(knob.clone(), knob.to_string(), found)))
+    Ok(knob
+        .read(root)?
+        .map(|found| Object::new(knob.clone(), knob.to_string(), found)))
 }
 
 /// Whether the idle VM runs.
@@ -47,14 +51,23 @@ pub(crate) fn idle_vm_runs(root: &Sysroot, idle: u32) -> Result<bool> {
 ///
 /// # Errors
 /// Where `qm` fails, or the VM does not stop in time.
-pub(crate) fn stop_idle_vm(root: &Sysroot, report: &mut Report, idle: u32, deadline: Duration) -> anyhow::Result<()> {
+pub(crate) fn stop_idle_vm(
+    root: &Sysroot,
+    report: &mut Report,
+    idle: u32,
+    deadline: Duration,
+) -> anyhow::Result<()> {
     if !idle_vm_runs(root, idle)? {
         return Ok(());
     }
     check_live(root)?;
     // qm waits itself; a little longer here, so that its own words are the ones told.
     let seconds = deadline.as_secs().to_string();
-    command::run("qm", &["shutdown", &idle.to_string(), "--timeout", &seconds], deadline + Duration::from_secs(5))?;
+    command::run(
+        "qm",
+        &["shutdown", &idle.to_string(), "--timeout", &seconds],
+        deadline + Duration::from_secs(5),
+    )?;
     report.did(&format!("idle VM {idle} stopped"));
     Ok(())
 }
@@ -63,7 +76,12 @@ pub(crate) fn stop_idle_vm(root: &Sysroot, report: &mut Report, idle: u32, deadl
 ///
 /// # Errors
 /// Where `qm` fails, or is not done in time.
-pub(crate) fn start_idle_vm(root: &Sysroot, report: &mut Report, idle: u32, deadline: Duration) -> anyhow::Result<()> {
+pub(crate) fn start_idle_vm(
+    root: &Sysroot,
+    report: &mut Report,
+    idle: u32,
+    deadline: Duration,
+) -> anyhow::Result<()> {
     if idle_vm_runs(root, idle)? {
         return Ok(());
     }
@@ -75,5 +93,9 @@ pub(crate) fn start_idle_vm(root: &Sysroot, report: &mut Report, idle: u32, dead
 
 fn check_live(root: &Sysroot) -> Result<()> {
     let why = "VMs can be started and stopped on the running host only, not under --sysroot";
-    if root.is_live() { Ok(()) } else { Err(Error::unusable("qm", why)) }
+    if root.is_live() {
+        Ok(())
+    } else {
+        Err(Error::unusable("qm", why))
+    }
 }

@@ -18,11 +18,18 @@ pub(crate) type Times = Vec<(String, f64)>;
 ///
 /// # Errors
 /// Where the file cannot be written. One that cannot be read is written anew.
-pub(crate) fn keep(store: &Store<Reservation>, vmid: VmId, steps: &[(&'static str, f64)]) -> Result<()> {
+pub(crate) fn keep(
+    store: &Store<Reservation>,
+    vmid: VmId,
+    steps: &[(&'static str, f64)],
+) -> Result<()> {
     let mut all = all(store.root()).unwrap_or_default();
-    let times = steps.iter().map(|(step, seconds)| ((*step).to_owned(), (seconds * 1000.0).round() / 1000.0));
+    let times = steps
+        .iter()
+        .map(|(step, seconds)| ((*step).to_owned(), (seconds * 1000.0).round() / 1000.0));
     all.insert(vmid.into(), times.collect());
-    let text = serde_json::to_string(&all).map_err(|error| Error::io(FILE, "save", error.into()))?;
+    let text =
+        serde_json::to_string(&all).map_err(|error| Error::io(FILE, "save", error.into()))?;
     store.keep(FILE, &text)
 }
 
@@ -35,7 +42,9 @@ pub(crate) fn last(root: &Sysroot, vmid: VmId) -> Result<Times> {
 }
 
 fn all(root: &Sysroot) -> Result<BTreeMap<u32, Times>> {
-    let Some(text) = store::kept(root, FILE)? else { return Ok(BTreeMap::new()) };
+    let Some(text) = store::kept(root, FILE)? else {
+        return Ok(BTreeMap::new());
+    };
     parse(&text).map_err(|why| Error::malformed(FILE, why))
 }
 
@@ -52,7 +61,14 @@ mod tests {
         let times = parse("{\"100\":[[\"slices\",0.61],[\"irqs\",1.5],[\"irqs\",0]]}\n").unwrap();
         assert_eq!(times[&100][1], ("irqs".to_owned(), 1.5));
         assert!(parse("{}").unwrap().is_empty());
-        for text in ["", "[]", "{\"100\":1}", "{\"-1\":[]}", "{\"100\":[[\"a\",1e999]]}", "{\"100\":[[\"a\"]]}"] {
+        for text in [
+            "",
+            "[]",
+            "{\"100\":1}",
+            "{\"-1\":[]}",
+            "{\"100\":[[\"a\",1e999]]}",
+            "{\"100\":[[\"a\"]]}",
+        ] {
             assert!(parse(text).is_err(), "{text:?}");
         }
     }

@@ -1,5 +1,5 @@
-//! hook's verbs that look at the machine, on the captured machines of core's tests. A case is a file; the machines are folders
-//! beside one another, each with VMs.
+//! hook's verbs that look at the machine, on the captured machines of core's tests. A case is a
+//! file; the machines are folders beside one another, each with VMs.
 
 #![allow(clippy::unwrap_used)]
 
@@ -8,10 +8,14 @@ mod machine;
 
 use std::fs;
 
-/// VMID.conf by VM: without SMT, with it, with more vCPUs than any domain has, and one that hook fences already.
+/// VMID.conf by VM: without SMT, with it, with more vCPUs than any domain has, and one that hook
+/// fences already.
 const VMS: [(&str, &str); 5] = [
     ("100", "cores: 4\n"),
-    ("101", "cores: 12\nargs: -smp 12,sockets=1,cores=6,threads=2\nhookscript: local:snippets/hook\n"),
+    (
+        "101",
+        "cores: 12\nargs: -smp 12,sockets=1,cores=6,threads=2\nhookscript: local:snippets/hook\n",
+    ),
     ("102", "cores: 64\nsockets: 16\n"),
     ("103", "cores: 2\n"),
     ("104", "cores: 16\nvcpus: 2\n"),
@@ -32,6 +36,9 @@ fn golden() {
     // Cases name machines by relative paths. This is the one test of its process.
     std::env::set_current_dir(folder.path()).unwrap();
     trycmd::TestCases::new()
-        .case(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/layout/*.trycmd"))
+        .case(concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/tests/layout/*.trycmd"
+        ))
         .case(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/init/*.trycmd"));
 }

@@ -1,4 +1,5 @@
-//! The README against the workspace: its table names the tools there are, and its command lines are ones they take.
+//! The README against the workspace: its table names the tools there are, and its command lines are
+//! ones they take.
 
 use std::collections::BTreeSet;
 
@@ -14,17 +15,30 @@ const NO_TOOLS: [&str; 2] = ["core", "lab"];
 /// A row of the README's table of tools: the name, and the command lines of the examples.
 fn rows() -> Vec<(&'static str, Vec<&'static str>)> {
     let section = README.split("## The tools").nth(1).unwrap_or_default();
-    let rows = section.split("\n\n").nth(1).unwrap_or_default().lines().skip(2);
+    let rows = section
+        .split("\n\n")
+        .nth(1)
+        .unwrap_or_default()
+        .lines()
+        .skip(2);
     rows.map(|row| {
         let cells: Vec<&str> = row.trim_matches('|').split('|').map(str::trim).collect();
-        (cells[0].trim_matches('`'), cells[2].split('`').skip(1).step_by(2).collect())
+        (
+            cells[0].trim_matches('`'),
+            cells[2].split('`').skip(1).step_by(2).collect(),
+        )
     })
     .collect()
 }
 
 /// Whether a tool takes a command line, as clap sees it; nothing is run.
 fn is_taken(line: &str) -> Result<(), String> {
-    let words: Vec<&str> = line.split('#').next().unwrap_or_default().split_whitespace().collect();
+    let words: Vec<&str> = line
+        .split('#')
+        .next()
+        .unwrap_or_default()
+        .split_whitespace()
+        .collect();
     let taken = match words[0] {
         "cg-slice" => cg_slice::Args::try_parse_from(words).map(drop),
         "cpu-hotplug" => cpu_hotplug::Args::try_parse_from(words).map(drop),
@@ -41,13 +55,24 @@ fn is_taken(line: &str) -> Result<(), String> {
 
 #[test]
 fn the_table_has_just_the_tools_there_are() {
-    let members = WORKSPACE.split("members = [").nth(1).unwrap().split(']').next().unwrap();
+    let members = WORKSPACE
+        .split("members = [")
+        .nth(1)
+        .unwrap()
+        .split(']')
+        .next()
+        .unwrap();
     let mut tools: BTreeSet<&str> = members.split('"').skip(1).step_by(2).collect();
-    NO_TOOLS.iter().for_each(|crate_| assert!(tools.remove(crate_), "{crate_}"));
+    NO_TOOLS
+        .iter()
+        .for_each(|crate_| assert!(tools.remove(crate_), "{crate_}"));
     let told: Vec<&str> = rows().iter().map(|(tool, _)| *tool).collect();
     assert_eq!(told.iter().copied().collect::<BTreeSet<_>>(), tools);
     assert_eq!(told.len(), tools.len(), "each once: {told:?}");
-    let installed = MAKEFILE.lines().find_map(|line| line.strip_prefix("PRODUCT = ")).unwrap();
+    let installed = MAKEFILE
+        .lines()
+        .find_map(|line| line.strip_prefix("PRODUCT = "))
+        .unwrap();
     assert_eq!(installed.split(' ').collect::<BTreeSet<_>>(), tools);
 }
 
@@ -57,27 +82,45 @@ fn its_command_lines_are_taken() {
     for (tool, examples) in rows() {
         assert!(!examples.is_empty(), "{tool} has no example");
         for example in examples {
-            assert!(example.starts_with(&format!("{tool} ")), "an example of {tool}: {example}");
+            assert!(
+                example.starts_with(&format!("{tool} ")),
+                "an example of {tool}: {example}"
+            );
             is_taken(example).unwrap();
             lines += 1;
         }
     }
     let tools: BTreeSet<&str> = rows().into_iter().map(|(tool, _)| tool).collect();
     let indented = README.lines().filter_map(|line| line.strip_prefix("    "));
-    for line in indented.filter(|line| line.split(' ').next().is_some_and(|word| tools.contains(word))) {
+    for line in indented.filter(|line| {
+        line.split(' ')
+            .next()
+            .is_some_and(|word| tools.contains(word))
+    }) {
         is_taken(line).unwrap();
         lines += 1;
     }
     assert!(lines > tools.len());
-    assert!(is_taken("pin-irqs 5-3").is_err(), "the check sees what is wrong");
+    assert!(
+        is_taken("pin-irqs 5-3").is_err(),
+        "the check sees what is wrong"
+    );
 }
 
 #[test]
 fn the_exit_codes_are_those_of_the_help() {
     let codes = |text: &str| -> BTreeSet<u8> {
-        let first = text.lines().filter_map(|line| line.trim_start_matches('|').split_whitespace().next());
+        let first = text
+            .lines()
+            .filter_map(|line| line.trim_start_matches('|').split_whitespace().next());
         first.filter_map(|word| word.parse().ok()).collect()
     };
-    let table = README.split("| code | meaning |").nth(1).unwrap().split("\n\n").next().unwrap();
+    let table = README
+        .split("| code | meaning |")
+        .nth(1)
+        .unwrap()
+        .split("\n\n")
+        .next()
+        .unwrap();
     assert_eq!(codes(table), codes(pinfold_core::cli::EXIT_CODES));
 }

@@ -1,4 +1,5 @@
-//! The ACPI table that gives every CPU of the lab host P-states, so that acpi-cpufreq makes a real policy for each.
+//! The ACPI table that gives every CPU of the lab host P-states, so that acpi-cpufreq makes a real
+//! policy for each.
 
 use crate::tool;
 use anyhow::{Context, Result};
@@ -9,20 +10,23 @@ use std::process::Command;
 /// Frequency in MHz and power in mW of each P-state, fastest first.
 ///
 /// The kernel takes the state nearest to the TSC's frequency for the present one, which must be the
-/// last here, and `_PPC` forbids the first: so every governor picks the state that there is, and the
-/// frequency never changes. A change would make the kernel drop the TSC for good (`mark_tsc_unstable`,
-/// "cpufreq changes on SMP"), and any other clock is slow under emulation.
+/// last here, and `_PPC` forbids the first: so every governor picks the state that there is, and
+/// the frequency never changes. A change would make the kernel drop the TSC for good
+/// (`mark_tsc_unstable`, "cpufreq changes on SMP"), and any other clock is slow under emulation.
 const P_STATES: [(u32, u32); 2] = [(20_000, 10_000), (1_000, 4_000)];
 /// An I/O port nobody listens on: acpi-cpufreq writes the wanted state there and never looks back.
 const CONTROL_PORT: u16 = 0x0a20;
 
-/// The table as source: ACPI 6.5, section 8.4.5, on the CPU names that QEMU gives (`\_SB.CPUS.C000` and on).
+/// The table as source: ACPI 6.5, section 8.4.5, on the CPU names that QEMU gives (`\_SB.CPUS.C000`
+/// and on).
 pub fn source(cpus: u16) -> String {
-    let mut asl = String::from("DefinitionBlock (\"\", \"SSDT\", 2, \"PINFLD\", \"CPUFREQ\", 1)\n{\n");
+    let mut asl =
+        String::from("DefinitionBlock (\"\", \"SSDT\", 2, \"PINFLD\", \"CPUFREQ\", 1)\n{\n");
     let port = format!("ResourceTemplate () {{ Register (SystemIO, 16, 0, {CONTROL_PORT:#06x}) }}");
     let states = P_STATES.iter().enumerate();
-    let states: Vec<_> =
-        states.map(|(n, (mhz, mw))| format!("Package (6) {{ {mhz}, {mw}, 10, 10, {n}, {n} }}")).collect();
+    let states: Vec<_> = states
+        .map(|(n, (mhz, mw))| format!("Package (6) {{ {mhz}, {mw}, 10, 10, {n}, {n} }}"))
+        .collect();
     for cpu in 0..cpus {
         // Writing to a String cannot fail.
         let _ = writeln!(
@@ -45,8 +49,13 @@ pub fn source(cpus: u16) -> String {
 /// Compiles the table into `folder` and returns nothing but its presence there as `cpufreq.aml`.
 pub fn compile(cpus: u16, folder: &Path) -> Result<()> {
     let path = folder.join("cpufreq.asl");
-    std::fs::write(&path, source(cpus)).with_context(|| format!("{}: cannot write", path.display()))?;
-    tool::run(Command::new("iasl").args(["-p", "cpufreq", "cpufreq.asl"]).current_dir(folder))?;
+    std::fs::write(&path, source(cpus))
+        .with_context(|| format!("{}: cannot write", path.display()))?;
+    tool::run(
+        Command::new("iasl")
+            .args(["-p", "cpufreq", "cpufreq.asl"])
+            .current_dir(folder),
+    )?;
     Ok(())
 }
 

@@ -29,13 +29,17 @@ pub fn serve() -> Result<()> {
     }
     let port = OpenOptions::new().read(true).write(true).open(&path);
     let port = port.with_context(|| format!("{}: cannot open", path.display()))?;
-    let out = Arc::new(Mutex::new(port.try_clone().context("cannot share the port")?));
+    let out = Arc::new(Mutex::new(
+        port.try_clone().context("cannot share the port")?,
+    ));
     let mut lines = BufReader::new(port);
     let mut session = 0;
     let mut buffer = Vec::new();
     loop {
         // A closed host end reads as end of file; what came before stays in the buffer.
-        lines.read_until(b'\n', &mut buffer).context("cannot read the port")?;
+        lines
+            .read_until(b'\n', &mut buffer)
+            .context("cannot read the port")?;
         if buffer.last() != Some(&b'\n') {
             thread::sleep(CLOSED_POLL);
             continue;
@@ -55,18 +59,28 @@ pub fn serve() -> Result<()> {
 
 fn answer(request: Request, out: &Mutex<File>) {
     let answer = act(request.ask).unwrap_or_else(|err| Answer::Failed(format!("{err:#}")));
-    let reply = Reply { session: request.session, id: request.id, answer };
+    let reply = Reply {
+        session: request.session,
+        id: request.id,
+        answer,
+    };
     let Ok(line) = line(&reply) else { return };
     // A port that fails has no one to be told on.
-    let _ = out.lock().unwrap_or_else(PoisonError::into_inner).write_all(&line);
+    let _ = out
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .write_all(&line);
 }
 
 fn act(ask: Ask) -> Result<Answer> {
     Ok(match ask {
-        Ask::Hello => Answer::Hello { payload: fs::read_to_string(PAYLOAD_KEY).unwrap_or_default() },
+        Ask::Hello => Answer::Hello {
+            payload: fs::read_to_string(PAYLOAD_KEY).unwrap_or_default(),
+        },
         Ask::Run(run) => Answer::Done(execute(run)?),
         Ask::Put { path, mode, data } => {
-            put(Path::new(&path), mode, &data.0).with_context(|| format!("{path}: cannot write"))?;
+            put(Path::new(&path), mode, &data.0)
+                .with_context(|| format!("{path}: cannot write"))?;
             Answer::Written
         }
         Ask::Get { path } => {
@@ -76,7 +90,8 @@ fn act(ask: Ask) -> Result<Answer> {
     })
 }
 
-/// Writes beside and renames, so that a program that is running can be replaced; a kernel file is written as it is.
+/// Writes beside and renames, so that a program that is running can be replaced; a kernel file is
+/// written as it is.
 fn put(path: &Path, mode: u32, data: &[u8]) -> Result<()> {
     let kernel_file = ["/proc", "/sys"].iter().any(|fs| path.starts_with(fs));
     if kernel_file {
@@ -93,8 +108,14 @@ fn put(path: &Path, mode: u32, data: &[u8]) -> Result<()> {
 }
 
 fn execute(run: Run) -> Result<Done> {
-    let [program, args @ ..] = run.argv.as_slice() else { bail!("no program to run") };
-    let stdin = if run.stdin.is_some() { Stdio::piped() } else { Stdio::null() };
+    let [program, args @ ..] = run.argv.as_slice() else {
+        bail!("no program to run")
+    };
+    let stdin = if run.stdin.is_some() {
+        Stdio::piped()
+    } else {
+        Stdio::null()
+    };
     let mut child = Command::new(program)
         .args(args)
         .envs(run.env)
@@ -148,7 +169,9 @@ impl Collector {
         thread::spawn(move || {
             let mut chunk = vec![0; 1 << 16];
             while let Ok(n @ 1..) = pipe.read(&mut chunk) {
-                into.lock().unwrap_or_else(PoisonError::into_inner).extend(chunk.iter().take(n));
+                into.lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .extend(chunk.iter().take(n));
             }
             // Nobody listens any more once the answer is given.
             let _ = done.send(());
@@ -170,15 +193,28 @@ mod tests {
 
     fn sh(script: &str, timeout_ms: u64) -> Done {
         let argv = ["sh", "-c", script].map(String::from).to_vec();
-        execute(Run { argv, timeout_ms, ..Run::default() }).unwrap()
+        execute(Run {
+            argv,
+            timeout_ms,
+            ..Run::default()
+        })
+        .unwrap()
     }
 
     #[test]
     fn a_program_is_run_to_its_end() {
-        let argv = ["sh", "-c", "cat; echo $WORD >&2; exit 3"].map(String::from).to_vec();
+        let argv = ["sh", "-c", "cat; echo $WORD >&2; exit 3"]
+            .map(String::from)
+            .to_vec();
         let env = vec![("WORD".to_owned(), "err".to_owned())];
         let stdin = Some(Bytes(b"in\xff".to_vec()));
-        let done = execute(Run { argv, env, stdin, timeout_ms: 60_000 }).unwrap();
+        let done = execute(Run {
+            argv,
+            env,
+            stdin,
+            timeout_ms: 60_000,
+        })
+        .unwrap();
         let wanted = Done {
             code: Some(3),
             stdout: Bytes(b"in\xff".to_vec()),
@@ -205,8 +241,14 @@ mod tests {
 
     #[test]
     fn what_cannot_be_run_is_named() {
-        let run = Run { argv: vec!["/no/such".to_owned()], ..Run::default() };
+        let run = Run {
+            argv: vec!["/no/such".to_owned()],
+            ..Run::default()
+        };
         let err = execute(run).unwrap_err();
-        assert_eq!(format!("{err:#}"), "/no/such: cannot run: No such file or directory (os error 2)");
+        assert_eq!(
+            format!("{err:#}"),
+            "/no/such: cannot run: No such file or directory (os error 2)"
+        );
     }
 }

@@ -1,5 +1,6 @@
-//! What isolating a VM by partition takes at the least: the system calls of hook's post-start and nothing else, for
-//! `lab bench` to measure hook against. No state is kept, nothing is checked, nothing can be put back.
+//! What isolating a VM by partition takes at the least: the system calls of hook's post-start and
+//! nothing else, for `lab bench` to measure hook against. No state is kept, nothing is checked,
+//! nothing can be put back.
 
 use std::fs;
 use std::io::Write;
@@ -51,7 +52,10 @@ pub fn isolate(vmid: &str) -> Result<()> {
 
     write("/proc/irq/default_smp_affinity", HOUSEKEEPING_MASK)?;
     for entry in fs::read_dir("/proc/irq").context("/proc/irq: cannot list")? {
-        let file = entry.context("/proc/irq: cannot list")?.path().join("smp_affinity_list");
+        let file = entry
+            .context("/proc/irq: cannot list")?
+            .path()
+            .join("smp_affinity_list");
         if let Some(list) = read(&file)
             && list.parse::<Cpus>()?.meets(&isolated)
         {
@@ -59,18 +63,29 @@ pub fn isolate(vmid: &str) -> Result<()> {
             let _ = fs::write(&file, HOUSEKEEPING);
         }
     }
-    for pid in read("/proc/2/task/2/children").unwrap_or_default().split_whitespace() {
+    for pid in read("/proc/2/task/2/children")
+        .unwrap_or_default()
+        .split_whitespace()
+    {
         let pid: i32 = pid.parse()?;
-        let Some(stat) = read(format!("/proc/{pid}/stat")) else { continue };
-        let flags: u32 =
-            stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(6)?.parse().ok()).unwrap_or(0);
+        let Some(stat) = read(format!("/proc/{pid}/stat")) else {
+            continue;
+        };
+        let flags: u32 = stat
+            .rsplit(')')
+            .next()
+            .and_then(|rest| rest.split_whitespace().nth(6)?.parse().ok())
+            .unwrap_or(0);
         let movable = flags & 0x0400_0000 == 0;
         if movable && isolated.0.iter().any(|cpu| may_run(pid, *cpu)) {
             let _ = pin(pid, &housekeeping);
         }
     }
     for cpu in PINS {
-        write(&format!("/sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_governor"), "performance")?;
+        write(
+            &format!("/sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_governor"),
+            "performance",
+        )?;
     }
     write("/proc/sys/vm/stat_interval", "120")
 }
@@ -84,12 +99,19 @@ fn vcpu_threads(vmid: &str) -> Result<Vec<i32>> {
         .filter_map(|cpu| Some((cpu["cpu-index"].as_i64()?, cpu["thread-id"].as_i64()?)))
         .collect();
     threads.sort_unstable();
-    threads.into_iter().map(|(_, tid)| Ok(i32::try_from(tid)?)).collect()
+    threads
+        .into_iter()
+        .map(|(_, tid)| Ok(i32::try_from(tid)?))
+        .collect()
 }
 
 fn write(path: &str, text: &str) -> Result<()> {
-    let mut file = fs::OpenOptions::new().write(true).open(path).with_context(|| format!("{path}: cannot open"))?;
-    file.write_all(text.as_bytes()).with_context(|| format!("{path}: cannot write {text}"))
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .open(path)
+        .with_context(|| format!("{path}: cannot open"))?;
+    file.write_all(text.as_bytes())
+        .with_context(|| format!("{path}: cannot write {text}"))
 }
 
 fn pin(tid: i32, cpus: &Cpus) -> Result<()> {

@@ -17,7 +17,11 @@ pub struct Cache(PathBuf);
 impl Cache {
     /// Finds the folder from the environment and makes it.
     pub fn open() -> Result<Self> {
-        let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let variable = |name| {
+            std::env::var_os(name)
+                .filter(|value| !value.is_empty())
+                .map(PathBuf::from)
+        };
         let folder = variable("PINFOLD_LAB_CACHE")
             .or_else(|| Some(variable("XDG_CACHE_HOME")?.join("pinfold-lab")))
             .or_else(|| Some(variable("HOME")?.join(".cache/pinfold-lab")))
@@ -40,7 +44,10 @@ impl Cache {
                 None if Instant::now() < deadline => thread::sleep(LOCK_POLL),
                 None => {
                     let path = self.path(name);
-                    return Err(anyhow!("{}: still locked by another lab after {patience:?}", path.display()));
+                    return Err(anyhow!(
+                        "{}: still locked by another lab after {patience:?}",
+                        path.display()
+                    ));
                 }
             }
         }
@@ -51,12 +58,18 @@ impl Cache {
         let path = self.path(name);
         path.parent().map_or(Ok(()), make)?;
         // Rust opens with O_CLOEXEC: a QEMU started under the lock does not keep it.
-        let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path);
         let file = file.with_context(|| format!("{}: cannot open", path.display()))?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => Ok(Some(Lock(lock))),
             Err((_, Errno::EWOULDBLOCK)) => Ok(None),
-            Err((_, errno)) => Err(errno).with_context(|| format!("{}: cannot lock", path.display())),
+            Err((_, errno)) => {
+                Err(errno).with_context(|| format!("{}: cannot lock", path.display()))
+            }
         }
     }
 }
@@ -67,7 +80,8 @@ pub struct Lock(#[expect(dead_code, reason = "held for its drop")] Flock<File>);
 
 /// Makes a folder and its parents.
 pub fn make(folder: &Path) -> Result<()> {
-    fs::create_dir_all(folder).with_context(|| format!("{}: cannot make the folder", folder.display()))
+    fs::create_dir_all(folder)
+        .with_context(|| format!("{}: cannot make the folder", folder.display()))
 }
 
 /// Writes a whole file.
@@ -85,7 +99,11 @@ pub fn key<P: AsRef<[u8]>>(parts: impl IntoIterator<Item = P>) -> String {
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     let mut eat = |byte: u8| hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
     for part in parts {
-        part.as_ref().len().to_le_bytes().into_iter().for_each(&mut eat);
+        part.as_ref()
+            .len()
+            .to_le_bytes()
+            .into_iter()
+            .for_each(&mut eat);
         part.as_ref().iter().copied().for_each(&mut eat);
     }
     format!("{hash:016x}")
@@ -108,8 +126,14 @@ mod tests {
         let cache = Cache(folder.path().to_owned());
         let held = cache.lock("a/lock", Duration::ZERO).unwrap();
         assert!(cache.try_lock("a/lock").unwrap().is_none());
-        let err = cache.lock("a/lock", Duration::ZERO).unwrap_err().to_string();
-        assert!(err.ends_with("a/lock: still locked by another lab after 0ns"), "{err}");
+        let err = cache
+            .lock("a/lock", Duration::ZERO)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            err.ends_with("a/lock: still locked by another lab after 0ns"),
+            "{err}"
+        );
         drop(held);
         assert!(cache.try_lock("a/lock").unwrap().is_some());
     }

@@ -33,16 +33,27 @@ pub struct Pending(Receiver<Answer>);
 impl Channel {
     /// Connects and waits until the agent answers.
     pub fn connect(socket: &Path, patience: Duration) -> Result<Self> {
-        let stream = UnixStream::connect(socket).with_context(|| format!("{}: cannot connect", socket.display()))?;
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let stream = UnixStream::connect(socket)
+            .with_context(|| format!("{}: cannot connect", socket.display()))?;
+        let now = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or_default();
         let session = now.as_micros() as u64 ^ (u64::from(std::process::id()) << 40);
         let waiting = Waiting::default();
         let replies = BufReader::new(stream.try_clone().context("cannot share the socket")?);
         let hand_out = Arc::clone(&waiting);
         thread::spawn(move || receive(replies, session, &hand_out));
-        let mut channel = Self { stream, session, next: AtomicU64::new(0), waiting, payload: String::new() };
+        let mut channel = Self {
+            stream,
+            session,
+            next: AtomicU64::new(0),
+            waiting,
+            payload: String::new(),
+        };
         // Ends half a line that an earlier session may have left.
-        (&channel.stream).write_all(b"\n").context("the agent's port: cannot send")?;
+        (&channel.stream)
+            .write_all(b"\n")
+            .context("the agent's port: cannot send")?;
         match channel.ask(Ask::Hello)?.wait(patience)? {
             Answer::Hello { payload } => channel.payload = payload,
             other => bail!("the agent: no greeting but {other:?}"),
@@ -54,11 +65,18 @@ impl Channel {
     pub fn ask(&self, ask: Ask) -> Result<Pending> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (answered, answer) = mpsc::channel();
-        let line = line(&Request { session: self.session, id, ask }).context("cannot encode a request")?;
+        let line = line(&Request {
+            session: self.session,
+            id,
+            ask,
+        })
+        .context("cannot encode a request")?;
         let mut waiting = lock(&self.waiting);
         waiting.insert(id, answered);
         // Under the lock: two requests must not mix on the line.
-        (&self.stream).write_all(&line).context("the agent's port: cannot send")?;
+        (&self.stream)
+            .write_all(&line)
+            .context("the agent's port: cannot send")?;
         Ok(Pending(answer))
     }
 }
@@ -82,7 +100,11 @@ impl Pending {
     }
 }
 
-fn receive(mut replies: BufReader<UnixStream>, session: u64, waiting: &Mutex<HashMap<u64, Sender<Answer>>>) {
+fn receive(
+    mut replies: BufReader<UnixStream>,
+    session: u64,
+    waiting: &Mutex<HashMap<u64, Sender<Answer>>>,
+) {
     let mut line = Vec::new();
     while let Ok(1..) = replies.read_until(b'\n', &mut line) {
         let reply = serde_json::from_slice::<Reply>(&line);

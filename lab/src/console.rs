@@ -13,7 +13,8 @@ const LEAVE: u8 = 0x1d;
 /// Until Ctrl-] is typed, or the host goes.
 pub fn join(slot: &Slot) -> Result<()> {
     let (socket, terminal) = (slot.console(), std::io::stdin());
-    let mut stream = UnixStream::connect(&socket).with_context(|| format!("{}: cannot connect", socket.display()))?;
+    let mut stream = UnixStream::connect(&socket)
+        .with_context(|| format!("{}: cannot connect", socket.display()))?;
     let mut from_host = stream.try_clone().context("cannot share the socket")?;
     let before = tcgetattr(&terminal).context("stdin: not a terminal: use `lab run` instead")?;
     let mut raw = before.clone();
@@ -24,7 +25,9 @@ pub fn join(slot: &Slot) -> Result<()> {
         let mut chunk = [0; 4096];
         while let Ok(n @ 1..) = from_host.read(&mut chunk) {
             // A stdout that is closed has no one to show it to.
-            let _ = out.write_all(chunk.get(..n).unwrap_or_default()).and_then(|()| out.flush());
+            let _ = out
+                .write_all(chunk.get(..n).unwrap_or_default())
+                .and_then(|()| out.flush());
         }
     });
     // A shell that waits shows its prompt.

@@ -1,4 +1,5 @@
-//! A set of CPUs, read from the kernel's lists and masks. The lab's own: its word must not hang on the product's code.
+//! A set of CPUs, read from the kernel's lists and masks. The lab's own: its word must not hang on
+//! the product's code.
 
 use anyhow::{Context, Result};
 use std::collections::BTreeSet;
@@ -14,8 +15,13 @@ impl Cpus {
     pub fn from_mask(mask: &str) -> Result<Self> {
         let mut cpus = BTreeSet::new();
         for (word, text) in (0u32..).zip(mask.trim().rsplit(',')) {
-            let bits = u32::from_str_radix(text, 16).with_context(|| format!("{mask}: no CPU mask"))?;
-            cpus.extend((0..32).filter(|bit| bits >> bit & 1 == 1).map(|bit| word * 32 + bit));
+            let bits =
+                u32::from_str_radix(text, 16).with_context(|| format!("{mask}: no CPU mask"))?;
+            cpus.extend(
+                (0..32)
+                    .filter(|bit| bits >> bit & 1 == 1)
+                    .map(|bit| word * 32 + bit),
+            );
         }
         Ok(Self(cpus))
     }
@@ -34,7 +40,10 @@ impl FromStr for Cpus {
         let mut cpus = BTreeSet::new();
         for range in list.trim().split(',').filter(|range| !range.is_empty()) {
             let (first, last) = range.split_once('-').unwrap_or((range, range));
-            let number = |text: &str| text.parse::<u32>().with_context(|| format!("{list}: no CPU list"));
+            let number = |text: &str| {
+                text.parse::<u32>()
+                    .with_context(|| format!("{list}: no CPU list"))
+            };
             cpus.extend(number(first)?..=number(last)?);
         }
         Ok(Self(cpus))
@@ -66,7 +75,12 @@ mod tests {
 
     #[test]
     fn lists_and_masks() {
-        for (list, mask) in [("", "0"), ("0", "1"), ("6-11,18-23", "fc0fc0\n"), ("0,32-33", "3,00000001")] {
+        for (list, mask) in [
+            ("", "0"),
+            ("0", "1"),
+            ("6-11,18-23", "fc0fc0\n"),
+            ("0,32-33", "3,00000001"),
+        ] {
             let cpus: Cpus = list.parse().unwrap();
             assert_eq!(cpus.to_string(), list);
             assert_eq!(Cpus::from_mask(mask).unwrap(), cpus, "{mask}");

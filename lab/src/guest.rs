@@ -48,7 +48,12 @@ impl FromStr for Guest {
 
     fn from_str(name: &str) -> Result<Self, String> {
         let found = Self::ALL.into_iter().find(|guest| guest.name() == name);
-        found.ok_or_else(|| format!("no such guest: there are {}", Self::ALL.map(Self::name).join(", ")))
+        found.ok_or_else(|| {
+            format!(
+                "no such guest: there are {}",
+                Self::ALL.map(Self::name).join(", ")
+            )
+        })
     }
 }
 
@@ -61,6 +66,9 @@ mod tests {
         for guest in Guest::ALL {
             assert_eq!(guest.to_string().parse(), Ok(guest));
         }
-        assert_eq!("sid".parse::<Guest>().unwrap_err(), "no such guest: there are trixie, bookworm, trixie-backports");
+        assert_eq!(
+            "sid".parse::<Guest>().unwrap_err(),
+            "no such guest: there are trixie, bookworm, trixie-backports"
+        );
     }
 }

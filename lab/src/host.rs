@@ -26,9 +26,10 @@ use std::time::{Duration, Instant};
 const SLOTS: usize = 2;
 /// A boot takes two minutes; two at a time on a busy machine take longer.
 const BOOT_PATIENCE: Duration = Duration::from_secs(420);
-/// In some boots an emulated CPU halts for good inside its timer interrupt (QEMU 10.0, TCG: its local APIC has vector 236 in
-/// service and further ones pending), and whoever needs that CPU waits without end. So each is tried before the snapshot is
-/// taken, which would keep that for all stories; later it was never seen.
+/// In some boots an emulated CPU halts for good inside its timer interrupt (QEMU 10.0, TCG: its
+/// local APIC has vector 236 in service and further ones pending), and whoever needs that CPU waits
+/// without end. So each is tried before the snapshot is taken, which would keep that for all
+/// stories; later it was never seen.
 const BOOT_TRIES: usize = 4;
 /// What the kernel says then, two minutes later.
 const HUNG: &str = "blocked for more than";
@@ -69,8 +70,9 @@ for try in $(seq 100); do [ \"$(cat /run/alive | wc -l)\" = 24 ] && break; sleep
 rm /run/alive
 ";
 
-/// A kernel that patches its code puts a breakpoint there for a moment. Under TCG a CPU may run into it when it is gone, and
-/// then that is a bug to the kernel, which kills the process or panics (<https://bugzilla.redhat.com/2216496>).
+/// A kernel that patches its code puts a breakpoint there for a moment. Under TCG a CPU may run
+/// into it when it is gone, and then that is a bug to the kernel, which kills the process or panics
+/// (<https://bugzilla.redhat.com/2216496>).
 const EMULATOR_FAULT: &str = "int3: 0000";
 
 /// How a command in the lab host ended, and what it said.
@@ -109,7 +111,10 @@ impl Job {
     /// Waits for its end.
     pub fn wait(self) -> Result<Output> {
         // The agent kills it in time; this is for an agent that does not.
-        let answer = self.pending.wait(self.patience + PATIENCE).with_context(|| told_of(&self.slot));
+        let answer = self
+            .pending
+            .wait(self.patience + PATIENCE)
+            .with_context(|| told_of(&self.slot));
         let done = match answer? {
             Answer::Done(done) => done,
             other => bail!("the agent: no end of a command but {other:?}"),
@@ -139,7 +144,8 @@ pub struct Host {
 }
 
 impl Host {
-    /// A host in the state `ready`, with the programs found in `bins` on its PATH. Waits for a free slot.
+    /// A host in the state `ready`, with the programs found in `bins` on its PATH. Waits for a free
+    /// slot.
     pub fn acquire(guest: Guest, bins: &Path) -> Result<Self> {
         Self::open(guest, None, Some(bins), false)
     }
@@ -150,15 +156,29 @@ impl Host {
         Self::open(guest, slot, bins, true)
     }
 
-    fn open(guest: Guest, slot: Option<usize>, bins: Option<&Path>, as_it_is: bool) -> Result<Self> {
+    fn open(
+        guest: Guest,
+        slot: Option<usize>,
+        bins: Option<&Path>,
+        as_it_is: bool,
+    ) -> Result<Self> {
         let cache = Cache::open()?;
         let payload = Payload::collect(bins)?;
         let booted = Booted::ensure(&cache, guest)?;
         let (slot, lock) = take_slot(&cache, guest, slot)?;
         let ready = format!("ready-{}", payload.key);
         let image = booted.image.clone();
-        let mut host = Self { guest, slot, channel: None, ready, image, threads: Threads::One, _lock: lock };
-        host.up(&booted, &payload, as_it_is).with_context(|| format!("{guest}: no lab host"))?;
+        let mut host = Self {
+            guest,
+            slot,
+            channel: None,
+            ready,
+            image,
+            threads: Threads::One,
+            _lock: lock,
+        };
+        host.up(&booted, &payload, as_it_is)
+            .with_context(|| format!("{guest}: no lab host"))?;
         Ok(host)
     }
 
@@ -186,14 +206,19 @@ impl Host {
     }
 
     fn states(&self) -> Result<Vec<String>> {
-        let listing = tool::run(setup::command("qemu-img").args(["snapshot", "-U", "-l"]).arg(self.slot.disk()))?;
+        let listing = tool::run(
+            setup::command("qemu-img")
+                .args(["snapshot", "-U", "-l"])
+                .arg(self.slot.disk()),
+        )?;
         Ok(tags(&listing))
     }
 
     /// Back to the state kept under this name.
     ///
     /// In a new process: QEMU's emulated TSC never goes back within one (`cpu_ticks_prev` in its
-    /// cpu-timers.c), so that after a mere `loadvm` the guest's clock would leap ahead of its timers.
+    /// cpu-timers.c), so that after a mere `loadvm` the guest's clock would leap ahead of its
+    /// timers.
     pub fn load(&mut self, name: &str) -> Result<()> {
         self.channel = None;
         self.slot.kill()?;
@@ -227,26 +252,46 @@ impl Host {
     /// Starts a program and goes on; it is killed after `patience`.
     pub fn spawn(&self, argv: &[&str], patience: Duration) -> Result<Job> {
         let argv = argv.iter().map(|&word| word.to_owned()).collect();
-        self.start(Run { argv, ..Run::default() }, patience)
+        self.start(
+            Run {
+                argv,
+                ..Run::default()
+            },
+            patience,
+        )
     }
 
     /// Starts a program with input and variables of its own.
     pub fn start(&self, run: Run, patience: Duration) -> Result<Job> {
         let timeout_ms = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX);
         let pending = self.channel()?.ask(Ask::Run(Run { timeout_ms, ..run }))?;
-        Ok(Job { pending, patience, slot: self.slot.clone() })
+        Ok(Job {
+            pending,
+            patience,
+            slot: self.slot.clone(),
+        })
     }
 
     /// Writes a file in the lab host; one under /proc or /sys must be there already.
     pub fn put(&self, path: &str, data: &[u8], mode: u32) -> Result<()> {
-        let ask = Ask::Put { path: path.to_owned(), mode, data: Bytes(data.to_vec()) };
+        let ask = Ask::Put {
+            path: path.to_owned(),
+            mode,
+            data: Bytes(data.to_vec()),
+        };
         self.channel()?.ask(ask)?.wait(PATIENCE)?;
         Ok(())
     }
 
     /// Reads a file in the lab host.
     pub fn get(&self, path: &str) -> Result<Vec<u8>> {
-        match self.channel()?.ask(Ask::Get { path: path.to_owned() })?.wait(PATIENCE)? {
+        match self
+            .channel()?
+            .ask(Ask::Get {
+                path: path.to_owned(),
+            })?
+            .wait(PATIENCE)?
+        {
             Answer::Content(Bytes(data)) => Ok(data),
             other => bail!("the agent: no content of {path} but {other:?}"),
         }
@@ -274,12 +319,17 @@ impl Host {
 
     /// Does what PVE does after a QEMU has gone by itself; `hook` says whether post-stop comes.
     pub fn cleanup_vm(&self, id: u32, hook: bool) -> Result<String> {
-        self.ok(&format!("qm cleanup {id} {} 2>&1", if hook { "" } else { "--no-hook" }))
+        self.ok(&format!(
+            "qm cleanup {id} {} 2>&1",
+            if hook { "" } else { "--no-hook" }
+        ))
     }
 
     /// The state of the whole host now.
     pub fn snapshot(&self) -> Result<HostState> {
-        Ok(HostState::parse(&self.ok(&format!("{AGENT_PATH} snapshot"))?))
+        Ok(HostState::parse(
+            &self.ok(&format!("{AGENT_PATH} snapshot"))?,
+        ))
     }
 
     /// What may still run on these CPUs but for the vCPU threads of these VMs.
@@ -289,7 +339,8 @@ impl Host {
         serde_json::from_str(&json).context("the agent's list of strays: not as expected")
     }
 
-    /// What the kernel said where it broke since the host was reset, through no fault of its own but of the emulator's.
+    /// What the kernel said where it broke since the host was reset, through no fault of its own
+    /// but of the emulator's.
     pub fn emulator_fault(&self) -> Option<String> {
         fault_in(&self.slot.console_tail(1000))
     }
@@ -305,11 +356,15 @@ impl Host {
     }
 
     fn channel(&self) -> Result<&Channel> {
-        self.channel.as_ref().ok_or_else(|| anyhow!("the lab host lost its agent: reset it"))
+        self.channel
+            .as_ref()
+            .ok_or_else(|| anyhow!("the lab host lost its agent: reset it"))
     }
 
     fn connect(&mut self, patience: Duration) -> Result<()> {
-        self.channel = Some(Channel::connect(&self.slot.agent(), patience).with_context(|| told_of(&self.slot))?);
+        self.channel = Some(
+            Channel::connect(&self.slot.agent(), patience).with_context(|| told_of(&self.slot))?,
+        );
         Ok(())
     }
 
@@ -322,12 +377,15 @@ impl Host {
             let _ = fs::remove_file(&key);
             cache::make(self.slot.folder())?;
             let mut copy = setup::command("cp");
-            copy.args(["--reflink=auto", "--sparse=always"]).args([&booted.disk, &self.slot.disk()]);
+            copy.args(["--reflink=auto", "--sparse=always"])
+                .args([&booted.disk, &self.slot.disk()]);
             tool::run(&mut copy)?;
             cache::write(&key, &booted.key)?;
         }
         if !self.has(&self.ready)? {
-            return self.make_ready(payload).with_context(|| told_of(&self.slot));
+            return self
+                .make_ready(payload)
+                .with_context(|| told_of(&self.slot));
         }
         if as_it_is && self.slot.pid().is_some() {
             self.slot.qmp()?.execute("cont", json!({}))?;
@@ -342,13 +400,20 @@ impl Host {
     fn make_ready(&mut self, payload: &Payload) -> Result<()> {
         self.slot.kill()?;
         for tag in self.states()?.iter().filter(|tag| *tag != BOOTED) {
-            tool::run(setup::command("qemu-img").args(["snapshot", "-d", tag]).arg(self.slot.disk()))?;
+            tool::run(
+                setup::command("qemu-img")
+                    .args(["snapshot", "-d", tag])
+                    .arg(self.slot.disk()),
+            )?;
         }
         payload.hand_in(&self.slot)?;
         self.load(BOOTED)?;
         // The restart ends the agent before it can answer.
         self.ok("rm -rf /opt/pinfold/bin/*")?;
-        drop(self.spawn(&["systemctl", "restart", "--no-block", "lab-agent"], PATIENCE)?);
+        drop(self.spawn(
+            &["systemctl", "restart", "--no-block", "lab-agent"],
+            PATIENCE,
+        )?);
         let deadline = Instant::now() + PATIENCE;
         loop {
             // The old agent may still answer, or be gone in the middle of it.
@@ -374,7 +439,10 @@ impl Drop for Host {
     fn drop(&mut self) {
         self.channel = None;
         // An idle host need not use the machine; a dead one cannot.
-        let _ = self.slot.qmp().and_then(|mut qmp| qmp.execute("stop", json!({})));
+        let _ = self
+            .slot
+            .qmp()
+            .and_then(|mut qmp| qmp.execute("stop", json!({})));
     }
 }
 
@@ -396,7 +464,9 @@ impl Booted {
         if !booted.disk.exists() {
             let _booter = cache.lock(&format!("booted/{guest}.lock"), SLOT_PATIENCE)?;
             if !booted.disk.exists() {
-                booted.boot(cache, guest).with_context(|| format!("{guest}: cannot boot"))?;
+                booted
+                    .boot(cache, guest)
+                    .with_context(|| format!("{guest}: cannot boot"))?;
             }
         }
         Ok(booted)
@@ -407,7 +477,9 @@ impl Booted {
         slot.kill()?;
         Payload::collect(None)?.hand_in(&slot)?;
         let mut create = setup::command("qemu-img");
-        create.args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"]).args([&self.image.disk(), &slot.disk()]);
+        create
+            .args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"])
+            .args([&self.image.disk(), &slot.disk()]);
         for tries_left in (0..BOOT_TRIES).rev() {
             tool::run(&mut create)?;
             slot.start(&self.image, Threads::One)?;
@@ -421,7 +493,8 @@ impl Booted {
                 }
             }
         }
-        fs::rename(slot.disk(), &self.disk).with_context(|| format!("{}: cannot make", self.disk.display()))
+        fs::rename(slot.disk(), &self.disk)
+            .with_context(|| format!("{}: cannot make", self.disk.display()))
     }
 }
 
@@ -430,15 +503,26 @@ fn settle(slot: &Slot) -> Result<()> {
     let deadline = Instant::now() + BOOT_PATIENCE;
     let channel = loop {
         match Channel::connect(&slot.agent(), GREETING_PATIENCE) {
-            Err(error) if Instant::now() > deadline || slot.console_tail(1000).contains(HUNG) => return Err(error),
+            Err(error) if Instant::now() > deadline || slot.console_tail(1000).contains(HUNG) => {
+                return Err(error);
+            }
             Err(_) => thread::sleep(POLL),
             Ok(channel) => break channel,
         }
     };
     let argv = ["/bin/sh", "-c", SETTLE].map(str::to_owned).to_vec();
     let timeout_ms = u64::try_from(BOOT_PATIENCE.as_millis()).unwrap_or(u64::MAX);
-    let pending = channel.ask(Ask::Run(Run { argv, timeout_ms, ..Run::default() }))?;
-    let output = Job { pending, patience: BOOT_PATIENCE, slot: slot.clone() }.wait()?;
+    let pending = channel.ask(Ask::Run(Run {
+        argv,
+        timeout_ms,
+        ..Run::default()
+    }))?;
+    let output = Job {
+        pending,
+        patience: BOOT_PATIENCE,
+        slot: slot.clone(),
+    }
+    .wait()?;
     if !output.success() {
         bail!("it did not settle: {}", told(&output));
     }
@@ -454,7 +538,10 @@ struct Payload {
 
 impl Payload {
     fn collect(bins: Option<&Path>) -> Result<Self> {
-        let mut files = vec![(agent_binary()?, PathBuf::from("usr/local/lib/pinfold-lab/lab-agent"))];
+        let mut files = vec![(
+            agent_binary()?,
+            PathBuf::from("usr/local/lib/pinfold-lab/lab-agent"),
+        )];
         for program in bins.map_or_else(|| Ok(Vec::new()), programs)? {
             let name = program.file_name().unwrap_or_default();
             let place = Path::new("opt/pinfold/bin").join(name);
@@ -465,7 +552,10 @@ impl Payload {
             parts.push(place.as_os_str().as_encoded_bytes().to_vec());
             parts.push(cache::read(source)?);
         }
-        Ok(Self { key: cache::key(parts), files })
+        Ok(Self {
+            key: cache::key(parts),
+            files,
+        })
     }
 
     fn hand_in(&self, slot: &Slot) -> Result<()> {
@@ -475,7 +565,8 @@ impl Payload {
         for (source, place) in &self.files {
             let target = tree.join(place);
             target.parent().map_or(Ok(()), cache::make)?;
-            fs::copy(source, &target).with_context(|| format!("{}: cannot copy", source.display()))?;
+            fs::copy(source, &target)
+                .with_context(|| format!("{}: cannot copy", source.display()))?;
         }
         cache::write(&tree.join("usr/local/lib/pinfold-lab/key"), &self.key)?;
         slot.write_payload(&tree)?;
@@ -485,16 +576,21 @@ impl Payload {
 
 /// The programs in a build folder: executable files without an extension, the lab's own left out.
 fn programs(folder: &Path) -> Result<Vec<PathBuf>> {
-    let entries =
-        fs::read_dir(folder).with_context(|| format!("{}: cannot list the programs to test", folder.display()))?;
-    let executable =
-        |path: &PathBuf| fs::metadata(path).is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0);
+    let entries = fs::read_dir(folder)
+        .with_context(|| format!("{}: cannot list the programs to test", folder.display()))?;
+    let executable = |path: &PathBuf| {
+        fs::metadata(path)
+            .is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0)
+    };
     let own = |path: &PathBuf| {
-        path.extension().is_some() || [Some(OsStr::new("lab")), Some(OsStr::new(AGENT))].contains(&path.file_name())
+        path.extension().is_some()
+            || [Some(OsStr::new("lab")), Some(OsStr::new(AGENT))].contains(&path.file_name())
     };
     let mut programs = Vec::new();
     for entry in entries {
-        let path = entry.with_context(|| format!("{}: cannot list", folder.display()))?.path();
+        let path = entry
+            .with_context(|| format!("{}: cannot list", folder.display()))?
+            .path();
         if executable(&path) && !own(&path) {
             programs.push(path);
         }
@@ -509,12 +605,26 @@ fn agent_binary() -> Result<PathBuf> {
         return Ok(path.into());
     }
     let own = std::env::current_exe().context("cannot tell where this program is")?;
-    let found = own.ancestors().skip(1).take(2).map(|folder| folder.join(AGENT)).find(|path| path.is_file());
-    found.ok_or_else(|| anyhow!("{AGENT}: not built beside {}: run `cargo build -p pinfold-lab`", own.display()))
+    let found = own
+        .ancestors()
+        .skip(1)
+        .take(2)
+        .map(|folder| folder.join(AGENT))
+        .find(|path| path.is_file());
+    found.ok_or_else(|| {
+        anyhow!(
+            "{AGENT}: not built beside {}: run `cargo build -p pinfold-lab`",
+            own.display()
+        )
+    })
 }
 
 fn slots() -> usize {
-    std::env::var("PINFOLD_LAB_SLOTS").ok().and_then(|n| n.parse().ok()).unwrap_or(SLOTS).max(1)
+    std::env::var("PINFOLD_LAB_SLOTS")
+        .ok()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(SLOTS)
+        .max(1)
 }
 
 fn slot_folder(guest: Guest, number: usize) -> String {
@@ -548,10 +658,21 @@ fn take_slot(cache: &Cache, guest: Guest, wanted: Option<usize>) -> Result<(Slot
 
 /// The slots there are, with the process of each that runs.
 pub fn all_slots(cache: &Cache) -> Vec<(String, Slot)> {
-    let folders = ["hosts", "booted"].into_iter().filter_map(|parent| fs::read_dir(cache.path(parent)).ok());
-    let folders = folders.flatten().flatten().filter(|entry| entry.path().is_dir());
-    let mut slots: Vec<_> =
-        folders.map(|entry| (entry.file_name().to_string_lossy().into_owned(), Slot::new(entry.path()))).collect();
+    let folders = ["hosts", "booted"]
+        .into_iter()
+        .filter_map(|parent| fs::read_dir(cache.path(parent)).ok());
+    let folders = folders
+        .flatten()
+        .flatten()
+        .filter(|entry| entry.path().is_dir());
+    let mut slots: Vec<_> = folders
+        .map(|entry| {
+            (
+                entry.file_name().to_string_lossy().into_owned(),
+                Slot::new(entry.path()),
+            )
+        })
+        .collect();
     slots.sort_by(|a, b| a.0.cmp(&b.0));
     slots
 }
@@ -562,28 +683,42 @@ fn told(output: &Output) -> String {
         (_, Some(code), _) => format!("exit code {code}"),
         (_, _, signal) => format!("signal {}", signal.unwrap_or_default()),
     };
-    format!("{end}\nstdout: {}\nstderr: {}", output.stdout.trim_end(), output.stderr.trim_end())
+    format!(
+        "{end}\nstdout: {}\nstderr: {}",
+        output.stdout.trim_end(),
+        output.stderr.trim_end()
+    )
 }
 
 /// What a host last showed, for an error.
 fn told_of(slot: &Slot) -> String {
-    let life = if slot.pid().is_some() { "runs" } else { "is gone" };
+    let life = if slot.pid().is_some() {
+        "runs"
+    } else {
+        "is gone"
+    };
     let (said, shown) = (slot.last_words(), slot.console_tail(CONSOLE_LINES));
     format!("its QEMU {life}; QEMU's last words:\n{said}\nlast lines of its console:\n{shown}\n")
 }
 
 /// The kernel's report of [`EMULATOR_FAULT`], its first lines.
 fn fault_in(console: &str) -> Option<String> {
-    let report = console.lines().skip_while(|line| !line.contains(EMULATOR_FAULT));
+    let report = console
+        .lines()
+        .skip_while(|line| !line.contains(EMULATOR_FAULT));
     let text = report.take(4).collect::<Vec<_>>().join("\n");
     (!text.is_empty()).then_some(text)
 }
 
 /// The tags in what `qemu-img snapshot -l` prints, whose lines are `ID TAG SIZE DATE ...`.
 fn tags(listing: &str) -> Vec<String> {
-    let lines = listing.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let lines = listing
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>());
     let snapshots = lines.filter(|words| words.len() > 4 && words.first() != Some(&"ID"));
-    snapshots.filter_map(|words| words.get(1).map(|&tag| tag.to_owned())).collect()
+    snapshots
+        .filter_map(|words| words.get(1).map(|&tag| tag.to_owned()))
+        .collect()
 }
 
 #[cfg(test)]
@@ -604,19 +739,30 @@ mod tests {
     fn the_emulators_fault_is_told_from_the_kernels_own() {
         let console = "[    1.0] Linux\n[   97.1] Oops: int3: 0000 [#1] PREEMPT SMP NOPTI\n[   97.1] CPU: 2\n";
         assert_eq!(fault_in(console).unwrap().lines().count(), 2);
-        assert_eq!(fault_in("[   97.1] BUG: kernel NULL pointer dereference\n[   97.1] Oops: 0002 [#1]\n"), None);
+        assert_eq!(
+            fault_in("[   97.1] BUG: kernel NULL pointer dereference\n[   97.1] Oops: 0002 [#1]\n"),
+            None
+        );
     }
 
     #[test]
     fn programs_are_told_from_what_lies_beside_them() {
         let folder = tempfile::tempdir().unwrap();
-        for (name, mode) in [("hook", 0o755), ("pin-irqs", 0o755), ("hook.d", 0o755), ("notes", 0o644), ("lab", 0o755)]
-        {
+        for (name, mode) in [
+            ("hook", 0o755),
+            ("pin-irqs", 0o755),
+            ("hook.d", 0o755),
+            ("notes", 0o644),
+            ("lab", 0o755),
+        ] {
             let path = folder.path().join(name);
             fs::write(&path, "").unwrap();
             fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
         }
         let found = programs(folder.path()).unwrap();
-        assert_eq!(found, ["hook", "pin-irqs"].map(|name| folder.path().join(name)));
+        assert_eq!(
+            found,
+            ["hook", "pin-irqs"].map(|name| folder.path().join(name))
+        );
     }
 }

@@ -36,8 +36,16 @@ const BUILD_PATIENCE: Duration = Duration::from_secs(1800);
 
 /// Hooks of mmdebstrap, in the order they run.
 const HOOKS: [(&str, &str, &str); 3] = [
-    ("essential", "initramfs.sh", include_str!("../image/initramfs.sh")),
-    ("customize", "customize.sh", include_str!("../image/customize.sh")),
+    (
+        "essential",
+        "initramfs.sh",
+        include_str!("../image/initramfs.sh"),
+    ),
+    (
+        "customize",
+        "customize.sh",
+        include_str!("../image/customize.sh"),
+    ),
     ("customize", "pack.sh", include_str!("../image/pack.sh")),
 ];
 
@@ -50,17 +58,27 @@ pub struct Image {
 }
 
 impl Image {
-    /// The image of this guest: the kept one, or built now. Builders of the same image wait for one another.
+    /// The image of this guest: the kept one, or built now. Builders of the same image wait for one
+    /// another.
     pub fn ensure(cache: &Cache, guest: Guest) -> Result<Self> {
-        let recipe = HOOKS.map(|(_, _, text)| text).into_iter().chain(PACKAGES.iter().copied());
-        let key = cache::key(recipe.chain([guest.name(), SIZE]).chain(guest.suites().iter().skip(1).copied()));
+        let recipe = HOOKS
+            .map(|(_, _, text)| text)
+            .into_iter()
+            .chain(PACKAGES.iter().copied());
+        let key = cache::key(
+            recipe
+                .chain([guest.name(), SIZE])
+                .chain(guest.suites().iter().skip(1).copied()),
+        );
         let folder = cache.path(format!("images/{guest}-{key}"));
         let image = Self { key, folder };
         if !image.disk().exists() {
             let _builder = cache.lock(&format!("images/{guest}.lock"), BUILD_PATIENCE)?;
             if !image.disk().exists() {
                 setup::ensure(cache)?;
-                image.build(guest).with_context(|| format!("{guest}: cannot build its image"))?;
+                image
+                    .build(guest)
+                    .with_context(|| format!("{guest}: cannot build its image"))?;
             }
         }
         Ok(image)
@@ -84,9 +102,21 @@ impl Image {
     fn build(&self, guest: Guest) -> Result<()> {
         cache::make(&self.folder)?;
         let mut command = tool::as_root("env")?;
-        command.arg(format!("PATH={}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default()));
-        command.args([&format!("OUT={}", self.folder.display()), &format!("SIZE={SIZE}"), "mmdebstrap"]);
-        command.args(["--quiet", "--mode=root", "--variant=minbase", "--format=null"]);
+        command.arg(format!(
+            "PATH={}:/usr/sbin:/sbin",
+            std::env::var("PATH").unwrap_or_default()
+        ));
+        command.args([
+            &format!("OUT={}", self.folder.display()),
+            &format!("SIZE={SIZE}"),
+            "mmdebstrap",
+        ]);
+        command.args([
+            "--quiet",
+            "--mode=root",
+            "--variant=minbase",
+            "--format=null",
+        ]);
         command.arg("--aptopt=APT::Install-Recommends \"false\"");
         command.arg(format!("--include={}", PACKAGES.join(",")));
         for (phase, name, text) in HOOKS {
@@ -97,18 +127,33 @@ impl Image {
         }
         let mirror = std::env::var("PINFOLD_LAB_MIRROR").unwrap_or_else(|_| MIRROR.to_owned());
         let suites = guest.suites();
-        let (Some(first), Some(last)) = (suites.first(), suites.last()) else { bail!("{guest}: no suite") };
+        let (Some(first), Some(last)) = (suites.first(), suites.last()) else {
+            bail!("{guest}: no suite")
+        };
         let pin = format!("Package: linux-*\nPin: release n={last}\nPin-Priority: 990\n");
         cache::write(&self.folder.join("kernel.pref"), pin)?;
-        let pin = format!("copy-in {}/kernel.pref /etc/apt/preferences.d", self.folder.display());
-        command.arg("--setup-hook=mkdir -p \"$1/etc/apt/preferences.d\"").arg(format!("--setup-hook={pin}"));
-        command.args([first, "/dev/null"]).args(suites.iter().map(|suite| format!("deb {mirror} {suite} main")));
+        let pin = format!(
+            "copy-in {}/kernel.pref /etc/apt/preferences.d",
+            self.folder.display()
+        );
+        command
+            .arg("--setup-hook=mkdir -p \"$1/etc/apt/preferences.d\"")
+            .arg(format!("--setup-hook={pin}"));
+        command.args([first, "/dev/null"]).args(
+            suites
+                .iter()
+                .map(|suite| format!("deb {mirror} {suite} main")),
+        );
         tool::run(&mut command)?;
         let own = format!("{}:{}", nix::unistd::getuid(), nix::unistd::getgid());
         tool::run(tool::as_root("chown")?.args(["-R", &own]).arg(&self.folder))?;
         let raw = self.folder.join("root.raw");
         let part = self.folder.join("root.part");
-        tool::run(setup::command("qemu-img").args(["convert", "-O", "qcow2"]).args([&raw, &part]))?;
+        tool::run(
+            setup::command("qemu-img")
+                .args(["convert", "-O", "qcow2"])
+                .args([&raw, &part]),
+        )?;
         fs::remove_file(&raw).with_context(|| format!("{}: cannot remove", raw.display()))?;
         // The last step: an image that is there is whole.
         fs::rename(&part, self.disk()).with_context(|| format!("{}: cannot rename", part.display()))
@@ -117,5 +162,6 @@ impl Image {
 
 fn make_executable(path: &Path) -> Result<()> {
     let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    fs::set_permissions(path, mode).with_context(|| format!("{}: cannot make executable", path.display()))
+    fs::set_permissions(path, mode)
+        .with_context(|| format!("{}: cannot make executable", path.display()))
 }

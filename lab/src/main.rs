@@ -104,7 +104,9 @@ fn main() -> ExitCode {
 fn beside(bins: Option<PathBuf>) -> Result<PathBuf> {
     match bins {
         Some(bins) => Ok(bins),
-        None => Ok(std::env::current_exe()?.parent().map_or_else(PathBuf::new, PathBuf::from)),
+        None => Ok(std::env::current_exe()?
+            .parent()
+            .map_or_else(PathBuf::new, PathBuf::from)),
     }
 }
 
@@ -123,7 +125,12 @@ fn act(args: Args) -> Result<ExitCode> {
         }
         Cmd::Up(place) => {
             let host = place.host()?;
-            writeln!(out, "{} is up in {}", host.guest, host.slot().folder().display())?;
+            writeln!(
+                out,
+                "{} is up in {}",
+                host.guest,
+                host.slot().folder().display()
+            )?;
         }
         Cmd::Demo { bins } => demo::run(&beside(bins)?, &mut out)?,
         Cmd::Picture { file, bins } => demo::picture(&beside(bins)?, &file)?,
@@ -135,7 +142,9 @@ fn act(args: Args) -> Result<ExitCode> {
             out.write_all(output.stdout.as_bytes())?;
             std::io::stderr().write_all(output.stderr.as_bytes())?;
             let code = output.code.or(output.signal.map(|signal| 128 + signal));
-            return Ok(code.and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from));
+            return Ok(code
+                .and_then(|code| u8::try_from(code).ok())
+                .map_or(ExitCode::FAILURE, ExitCode::from));
         }
         Cmd::Console(place) => console::join(place.host()?.slot())?,
         Cmd::Status => status(&Cache::open()?, &mut out)?,
@@ -144,7 +153,8 @@ fn act(args: Args) -> Result<ExitCode> {
             let cache = Cache::open()?;
             down(&cache)?;
             let folder = cache.path("");
-            fs::remove_dir_all(&folder).with_context(|| format!("{}: cannot remove", folder.display()))?;
+            fs::remove_dir_all(&folder)
+                .with_context(|| format!("{}: cannot remove", folder.display()))?;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -152,12 +162,24 @@ fn act(args: Args) -> Result<ExitCode> {
 
 fn status(cache: &Cache, out: &mut impl Write) -> Result<()> {
     for (name, slot) in all_slots(cache) {
-        let process = slot.pid().map_or_else(|| "not running".to_owned(), |pid| format!("QEMU is process {pid}"));
-        writeln!(out, "host   {name:<12} {process}, {}", slot.folder().display())?;
+        let process = slot.pid().map_or_else(
+            || "not running".to_owned(),
+            |pid| format!("QEMU is process {pid}"),
+        );
+        writeln!(
+            out,
+            "host   {name:<12} {process}, {}",
+            slot.folder().display()
+        )?;
     }
     for kind in ["images", "booted"] {
-        let entries = fs::read_dir(cache.path(kind)).into_iter().flatten().flatten();
-        let mut names: Vec<_> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+        let entries = fs::read_dir(cache.path(kind))
+            .into_iter()
+            .flatten()
+            .flatten();
+        let mut names: Vec<_> = entries
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .collect();
         names.retain(|name| name.contains('-'));
         names.sort();
         for name in names {
@@ -168,5 +190,7 @@ fn status(cache: &Cache, out: &mut impl Write) -> Result<()> {
 }
 
 fn down(cache: &Cache) -> Result<()> {
-    all_slots(cache).iter().try_for_each(|(name, slot)| slot.kill().with_context(|| format!("host {name}")))
+    all_slots(cache)
+        .iter()
+        .try_for_each(|(name, slot)| slot.kill().with_context(|| format!("host {name}")))
 }

@@ -23,7 +23,11 @@ pub fn draw() -> Result<String> {
     for thread in proc::threads() {
         let cpus: Cpus = thread.cpus.parse()?;
         let pinned = cpus.0.len() == 1 && thread.comm.starts_with("CPU ");
-        for (_, cpu) in host.iter_mut().enumerate().filter(|(number, _)| has(&cpus, *number)) {
+        for (_, cpu) in host
+            .iter_mut()
+            .enumerate()
+            .filter(|(number, _)| has(&cpus, *number))
+        {
             match (thread.kernel, thread.bound, pinned) {
                 (true, true, _) => {}
                 (true, false, _) => cpu.kthreads += 1,
@@ -32,15 +36,25 @@ pub fn draw() -> Result<String> {
             }
         }
     }
-    for irq in names("/proc/irq").iter().filter(|name| name.parse::<u32>().is_ok()) {
+    for irq in names("/proc/irq")
+        .iter()
+        .filter(|name| name.parse::<u32>().is_ok())
+    {
         let own = format!("/proc/irq/{irq}");
-        let handled = names(&own).iter().any(|name| std::path::Path::new(&own).join(name).is_dir());
+        let handled = names(&own)
+            .iter()
+            .any(|name| std::path::Path::new(&own).join(name).is_dir());
         // A managed queue's file is read-only, or it has one CPU and its neighbours the others.
-        let movable =
-            std::fs::metadata(format!("{own}/smp_affinity_list")).is_ok_and(|file| !file.permissions().readonly());
-        let cpus: Cpus = read(format!("{own}/smp_affinity_list")).unwrap_or_default().parse()?;
+        let movable = std::fs::metadata(format!("{own}/smp_affinity_list"))
+            .is_ok_and(|file| !file.permissions().readonly());
+        let cpus: Cpus = read(format!("{own}/smp_affinity_list"))
+            .unwrap_or_default()
+            .parse()?;
         if handled && movable {
-            host.iter_mut().enumerate().filter(|(number, _)| has(&cpus, *number)).for_each(|(_, cpu)| cpu.irqs += 1);
+            host.iter_mut()
+                .enumerate()
+                .filter(|(number, _)| has(&cpus, *number))
+                .for_each(|(_, cpu)| cpu.irqs += 1);
         }
     }
     Ok(picture(&host))
@@ -52,16 +66,31 @@ fn has(cpus: &Cpus, number: usize) -> bool {
 
 /// `CPU 3/KVM` is vCPU 3.
 fn vcpu(comm: &str) -> String {
-    let number = comm.trim_start_matches("CPU ").split('/').next().unwrap_or_default();
+    let number = comm
+        .trim_start_matches("CPU ")
+        .split('/')
+        .next()
+        .unwrap_or_default();
     format!("vCPU {number}")
 }
 
 fn picture(host: &[Cpu]) -> String {
-    let head = format!("{:>3} {:>7} {:>8} {:>4}  {:<8}", "CPU", "threads", "kthreads", "IRQs", "");
+    let head = format!(
+        "{:>3} {:>7} {:>8} {:>4}  {:<8}",
+        "CPU", "threads", "kthreads", "IRQs", ""
+    );
     let mut text = format!("{head} | {}\n", head.trim_end());
     let cell = |number: usize| {
-        let Cpu { threads, kthreads, irqs, vcpus } = &host[number];
-        format!("{number:>3} {threads:>7} {kthreads:>8} {irqs:>4}  {:<8}", vcpus.join(" "))
+        let Cpu {
+            threads,
+            kthreads,
+            irqs,
+            vcpus,
+        } = &host[number];
+        format!(
+            "{number:>3} {threads:>7} {kthreads:>8} {irqs:>4}  {:<8}",
+            vcpus.join(" ")
+        )
     };
     for row in (0..6).chain(12..18) {
         // Writing to a String cannot fail.
@@ -81,7 +110,13 @@ mod tests {
         host[0].threads = 61;
         let text = picture(&host);
         assert_eq!(text.lines().count(), 13);
-        assert!(text.contains("\n  0      61        0    0           |   6       0        0    0\n"), "{text}");
-        assert!(text.contains(" |  18       0        0    0  vCPU 1\n"), "{text}");
+        assert!(
+            text.contains("\n  0      61        0    0           |   6       0        0    0\n"),
+            "{text}"
+        );
+        assert!(
+            text.contains(" |  18       0        0    0  vCPU 1\n"),
+            "{text}"
+        );
     }
 }

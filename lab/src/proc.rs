@@ -1,4 +1,5 @@
-//! Threads and small files of the running kernel. The lab's own reader: its word must not hang on the product's.
+//! Threads and small files of the running kernel. The lab's own reader: its word must not hang on
+//! the product's.
 
 use std::fs;
 use std::path::Path;
@@ -33,7 +34,9 @@ pub fn threads() -> Vec<Thread> {
     pids.sort_unstable();
     let mut threads = Vec::new();
     for pid in pids {
-        let Some(leader) = thread(pid, pid) else { continue };
+        let Some(leader) = thread(pid, pid) else {
+            continue;
+        };
         if leader.kernel {
             threads.push(leader);
             continue;
@@ -49,7 +52,9 @@ fn thread(pid: i32, tid: i32) -> Option<Thread> {
     let stat = read(format!("/proc/{pid}/task/{tid}/stat"))?;
     let status = read(format!("/proc/{pid}/task/{tid}/status"))?;
     let (comm, parent, flags) = parse_stat(&stat)?;
-    let cpus = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
+    let cpus = status
+        .lines()
+        .find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
     Some(Thread {
         pid,
         tid,
@@ -66,13 +71,20 @@ fn parse_stat(stat: &str) -> Option<(&str, i32, u32)> {
     let (head, rest) = stat.rsplit_once(") ")?;
     let (_, comm) = head.split_once(" (")?;
     let mut fields = rest.split(' ');
-    Some((comm, fields.nth(1)?.parse().ok()?, fields.nth(4)?.parse().ok()?))
+    Some((
+        comm,
+        fields.nth(1)?.parse().ok()?,
+        fields.nth(4)?.parse().ok()?,
+    ))
 }
 
 /// The cgroup of a process, below the root of the unified hierarchy.
 pub fn cgroup(pid: i32, tid: i32) -> String {
     let text = read(format!("/proc/{pid}/task/{tid}/cgroup")).unwrap_or_default();
-    text.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or_default().to_owned()
+    text.lines()
+        .find_map(|line| line.strip_prefix("0::"))
+        .unwrap_or_default()
+        .to_owned()
 }
 
 /// A small file's text without the last newline, if it can be read.
@@ -85,13 +97,18 @@ pub fn read(path: impl AsRef<Path>) -> Option<String> {
 /// The names in a folder, in order; none if it is not there.
 pub fn names(folder: impl AsRef<Path>) -> Vec<String> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    let mut names: Vec<_> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    let mut names: Vec<_> = entries
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
     names.sort();
     names
 }
 
 fn numbers(folder: &str) -> Vec<i32> {
-    names(folder).iter().filter_map(|name| name.parse().ok()).collect()
+    names(folder)
+        .iter()
+        .filter_map(|name| name.parse().ok())
+        .collect()
 }
 
 #[cfg(test)]
@@ -112,6 +129,10 @@ mod tests {
     #[test]
     fn we_are_among_the_threads() {
         let own = std::process::id().cast_signed();
-        assert!(threads().iter().any(|thread| thread.tid == own && !thread.kernel && !thread.cpus.is_empty()));
+        assert!(
+            threads()
+                .iter()
+                .any(|thread| thread.tid == own && !thread.kernel && !thread.cpus.is_empty())
+        );
     }
 }

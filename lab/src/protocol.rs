@@ -102,7 +102,8 @@ pub struct Done {
     pub stderr: Bytes,
 }
 
-/// Bytes as a JSON string with one character (U+0000 to U+00FF) a byte: readable for text, exact for the rest.
+/// Bytes as a JSON string with one character (U+0000 to U+00FF) a byte: readable for text, exact
+/// for the rest.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Bytes(pub Vec<u8>);
 
@@ -124,7 +125,9 @@ impl<'de> Deserialize<'de> for Bytes {
         let text = String::deserialize(deserializer)?;
         let bytes = text.chars().map(|c| u8::try_from(u32::from(c)));
         let bytes: Result<_, _> = bytes.collect();
-        bytes.map(Bytes).map_err(|_| serde::de::Error::custom("a character above U+00FF"))
+        bytes
+            .map(Bytes)
+            .map_err(|_| serde::de::Error::custom("a character above U+00FF"))
     }
 }
 
@@ -142,7 +145,11 @@ mod tests {
     #[test]
     fn every_byte_survives_and_stays_on_one_line() {
         let all = Bytes((0..=255).collect());
-        let reply = Reply { session: 1, id: 2, answer: Answer::Content(all) };
+        let reply = Reply {
+            session: 1,
+            id: 2,
+            answer: Answer::Content(all),
+        };
         let line = line(&reply).unwrap();
         assert_eq!(line.iter().filter(|&&b| b == b'\n').count(), 1);
         assert_eq!(serde_json::from_slice::<Reply>(&line).unwrap(), reply);

@@ -88,8 +88,9 @@ const MACHINE: &[&str] = &[
 pub enum Threads {
     /// All in one thread, in turn: what one CPU does, no other meets half done.
     One,
-    /// Each in a thread of its own, so that where one waits for another, as for a grace period of RCU's, it waits as briefly
-    /// as on real hardware. But then QEMU 10.0 breaks now and then (docs/design.md, "The lab itself").
+    /// Each in a thread of its own, so that where one waits for another, as for a grace period of
+    /// RCU's, it waits as briefly as on real hardware. But then QEMU 10.0 breaks now and then
+    /// (docs/design.md, "The lab itself").
     Each,
 }
 
@@ -102,11 +103,17 @@ impl Threads {
     }
 }
 
-/// What decides whether a snapshot fits: the machine, its kernel line and the program that emulates it.
+/// What decides whether a snapshot fits: the machine, its kernel line and the program that emulates
+/// it.
 pub fn machine_key() -> Result<String> {
     let version = tool::run(setup::command("qemu-system-x86_64").arg("--version"))?;
-    let parts = MACHINE.iter().copied().chain([KERNEL_LINE, version.as_str(), PORT]);
-    Ok(cache::key(parts.chain([crate::acpi::source(CPUS).as_str()])))
+    let parts = MACHINE
+        .iter()
+        .copied()
+        .chain([KERNEL_LINE, version.as_str(), PORT]);
+    Ok(cache::key(
+        parts.chain([crate::acpi::source(CPUS).as_str()]),
+    ))
 }
 
 /// A folder with all that one host process has.
@@ -156,12 +163,19 @@ impl Slot {
         cache::make(&self.0)?;
         let longest = self.console();
         if longest.as_os_str().len() > 107 {
-            bail!("{}: too long for a socket's path: set PINFOLD_LAB_CACHE to a shorter one", longest.display());
+            bail!(
+                "{}: too long for a socket's path: set PINFOLD_LAB_CACHE to a shorter one",
+                longest.display()
+            );
         }
         if !self.0.join("cpufreq.aml").exists() {
             crate::acpi::compile(CPUS, &self.0)?;
         }
-        let payload = fs::OpenOptions::new().create(true).truncate(false).write(true).open(self.payload());
+        let payload = fs::OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(self.payload());
         let payload = payload.and_then(|file| file.set_len(PAYLOAD_SIZE));
         payload.with_context(|| format!("{}: cannot make", self.payload().display()))?;
         let path = |name: &str| self.0.join(name).display().to_string().replace(',', ",,");
@@ -171,9 +185,27 @@ impl Slot {
             ("-initrd", image.initrd().display().to_string()),
             ("-append", KERNEL_LINE.to_owned()),
             ("-acpitable", format!("file={}", path("cpufreq.aml"))),
-            ("-drive", format!("if=none,id=root,file={},format=qcow2,discard=unmap,cache=unsafe", path("disk.qcow2"))),
-            ("-drive", format!("if=none,id=payload,file={},format=raw,readonly=on", path("payload.tar"))),
-            ("-chardev", format!("socket,id=agent,path={},server=on,wait=off", path("agent.sock"))),
+            (
+                "-drive",
+                format!(
+                    "if=none,id=root,file={},format=qcow2,discard=unmap,cache=unsafe",
+                    path("disk.qcow2")
+                ),
+            ),
+            (
+                "-drive",
+                format!(
+                    "if=none,id=payload,file={},format=raw,readonly=on",
+                    path("payload.tar")
+                ),
+            ),
+            (
+                "-chardev",
+                format!(
+                    "socket,id=agent,path={},server=on,wait=off",
+                    path("agent.sock")
+                ),
+            ),
             (
                 "-chardev",
                 format!(
@@ -183,18 +215,29 @@ impl Slot {
                 ),
             ),
             ("-serial", "chardev:console".to_owned()),
-            ("-qmp", format!("unix:{},server=on,wait=off", path("qmp.sock"))),
+            (
+                "-qmp",
+                format!("unix:{},server=on,wait=off", path("qmp.sock")),
+            ),
             ("-pidfile", self.pid_file().display().to_string()),
         ];
-        let log = fs::File::create(self.log()).with_context(|| format!("{}: cannot make", self.log().display()))?;
+        let log = fs::File::create(self.log())
+            .with_context(|| format!("{}: cannot make", self.log().display()))?;
         let errors = log.try_clone().context("cannot share the log")?;
-        // In a session of its own it outlives us. -daemonize would do that too, but then QEMU's last words are lost.
+        // In a session of its own it outlives us. -daemonize would do that too, but then QEMU's
+        // last words are lost.
         let mut command = setup::command("setsid");
-        command.args(["--fork", "qemu-system-x86_64", "-S"]).args(MACHINE);
+        command
+            .args(["--fork", "qemu-system-x86_64", "-S"])
+            .args(MACHINE);
         for (option, value) in options {
             command.args([option, &value]);
         }
-        let started = command.stdin(Stdio::null()).stdout(log).stderr(errors).status();
+        let started = command
+            .stdin(Stdio::null())
+            .stdout(log)
+            .stderr(errors)
+            .status();
         started.context("setsid: cannot run")?;
         let deadline = Instant::now() + START_PATIENCE;
         while self.pid().is_none() || self.qmp().is_err() {
@@ -210,7 +253,10 @@ impl Slot {
     /// What QEMU itself said last, warnings about CPU features left out.
     pub fn last_words(&self) -> String {
         let log = fs::read_to_string(self.log()).unwrap_or_default();
-        let lines: Vec<_> = log.lines().filter(|line| !line.contains(": warning: ")).collect();
+        let lines: Vec<_> = log
+            .lines()
+            .filter(|line| !line.contains(": warning: "))
+            .collect();
         tool::tail(&lines.join("\n"), 10).to_owned()
     }
 
@@ -220,7 +266,11 @@ impl Slot {
 
     /// The process, if it is ours and alive.
     pub fn pid(&self) -> Option<Pid> {
-        let pid: i32 = fs::read_to_string(self.pid_file()).ok()?.trim().parse().ok()?;
+        let pid: i32 = fs::read_to_string(self.pid_file())
+            .ok()?
+            .trim()
+            .parse()
+            .ok()?;
         let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
         let own = self.pid_file();
         command
@@ -233,7 +283,8 @@ impl Slot {
     pub fn kill(&self) -> Result<()> {
         let Some(pid) = self.pid() else { return Ok(()) };
         // A QEMU that does not answer is killed.
-        let _ = Qmp::connect(&self.qmp_socket(), QUIT_PATIENCE).and_then(|mut qmp| qmp.execute("quit", json!({})));
+        let _ = Qmp::connect(&self.qmp_socket(), QUIT_PATIENCE)
+            .and_then(|mut qmp| qmp.execute("quit", json!({})));
         for signal in [None, Some(Signal::SIGKILL)] {
             // It may have gone by itself just now.
             let _ = kill(pid, signal);
@@ -242,7 +293,11 @@ impl Slot {
                 thread::sleep(POLL);
             }
         }
-        if self.pid().is_some() { bail!("QEMU, process {pid}: does not end") } else { Ok(()) }
+        if self.pid().is_some() {
+            bail!("QEMU, process {pid}: does not end")
+        } else {
+            Ok(())
+        }
     }
 
     /// Its control socket.
@@ -262,16 +317,27 @@ impl Slot {
     pub fn write_payload(&self, tree: &Path) -> Result<()> {
         cache::make(&self.0)?;
         let files = tool::run(
-            std::process::Command::new("find").args([".", "-type", "f", "-printf", "%P\\n"]).current_dir(tree),
+            std::process::Command::new("find")
+                .args([".", "-type", "f", "-printf", "%P\\n"])
+                .current_dir(tree),
         )?;
         let mut tar = setup::command("tar");
-        tar.args(["--owner=0", "--group=0", "--numeric-owner", "-cf"]).arg(self.payload()).arg("-C").arg(tree);
+        tar.args(["--owner=0", "--group=0", "--numeric-owner", "-cf"])
+            .arg(self.payload())
+            .arg("-C")
+            .arg(tree);
         tool::run(tar.args(files.lines()))?;
         let payload = fs::OpenOptions::new().write(true).open(self.payload());
-        let payload = payload.with_context(|| format!("{}: cannot open", self.payload().display()))?;
+        let payload =
+            payload.with_context(|| format!("{}: cannot open", self.payload().display()))?;
         if payload.metadata().map_or(0, |file| file.len()) > PAYLOAD_SIZE {
-            bail!("{}: the programs are larger than {PAYLOAD_SIZE} bytes", self.payload().display());
+            bail!(
+                "{}: the programs are larger than {PAYLOAD_SIZE} bytes",
+                self.payload().display()
+            );
         }
-        payload.set_len(PAYLOAD_SIZE).with_context(|| format!("{}: cannot size", self.payload().display()))
+        payload
+            .set_len(PAYLOAD_SIZE)
+            .with_context(|| format!("{}: cannot size", self.payload().display()))
     }
 }

@@ -12,12 +12,17 @@ use std::time::Duration;
 pub struct Qmp(BufReader<UnixStream>);
 
 impl Qmp {
-    /// Connects and leaves negotiation mode. No answer takes longer than `patience`, or it is an error.
+    /// Connects and leaves negotiation mode. No answer takes longer than `patience`, or it is an
+    /// error.
     pub fn connect(socket: &Path, patience: Duration) -> Result<Self> {
-        let stream = UnixStream::connect(socket).with_context(|| format!("{}: cannot connect", socket.display()))?;
-        stream.set_read_timeout(Some(patience)).context("cannot set a timeout")?;
+        let stream = UnixStream::connect(socket)
+            .with_context(|| format!("{}: cannot connect", socket.display()))?;
+        stream
+            .set_read_timeout(Some(patience))
+            .context("cannot set a timeout")?;
         let mut qmp = Self(BufReader::new(stream));
-        qmp.read().with_context(|| format!("{}: no greeting", socket.display()))?;
+        qmp.read()
+            .with_context(|| format!("{}: no greeting", socket.display()))?;
         qmp.execute("qmp_capabilities", json!({}))?;
         Ok(qmp)
     }
@@ -25,11 +30,22 @@ impl Qmp {
     /// Runs a command; events that come meanwhile are dropped.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
         let line = json!({"execute": command, "arguments": arguments}).to_string() + "\n";
-        self.0.get_mut().write_all(line.as_bytes()).with_context(|| format!("QMP {command}: cannot send"))?;
+        self.0
+            .get_mut()
+            .write_all(line.as_bytes())
+            .with_context(|| format!("QMP {command}: cannot send"))?;
         loop {
-            let mut reply = self.read().with_context(|| format!("QMP {command}: no answer"))?;
+            let mut reply = self
+                .read()
+                .with_context(|| format!("QMP {command}: no answer"))?;
             if let Some(error) = reply.get("error") {
-                bail!("QMP {command}: {}", error.get("desc").and_then(Value::as_str).unwrap_or("failed"));
+                bail!(
+                    "QMP {command}: {}",
+                    error
+                        .get("desc")
+                        .and_then(Value::as_str)
+                        .unwrap_or("failed")
+                );
             }
             if let Some(value) = reply.get_mut("return") {
                 return Ok(value.take());
@@ -37,7 +53,8 @@ impl Qmp {
         }
     }
 
-    /// Runs a line of the human monitor and returns what it prints; `savevm` and `loadvm` print only errors.
+    /// Runs a line of the human monitor and returns what it prints; `savevm` and `loadvm` print
+    /// only errors.
     pub fn hmp(&mut self, line: &str) -> Result<String> {
         let printed = self.execute("human-monitor-command", json!({"command-line": line}))?;
         Ok(printed.as_str().unwrap_or_default().replace('\r', ""))
@@ -46,7 +63,11 @@ impl Qmp {
     /// Runs a line of the human monitor that prints nothing unless it fails.
     pub fn hmp_quiet(&mut self, line: &str) -> Result<()> {
         let printed = self.hmp(line)?;
-        if printed.trim().is_empty() { Ok(()) } else { bail!("QEMU monitor, {line}: {}", printed.trim()) }
+        if printed.trim().is_empty() {
+            Ok(())
+        } else {
+            bail!("QEMU monitor, {line}: {}", printed.trim())
+        }
     }
 
     fn read(&mut self) -> Result<Value> {
@@ -86,7 +107,10 @@ mod tests {
         let mut qmp = Qmp::connect(&socket, Duration::from_secs(5)).unwrap();
         let err = qmp.hmp_quiet("loadvm x").unwrap_err();
         assert_eq!(err.to_string(), "QEMU monitor, loadvm x: Error: no");
-        assert_eq!(qmp.execute("quit", json!({})).unwrap_err().to_string(), "QMP quit: bad");
+        assert_eq!(
+            qmp.execute("quit", json!({})).unwrap_err().to_string(),
+            "QMP quit: bad"
+        );
         server.join().unwrap();
         let err = qmp.execute("quit", json!({})).unwrap_err();
         assert!(format!("{err:#}").starts_with("QMP quit: "));

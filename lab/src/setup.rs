@@ -23,7 +23,10 @@ const PROGRAMS: [(&str, &str); 9] = [
     ("c++", "g++"),
 ];
 /// The keys that sign the guests' packages.
-const KEYRING: (&str, &str) = ("/usr/share/keyrings/debian-archive-keyring.gpg", "debian-archive-keyring");
+const KEYRING: (&str, &str) = (
+    "/usr/share/keyrings/debian-archive-keyring.gpg",
+    "debian-archive-keyring",
+);
 /// Sources for a Debian 12 machine, whose own QEMU is 7.2: used for this one call, not left behind.
 const BACKPORTS: [&str; 3] = ["bookworm", "bookworm-updates", "bookworm-backports"];
 
@@ -47,7 +50,10 @@ pub fn ensure(cache: &Cache) -> Result<Vec<&'static str>> {
 }
 
 fn missing() -> Vec<&'static str> {
-    let programs = PROGRAMS.iter().filter(|(program, _)| !on_path(program)).map(|(_, package)| *package);
+    let programs = PROGRAMS
+        .iter()
+        .filter(|(program, _)| !on_path(program))
+        .map(|(_, package)| *package);
     let keyring = (!Path::new(KEYRING.0).exists()).then_some(KEYRING.1);
     programs.chain(keyring).collect()
 }
@@ -56,12 +62,18 @@ fn missing() -> Vec<&'static str> {
 fn on_path(program: &str) -> bool {
     let path = env::var_os("PATH").unwrap_or_default();
     let system = ["/usr/sbin", "/sbin"].map(Into::into);
-    env::split_paths(&path).chain(system).any(|folder| folder.join(program).is_file())
+    env::split_paths(&path)
+        .chain(system)
+        .any(|folder| folder.join(program).is_file())
 }
 
 fn install(cache: &Cache, packages: &[&str]) -> Result<()> {
     let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
-    if release.lines().any(|line| line == "VERSION_CODENAME=bookworm") && from_backports(cache, packages).is_ok() {
+    if release
+        .lines()
+        .any(|line| line == "VERSION_CODENAME=bookworm")
+        && from_backports(cache, packages).is_ok()
+    {
         return Ok(());
     }
     apt(&[], &["update".to_owned()])?;
@@ -71,8 +83,12 @@ fn install(cache: &Cache, packages: &[&str]) -> Result<()> {
 fn from_backports(cache: &Cache, packages: &[&str]) -> Result<()> {
     let folder = cache.path("apt");
     cache::make(&folder.join("lists/partial"))?;
-    let sources =
-        BACKPORTS.map(|suite| format!("deb [signed-by={}] http://deb.debian.org/debian {suite} main\n", KEYRING.0));
+    let sources = BACKPORTS.map(|suite| {
+        format!(
+            "deb [signed-by={}] http://deb.debian.org/debian {suite} main\n",
+            KEYRING.0
+        )
+    });
     cache::write(&folder.join("sources.list"), sources.concat())?;
     let folder = folder.display();
     let options = [
@@ -85,7 +101,10 @@ fn from_backports(cache: &Cache, packages: &[&str]) -> Result<()> {
         "-oAPT::Sandbox::User=root".to_owned(),
     ];
     apt(&options, &["update".to_owned()])?;
-    apt(&options, &install_words(packages, &["qemu-system-x86", "qemu-utils"]))
+    apt(
+        &options,
+        &install_words(packages, &["qemu-system-x86", "qemu-utils"]),
+    )
 }
 
 /// `install` and its arguments; of the packages, those in `backported` are taken from backports.
@@ -96,12 +115,21 @@ fn install_words(packages: &[&str], backported: &[&str]) -> Vec<String> {
     };
     let words = ["install", "-y", "--no-install-recommends"].map(str::to_owned);
     let target = (!backported.is_empty()).then(|| "-tbookworm-backports".to_owned());
-    words.into_iter().chain(target).chain(packages.iter().map(from)).collect()
+    words
+        .into_iter()
+        .chain(target)
+        .chain(packages.iter().map(from))
+        .collect()
 }
 
 fn apt(options: &[String], words: &[String]) -> Result<()> {
     let mut command = tool::as_root("env")?;
-    command.args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq", "-oDPkg::Lock::Timeout=300"]);
+    command.args([
+        "DEBIAN_FRONTEND=noninteractive",
+        "apt-get",
+        "-qq",
+        "-oDPkg::Lock::Timeout=300",
+    ]);
     tool::run(command.args(options).args(words))?;
     Ok(())
 }
@@ -123,6 +151,9 @@ mod tests {
         let words = install_words(&["qemu-utils", "mmdebstrap"], &["qemu-utils"]);
         let wanted = "install -y --no-install-recommends -tbookworm-backports qemu-utils/bookworm-backports mmdebstrap";
         assert_eq!(words.join(" "), wanted);
-        assert_eq!(install_words(&["tar"], &[]).join(" "), "install -y --no-install-recommends tar");
+        assert_eq!(
+            install_words(&["tar"], &[]).join(" "),
+            "install -y --no-install-recommends tar"
+        );
     }
 }

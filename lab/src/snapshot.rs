@@ -14,10 +14,28 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const SYSCTLS: &[(&str, &[&str])] = &[
-    ("/proc/sys/kernel", &["watchdog", "sched", "numa_balancing", "timer_migration", "hung_task"]),
+    (
+        "/proc/sys/kernel",
+        &[
+            "watchdog",
+            "sched",
+            "numa_balancing",
+            "timer_migration",
+            "hung_task",
+        ],
+    ),
     (
         "/proc/sys/vm",
-        &["stat_interval", "dirty", "swappiness", "compaction", "nr_", "overcommit", "zone_reclaim", "min_free"],
+        &[
+            "stat_interval",
+            "dirty",
+            "swappiness",
+            "compaction",
+            "nr_",
+            "overcommit",
+            "zone_reclaim",
+            "min_free",
+        ],
     ),
 ];
 /// What reads as the last command written, not as state.
@@ -38,8 +56,7 @@ const UNIT_FOLDERS: [&str; 5] = [
     "/etc/systemd/system.control",
     "/run/pinfold",
 ];
-const UNIT_PROPERTIES: &str =
-    "Id,ActiveState,Slice,ControlGroup,Delegate,DelegateControllers,AllowedCPUs,EffectiveCPUs,AllowedMemoryNodes";
+const UNIT_PROPERTIES: &str = "Id,ActiveState,Slice,ControlGroup,Delegate,DelegateControllers,AllowedCPUs,EffectiveCPUs,AllowedMemoryNodes";
 
 /// The state of a host at one moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,23 +75,34 @@ impl HostState {
 
     /// What of this state did not come back, as [`diff`](Self::diff) has it; empty means all did.
     ///
-    /// hook's own empty folder and its lock stay until the next boot. A thread that refuses an affinity has the one that
-    /// the kernel gives it: a rescuer takes that of the last pool it helped, and nobody can set it back.
+    /// hook's own empty folder and its lock stay until the next boot. A thread that refuses an
+    /// affinity has the one that the kernel gives it: a rescuer takes that of the last pool it
+    /// helped, and nobody can set it back.
     pub fn not_restored(&self, later: &Self) -> String {
         let stays = |line: &str| {
-            line.starts_with("file /run/pinfold") || (line.starts_with("kthread ") && line.contains(" no_setaffinity "))
+            line.starts_with("file /run/pinfold")
+                || (line.starts_with("kthread ") && line.contains(" no_setaffinity "))
         };
-        self.diff(later).lines().filter(|line| !stays(&line[1..])).map(|line| format!("{line}\n")).collect()
+        self.diff(later)
+            .lines()
+            .filter(|line| !stays(&line[1..]))
+            .map(|line| format!("{line}\n"))
+            .collect()
     }
 
-    /// Lines that only one has: `-` before those of `self`, `+` before those of `later`. Empty means equal.
+    /// Lines that only one has: `-` before those of `self`, `+` before those of `later`. Empty
+    /// means equal.
     pub fn diff(&self, later: &Self) -> String {
-        let (before, after): (BTreeSet<_>, BTreeSet<_>) = (self.0.iter().collect(), later.0.iter().collect());
+        let (before, after): (BTreeSet<_>, BTreeSet<_>) =
+            (self.0.iter().collect(), later.0.iter().collect());
         let gone = before.difference(&after).map(|line| (*line, '-'));
         let come = after.difference(&before).map(|line| (*line, '+'));
         let mut lines: Vec<_> = gone.chain(come).collect();
         lines.sort();
-        lines.into_iter().map(|(line, sign)| format!("{sign}{line}\n")).collect()
+        lines
+            .into_iter()
+            .map(|(line, sign)| format!("{sign}{line}\n"))
+            .collect()
     }
 }
 
@@ -86,7 +114,8 @@ impl fmt::Display for HostState {
 
 /// Reads the state of the host we run on.
 pub fn take() -> Result<HostState> {
-    // First: when systemd answers, it has done what it had put off, as to take a controller away that no unit uses any more.
+    // First: when systemd answers, it has done what it had put off, as to take a controller away
+    // that no unit uses any more.
     let units = units()?;
     let threads = proc::threads();
     let sections = [
@@ -120,13 +149,26 @@ fn values(folder: &Path, files: impl IntoIterator<Item = impl AsRef<str>>) -> St
 
 fn irqs() -> Vec<String> {
     let folder = Path::new("/proc/irq");
-    let mut numbers: Vec<u32> = names(folder).iter().filter_map(|name| name.parse().ok()).collect();
+    let mut numbers: Vec<u32> = names(folder)
+        .iter()
+        .filter_map(|name| name.parse().ok())
+        .collect();
     numbers.sort_unstable();
-    let mut lines = vec![format!("irq default{}", values(folder, ["default_smp_affinity"]))];
+    let mut lines = vec![format!(
+        "irq default{}",
+        values(folder, ["default_smp_affinity"])
+    )];
     for number in numbers {
         let own = folder.join(number.to_string());
-        let actions: Vec<_> = names(&own).into_iter().filter(|name| own.join(name).is_dir()).collect();
-        lines.push(format!("irq {number} {:?}{}", actions.join(" "), values(&own, ["smp_affinity_list"])));
+        let actions: Vec<_> = names(&own)
+            .into_iter()
+            .filter(|name| own.join(name).is_dir())
+            .collect();
+        lines.push(format!(
+            "irq {number} {:?}{}",
+            actions.join(" "),
+            values(&own, ["smp_affinity_list"])
+        ));
     }
     lines
 }
@@ -153,31 +195,49 @@ fn lasting_name(comm: &str) -> String {
 
 fn kthreads(threads: &[Thread]) -> Vec<String> {
     let mut groups: BTreeMap<(String, bool), BTreeSet<&str>> = BTreeMap::new();
-    // A worker is bound before it works; one that is not was made this moment (kernel/workqueue.c, `create_worker`).
+    // A worker is bound before it works; one that is not was made this moment (kernel/workqueue.c,
+    // `create_worker`).
     let newborn = |thread: &&Thread| {
-        !thread.bound && ["kworker/bound", "kworker/unbound"].contains(&lasting_name(&thread.comm).as_str())
+        !thread.bound
+            && ["kworker/bound", "kworker/unbound"].contains(&lasting_name(&thread.comm).as_str())
     };
-    for thread in threads.iter().filter(|thread| thread.kernel && !newborn(thread)) {
-        groups.entry((lasting_name(&thread.comm), thread.bound)).or_default().insert(&thread.cpus);
+    for thread in threads
+        .iter()
+        .filter(|thread| thread.kernel && !newborn(thread))
+    {
+        groups
+            .entry((lasting_name(&thread.comm), thread.bound))
+            .or_default()
+            .insert(&thread.cpus);
     }
     let line = |((name, bound), masks): ((String, bool), BTreeSet<&str>)| {
         let bound = if bound { " no_setaffinity" } else { "" };
-        format!("kthread {name:?}{bound} cpus={}", masks.into_iter().collect::<Vec<_>>().join(" "))
+        format!(
+            "kthread {name:?}{bound} cpus={}",
+            masks.into_iter().collect::<Vec<_>>().join(" ")
+        )
     };
     groups.into_iter().map(line).collect()
 }
 
-/// Threads that come with an event and go a while after it: udev's workers, and journald's that syncs its file to the disk
-/// (`journald_file_set_offline_thread`).
+/// Threads that come with an event and go a while after it: udev's workers, and journald's that
+/// syncs its file to the disk (`journald_file_set_offline_thread`).
 const PASSING: [&str; 2] = ["(udev-worker)", "journal-offline"];
 
 fn tasks(threads: &[Thread]) -> Vec<String> {
     let own = own_line(threads);
-    let users = threads.iter().filter(|thread| !thread.kernel && !own.contains(&thread.pid));
+    let users = threads
+        .iter()
+        .filter(|thread| !thread.kernel && !own.contains(&thread.pid));
     let lasting = users.filter(|thread| !PASSING.contains(&thread.comm.as_str()));
     let lines: BTreeSet<_> = lasting
         .map(|thread| {
-            format!("task {:?} cgroup={} cpus={}", thread.comm, proc::cgroup(thread.pid, thread.tid), thread.cpus)
+            format!(
+                "task {:?} cgroup={} cpus={}",
+                thread.comm,
+                proc::cgroup(thread.pid, thread.tid),
+                thread.cpus
+            )
         })
         .collect();
     lines.into_iter().collect()
@@ -185,7 +245,8 @@ fn tasks(threads: &[Thread]) -> Vec<String> {
 
 /// We and those who started us, up to the agent, which stays.
 fn own_line(threads: &[Thread]) -> BTreeSet<i32> {
-    let leaders: BTreeMap<i32, &Thread> = threads.iter().map(|thread| (thread.pid, thread)).collect();
+    let leaders: BTreeMap<i32, &Thread> =
+        threads.iter().map(|thread| (thread.pid, thread)).collect();
     let mut own = BTreeSet::new();
     let mut pid = std::process::id().cast_signed();
     while let Some(process) = leaders.get(&pid) {
@@ -201,12 +262,15 @@ fn workqueues() -> Vec<String> {
     let folder = Path::new("/sys/devices/virtual/workqueue");
     let masks = ["cpumask", "cpumask_requested", "cpumask_isolated"];
     let mut lines = vec![format!("workqueue{}", values(folder, masks))];
-    let own = names(folder).into_iter().filter(|name| folder.join(name).join("cpumask").exists());
-    lines.extend(
-        own.map(|name| {
-            format!("workqueue {name}{}", values(&folder.join(&name), ["cpumask", "nice", "affinity_scope"]))
-        }),
-    );
+    let own = names(folder)
+        .into_iter()
+        .filter(|name| folder.join(name).join("cpumask").exists());
+    lines.extend(own.map(|name| {
+        format!(
+            "workqueue {name}{}",
+            values(&folder.join(&name), ["cpumask", "nice", "affinity_scope"])
+        )
+    }));
     lines
 }
 
@@ -215,7 +279,11 @@ fn cgroups(folder: &Path) -> Vec<String> {
     if folder == Path::new("/sys/fs/cgroup") {
         files.push("cpuset.cpus.isolated");
     }
-    let mut lines = vec![format!("cgroup {}{}", folder.display(), values(folder, files))];
+    let mut lines = vec![format!(
+        "cgroup {}{}",
+        folder.display(),
+        values(folder, files)
+    )];
     for name in names(folder) {
         let child = folder.join(name);
         if child.is_dir() {
@@ -227,7 +295,15 @@ fn cgroups(folder: &Path) -> Vec<String> {
 
 fn units() -> Result<Vec<String>> {
     let mut show = Command::new("systemctl");
-    show.args(["show", "--all", "-p", UNIT_PROPERTIES, "*.slice", "*.scope", "irqbalance.service"]);
+    show.args([
+        "show",
+        "--all",
+        "-p",
+        UNIT_PROPERTIES,
+        "*.slice",
+        "*.scope",
+        "irqbalance.service",
+    ]);
     let text = tool::run(&mut show).context("cannot list units")?;
     let mut lines: Vec<_> = text.split("\n\n").map(unit_line).collect();
     lines.sort();
@@ -258,18 +334,33 @@ fn list_files(path: &Path, lines: &mut Vec<String>) {
     let kind = fs::symlink_metadata(path).map(|file| file.file_type());
     if kind.as_ref().is_ok_and(fs::FileType::is_dir) {
         lines.push(format!("file {}/", path.display()));
-        names(path).into_iter().for_each(|name| list_files(&path.join(name), lines));
+        names(path)
+            .into_iter()
+            .for_each(|name| list_files(&path.join(name), lines));
     } else {
-        let content = fs::read_link(path).map(|to| to.display().to_string()).ok().or_else(|| read(path));
+        let content = fs::read_link(path)
+            .map(|to| to.display().to_string())
+            .ok()
+            .or_else(|| read(path));
         lines.push(format!("file {} {content:?}", path.display()));
     }
 }
 
 fn cpufreq() -> Vec<String> {
     let folder = Path::new("/sys/devices/system/cpu/cpufreq");
-    let files = ["affected_cpus", "scaling_driver", "scaling_governor", "scaling_min_freq", "scaling_max_freq"];
-    let policies = names(folder).into_iter().filter(|name| name.starts_with("policy"));
-    policies.map(|name| format!("cpufreq {name}{}", values(&folder.join(&name), files))).collect()
+    let files = [
+        "affected_cpus",
+        "scaling_driver",
+        "scaling_governor",
+        "scaling_min_freq",
+        "scaling_max_freq",
+    ];
+    let policies = names(folder)
+        .into_iter()
+        .filter(|name| name.starts_with("policy"));
+    policies
+        .map(|name| format!("cpufreq {name}{}", values(&folder.join(&name), files)))
+        .collect()
 }
 
 fn sysctls() -> Vec<String> {
@@ -284,20 +375,53 @@ fn sysctls() -> Vec<String> {
     let memory = Path::new("/sys/kernel/mm");
     lines.push(format!(
         "mm{}",
-        values(memory, ["transparent_hugepage/enabled", "transparent_hugepage/defrag", "ksm/run"])
+        values(
+            memory,
+            [
+                "transparent_hugepage/enabled",
+                "transparent_hugepage/defrag",
+                "ksm/run"
+            ]
+        )
     ));
     lines
 }
 
 fn cpus() -> Vec<String> {
     let folder = Path::new("/sys/devices/system/cpu");
-    vec![format!("cpus{}", values(folder, ["online", "offline", "present", "isolated", "nohz_full", "smt/control"]))]
+    vec![format!(
+        "cpus{}",
+        values(
+            folder,
+            [
+                "online",
+                "offline",
+                "present",
+                "isolated",
+                "nohz_full",
+                "smt/control"
+            ]
+        )
+    )]
 }
 
 fn pci() -> Vec<String> {
     let folder = Path::new("/sys/bus/pci/devices");
-    let files = ["vendor", "device", "class", "power/control", "driver_override", "local_cpulist", "enable"];
-    let link = |path: PathBuf| fs::read_link(path).ok()?.file_name().map(|name| name.to_string_lossy().into_owned());
+    let files = [
+        "vendor",
+        "device",
+        "class",
+        "power/control",
+        "driver_override",
+        "local_cpulist",
+        "enable",
+    ];
+    let link = |path: PathBuf| {
+        fs::read_link(path)
+            .ok()?
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+    };
     let line = |name: String| {
         let own = folder.join(&name);
         let driver = link(own.join("driver")).unwrap_or_else(|| "-".to_owned());
@@ -309,18 +433,27 @@ fn pci() -> Vec<String> {
 fn mounts() -> Vec<String> {
     let text = read("/proc/self/mountinfo").unwrap_or_default();
     // The lab's own, which CPU hotplug takes away.
-    let mounts = text.lines().filter_map(mount_line).filter(|line| !line.contains(" /sys/devices/system/cpu/"));
+    let mounts = text
+        .lines()
+        .filter_map(mount_line)
+        .filter(|line| !line.contains(" /sys/devices/system/cpu/"));
     let mut lines: Vec<_> = mounts.collect();
     lines.sort();
     lines
 }
 
-/// Of `ID PARENT DEV ROOT POINT OPTIONS [TAGS] - TYPE SOURCE SUPER`, what says what is mounted where and how.
+/// Of `ID PARENT DEV ROOT POINT OPTIONS [TAGS] - TYPE SOURCE SUPER`, what says what is mounted
+/// where and how.
 fn mount_line(line: &str) -> Option<String> {
     let (own, file_system) = line.split_once(" - ")?;
     let fields: Vec<_> = own.split(' ').collect();
-    let [_, _, _, root, point, options, ..] = fields.as_slice() else { return None };
-    Some(format!("mount {point} {root} {options} {}", file_system.split(' ').take(2).collect::<Vec<_>>().join(" ")))
+    let [_, _, _, root, point, options, ..] = fields.as_slice() else {
+        return None;
+    };
+    Some(format!(
+        "mount {point} {root} {options} {}",
+        file_system.split(' ').take(2).collect::<Vec<_>>().join(" ")
+    ))
 }
 
 #[cfg(test)]
@@ -358,7 +491,10 @@ mod tests {
             "unit Id=a.slice AllowedCPUs= Slice=-.slice"
         );
         let line = "25 30 0:22 / /sys rw,nosuid shared:7 - sysfs sysfs rw";
-        assert_eq!(mount_line(line).as_deref(), Some("mount /sys / rw,nosuid sysfs sysfs"));
+        assert_eq!(
+            mount_line(line).as_deref(),
+            Some("mount /sys / rw,nosuid sysfs sysfs")
+        );
         assert_eq!(mount_line("garbage"), None);
     }
 }

@@ -1,4 +1,5 @@
-//! What may still run on a set of CPUs, looked up independently of the product: the tests' yardstick.
+//! What may still run on a set of CPUs, looked up independently of the product: the tests'
+//! yardstick.
 
 use crate::cpus::Cpus;
 use crate::proc::{self, names, read};
@@ -19,7 +20,8 @@ pub struct Strays {
     pub kworkers: Vec<Stray>,
     /// IRQs that can be moved and whose mask holds one of the CPUs.
     pub irqs: Vec<Irq>,
-    /// IRQs whose mask holds none of the CPUs, while the kernel still has their next interrupt, which moves them, come there.
+    /// IRQs whose mask holds none of the CPUs, while the kernel still has their next interrupt,
+    /// which moves them, come there.
     pub moving: Vec<Irq>,
     /// `/proc/irq/default_smp_affinity`, where it holds one of the CPUs.
     pub default_irq_mask: Option<String>,
@@ -60,8 +62,16 @@ pub struct Irq {
 impl Strays {
     /// Nothing that could have been kept away is left.
     pub fn is_clean(&self) -> bool {
-        let Self { threads, kthreads, kworkers, irqs, moving, default_irq_mask, workqueue_mask, kernel_bound: _ } =
-            self;
+        let Self {
+            threads,
+            kthreads,
+            kworkers,
+            irqs,
+            moving,
+            default_irq_mask,
+            workqueue_mask,
+            kernel_bound: _,
+        } = self;
         threads.is_empty()
             && kthreads.is_empty()
             && kworkers.is_empty()
@@ -71,12 +81,15 @@ impl Strays {
             && workqueue_mask.is_none()
     }
 
-    /// But for what the kernel itself spreads anew as CPUs go and come: virtio_net's IRQs over all that are online
-    /// (`virtnet_cpu_online`), RCU's expedited workers over their leaf's (`rcutree_affinity_setting`). hook moves them again at
-    /// the end; one that is killed before cannot.
+    /// But for what the kernel itself spreads anew as CPUs go and come: virtio_net's IRQs over all
+    /// that are online (`virtnet_cpu_online`), RCU's expedited workers over their leaf's
+    /// (`rcutree_affinity_setting`). hook moves them again at the end; one that is killed before
+    /// cannot.
     pub fn but_spread_anew(mut self) -> Self {
-        self.irqs.retain(|irq| !irq.name.contains("-input.") && !irq.name.contains("-output."));
-        self.kthreads.retain(|thread| !thread.comm.starts_with("rcu_exp_par_gp_"));
+        self.irqs
+            .retain(|irq| !irq.name.contains("-input.") && !irq.name.contains("-output."));
+        self.kthreads
+            .retain(|thread| !thread.comm.starts_with("rcu_exp_par_gp_"));
         self
     }
 }
@@ -105,12 +118,16 @@ pub fn find(cpus: &Cpus, vms: &[u32]) -> Result<Strays> {
             (true, false) => found.kthreads.push(stray),
             (true, true) if stray.comm.starts_with("kworker/u") => found.kworkers.push(stray),
             // Among them the io_uring threads of older kernels.
-            (_, true) => found.kernel_bound.push(format!("{} {}", stray.comm, stray.cpus)),
+            (_, true) => found
+                .kernel_bound
+                .push(format!("{} {}", stray.comm, stray.cpus)),
         }
     }
     irqs(cpus, &mut found)?;
     let outside = |path: &str| -> Result<Option<String>> {
-        let Some(mask) = read(path) else { return Ok(None) };
+        let Some(mask) = read(path) else {
+            return Ok(None);
+        };
         Ok(Cpus::from_mask(&mask)?.meets(cpus).then_some(mask))
     };
     found.default_irq_mask = outside("/proc/irq/default_smp_affinity")?;
@@ -120,12 +137,19 @@ pub fn find(cpus: &Cpus, vms: &[u32]) -> Result<Strays> {
 
 fn irqs(cpus: &Cpus, found: &mut Strays) -> Result<()> {
     let folder = Path::new("/proc/irq");
-    for number in names(folder).iter().filter_map(|name| name.parse::<u32>().ok()) {
+    for number in names(folder)
+        .iter()
+        .filter_map(|name| name.parse::<u32>().ok())
+    {
         let own = folder.join(number.to_string());
-        let actions: Vec<_> = names(&own).into_iter().filter(|name| own.join(name).is_dir()).collect();
-        let (Some(mask), Some(effective)) =
-            (read(own.join("smp_affinity_list")), read(own.join("effective_affinity_list")))
-        else {
+        let actions: Vec<_> = names(&own)
+            .into_iter()
+            .filter(|name| own.join(name).is_dir())
+            .collect();
+        let (Some(mask), Some(effective)) = (
+            read(own.join("smp_affinity_list")),
+            read(own.join("effective_affinity_list")),
+        ) else {
             continue;
         };
         // One without a handler gets its place when a driver asks for it.
@@ -135,10 +159,21 @@ fn irqs(cpus: &Cpus, found: &mut Strays) -> Result<()> {
         }
         let name = actions.join(" ");
         if movable(&own.join("smp_affinity_list"), &mask) {
-            let irq = Irq { number, name, cpus: mask, effective };
-            if meant { found.irqs.push(irq) } else { found.moving.push(irq) }
+            let irq = Irq {
+                number,
+                name,
+                cpus: mask,
+                effective,
+            };
+            if meant {
+                found.irqs.push(irq)
+            } else {
+                found.moving.push(irq)
+            }
         } else {
-            found.kernel_bound.push(format!("irq {number} {name} {mask}"));
+            found
+                .kernel_bound
+                .push(format!("irq {number} {name} {mask}"));
         }
     }
     Ok(())
@@ -146,19 +181,26 @@ fn irqs(cpus: &Cpus, found: &mut Strays) -> Result<()> {
 
 /// The kernel tells by refusing: here, to set what is set already.
 fn movable(path: &Path, mask: &str) -> bool {
-    OpenOptions::new().write(true).open(path).is_ok_and(|mut file| file.write_all(mask.as_bytes()).is_ok())
+    OpenOptions::new()
+        .write(true)
+        .open(path)
+        .is_ok_and(|mut file| file.write_all(mask.as_bytes()).is_ok())
 }
 
 fn qemu_pid(vm: u32) -> Result<i32> {
     let path = format!("/run/qemu-server/{vm}.pid");
     let text = read(&path).with_context(|| format!("{path}: cannot read"))?;
-    text.trim().parse().with_context(|| format!("{path}: no process id"))
+    text.trim()
+        .parse()
+        .with_context(|| format!("{path}: no process id"))
 }
 
 /// `CPU n/KVM`, or `/TCG` without KVM.
 fn is_vcpu(comm: &str) -> bool {
-    let number =
-        comm.strip_prefix("CPU ").and_then(|rest| rest.strip_suffix("/KVM").or_else(|| rest.strip_suffix("/TCG")));
+    let number = comm.strip_prefix("CPU ").and_then(|rest| {
+        rest.strip_suffix("/KVM")
+            .or_else(|| rest.strip_suffix("/TCG"))
+    });
     number.is_some_and(|number| number.parse::<u32>().is_ok())
 }
 
@@ -168,16 +210,23 @@ mod tests {
 
     #[test]
     fn vcpu_threads_are_told_by_name() {
-        for (comm, vcpu) in
-            [("CPU 0/KVM", true), ("CPU 11/TCG", true), ("CPU /KVM", false), ("kvm", false), ("CPU 1/KVMx", false)]
-        {
+        for (comm, vcpu) in [
+            ("CPU 0/KVM", true),
+            ("CPU 11/TCG", true),
+            ("CPU /KVM", false),
+            ("kvm", false),
+            ("CPU 1/KVMx", false),
+        ] {
             assert_eq!(is_vcpu(comm), vcpu, "{comm}");
         }
     }
 
     #[test]
     fn what_is_kernel_bound_is_no_stray() {
-        let mut strays = Strays { kernel_bound: vec!["migration/6 6".to_owned()], ..Strays::default() };
+        let mut strays = Strays {
+            kernel_bound: vec!["migration/6 6".to_owned()],
+            ..Strays::default()
+        };
         assert!(strays.is_clean());
         strays.workqueue_mask = Some("ffffff".to_owned());
         assert!(!strays.is_clean());

@@ -1,4 +1,5 @@
-//! What a program printed in colours, as a picture: ANSI (ECMA-48, "select graphic rendition") to SVG.
+//! What a program printed in colours, as a picture: ANSI (ECMA-48, "select graphic rendition") to
+//! SVG.
 
 use std::fmt::Write;
 
@@ -7,7 +8,9 @@ const WIDTH: f64 = 8.4;
 const HEIGHT: f64 = 18.0;
 const MARGIN: f64 = 14.0;
 /// What 30 to 37 stand for, on a dark ground.
-const COLOURS: [&str; 8] = ["#484f58", "#ff7b72", "#3fb950", "#d29922", "#58a6ff", "#bc8cff", "#39c5cf", "#b1bac4"];
+const COLOURS: [&str; 8] = [
+    "#484f58", "#ff7b72", "#3fb950", "#d29922", "#58a6ff", "#bc8cff", "#39c5cf", "#b1bac4",
+];
 
 /// How text looks.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -20,14 +23,22 @@ struct Look {
 impl Look {
     /// What a sequence makes of it; what a picture has no use for is passed over.
     fn after(self, codes: &str) -> Self {
-        codes.split(';').fold(self, |look, code| match code.parse::<usize>() {
-            Err(_) | Ok(0) => Self::default(),
-            Ok(1) => Self { bold: true, ..look },
-            Ok(2) => Self { dim: true, ..look },
-            Ok(code @ 30..=37) => Self { colour: Some(code - 30), ..look },
-            Ok(39) => Self { colour: None, ..look },
-            Ok(_) => look,
-        })
+        codes
+            .split(';')
+            .fold(self, |look, code| match code.parse::<usize>() {
+                Err(_) | Ok(0) => Self::default(),
+                Ok(1) => Self { bold: true, ..look },
+                Ok(2) => Self { dim: true, ..look },
+                Ok(code @ 30..=37) => Self {
+                    colour: Some(code - 30),
+                    ..look
+                },
+                Ok(39) => Self {
+                    colour: None,
+                    ..look
+                },
+                Ok(_) => look,
+            })
     }
 
     fn attributes(self) -> String {
@@ -48,7 +59,14 @@ impl Look {
 /// Draws a text on a ground of its own, under its command.
 pub fn draw(command: &str, text: &str) -> String {
     let lines: Vec<Vec<(Look, String)>> = runs(&format!("\x1b[2m$ {command}\x1b[0m\n{text}"));
-    let columns = lines.iter().map(|line| line.iter().map(|(_, text)| text.chars().count()).sum::<usize>()).max();
+    let columns = lines
+        .iter()
+        .map(|line| {
+            line.iter()
+                .map(|(_, text)| text.chars().count())
+                .sum::<usize>()
+        })
+        .max();
     let (columns, rows) = (columns.unwrap_or(0) as f64, lines.len() as f64);
     let (width, height) = (columns * WIDTH + 2.0 * MARGIN, rows * HEIGHT + 2.0 * MARGIN);
     let mut svg = format!(
@@ -63,7 +81,8 @@ pub fn draw(command: &str, text: &str) -> String {
         for (look, text) in line {
             let length = text.chars().count();
             if !text.trim().is_empty() {
-                // The length is told, so that columns align whatever font there is. Writing to a String cannot fail.
+                // The length is told, so that columns align whatever font there is. Writing to a
+                // String cannot fail.
                 let _ = writeln!(
                     svg,
                     "<text xml:space=\"preserve\" x=\"{:.1}\" y=\"{:.1}\" textLength=\"{:.1}\"{}>{}</text>",
@@ -101,7 +120,9 @@ fn runs(text: &str) -> Vec<Vec<(Look, String)>> {
 }
 
 fn escaped(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
 }
 
 #[cfg(test)]
@@ -111,25 +132,49 @@ mod tests {
     #[test]
     fn looks_come_and_go() {
         let plain = Look::default();
-        let green = Look { colour: Some(2), bold: true, dim: false };
+        let green = Look {
+            colour: Some(2),
+            bold: true,
+            dim: false,
+        };
         assert_eq!(
             runs("a\x1b[1m\x1b[32mb\x1b[0mc\nd")[0],
             [
                 (plain, "a".into()),
-                (Look { bold: true, ..plain }, String::new()),
+                (
+                    Look {
+                        bold: true,
+                        ..plain
+                    },
+                    String::new()
+                ),
                 (green, "b".into()),
                 (plain, "c".into())
             ]
         );
         assert_eq!(plain.after("1;32"), green);
         assert_eq!(green.after(""), plain);
-        assert_eq!(green.after("38;5;7;39"), Look { bold: true, ..plain });
+        assert_eq!(
+            green.after("38;5;7;39"),
+            Look {
+                bold: true,
+                ..plain
+            }
+        );
     }
 
     #[test]
     fn text_stands_in_its_column() {
         let svg = draw("x", "a \x1b[31m<b>\x1b[0m\n");
-        assert!(svg.contains("x=\"30.8\" y=\"45.5\" textLength=\"25.2\" fill=\"#ff7b72\">&lt;b&gt;</text>"), "{svg}");
-        assert!(svg.contains("viewBox=\"0 0 70 64\"") && !svg.contains('\x1b'), "{svg}");
+        assert!(
+            svg.contains(
+                "x=\"30.8\" y=\"45.5\" textLength=\"25.2\" fill=\"#ff7b72\">&lt;b&gt;</text>"
+            ),
+            "{svg}"
+        );
+        assert!(
+            svg.contains("viewBox=\"0 0 70 64\"") && !svg.contains('\x1b'),
+            "{svg}"
+        );
     }
 }

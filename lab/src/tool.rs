@@ -9,18 +9,28 @@ const TOLD_LINES: usize = 12;
 /// Runs to the end with stdin closed; what it printed, or an error with its last lines.
 pub fn run(command: &mut Command) -> Result<String> {
     let name = command.get_program().to_string_lossy().into_owned();
-    let output = command.stdin(Stdio::null()).output().with_context(|| format!("{name}: cannot run"))?;
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("{name}: cannot run"))?;
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     let said = [output.stdout, output.stderr].concat();
-    bail!("{name}: {}\n{}", output.status, tail(&String::from_utf8_lossy(&said), TOLD_LINES))
+    bail!(
+        "{name}: {}\n{}",
+        output.status,
+        tail(&String::from_utf8_lossy(&said), TOLD_LINES)
+    )
 }
 
 /// The last lines of a text, as they are.
 pub fn tail(text: &str, lines: usize) -> &str {
     let text = text.trim_end();
-    let start = text.rmatch_indices('\n').nth(lines.saturating_sub(1)).map_or(0, |(at, _)| at + 1);
+    let start = text
+        .rmatch_indices('\n')
+        .nth(lines.saturating_sub(1))
+        .map_or(0, |(at, _)| at + 1);
     text.get(start..).unwrap_or_default()
 }
 
@@ -29,7 +39,11 @@ pub fn as_root(program: &str) -> Result<Command> {
     if nix::unistd::geteuid().is_root() {
         return Ok(Command::new(program));
     }
-    let sudo = Command::new("sudo").args(["-n", "true"]).stdin(Stdio::null()).stderr(Stdio::null()).status();
+    let sudo = Command::new("sudo")
+        .args(["-n", "true"])
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
     match sudo {
         Ok(status) if status.success() => {
             let mut command = Command::new("sudo");
@@ -37,7 +51,9 @@ pub fn as_root(program: &str) -> Result<Command> {
             Ok(command)
         }
         Ok(_) => {
-            bail!("{program}: must run as root, and sudo asks for a password: run `sudo -v` first, or `lab` as root")
+            bail!(
+                "{program}: must run as root, and sudo asks for a password: run `sudo -v` first, or `lab` as root"
+            )
         }
         Err(_) => bail!("{program}: must run as root, and there is no sudo: run `lab` as root"),
     }
@@ -49,7 +65,12 @@ mod tests {
 
     #[test]
     fn tail_keeps_the_last_lines() {
-        for (text, lines, wanted) in [("", 2, ""), ("a", 2, "a"), ("a\nb\nc\n", 2, "b\nc"), ("a\nb", 5, "a\nb")] {
+        for (text, lines, wanted) in [
+            ("", 2, ""),
+            ("a", 2, "a"),
+            ("a\nb\nc\n", 2, "b\nc"),
+            ("a\nb", 5, "a\nb"),
+        ] {
             assert_eq!(tail(text, lines), wanted);
         }
     }
@@ -59,6 +80,9 @@ mod tests {
         let err = run(Command::new("sh").args(["-c", "echo reason >&2; exit 4"])).unwrap_err();
         assert_eq!(err.to_string(), "sh: exit status: 4\nreason");
         let err = run(&mut Command::new("/no/such")).unwrap_err();
-        assert_eq!(format!("{err:#}"), "/no/such: cannot run: No such file or directory (os error 2)");
+        assert_eq!(
+            format!("{err:#}"),
+            "/no/such: cannot run: No such file or directory (os error 2)"
+        );
     }
 }

@@ -1,9 +1,10 @@
 //! Gives the lab host the numbering of a Ryzen 9 5900X: SMT siblings n and n+12, two L3 domains.
 //!
-//! QEMU can't: its siblings are n and n+1, and without KVM it shows one L3. So folders are mounted over
-//! those in sysfs, two for each CPU: systemd has a unit for every mount and looks at all of them whenever one goes,
-//! as it does with its CPU (with a mount for each file, six, `daemon-reload` and hotplug took twice as long).
-//! The kernel takes such a mount away when the CPU goes offline; calling this again puts back what is missing.
+//! QEMU can't: its siblings are n and n+1, and without KVM it shows one L3. So folders are mounted
+//! over those in sysfs, two for each CPU: systemd has a unit for every mount and looks at all of
+//! them whenever one goes, as it does with its CPU (with a mount for each file, six,
+//! `daemon-reload` and hotplug took twice as long). The kernel takes such a mount away when the CPU
+//! goes offline; calling this again puts back what is missing.
 
 use crate::cache;
 use crate::cpus::Cpus;
@@ -15,7 +16,8 @@ use std::path::Path;
 const CPUS: u32 = 24;
 const FOLDERS: &str = "/run/pinfold-lab/topology";
 
-/// What is told of one CPU otherwise than QEMU does: folder below its sysfs folder; files in it with their content.
+/// What is told of one CPU otherwise than QEMU does: folder below its sysfs folder; files in it
+/// with their content.
 fn told(cpu: u32) -> [(&'static str, Vec<(&'static str, String)>); 2] {
     let core = cpu % (CPUS / 2);
     let siblings = Cpus([core, core + CPUS / 2].into());
@@ -48,18 +50,31 @@ pub fn apply() -> Result<()> {
             let target = format!("/sys/devices/system/cpu/cpu{cpu}/{folder}");
             let now = |name: &str| read(format!("{target}/{name}"));
             // None: the CPU is offline, or has no such cache.
-            if files.iter().all(|(name, wanted)| now(name).is_none_or(|now| now == *wanted)) {
+            if files
+                .iter()
+                .all(|(name, wanted)| now(name).is_none_or(|now| now == *wanted))
+            {
                 continue;
             }
             let own = format!("{FOLDERS}/cpu{cpu}/{folder}");
             cache::make(Path::new(&own))?;
-            let told = files.into_iter().map(|(name, wanted)| (name.to_owned(), wanted));
-            let as_it_is = names(Path::new(&target)).into_iter().filter_map(|name| Some((name.clone(), now(&name)?)));
+            let told = files
+                .into_iter()
+                .map(|(name, wanted)| (name.to_owned(), wanted));
+            let as_it_is = names(Path::new(&target))
+                .into_iter()
+                .filter_map(|name| Some((name.clone(), now(&name)?)));
             for (name, content) in as_it_is.chain(told) {
                 cache::write(&Path::new(&own).join(name), format!("{content}\n"))?;
             }
-            mount(Some(own.as_str()), target.as_str(), None::<&str>, MsFlags::MS_BIND, None::<&str>)
-                .with_context(|| format!("{target}: cannot mount over it"))?;
+            mount(
+                Some(own.as_str()),
+                target.as_str(),
+                None::<&str>,
+                MsFlags::MS_BIND,
+                None::<&str>,
+            )
+            .with_context(|| format!("{target}: cannot mount over it"))?;
         }
     }
     Ok(())

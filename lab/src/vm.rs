@@ -21,7 +21,8 @@ pub struct VmSpec {
     pub iothreads: u32,
     /// With a helper process beside QEMU, as swtpm is.
     pub tpm: bool,
-    /// vCPU 0 computes, as SeaBIOS has it when it finds nothing to boot; else all vCPUs halt at once, and the lab is faster.
+    /// vCPU 0 computes, as SeaBIOS has it when it finds nothing to boot; else all vCPUs halt at
+    /// once, and the lab is faster.
     pub busy: bool,
     /// `local:snippets/NAME`, or an absolute path.
     pub hookscript: Option<String>,
@@ -57,19 +58,41 @@ impl VmSpec {
 
     /// The text of its description.
     pub fn conf(&self) -> String {
-        let Self { name, sockets, cores, memory, .. } = self;
-        let mut conf =
-            format!("name: {name}\nsockets: {sockets}\ncores: {cores}\nmemory: {memory}\nscsihw: virtio-scsi-single\n");
+        let Self {
+            name,
+            sockets,
+            cores,
+            memory,
+            ..
+        } = self;
+        let mut conf = format!(
+            "name: {name}\nsockets: {sockets}\ncores: {cores}\nmemory: {memory}\nscsihw: virtio-scsi-single\n"
+        );
         let optional = [
             ("bios", (!self.busy).then(|| "halt".to_owned())),
             ("vcpus", self.vcpus.map(|n| n.to_string())),
             ("hookscript", self.hookscript.clone()),
             ("affinity", self.affinity.clone()),
-            ("tpmstate0", self.tpm.then(|| format!("local:{}/vm-{}-tpm.raw,size=4M,version=v2.0", self.id, self.id))),
+            (
+                "tpmstate0",
+                self.tpm.then(|| {
+                    format!(
+                        "local:{}/vm-{}-tpm.raw,size=4M,version=v2.0",
+                        self.id, self.id
+                    )
+                }),
+            ),
         ];
-        let disks = (0..self.iothreads)
-            .map(|n| (format!("scsi{n}"), format!("local:{0}/vm-{0}-disk-{n}.raw,iothread=1,size=1G", self.id)));
-        let lines = optional.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).chain(disks);
+        let disks = (0..self.iothreads).map(|n| {
+            (
+                format!("scsi{n}"),
+                format!("local:{0}/vm-{0}-disk-{n}.raw,iothread=1,size=1G", self.id),
+            )
+        });
+        let lines = optional
+            .into_iter()
+            .filter_map(|(key, value)| Some((key.to_owned(), value?)))
+            .chain(disks);
         for (key, value) in lines {
             // Writing to a String cannot fail.
             let _ = writeln!(conf, "{key}: {value}");

@@ -7,7 +7,9 @@ use std::path::Path;
 
 /// VM 100's threads by name.
 fn threads(host: &Host) -> Vec<String> {
-    let names = host.ok("cat /proc/$(cat /run/qemu-server/100.pid)/task/*/comm").unwrap();
+    let names = host
+        .ok("cat /proc/$(cat /run/qemu-server/100.pid)/task/*/comm")
+        .unwrap();
     names.lines().map(str::to_owned).collect()
 }
 
@@ -22,7 +24,10 @@ fn a_host_is_real_and_comes_back(guest: Guest) {
     host.put("/root/x", b"\x00\xff\n", 0o600).unwrap();
     assert_eq!(host.get("/root/x").unwrap(), b"\x00\xff\n");
     let output = host.sh("echo out; echo err >&2; exit 3").unwrap();
-    assert_eq!((output.code, output.stdout.as_str(), output.stderr.as_str()), (Some(3), "out\n", "err\n"));
+    assert_eq!(
+        (output.code, output.stdout.as_str(), output.stderr.as_str()),
+        (Some(3), "out\n", "err\n")
+    );
     assert_eq!(host.sh("kill -TERM $$").unwrap().signal, Some(15));
 
     // An idle host does not change under our eyes.
@@ -30,15 +35,34 @@ fn a_host_is_real_and_comes_back(guest: Guest) {
     let again = host.snapshot().unwrap();
     assert_eq!(before.diff(&again), "");
     let strays = host.strays("6-11,18-23", &[]).unwrap();
-    assert!(!strays.threads.is_empty() && !strays.kthreads.is_empty() && !strays.irqs.is_empty(), "{strays:?}");
-    assert!(strays.kernel_bound.iter().any(|name| name.starts_with("irq ")), "no managed IRQ");
+    assert!(
+        !strays.threads.is_empty() && !strays.kthreads.is_empty() && !strays.irqs.is_empty(),
+        "{strays:?}"
+    );
+    assert!(
+        strays
+            .kernel_bound
+            .iter()
+            .any(|name| name.starts_with("irq ")),
+        "no managed IRQ"
+    );
 
     // A VM as PVE starts it, with true KVM threads, and the way back.
-    host.start_vm(&VmSpec { tpm: true, ..VmSpec::new(100) }).unwrap();
-    let vcpus = threads(&host).iter().filter(|name| name.starts_with("CPU ") && name.ends_with("/KVM")).count();
+    host.start_vm(&VmSpec {
+        tpm: true,
+        ..VmSpec::new(100)
+    })
+    .unwrap();
+    let vcpus = threads(&host)
+        .iter()
+        .filter(|name| name.starts_with("CPU ") && name.ends_with("/KVM"))
+        .count();
     assert_eq!(vcpus, 12);
     assert_eq!(host.ok("qm status 100").unwrap(), "status: running\n");
-    assert_eq!(host.ok("systemctl show -P Slice 100.scope").unwrap(), "qemu.slice\n");
+    assert_eq!(
+        host.ok("systemctl show -P Slice 100.scope").unwrap(),
+        "qemu.slice\n"
+    );
 
     // The same with a kept state: the VM still runs in it, and answers.
     host.save("with-vm").unwrap();
@@ -52,9 +76,11 @@ fn a_host_is_real_and_comes_back(guest: Guest) {
     // Every slot of the machine can be emptied and filled, both functions of the last with it.
     let devices = "ls /sys/bus/pci/devices";
     let all = host.ok(devices).unwrap();
-    host.ok("for f in 0 1; do echo 1 > /sys/bus/pci/devices/0000:04:00.$f/remove; done").unwrap();
+    host.ok("for f in 0 1; do echo 1 > /sys/bus/pci/devices/0000:04:00.$f/remove; done")
+        .unwrap();
     assert!(!host.ok(devices).unwrap().contains("0000:04:00"));
-    host.ok("echo 1 > /sys/bus/pci/rescan; udevadm settle").unwrap();
+    host.ok("echo 1 > /sys/bus/pci/rescan; udevadm settle")
+        .unwrap();
     assert_eq!(host.ok(devices).unwrap(), all);
 
     // CPUs go and come, and nothing of all this is left after a reset.

@@ -19,12 +19,14 @@ pub fn expand(root: &Sysroot, selectors: &[PciSelector]) -> Result<Vec<PciAddres
     Ok(functions.into_iter().collect())
 }
 
-/// The functions of the devices that a VM has to itself (`hostpciN`), ascending. A device of which it has but a slice
-/// (`mdev=`) is not among them: others use it too.
+/// The functions of the devices that a VM has to itself (`hostpciN`), ascending. A device of which
+/// it has but a slice (`mdev=`) is not among them: others use it too.
 ///
-/// Of a device that is not there the first function, as [`functions_of`] says; [`reset`](crate::reset()) finds it again.
+/// Of a device that is not there the first function, as [`functions_of`] says;
+/// [`reset`](crate::reset()) finds it again.
 ///
-/// Of a mapping's devices it is the one that Proxmox VE has reserved for the VM, or else will: the first that is free.
+/// Of a mapping's devices it is the one that Proxmox VE has reserved for the VM, or else will: the
+/// first that is free.
 ///
 /// # Errors
 /// Where the VM's settings cannot be read, or no device of a mapping is free.
@@ -41,15 +43,19 @@ pub fn functions_of_vm(root: &Sysroot, vmid: VmId) -> Result<Vec<PciAddress>> {
     Ok(functions.into_iter().collect())
 }
 
-/// As [`expand`], for devices that settings name: one that is not there may have been removed by a run that was cut short, and
-/// its first function stands for it.
+/// As [`expand`], for devices that settings name: one that is not there may have been removed by a
+/// run that was cut short, and its first function stands for it.
 ///
 /// # Errors
 /// Where sysfs cannot be read.
 pub fn functions_of(root: &Sysroot, selectors: &[PciSelector]) -> Result<Vec<PciAddress>> {
     let there = pci::addresses(root)?;
     let of_selector = |selector: &PciSelector| {
-        let mut found: Vec<_> = there.iter().copied().filter(|address| selector.matches(address)).collect();
+        let mut found: Vec<_> = there
+            .iter()
+            .copied()
+            .filter(|address| selector.matches(address))
+            .collect();
         if found.is_empty() {
             found.push(selector.first());
         }
@@ -72,14 +78,29 @@ fn mapped(
             devices.push(functions);
         }
     }
-    let holder =
-        |function: &PciAddress| reservations.iter().find(|held| held.address == *function).map(|held| held.vmid);
-    let own = devices.iter().find(|functions| functions.iter().all(|function| holder(function) == Some(vmid)));
+    let holder = |function: &PciAddress| {
+        reservations
+            .iter()
+            .find(|held| held.address == *function)
+            .map(|held| held.vmid)
+    };
+    let own = devices.iter().find(|functions| {
+        functions
+            .iter()
+            .all(|function| holder(function) == Some(vmid))
+    });
     let free = || {
-        devices.iter().find(|functions| functions.iter().all(|function| holder(function).is_none_or(|by| by == vmid)))
+        devices.iter().find(|functions| {
+            functions
+                .iter()
+                .all(|function| holder(function).is_none_or(|by| by == vmid))
+        })
     };
     own.or_else(free).cloned().ok_or_else(|| {
-        Error::unusable(format!("PCI mapping {id}"), "none of its devices on this node is free; other VMs have them")
+        Error::unusable(
+            format!("PCI mapping {id}"),
+            "none of its devices on this node is free; other VMs have them",
+        )
     })
 }
 
@@ -89,16 +110,30 @@ mod tests {
     use std::fs;
     use std::path::Path;
 
-    /// A node with five functions; VM 100's settings are `conf`, the cluster's mappings and the reservations as given.
-    fn functions(conf: &str, mappings: &str, reservations: &str) -> std::result::Result<Vec<String>, String> {
+    /// A node with five functions; VM 100's settings are `conf`, the cluster's mappings and the
+    /// reservations as given.
+    fn functions(
+        conf: &str,
+        mappings: &str,
+        reservations: &str,
+    ) -> std::result::Result<Vec<String>, String> {
         let dir = tempfile::tempdir().unwrap();
         let write = |path: &str, text: &str| {
             let path = dir.path().join(path);
             fs::create_dir_all(path.parent().unwrap_or(Path::new("/"))).unwrap();
             fs::write(path, text).unwrap();
         };
-        for address in ["0000:01:00.0", "0000:01:00.1", "0000:02:00.0", "0000:03:00.0", "10000:01:00.0"] {
-            write(&format!("sys/bus/pci/devices/{address}/class"), "0x030000\n");
+        for address in [
+            "0000:01:00.0",
+            "0000:01:00.1",
+            "0000:02:00.0",
+            "0000:03:00.0",
+            "10000:01:00.0",
+        ] {
+            write(
+                &format!("sys/bus/pci/devices/{address}/class"),
+                "0x030000\n",
+            );
         }
         write("proc/sys/kernel/hostname", "pve1\n");
         write("proc/4711/cmdline", "kvm\0");
@@ -106,8 +141,14 @@ mod tests {
         write("etc/pve/mapping/pci.cfg", mappings);
         write("run/qemu-server/pci-id-reservations", reservations);
         let found = functions_of_vm(&Sysroot::new(dir.path()), "100".parse().unwrap());
-        let shown = |error: Error| error.to_string().replace(&dir.path().display().to_string(), "");
-        found.map(|functions| functions.iter().map(ToString::to_string).collect()).map_err(shown)
+        let shown = |error: Error| {
+            error
+                .to_string()
+                .replace(&dir.path().display().to_string(), "")
+        };
+        found
+            .map(|functions| functions.iter().map(ToString::to_string).collect())
+            .map_err(shown)
     }
 
     const GPUS: &str = "gpu\n\tmap node=pve1,path=0000:01:00\n\tmap node=pve1,path=0000:02:00.0;0000:03:00.0\n\
@@ -117,14 +158,23 @@ mod tests {
     fn all_of_the_grammar() {
         for (conf, expected) in [
             ("cores: 2\n", &[] as &[&str]),
-            ("hostpci0: 01:00,pcie=1\n", &["0000:01:00.0", "0000:01:00.1"]),
+            (
+                "hostpci0: 01:00,pcie=1\n",
+                &["0000:01:00.0", "0000:01:00.1"],
+            ),
             (
                 "hostpci0: host=0000:02:00.0;01:00.1\nhostpci1: 10000:01:00\n",
                 &["0000:01:00.1", "0000:02:00.0", "10000:01:00.0"],
             ),
-            ("hostpci0: 01:00.0\nhostpci1: 01:00\n[snapshot]\nhostpci2: 03:00\n", &["0000:01:00.0", "0000:01:00.1"]),
+            (
+                "hostpci0: 01:00.0\nhostpci1: 01:00\n[snapshot]\nhostpci2: 03:00\n",
+                &["0000:01:00.0", "0000:01:00.1"],
+            ),
             ("hostpci0: 01:00.0,mdev=nvidia-63\n", &[]),
-            ("hostpci0: 07:00;08:00.1\n", &["0000:07:00.0", "0000:08:00.1"]),
+            (
+                "hostpci0: 07:00;08:00.1\n",
+                &["0000:07:00.0", "0000:08:00.1"],
+            ),
         ] {
             assert_eq!(functions(conf, "", "").unwrap(), expected, "{conf:?}");
         }
@@ -137,13 +187,20 @@ mod tests {
         let conf = "hostpci0: mapping=gpu\n";
         for (reservations, expected) in [
             ("", first),
-            ("0000:02:00.0 100 pid:4711\n0000:03:00.0 100 pid:4711\n", second),
+            (
+                "0000:02:00.0 100 pid:4711\n0000:03:00.0 100 pid:4711\n",
+                second,
+            ),
             ("0000:01:00.1 101 pid:4711\n", second),
             ("0000:01:00.1 101 pid:4712\n", first),
             ("0000:01:00.1 101 time:1\n", first),
             ("0000:01:00.1 101 time:99999999999\n", second),
         ] {
-            assert_eq!(functions(conf, GPUS, reservations).unwrap(), expected, "{reservations:?}");
+            assert_eq!(
+                functions(conf, GPUS, reservations).unwrap(),
+                expected,
+                "{reservations:?}"
+            );
         }
         let both = functions("hostpci0: mapping=gpu\nhostpci1: mapping=gpu\n", GPUS, "").unwrap();
         assert_eq!(both, [first, second].concat());
@@ -152,7 +209,10 @@ mod tests {
                 "hostpci0: mapping=gpu\nhostpci1: mapping=gpu\nhostpci2: mapping=gpu\n",
                 "PCI mapping gpu: none of its devices on this node is free; other VMs have them",
             ),
-            ("hostpci0: mapping=nic\n", "PCI mapping nic: it is not there; see /etc/pve/mapping/pci.cfg"),
+            (
+                "hostpci0: mapping=nic\n",
+                "PCI mapping nic: it is not there; see /etc/pve/mapping/pci.cfg",
+            ),
         ] {
             assert_eq!(functions(conf, GPUS, "").unwrap_err(), error);
         }

@@ -1,6 +1,8 @@
-//! pci-reset: removes PCI functions and has the bus rescanned, which resets devices that offer no better way.
+//! pci-reset: removes PCI functions and has the bus rescanned, which resets devices that offer no
+//! better way.
 //!
-//! Some devices, graphics cards above all, are not fit for a second guest until the host has found them anew.
+//! Some devices, graphics cards above all, are not fit for a second guest until the host has found
+//! them anew.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -22,8 +24,9 @@ const TOOL: &str = "pci-reset";
 
 /// Remove PCI functions and have the bus rescanned, which resets them
 ///
-/// A function is left alone where the host would lose something with it: a mounted filesystem, swap, a network interface
-/// that is up, the boot display, or a VM that runs with it. All of them are back, or missed by name, at the end.
+/// A function is left alone where the host would lose something with it: a mounted filesystem,
+/// swap, a network interface that is up, the boot display, or a VM that runs with it. All of them
+/// are back, or missed by name, at the end.
 #[derive(Debug, Parser)]
 #[command(name = TOOL, version, after_help = cli::EXIT_CODES)]
 #[command(group(ArgGroup::new("what").required(true).multiple(true).args(["vmid", "device", "list", "restore"])))]
@@ -53,7 +56,13 @@ pub fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> anyhow::Result<Exit> {
-    let Args { vmid, device, force, deadline, common } = args;
+    let Args {
+        vmid,
+        device,
+        force,
+        deadline,
+        common,
+    } = args;
     let root = common.output.root();
     let mut report = common.output.report(TOOL);
     if let Some(exit) = common.restore(&root, &mut report, TOOL)? {
@@ -64,8 +73,13 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         None if device.is_empty() => pci::addresses(&root)?,
         None => expand(&root, &device)?,
     };
-    for address in functions.iter().filter(|address| !pci::is_present(&root, address)) {
-        report.note(&format!("PCI {address}: it is not there; a rescan is to find it"));
+    for address in functions
+        .iter()
+        .filter(|address| !pci::is_present(&root, address))
+    {
+        report.note(&format!(
+            "PCI {address}: it is not there; a rescan is to find it"
+        ));
     }
     if common.list {
         if cli::check_root(&root).is_err() {
@@ -74,7 +88,9 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         return Ok(cli::listed(&mut report, &list(&root, &functions)?));
     }
     if let (Some(vmid), []) = (vmid, functions.as_slice()) {
-        report.note(&format!("VM {vmid}: it has no PCI device to itself; nothing to do"));
+        report.note(&format!(
+            "VM {vmid}: it has no PCI device to itself; nothing to do"
+        ));
     }
     if common.dry_run {
         if !force {
@@ -84,9 +100,19 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     }
     cli::check_root(&root)?;
     if let Some(path) = &common.save {
-        save::write(path, TOOL, plan(&root, &functions).iter().map(Entry::from).collect())?;
+        save::write(
+            path,
+            TOOL,
+            plan(&root, &functions).iter().map(Entry::from).collect(),
+        )?;
     }
-    let done = reset(&root, &functions, force, Duration::from_secs(deadline), &mut report);
+    let done = reset(
+        &root,
+        &functions,
+        force,
+        Duration::from_secs(deadline),
+        &mut report,
+    );
     // What failed has been printed, function by function.
     match done {
         Err(error) if report.failures() == 0 => Err(error.into()),
@@ -95,9 +121,16 @@ fn run(args: Args) -> anyhow::Result<Exit> {
 }
 
 fn dry_run(root: &Sysroot, functions: &[PciAddress], report: &mut Report) -> Exit {
-    let planned = |change| Done { change, outcome: Outcome::Planned };
+    let planned = |change| Done {
+        change,
+        outcome: Outcome::Planned,
+    };
     let removals: Vec<_> = plan(root, functions).into_iter().map(planned).collect();
-    let returns: Vec<_> = removals.iter().rev().map(|done| planned(reset::back(&done.change))).collect();
+    let returns: Vec<_> = removals
+        .iter()
+        .rev()
+        .map(|done| planned(reset::back(&done.change)))
+        .collect();
     report.changes(&removals);
     report.changes(&returns);
     report.finish()

@@ -7,12 +7,15 @@ use pinfold_core::knob::{ABSENT, NO_DRIVER, PRESENT};
 use pinfold_core::pci::{self, PciAddress};
 use pinfold_core::vm;
 use pinfold_core::vmconf::PciHolder;
-use pinfold_core::{Change, Done, Error, Knob, Object, Outcome, Report, Result, Sysroot, apply_one};
+use pinfold_core::{
+    Change, Done, Error, Knob, Object, Outcome, Report, Result, Sysroot, apply_one,
+};
 
 /// How often we look whether functions have gone or come.
 const INTERVAL: Duration = Duration::from_millis(10);
 
-/// How long a function that had a driver may be without one after a rescan: some are probed behind it.
+/// How long a function that had a driver may be without one after a rescan: some are probed behind
+/// it.
 const PROBE_DEADLINE: Duration = Duration::from_secs(1);
 
 /// The driver for passing devices through. Proxmox VE binds it at each start of a VM.
@@ -26,9 +29,15 @@ pub(crate) fn guards(root: &Sysroot, address: &PciAddress) -> Result<Vec<String>
     reasons.extend(
         vm::pci_reservations(root)?
             .iter()
-            .filter(|held| matches!(held.holder, PciHolder::Pid(_)) && behind.contains(&held.address))
+            .filter(|held| {
+                matches!(held.holder, PciHolder::Pid(_)) && behind.contains(&held.address)
+            })
             .map(|held| {
-                let it = if held.address == *address { "it".to_owned() } else { held.address.to_string() };
+                let it = if held.address == *address {
+                    "it".to_owned()
+                } else {
+                    held.address.to_string()
+                };
                 format!("VM {} runs with {it}", held.vmid)
             }),
     );
@@ -43,7 +52,10 @@ pub fn check(root: &Sysroot, functions: &[PciAddress]) -> Result<()> {
     for address in functions {
         let reasons = guards(root, address)?;
         if !reasons.is_empty() {
-            let why = format!("not removed: {} (pci-reset --force does not mind)", reasons.join("; "));
+            let why = format!(
+                "not removed: {} (pci-reset --force does not mind)",
+                reasons.join("; ")
+            );
             return Err(Error::unusable(format!("PCI {address}"), why));
         }
     }
@@ -52,16 +64,33 @@ pub fn check(root: &Sysroot, functions: &[PciAddress]) -> Result<()> {
 
 /// The removals, the last function first: so the ones behind a bridge go before it.
 pub fn plan(root: &Sysroot, functions: &[PciAddress]) -> Vec<Change> {
-    let mut functions: Vec<_> = functions.iter().filter(|address| pci::is_present(root, address)).collect();
+    let mut functions: Vec<_> = functions
+        .iter()
+        .filter(|address| pci::is_present(root, address))
+        .collect();
     functions.sort_unstable();
     functions.dedup();
-    functions.into_iter().rev().map(|address| object(root, address).want(ABSENT)).collect()
+    functions
+        .into_iter()
+        .rev()
+        .map(|address| object(root, address).want(ABSENT))
+        .collect()
 }
 
 /// The change that undoes a removal.
 pub(crate) fn back(removal: &Change) -> Change {
-    let Change { knob, label, found, wanted } = removal.clone();
-    Change { knob, label, found: wanted, wanted: found }
+    let Change {
+        knob,
+        label,
+        found,
+        wanted,
+    } = removal.clone();
+    Change {
+        knob,
+        label,
+        found: wanted,
+        wanted: found,
+    }
 }
 
 fn object(root: &Sysroot, address: &PciAddress) -> Object {
@@ -83,27 +112,33 @@ struct Before {
 
 impl Before {
     fn to_be_back(&self) -> Change {
-        Object { found: ABSENT.into(), ..self.object.clone() }.want(PRESENT)
+        Object {
+            found: ABSENT.into(),
+            ..self.object.clone()
+        }
+        .want(PRESENT)
     }
 
     fn lost(&self, deadline: Duration) -> String {
         let seconds = deadline.as_secs_f32();
         match self.driver {
             Some(_) => format!("not back {seconds} s after a rescan; it may need a power cycle"),
-            None => format!("not found within {seconds} s of a rescan; lspci -D lists the devices there are"),
+            None => format!(
+                "not found within {seconds} s of a rescan; lspci -D lists the devices there are"
+            ),
         }
     }
 }
 
-/// Removes functions one after the other, rescans once, and waits until all that were on the host are back with the
-/// drivers they had. `deadline` is for the functions to go, and again for them to come back. What happens is told to
-/// `report`.
+/// Removes functions one after the other, rescans once, and waits until all that were on the host
+/// are back with the drivers they had. `deadline` is for the functions to go, and again for them to
+/// come back. What happens is told to `report`.
 ///
 /// Functions that are not there are taken for removed: the rescan finds them again.
 ///
 /// # Errors
-/// As [`check`], unless `force`: nothing has been changed then. [`Error::Unusable`] with the count where functions could not
-/// be removed or are not back, which has been reported one by one.
+/// As [`check`], unless `force`: nothing has been changed then. [`Error::Unusable`] with the count
+/// where functions could not be removed or are not back, which has been reported one by one.
 pub fn reset(
     root: &Sysroot,
     functions: &[PciAddress],
@@ -115,7 +150,8 @@ pub fn reset(
         check(root, functions)?;
     }
     let failures = report.failures();
-    // Siblings and what is behind a bridge may go along, so all the host's functions are looked for afterwards.
+    // Siblings and what is behind a bridge may go along, so all the host's functions are looked for
+    // afterwards.
     let mut addresses = pci::addresses(root)?;
     addresses.extend(functions);
     addresses.sort_unstable();
@@ -134,11 +170,15 @@ pub fn reset(
     match report.failures() - failures {
         0 => Ok(()),
         1 => Err(Error::unusable("PCI reset", "one function was not reset")),
-        count => Err(Error::unusable("PCI reset", format!("{count} functions were not reset"))),
+        count => Err(Error::unusable(
+            "PCI reset",
+            format!("{count} functions were not reset"),
+        )),
     }
 }
 
-/// Removes one function after the other. When one does not go in time, the rest stays: the kernel is still at it.
+/// Removes one function after the other. When one does not go in time, the rest stays: the kernel
+/// is still at it.
 fn remove(root: &Sysroot, removals: Vec<Change>, deadline: Duration, report: &mut Report) {
     let until = Instant::now() + deadline;
     let all = removals.len();
@@ -149,7 +189,10 @@ fn remove(root: &Sysroot, removals: Vec<Change>, deadline: Duration, report: &mu
         let went = || matches!(knob.read(root), Ok(Some(value)) if value == ABSENT);
         let late = done.outcome == Outcome::Changed && !wait(until, went);
         if late {
-            done.outcome = Outcome::Failed(format!("it is still there after {} s", deadline.as_secs_f32()));
+            done.outcome = Outcome::Failed(format!(
+                "it is still there after {} s",
+                deadline.as_secs_f32()
+            ));
         }
         report.changes(&[done]);
         if late {
@@ -159,10 +202,17 @@ fn remove(root: &Sysroot, removals: Vec<Change>, deadline: Duration, report: &mu
 }
 
 /// One rescan finds them all. Those that it was for are handed back.
-fn bring_back<'a>(root: &Sysroot, all: &'a [Before], deadline: Duration, report: &mut Report) -> Vec<&'a Before> {
+fn bring_back<'a>(
+    root: &Sysroot,
+    all: &'a [Before],
+    deadline: Duration,
+    report: &mut Report,
+) -> Vec<&'a Before> {
     let is_missing = |before: &&Before| !pci::is_present(root, &before.address);
     let mut missing: Vec<&Before> = all.iter().filter(is_missing).collect();
-    let Some(first) = missing.first() else { return missing };
+    let Some(first) = missing.first() else {
+        return missing;
+    };
     let rescan = apply_one(root, first.to_be_back());
     let (mut last, of) = (None, missing.len());
     wait(Instant::now() + deadline, || {
@@ -186,7 +236,10 @@ fn bring_back<'a>(root: &Sysroot, all: &'a [Before], deadline: Duration, report:
             Outcome::Failed(why) => Outcome::Failed(why.clone()),
             _ => Outcome::Failed(before.lost(deadline)),
         };
-        report.changes(&[Done { change: before.to_be_back(), outcome }]);
+        report.changes(&[Done {
+            change: before.to_be_back(),
+            outcome,
+        }]);
     }
     missing
 }
@@ -199,21 +252,32 @@ fn bind(root: &Sysroot, functions: &[&Before], report: &mut Report) {
         .filter_map(|before| Some((&before.address, before.driver.as_deref()?)))
         .collect();
     wait(Instant::now() + PROBE_DEADLINE, || {
-        had.iter().all(|(address, had)| *had == NO_DRIVER || driver(root, address) != NO_DRIVER)
+        had.iter()
+            .all(|(address, had)| *had == NO_DRIVER || driver(root, address) != NO_DRIVER)
     });
     for (address, had) in had {
         let found = driver(root, address);
         if had == VFIO && found != VFIO {
-            report.note(&format!("PCI {address}: it had {VFIO} and has {found} now; a VM's start binds it"));
+            report.note(&format!(
+                "PCI {address}: it had {VFIO} and has {found} now; a VM's start binds it"
+            ));
         } else if found != had {
-            let object = Object::new(Knob::PciDriver(address.to_string()), format!("driver of PCI {address}"), found);
+            let object = Object::new(
+                Knob::PciDriver(address.to_string()),
+                format!("driver of PCI {address}"),
+                found,
+            );
             report.changes(&[apply_one(root, object.want(had))]);
         }
     }
 }
 
 fn driver(root: &Sysroot, address: &PciAddress) -> String {
-    Knob::PciDriver(address.to_string()).read(root).ok().flatten().unwrap_or_else(|| NO_DRIVER.into())
+    Knob::PciDriver(address.to_string())
+        .read(root)
+        .ok()
+        .flatten()
+        .unwrap_or_else(|| NO_DRIVER.into())
 }
 
 /// Looks until it is so, and says whether it is.
@@ -250,14 +314,20 @@ mod tests {
         fs::write(device.join("remove"), "").unwrap();
     }
 
-    /// A host whose kernel removes a function, and its `siblings` some time later, and finds all but the `lost` again.
+    /// A host whose kernel removes a function, and its `siblings` some time later, and finds all
+    /// but the `lost` again.
     struct Kernel {
         dir: tempfile::TempDir,
         stop: Arc<AtomicBool>,
         thread: Option<thread::JoinHandle<Vec<String>>>,
     }
 
-    const ALL: [&str; 4] = ["0000:01:00.0", "0000:01:00.1", "0000:02:00.0", "0000:03:00.0"];
+    const ALL: [&str; 4] = [
+        "0000:01:00.0",
+        "0000:01:00.1",
+        "0000:02:00.0",
+        "0000:03:00.0",
+    ];
 
     impl Kernel {
         fn start(siblings: &'static [&'static str], lost: &'static [&'static str]) -> Self {
@@ -288,7 +358,9 @@ mod tests {
                         log.push("rescan".into());
                         fs::write(&rescan, "").unwrap();
                         thread::sleep(INTERVAL);
-                        ALL.iter().filter(|address| !lost.contains(address)).for_each(|address| add(&base, address));
+                        ALL.iter()
+                            .filter(|address| !lost.contains(address))
+                            .for_each(|address| add(&base, address));
                     }
                     thread::sleep(INTERVAL / 10);
                 }
@@ -299,9 +371,18 @@ mod tests {
         }
 
         fn reset(&self, functions: &[&str], deadline: Duration) -> (Result<()>, Exit) {
-            let functions: Vec<PciAddress> = functions.iter().map(|address| address.parse().unwrap()).collect();
+            let functions: Vec<PciAddress> = functions
+                .iter()
+                .map(|address| address.parse().unwrap())
+                .collect();
             let mut report = Report::new("test", Verbosity::Quiet, false);
-            let done = reset(&Sysroot::new(self.dir.path()), &functions, false, deadline, &mut report);
+            let done = reset(
+                &Sysroot::new(self.dir.path()),
+                &functions,
+                false,
+                deadline,
+                &mut report,
+            );
             (done, report.finish())
         }
 
@@ -314,17 +395,36 @@ mod tests {
     #[test]
     fn one_after_the_other_then_one_rescan() {
         let kernel = Kernel::start(&[], &[]);
-        let (done, exit) = kernel.reset(&["0000:01:00.0", "0000:02:00.0", "0000:01:00.1", "0000:01:00.1"], DEADLINE);
+        let (done, exit) = kernel.reset(
+            &[
+                "0000:01:00.0",
+                "0000:02:00.0",
+                "0000:01:00.1",
+                "0000:01:00.1",
+            ],
+            DEADLINE,
+        );
         done.unwrap();
         assert_eq!(exit, Exit::Done);
         assert!(device(kernel.dir.path(), "0000:01:00.1").exists());
-        assert_eq!(kernel.log(), ["remove 0000:02:00.0", "remove 0000:01:00.1", "remove 0000:01:00.0", "rescan"]);
+        assert_eq!(
+            kernel.log(),
+            [
+                "remove 0000:02:00.0",
+                "remove 0000:01:00.1",
+                "remove 0000:01:00.0",
+                "rescan"
+            ]
+        );
     }
 
     #[test]
     fn siblings_may_go_along() {
         let kernel = Kernel::start(&["0000:01:00.0", "0000:03:00.0"], &[]);
-        kernel.reset(&["0000:01:00.0", "0000:01:00.1"], DEADLINE).0.unwrap();
+        kernel
+            .reset(&["0000:01:00.0", "0000:01:00.1"], DEADLINE)
+            .0
+            .unwrap();
         assert!(device(kernel.dir.path(), "0000:03:00.0").exists());
         assert_eq!(kernel.log().last().map(String::as_str), Some("rescan"));
     }
@@ -352,7 +452,10 @@ mod tests {
     fn one_that_is_lost_is_missed() {
         let kernel = Kernel::start(&[], &["0000:02:00.0"]);
         let (done, exit) = kernel.reset(&["0000:02:00.0", "0000:03:00.0"], Duration::from_secs(2));
-        assert_eq!(done.unwrap_err().to_string(), "PCI reset: one function was not reset");
+        assert_eq!(
+            done.unwrap_err().to_string(),
+            "PCI reset: one function was not reset"
+        );
         assert_eq!(exit, Exit::Some);
         assert!(device(kernel.dir.path(), "0000:03:00.0").exists());
     }
@@ -362,11 +465,20 @@ mod tests {
         let mut kernel = Kernel::start(&[], &[]);
         kernel.stop.store(true, Ordering::Relaxed);
         kernel.thread.take().unwrap().join().unwrap();
-        let (done, exit) = kernel.reset(&["0000:02:00.0", "0000:03:00.0"], Duration::from_millis(50));
+        let (done, exit) =
+            kernel.reset(&["0000:02:00.0", "0000:03:00.0"], Duration::from_millis(50));
         assert!(done.is_err());
         assert_eq!(exit, Exit::Failed);
-        let asked = |address| fs::read_to_string(device(kernel.dir.path(), address).join("remove")).unwrap();
-        assert_eq!((asked("0000:03:00.0").as_str(), asked("0000:02:00.0").as_str()), ("1", ""));
+        let asked = |address| {
+            fs::read_to_string(device(kernel.dir.path(), address).join("remove")).unwrap()
+        };
+        assert_eq!(
+            (
+                asked("0000:03:00.0").as_str(),
+                asked("0000:02:00.0").as_str()
+            ),
+            ("1", "")
+        );
     }
 
     #[test]
@@ -375,9 +487,19 @@ mod tests {
         let base = kernel.dir.path();
         fs::create_dir_all(base.join("run/qemu-server")).unwrap();
         fs::create_dir_all(base.join("proc/4711")).unwrap();
-        fs::write(base.join("run/qemu-server/pci-id-reservations"), "0000:01:00.1 101 pid:4711\n").unwrap();
+        fs::write(
+            base.join("run/qemu-server/pci-id-reservations"),
+            "0000:01:00.1 101 pid:4711\n",
+        )
+        .unwrap();
         fs::write(device(base, "0000:01:00.0").join("boot_vga"), "1\n").unwrap();
-        let error = |address| kernel.reset(&[address], DEADLINE).0.unwrap_err().to_string();
+        let error = |address| {
+            kernel
+                .reset(&[address], DEADLINE)
+                .0
+                .unwrap_err()
+                .to_string()
+        };
         assert_eq!(
             error("0000:01:00.1"),
             "PCI 0000:01:00.1: not removed: VM 101 runs with it (pci-reset --force does not mind)"

@@ -1,6 +1,7 @@
 //! pin-irqs: moves interrupts to a set of CPUs, and the mask that new ones start with.
 //!
-//! Some the kernel never lets user space move: managed queues (NVMe, virtio-blk) and timers. They are no failures.
+//! Some the kernel never lets user space move: managed queues (NVMe, virtio-blk) and timers. They
+//! are no failures.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::ExitCode;
@@ -8,7 +9,9 @@ use std::process::ExitCode;
 use clap::Parser;
 use pinfold_core::cli::{self, Common};
 use pinfold_core::select::Select;
-use pinfold_core::{Change, CpuExpr, Done, Exit, Knob, Object, Outcome, Result, Sysroot, Table, cpu, irq};
+use pinfold_core::{
+    Change, CpuExpr, Done, Exit, Knob, Object, Outcome, Result, Sysroot, Table, cpu, irq,
+};
 
 const TOOL: &str = "pin-irqs";
 
@@ -17,8 +20,9 @@ const DEFAULT: &str = "default";
 
 /// Move interrupts to a set of CPUs
 ///
-/// Sets the CPUs of every interrupt that can be moved, and the default that new ones start with, which --only and
-/// --except call `default`. Those that the kernel holds in place (managed queues, timers) are counted and left.
+/// Sets the CPUs of every interrupt that can be moved, and the default that new ones start with,
+/// which --only and --except call `default`. Those that the kernel holds in place (managed queues,
+/// timers) are counted and left.
 #[derive(Debug, Parser)]
 #[command(name = TOOL, version, after_help = cli::EXIT_CODES)]
 pub struct Args {
@@ -46,12 +50,19 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         if held.is_none() {
             report.note("this kernel does not show which interrupts can be moved; it tells when they are tried");
         }
-        return Ok(cli::listed(&mut report, &list(&root, &args.select, held.as_ref())?));
+        return Ok(cli::listed(
+            &mut report,
+            &list(&root, &args.select, held.as_ref())?,
+        ));
     }
     if let Some(exit) = args.common.restore(&root, &mut report, TOOL)? {
         return Ok(exit);
     }
-    let cpus = args.cpus.map(|cpus| cpus.resolve(&root)).transpose()?.unwrap_or_default();
+    let cpus = args
+        .cpus
+        .map(|cpus| cpus.resolve(&root))
+        .transpose()?
+        .unwrap_or_default();
     cpu::check_usable(&root, &cpus)?;
     let mut changes = chosen(&root, &args.select, &irq::names(&root)?)?
         .into_iter()
@@ -62,13 +73,17 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         let held = held(&root)?.unwrap_or_default();
         let is_held = |change: &mut Change| !change.is_noop() && is_among(&held, &change.knob);
         for change in changes.extract_if(.., is_held) {
-            report.changes(&[Done { change, outcome: Outcome::Refused("its smp_affinity is read-only".into()) }]);
+            report.changes(&[Done {
+                change,
+                outcome: Outcome::Refused("its smp_affinity is read-only".into()),
+            }]);
         }
     }
     args.common.carry_out(&root, &mut report, TOOL, changes)
 }
 
-/// The default mask and every IRQ, in this order: one that is born meanwhile starts where it should.
+/// The default mask and every IRQ, in this order: one that is born meanwhile starts where it
+/// should.
 ///
 /// # Errors
 /// Where /proc/irq cannot be read.
@@ -81,15 +96,21 @@ fn named_objects(root: &Sysroot, names: &BTreeMap<u32, String>) -> Result<Vec<Ob
     Ok(irq::default_mask(root)?.into_iter().chain(irqs).collect())
 }
 
-/// The IRQs that the kernel does not let user space move, known without trying; `None` where it does not show them.
+/// The IRQs that the kernel does not let user space move, known without trying; `None` where it
+/// does not show them.
 ///
-/// Nothing else tells than what [`irq::is_held`] looks at, and where none is held this kernel may be an older one.
+/// Nothing else tells than what [`irq::is_held`] looks at, and where none is held this kernel may
+/// be an older one.
 ///
 /// # Errors
 /// Where /proc/irq cannot be listed.
 pub fn held(root: &Sysroot) -> Result<Option<BTreeSet<u32>>> {
     let mut held = BTreeSet::new();
-    for number in root.names("proc/irq")?.iter().filter_map(|name| name.parse().ok()) {
+    for number in root
+        .names("proc/irq")?
+        .iter()
+        .filter_map(|name| name.parse().ok())
+    {
         if irq::is_held(root, number)? {
             held.insert(number);
         }
@@ -122,7 +143,13 @@ fn list(root: &Sysroot, select: &Select, held: Option<&BTreeSet<u32>>) -> Result
     let mut table = Table::new(&["irq", "name", "cpus", "effective", "movable"]);
     for object in chosen(root, select, &names)? {
         let Knob::Irq(number) = object.knob else {
-            table.row([DEFAULT.into(), String::new(), object.found, String::new(), "yes".into()]);
+            table.row([
+                DEFAULT.into(),
+                String::new(),
+                object.found,
+                String::new(),
+                "yes".into(),
+            ]);
             continue;
         };
         let movable = match held {
@@ -131,7 +158,13 @@ fn list(root: &Sysroot, select: &Select, held: Option<&BTreeSet<u32>>) -> Result
             Some(_) => "yes",
         };
         let effective = irq::effective(root, number)?.to_string();
-        table.row([number.to_string(), name(&names, number).into(), object.found, effective, movable.into()]);
+        table.row([
+            number.to_string(),
+            name(&names, number).into(),
+            object.found,
+            effective,
+            movable.into(),
+        ]);
     }
     Ok(table)
 }
@@ -160,8 +193,15 @@ mod tests {
         fs::write(dir.path().join("proc/interrupts"), "CPU0\n").unwrap();
         fs::write(dir.path().join("proc/irq/default_smp_affinity"), "f\n").unwrap();
         let movable = || -> Vec<String> {
-            let table = list(&root, &Select::default(), held(&root).unwrap().as_ref()).unwrap().to_json();
-            table.as_array().unwrap().iter().map(|row| row["movable"].as_str().unwrap().to_owned()).collect()
+            let table = list(&root, &Select::default(), held(&root).unwrap().as_ref())
+                .unwrap()
+                .to_json();
+            table
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|row| row["movable"].as_str().unwrap().to_owned())
+                .collect()
         };
         assert_eq!(movable(), ["yes", "unknown", "unknown"]);
         let file = dir.path().join("proc/irq/24/smp_affinity_list");

@@ -1,7 +1,8 @@
 //! pin-vcpu: pins the threads of a VM's QEMU by their roles.
 //!
-//! A vCPU thread that stays on one CPU keeps that CPU's caches, and where the guest's cores lie on the host's, its
-//! scheduler's choices hold. Iothreads and emulator threads go elsewhere, so that they never stand in a vCPU's way.
+//! A vCPU thread that stays on one CPU keeps that CPU's caches, and where the guest's cores lie on
+//! the host's, its scheduler's choices hold. Iothreads and emulator threads go elsewhere, so that
+//! they never stand in a vCPU's way.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -22,8 +23,9 @@ const MONITOR_BUDGET: Duration = Duration::from_secs(5);
 
 /// Pin a VM's threads by their roles: vCPUs, iothreads, emulator
 ///
-/// Which thread is which is asked of QEMU's monitor. Where that does not answer, the threads' names tell the vCPUs, and
-/// this is said. CPUS are logical numbers, as in 0-5,12-17, or selectors, as in llc:1; see `hook layout`.
+/// Which thread is which is asked of QEMU's monitor. Where that does not answer, the threads' names
+/// tell the vCPUs, and this is said. CPUS are logical numbers, as in 0-5,12-17, or selectors, as in
+/// llc:1; see `hook layout`.
 #[derive(Debug, Parser)]
 #[command(name = TOOL, version, after_help = cli::EXIT_CODES)]
 #[command(group(ArgGroup::new("what").required(true).multiple(true).args(["vcpu", "iothread", "emulator", "list", "restore"])))]
@@ -58,7 +60,14 @@ pub fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> anyhow::Result<Exit> {
-    let Args { vmid, pid, vcpu, iothread, emulator, common } = args;
+    let Args {
+        vmid,
+        pid,
+        vcpu,
+        iothread,
+        emulator,
+        common,
+    } = args;
     let root = common.output.root();
     let mut report = common.output.report(TOOL);
     if let Some(exit) = common.restore(&root, &mut report, TOOL)? {

@@ -20,12 +20,16 @@ impl FromStr for VcpuPin {
     type Err = String;
 
     fn from_str(text: &str) -> std::result::Result<Self, String> {
-        let (number, cpus) = text.split_once('=').ok_or("write a vCPU's number and CPUs, as in 0=6")?;
+        let (number, cpus) = text
+            .split_once('=')
+            .ok_or("write a vCPU's number and CPUs, as in 0=6")?;
         let is_number = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
         let vcpu = is_number.then(|| number.parse().ok()).flatten();
         Ok(Self {
             vcpu: vcpu.ok_or_else(|| format!("{number:?} is no vCPU's number; write as in 0=6"))?,
-            cpus: cpus.parse().map_err(|error: CpuExprError| error.to_string())?,
+            cpus: cpus
+                .parse()
+                .map_err(|error: CpuExprError| error.to_string())?,
         })
     }
 }
@@ -48,7 +52,12 @@ impl FromStr for IothreadPin {
             Some((id, cpus)) => (Some(id.to_owned()), cpus),
             None => (None, text),
         };
-        Ok(Self { id, cpus: cpus.parse().map_err(|error: CpuExprError| error.to_string())? })
+        Ok(Self {
+            id,
+            cpus: cpus
+                .parse()
+                .map_err(|error: CpuExprError| error.to_string())?,
+        })
     }
 }
 
@@ -70,16 +79,23 @@ impl Asked {
         iothreads: Vec<IothreadPin>,
         emulator: Option<CpuExpr>,
     ) -> std::result::Result<Self, String> {
-        let mut asked = Self { emulator, ..Self::default() };
+        let mut asked = Self {
+            emulator,
+            ..Self::default()
+        };
         for VcpuPin { vcpu, cpus } in vcpus {
             if asked.vcpus.insert(vcpu, cpus).is_some() {
-                return Err(format!("vCPU {vcpu}: pinned twice; write its CPUs as one list, as in {vcpu}=6,18"));
+                return Err(format!(
+                    "vCPU {vcpu}: pinned twice; write its CPUs as one list, as in {vcpu}=6,18"
+                ));
             }
         }
         for IothreadPin { id, cpus } in iothreads {
             let name = id.clone().unwrap_or_else(|| "without an id".into());
             if asked.iothreads.insert(id, cpus).is_some() {
-                return Err(format!("iothread {name}: pinned twice; write its CPUs as one list"));
+                return Err(format!(
+                    "iothread {name}: pinned twice; write its CPUs as one list"
+                ));
             }
         }
         Ok(asked)
@@ -117,14 +133,20 @@ pub struct Pins {
 impl Pins {
     /// All sets of CPUs that are asked for.
     pub fn cpus(&self) -> impl Iterator<Item = &CpuSet> {
-        self.vcpus.values().chain(self.iothreads.values()).chain(&self.emulator)
+        self.vcpus
+            .values()
+            .chain(self.iothreads.values())
+            .chain(&self.emulator)
     }
 
     /// The CPUs for a role; `None` where it stays as it is.
     pub fn of(&self, role: &Role) -> Option<&CpuSet> {
         match role {
             Role::Vcpu(number) => self.vcpus.get(number),
-            Role::Iothread(id) => self.iothreads.get(&Some(id.clone())).or_else(|| self.iothreads.get(&None)),
+            Role::Iothread(id) => self
+                .iothreads
+                .get(&Some(id.clone()))
+                .or_else(|| self.iothreads.get(&None)),
             Role::Emulator => self.emulator.as_ref(),
         }
     }
@@ -140,33 +162,70 @@ pub fn object(thread: &QemuThread) -> Object {
     Object::new(Knob::Thread(thread.id), label, thread.allowed.to_string())
 }
 
-/// The changes that pin threads: vCPUs by number, iothreads, then the emulator's, its first thread foremost, so that
-/// workers born meanwhile have its pin already.
+/// The changes that pin threads: vCPUs by number, iothreads, then the emulator's, its first thread
+/// foremost, so that workers born meanwhile have its pin already.
 ///
 /// # Errors
 /// [`Error::Unusable`] where there is no such vCPU or iothread, naming those there are.
 pub fn plan(threads: &[QemuThread], pins: &Pins) -> Result<Vec<Change>> {
     let numbers: CpuSet = vcpu_numbers(threads).collect();
     if let Some(vcpu) = pins.vcpus.keys().find(|vcpu| !numbers.contains(**vcpu)) {
-        let there_are = if numbers.is_empty() { "none is known".into() } else { format!("there are {numbers}") };
-        return Err(Error::unusable(format!("vCPU {vcpu}"), format!("the VM has no such vCPU; {there_are}")));
+        let there_are = if numbers.is_empty() {
+            "none is known".into()
+        } else {
+            format!("there are {numbers}")
+        };
+        return Err(Error::unusable(
+            format!("vCPU {vcpu}"),
+            format!("the VM has no such vCPU; {there_are}"),
+        ));
     }
     let ids: Vec<&str> = iothread_ids(threads).collect();
-    if let Some(id) = pins.iothreads.keys().flatten().find(|id| !ids.contains(&id.as_str())) {
-        let there_are = if ids.is_empty() { "none is known".into() } else { format!("there are {}", ids.join(", ")) };
-        return Err(Error::unusable(format!("iothread {id}"), format!("the VM has no such iothread; {there_are}")));
+    if let Some(id) = pins
+        .iothreads
+        .keys()
+        .flatten()
+        .find(|id| !ids.contains(&id.as_str()))
+    {
+        let there_are = if ids.is_empty() {
+            "none is known".into()
+        } else {
+            format!("there are {}", ids.join(", "))
+        };
+        return Err(Error::unusable(
+            format!("iothread {id}"),
+            format!("the VM has no such iothread; {there_are}"),
+        ));
     }
-    let mut pinned: Vec<_> = threads.iter().filter_map(|thread| Some((thread, pins.of(&thread.role)?))).collect();
+    let mut pinned: Vec<_> = threads
+        .iter()
+        .filter_map(|thread| Some((thread, pins.of(&thread.role)?)))
+        .collect();
     pinned.sort_by_key(|(thread, _)| (&thread.role, thread.id.tid != thread.id.pid, thread.id.tid));
-    Ok(pinned.into_iter().map(|(thread, cpus)| object(thread).want(cpus.to_string())).collect())
+    Ok(pinned
+        .into_iter()
+        .map(|(thread, cpus)| object(thread).want(cpus.to_string()))
+        .collect())
 }
 
 fn vcpu_numbers(threads: &[QemuThread]) -> impl Iterator<Item = usize> {
-    threads.iter().filter_map(|thread| if let Role::Vcpu(number) = thread.role { Some(number) } else { None })
+    threads.iter().filter_map(|thread| {
+        if let Role::Vcpu(number) = thread.role {
+            Some(number)
+        } else {
+            None
+        }
+    })
 }
 
 fn iothread_ids(threads: &[QemuThread]) -> impl Iterator<Item = &str> {
-    threads.iter().filter_map(|thread| if let Role::Iothread(id) = &thread.role { Some(id.as_str()) } else { None })
+    threads.iter().filter_map(|thread| {
+        if let Role::Iothread(id) = &thread.role {
+            Some(id.as_str())
+        } else {
+            None
+        }
+    })
 }
 
 #[cfg(test)]
@@ -175,8 +234,18 @@ mod tests {
     use pinfold_core::TaskId;
 
     fn thread(tid: i32, role: Role) -> QemuThread {
-        let id = TaskId { pid: 100, tid, start: 1 };
-        QemuThread { id, role, name: "kvm".into(), allowed: "0-23".parse().unwrap(), last_cpu: 0 }
+        let id = TaskId {
+            pid: 100,
+            tid,
+            start: 1,
+        };
+        QemuThread {
+            id,
+            role,
+            name: "kvm".into(),
+            allowed: "0-23".parse().unwrap(),
+            last_cpu: 0,
+        }
     }
 
     fn threads() -> Vec<QemuThread> {
@@ -190,7 +259,11 @@ mod tests {
         ]
     }
 
-    fn pins(vcpus: &[&str], iothreads: &[&str], emulator: Option<&str>) -> std::result::Result<Pins, String> {
+    fn pins(
+        vcpus: &[&str],
+        iothreads: &[&str],
+        emulator: Option<&str>,
+    ) -> std::result::Result<Pins, String> {
         let asked = Asked::new(
             vcpus.iter().map(|text| text.parse().unwrap()).collect(),
             iothreads.iter().map(|text| text.parse().unwrap()).collect(),
@@ -200,7 +273,11 @@ mod tests {
     }
 
     fn planned(pins: &Pins) -> Vec<String> {
-        plan(&threads(), pins).unwrap().iter().map(ToString::to_string).collect()
+        plan(&threads(), pins)
+            .unwrap()
+            .iter()
+            .map(ToString::to_string)
+            .collect()
     }
 
     #[test]
@@ -224,12 +301,17 @@ mod tests {
     #[test]
     fn what_is_not_there_is_named() {
         let error = |pins: Pins| plan(&threads(), &pins).unwrap_err().to_string();
-        assert_eq!(error(pins(&["2=6"], &[], None).unwrap()), "vCPU 2: the VM has no such vCPU; there are 0-1");
+        assert_eq!(
+            error(pins(&["2=6"], &[], None).unwrap()),
+            "vCPU 2: the VM has no such vCPU; there are 0-1"
+        );
         assert_eq!(
             error(pins(&[], &["io3=6"], None).unwrap()),
             "iothread io3: the VM has no such iothread; there are io1, io2"
         );
-        let none = plan(&[], &pins(&["0=6"], &[], None).unwrap()).unwrap_err().to_string();
+        let none = plan(&[], &pins(&["0=6"], &[], None).unwrap())
+            .unwrap_err()
+            .to_string();
         assert_eq!(none, "vCPU 0: the VM has no such vCPU; none is known");
     }
 
@@ -265,9 +347,22 @@ mod tests {
         for text in ["", "=6", "io=", "io=x", "5-3"] {
             assert!(text.parse::<IothreadPin>().is_err(), "{text:?}");
         }
-        assert_eq!("0=core:6&online".parse::<VcpuPin>().unwrap().cpus.to_string(), "core:6&online");
-        assert_eq!("io1=!llc:1".parse::<IothreadPin>().unwrap().id.as_deref(), Some("io1"));
+        assert_eq!(
+            "0=core:6&online"
+                .parse::<VcpuPin>()
+                .unwrap()
+                .cpus
+                .to_string(),
+            "core:6&online"
+        );
+        assert_eq!(
+            "io1=!llc:1".parse::<IothreadPin>().unwrap().id.as_deref(),
+            Some("io1")
+        );
         assert_eq!("llc:0".parse::<IothreadPin>().unwrap().id, None);
-        assert_eq!("a=b=6".parse::<IothreadPin>().unwrap().id.as_deref(), Some("a=b"));
+        assert_eq!(
+            "a=b=6".parse::<IothreadPin>().unwrap().id.as_deref(),
+            Some("a=b")
+        );
     }
 }

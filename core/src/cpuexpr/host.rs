@@ -27,14 +27,18 @@ pub struct Host<'a> {
 impl<'a> Host<'a> {
     /// Nothing is read before it is needed.
     pub fn new(root: &'a Sysroot) -> Self {
-        Self { root, topology: OnceCell::new() }
+        Self {
+            root,
+            topology: OnceCell::new(),
+        }
     }
 
-    /// The CPUs that an expression stands for. A plain list is taken as it is, without a look at the host.
+    /// The CPUs that an expression stands for. A plain list is taken as it is, without a look at
+    /// the host.
     ///
     /// # Errors
-    /// [`Error::Unusable`] where the host lacks something named, with what it has, where a VM does not run, or where no CPU
-    /// is left.
+    /// [`Error::Unusable`] where the host lacks something named, with what it has, where a VM does
+    /// not run, or where no CPU is left.
     pub fn resolve(&self, expr: &CpuExpr) -> Result<CpuSet> {
         if let Node::Cpus(cpus) = &expr.node {
             return Ok(cpus.clone());
@@ -80,8 +84,14 @@ impl<'a> Host<'a> {
         }
     }
 
-    fn joined(&self, nodes: &[Node], join: impl Fn(CpuSet, &Node) -> Result<CpuSet>) -> Result<CpuSet> {
-        let Some((first, rest)) = nodes.split_first() else { return Ok(CpuSet::new()) };
+    fn joined(
+        &self,
+        nodes: &[Node],
+        join: impl Fn(CpuSet, &Node) -> Result<CpuSet>,
+    ) -> Result<CpuSet> {
+        let Some((first, rest)) = nodes.split_first() else {
+            return Ok(CpuSet::new());
+        };
         rest.iter().try_fold(self.cpus(first)?, join)
     }
 
@@ -94,17 +104,31 @@ impl<'a> Host<'a> {
             Word::FirstThreads => Ok(self.topology()?.first_threads()),
             Word::Vcache => {
                 let topology = self.topology()?;
-                let cpus = topology.vcache().iter().flat_map(|llc| llc.cpus.iter()).collect::<CpuSet>();
+                let cpus = topology
+                    .vcache()
+                    .iter()
+                    .flat_map(|llc| llc.cpus.iter())
+                    .collect::<CpuSet>();
                 if cpus.is_empty() {
-                    return lacks(format!("no L3 is larger than the others; {}", there_are(topology, Kind::Llc, true)));
+                    return lacks(format!(
+                        "no L3 is larger than the others; {}",
+                        there_are(topology, Kind::Llc, true)
+                    ));
                 }
                 Ok(cpus)
             }
             Word::Pcores | Word::Ecores => {
                 let topology = self.topology()?;
-                let cpus = if word == Word::Pcores { &topology.pcores } else { &topology.ecores };
+                let cpus = if word == Word::Pcores {
+                    &topology.pcores
+                } else {
+                    &topology.ecores
+                };
                 if cpus.is_empty() {
-                    return lacks(format!("all online cores of this host are of one kind{}", but_offline(topology)));
+                    return lacks(format!(
+                        "all online cores of this host are of one kind{}",
+                        but_offline(topology)
+                    ));
                 }
                 Ok(cpus.clone())
             }
@@ -120,15 +144,26 @@ impl<'a> Host<'a> {
             Part::Core | Part::Smt => return self.cores(part, numbers),
         };
         let topology = self.topology()?;
-        let domains: Vec<&Domain> =
-            topology.domains(kind).iter().filter(|domain| numbers.contains(domain.number)).collect();
+        let domains: Vec<&Domain> = topology
+            .domains(kind)
+            .iter()
+            .filter(|domain| numbers.contains(domain.number))
+            .collect();
         let known = domains.iter().map(|domain| domain.number).collect();
         let unknown = numbers - &known;
         if !unknown.is_empty() {
             // `llc:1,6` may have been meant as an LLC domain and a CPU.
             let meant_as_cpus = unknown != *numbers && unknown.is_subset(&topology.present);
-            let hint = if meant_as_cpus { format!("; for CPU {unknown} write cpu:{unknown}") } else { String::new() };
-            let why = format!("no such {}{hint}; {}", in_words(kind), there_are(topology, kind, false));
+            let hint = if meant_as_cpus {
+                format!("; for CPU {unknown} write cpu:{unknown}")
+            } else {
+                String::new()
+            };
+            let why = format!(
+                "no such {}{hint}; {}",
+                in_words(kind),
+                there_are(topology, kind, false)
+            );
             return Err(Error::unusable(format!("{part}:{unknown}"), why));
         }
         if let Some(domain) = domains.iter().find(|domain| !domain.sure) {
@@ -140,7 +175,10 @@ impl<'a> Host<'a> {
             );
             return Err(Error::unusable(format!("{part}:{}", domain.number), why));
         }
-        Ok(domains.iter().flat_map(|domain| domain.cpus.iter()).collect())
+        Ok(domains
+            .iter()
+            .flat_map(|domain| domain.cpus.iter())
+            .collect())
     }
 
     fn cores(&self, part: Part, cpus: &CpuSet) -> Result<CpuSet> {
@@ -148,19 +186,32 @@ impl<'a> Host<'a> {
         let topology = self.topology()?;
         let offline = cpus - &topology.online;
         if !offline.is_empty() {
-            let why = format!("offline, and the kernel does not tell its core; online are {}", topology.online);
+            let why = format!(
+                "offline, and the kernel does not tell its core; online are {}",
+                topology.online
+            );
             return Err(Error::unusable(format!("{part}:{offline}"), why));
         }
-        Ok(topology.cores.iter().filter(|core| core.intersects(cpus)).flat_map(CpuSet::iter).collect())
+        Ok(topology
+            .cores
+            .iter()
+            .filter(|core| core.intersects(cpus))
+            .flat_map(CpuSet::iter)
+            .collect())
     }
 
-    /// Where a VM's vCPU threads may run now: their masks have CPUs, too, that are offline or could be plugged in.
+    /// Where a VM's vCPU threads may run now: their masks have CPUs, too, that are offline or could
+    /// be plugged in.
     fn vcpus(&self, vmid: VmId) -> Result<CpuSet> {
         let threads = vm::threads(self.root, &vm::running(self.root, vmid)?, MONITOR_BUDGET)?;
-        let vcpus = threads.threads.iter().filter(|thread| matches!(thread.role, Role::Vcpu(_)));
+        let vcpus = threads
+            .threads
+            .iter()
+            .filter(|thread| matches!(thread.role, Role::Vcpu(_)));
         let cpus: CpuSet = vcpus.flat_map(|thread| thread.allowed.iter()).collect();
         if cpus.is_empty() {
-            let why = format!("which of its threads run vCPUs is not known; see pin-vcpu --list {vmid}");
+            let why =
+                format!("which of its threads run vCPUs is not known; see pin-vcpu --list {vmid}");
             return Err(Error::unusable(format!("vm:{vmid}"), why));
         }
         Ok(&cpus & &cpu::online(self.root)?)
@@ -186,7 +237,11 @@ fn there_are(topology: &Topology, kind: Kind, with_extent: bool) -> String {
     };
     let domains = topology.domains(kind);
     let one = |domain: &Domain| {
-        let extent = if with_extent { format!(", {}", domain.extent) } else { String::new() };
+        let extent = if with_extent {
+            format!(", {}", domain.extent)
+        } else {
+            String::new()
+        };
         format!("{part}:{} (CPU {}{extent})", domain.number, domain.cpus)
     };
     let all = match domains {

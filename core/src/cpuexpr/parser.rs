@@ -23,12 +23,24 @@ type Result<T> = std::result::Result<T, CpuExprError>;
 
 pub(super) fn parse(text: &str) -> Result<Node> {
     let text = text.trim();
-    let mut parser = Parser { text, at: 0, depth: 0 };
+    let mut parser = Parser {
+        text,
+        at: 0,
+        depth: 0,
+    };
     let node = parser.expression()?;
     match parser.rest() {
         "" => Ok(node),
-        ")" => Err(parser.wrong(parser.at, ")", "closes nothing; there is no \"(\" before it")),
-        rest => Err(parser.wrong(parser.at, rest, "is not expected here; join CPUs by \",\" or \"&\"")),
+        ")" => Err(parser.wrong(
+            parser.at,
+            ")",
+            "closes nothing; there is no \"(\" before it",
+        )),
+        rest => Err(parser.wrong(
+            parser.at,
+            rest,
+            "is not expected here; join CPUs by \",\" or \"&\"",
+        )),
     }
 }
 
@@ -46,7 +58,12 @@ impl<'a> Parser<'a> {
 
     fn wrong(&self, at: usize, token: &str, why: impl Into<String>) -> CpuExprError {
         let at = self.text[..at].chars().count() + 1;
-        CpuExprError::Token { token: token.trim_end().to_owned(), text: self.text.to_owned(), at, why: why.into() }
+        CpuExprError::Token {
+            token: token.trim_end().to_owned(),
+            text: self.text.to_owned(),
+            at,
+            why: why.into(),
+        }
     }
 
     fn skip_space(&mut self) {
@@ -103,7 +120,11 @@ impl<'a> Parser<'a> {
         self.depth += 1;
         if self.depth > MAX_DEPTH {
             let next: String = self.rest().chars().take(1).collect();
-            return Err(self.wrong(at, &next, format!("is nested too deep; {MAX_DEPTH} is the most")));
+            return Err(self.wrong(
+                at,
+                &next,
+                format!("is nested too deep; {MAX_DEPTH} is the most"),
+            ));
         }
         let node = if self.takes('!') {
             Node::Not(Box::new(self.factor()?))
@@ -116,7 +137,9 @@ impl<'a> Parser<'a> {
         } else if self.rest().starts_with(|c: char| c.is_ascii_alphabetic()) {
             self.selector()?
         } else {
-            Node::Cpus(self.numbers("CPU number, range or selector; write CPUs as in 0-5,12 or llc:1")?)
+            Node::Cpus(
+                self.numbers("CPU number, range or selector; write CPUs as in 0-5,12 or llc:1")?,
+            )
         };
         self.depth -= 1;
         Ok(node)
@@ -128,21 +151,37 @@ impl<'a> Parser<'a> {
         let is = |known: &str| known.eq_ignore_ascii_case(name);
         if let Some((_, word)) = WORDS.iter().find(|(known, _)| is(known)) {
             if self.takes(':') {
-                return Err(self.wrong(at, &self.text[at..self.at], format!("takes no number; write just {name}")));
+                return Err(self.wrong(
+                    at,
+                    &self.text[at..self.at],
+                    format!("takes no number; write just {name}"),
+                ));
             }
             return Ok(Node::Word(*word));
         }
-        let part = PARTS.iter().find(|(known, _)| is(known)).map(|(_, part)| *part);
+        let part = PARTS
+            .iter()
+            .find(|(known, _)| is(known))
+            .map(|(_, part)| *part);
         if part.is_none() && !is("cpu") && !is("vm") {
             return Err(self.wrong(at, name, format!("is no selector; there are {NAMES}")));
         }
         if !self.takes(':') {
             let example = if is("vm") { 100 } else { 0 };
-            return Err(self.wrong(at, name, format!("needs a number behind it, as in {name}:{example}")));
+            return Err(self.wrong(
+                at,
+                name,
+                format!("needs a number behind it, as in {name}:{example}"),
+            ));
         }
         match part {
-            Some(part) => Ok(Node::Parts(part, self.numbers("number or range; write as in 0 or 0-1")?)),
-            None if is("cpu") => Ok(Node::Cpus(self.numbers("CPU number or range; write CPUs as in cpu:0-5,12")?)),
+            Some(part) => Ok(Node::Parts(
+                part,
+                self.numbers("number or range; write as in 0 or 0-1")?,
+            )),
+            None if is("cpu") => Ok(Node::Cpus(
+                self.numbers("CPU number or range; write CPUs as in cpu:0-5,12")?,
+            )),
             None => self.vms(),
         }
     }
@@ -156,7 +195,9 @@ impl<'a> Parser<'a> {
                     CpuSetError::Backwards { first, last, .. } => {
                         format!("runs backwards; did you mean {last}-{first}?")
                     }
-                    CpuSetError::TooLarge(_) => format!("is beyond {}, the largest number there is", crate::MAX_CPU),
+                    CpuSetError::TooLarge(_) => {
+                        format!("is beyond {}, the largest number there is", crate::MAX_CPU)
+                    }
                     _ => format!("is no {what}"),
                 };
                 self.wrong(at, range, why)

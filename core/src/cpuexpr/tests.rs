@@ -1,7 +1,9 @@
 use super::*;
 
 fn read(text: &str) -> std::result::Result<String, String> {
-    text.parse::<CpuExpr>().map(|expr| expr.to_string()).map_err(|error| error.to_string())
+    text.parse::<CpuExpr>()
+        .map(|expr| expr.to_string())
+        .map_err(|error| error.to_string())
 }
 
 #[test]
@@ -46,8 +48,10 @@ fn good_ones_are_printed_in_one_form() {
 
 #[test]
 fn plain_lists_keep_their_words() {
-    for text in ["", "\n", "5-3", "1,,2", "1,x", "x", "-1", "1-2-3", "+1", "8192", "0x3", "0-5;12", "0 1", "é", "1,é"]
-    {
+    for text in [
+        "", "\n", "5-3", "1,,2", "1,x", "x", "-1", "1-2-3", "+1", "8192", "0x3", "0-5;12", "0 1",
+        "é", "1,é",
+    ] {
         let list = text.parse::<CpuSet>().unwrap_err().to_string();
         assert_eq!(read(text), Err(list), "{text:?}");
     }
@@ -56,34 +60,112 @@ fn plain_lists_keep_their_words() {
 #[test]
 fn bad_ones_name_the_token_and_its_place() {
     for (text, message) in [
-        ("lcl:1", "\"lcl\" in \"lcl:1\" (character 1) is no selector; there are llc:N, "),
-        ("0-5,vcash", "\"vcash\" in \"0-5,vcash\" (character 5) is no selector; there are "),
-        ("llc", "\"llc\" in \"llc\" (character 1) needs a number behind it, as in llc:0"),
-        ("vm", "\"vm\" in \"vm\" (character 1) needs a number behind it, as in vm:100"),
-        ("llc:", "\"\" in \"llc:\" (character 5) is no number or range; write as in 0 or 0-1"),
-        ("llc:x", "\"x\" in \"llc:x\" (character 5) is no number or range; "),
-        ("llc:-1", "\"-1\" in \"llc:-1\" (character 5) is no number or range; "),
-        ("llc:3-1", "\"3-1\" in \"llc:3-1\" (character 5) runs backwards; did you mean 1-3?"),
-        ("llc:0,9-2", "\"9-2\" in \"llc:0,9-2\" (character 7) runs backwards; did you mean 2-9?"),
-        ("node:8192", "\"8192\" in \"node:8192\" (character 6) is beyond 8191, the largest number there is"),
-        ("cpu:x", "\"x\" in \"cpu:x\" (character 5) is no CPU number or range; write CPUs as in cpu:0-5,12"),
-        ("vm:99", "\"99\" in \"vm:99\" (character 4) is no VM's number, which run from 100 to 999999999; "),
-        ("vm:100-102", "\"100-102\" in \"vm:100-102\" (character 4) is no VM's number, "),
-        ("vm:0100", "\"0100\" in \"vm:0100\" (character 4) is no VM's number, "),
-        ("online:1", "\"online:\" in \"online:1\" (character 1) takes no number; write just online"),
-        ("llc:0,", "\"\" in \"llc:0,\" (character 7) is no CPU number, range or selector; write CPUs as in "),
-        ("&llc:0", "\"\" in \"&llc:0\" (character 1) is no CPU number, "),
-        ("llc:0&", "\"\" in \"llc:0&\" (character 7) is no CPU number, "),
+        (
+            "lcl:1",
+            "\"lcl\" in \"lcl:1\" (character 1) is no selector; there are llc:N, ",
+        ),
+        (
+            "0-5,vcash",
+            "\"vcash\" in \"0-5,vcash\" (character 5) is no selector; there are ",
+        ),
+        (
+            "llc",
+            "\"llc\" in \"llc\" (character 1) needs a number behind it, as in llc:0",
+        ),
+        (
+            "vm",
+            "\"vm\" in \"vm\" (character 1) needs a number behind it, as in vm:100",
+        ),
+        (
+            "llc:",
+            "\"\" in \"llc:\" (character 5) is no number or range; write as in 0 or 0-1",
+        ),
+        (
+            "llc:x",
+            "\"x\" in \"llc:x\" (character 5) is no number or range; ",
+        ),
+        (
+            "llc:-1",
+            "\"-1\" in \"llc:-1\" (character 5) is no number or range; ",
+        ),
+        (
+            "llc:3-1",
+            "\"3-1\" in \"llc:3-1\" (character 5) runs backwards; did you mean 1-3?",
+        ),
+        (
+            "llc:0,9-2",
+            "\"9-2\" in \"llc:0,9-2\" (character 7) runs backwards; did you mean 2-9?",
+        ),
+        (
+            "node:8192",
+            "\"8192\" in \"node:8192\" (character 6) is beyond 8191, the largest number there is",
+        ),
+        (
+            "cpu:x",
+            "\"x\" in \"cpu:x\" (character 5) is no CPU number or range; write CPUs as in cpu:0-5,12",
+        ),
+        (
+            "vm:99",
+            "\"99\" in \"vm:99\" (character 4) is no VM's number, which run from 100 to 999999999; ",
+        ),
+        (
+            "vm:100-102",
+            "\"100-102\" in \"vm:100-102\" (character 4) is no VM's number, ",
+        ),
+        (
+            "vm:0100",
+            "\"0100\" in \"vm:0100\" (character 4) is no VM's number, ",
+        ),
+        (
+            "online:1",
+            "\"online:\" in \"online:1\" (character 1) takes no number; write just online",
+        ),
+        (
+            "llc:0,",
+            "\"\" in \"llc:0,\" (character 7) is no CPU number, range or selector; write CPUs as in ",
+        ),
+        (
+            "&llc:0",
+            "\"\" in \"&llc:0\" (character 1) is no CPU number, ",
+        ),
+        (
+            "llc:0&",
+            "\"\" in \"llc:0&\" (character 7) is no CPU number, ",
+        ),
         ("!", "\"\" in \"!\" (character 2) is no CPU number, "),
         ("()", "\"\" in \"()\" (character 2) is no CPU number, "),
-        ("0-5,(llc:1", "\"(\" in \"0-5,(llc:1\" (character 5) is not closed"),
-        ("llc:1)", "\")\" in \"llc:1)\" (character 6) closes nothing; there is no \"(\" before it"),
-        ("llc:0 llc:1", "\"0 llc\" in \"llc:0 llc:1\" (character 5) is no number or range; "),
-        ("online all", "\"all\" in \"online all\" (character 8) is not expected here; join CPUs by \",\" or \"&\""),
-        ("llc:1!6", "\"!6\" in \"llc:1!6\" (character 6) is not expected here; "),
-        ("5:3", "\":3\" in \"5:3\" (character 2) is not expected here; "),
-        ("é&llc:1,", "\"é\" in \"é&llc:1,\" (character 1) is no CPU number, "),
-        ("llc:é", "\"é\" in \"llc:é\" (character 5) is no number or range; "),
+        (
+            "0-5,(llc:1",
+            "\"(\" in \"0-5,(llc:1\" (character 5) is not closed",
+        ),
+        (
+            "llc:1)",
+            "\")\" in \"llc:1)\" (character 6) closes nothing; there is no \"(\" before it",
+        ),
+        (
+            "llc:0 llc:1",
+            "\"0 llc\" in \"llc:0 llc:1\" (character 5) is no number or range; ",
+        ),
+        (
+            "online all",
+            "\"all\" in \"online all\" (character 8) is not expected here; join CPUs by \",\" or \"&\"",
+        ),
+        (
+            "llc:1!6",
+            "\"!6\" in \"llc:1!6\" (character 6) is not expected here; ",
+        ),
+        (
+            "5:3",
+            "\":3\" in \"5:3\" (character 2) is not expected here; ",
+        ),
+        (
+            "é&llc:1,",
+            "\"é\" in \"é&llc:1,\" (character 1) is no CPU number, ",
+        ),
+        (
+            "llc:é",
+            "\"é\" in \"llc:é\" (character 5) is no number or range; ",
+        ),
         (
             "llc:1,!6&!7",
             "\"!6&!7\" in \"llc:1,!6&!7\" (character 7) could take away or add here; put it in parentheses, ",
@@ -111,26 +193,44 @@ fn no_nesting_exhausts_the_stack() {
 
 #[test]
 fn settings_take_them_as_text() {
-    let read = |json: &str| serde_json::from_str::<CpuExpr>(json).map_err(|error| error.to_string());
+    let read =
+        |json: &str| serde_json::from_str::<CpuExpr>(json).map_err(|error| error.to_string());
     let expr = read("\"llc:1&!6\"").unwrap();
     assert_eq!(serde_json::to_string(&expr).unwrap(), "\"llc:1&!6\"");
-    assert!(read("\"llc\"").unwrap_err().starts_with("\"llc\" in \"llc\" (character 1) needs a number"));
+    assert!(
+        read("\"llc\"")
+            .unwrap_err()
+            .starts_with("\"llc\" in \"llc\" (character 1) needs a number")
+    );
     assert_eq!(read("\"\"").unwrap(), CpuSet::new().into(), "as a CpuSet");
 }
 
 #[test]
 fn vms_are_seen_wherever_they_are_named() {
-    for (text, names) in
-        [("vm:100", true), ("online&!vm:100", true), ("0,(llc:1,!vm:101)", true), ("0-5", false), ("!llc:1,0", false)]
-    {
-        assert_eq!(text.parse::<CpuExpr>().unwrap().names_vms(), names, "{text}");
+    for (text, names) in [
+        ("vm:100", true),
+        ("online&!vm:100", true),
+        ("0,(llc:1,!vm:101)", true),
+        ("0-5", false),
+        ("!llc:1,0", false),
+    ] {
+        assert_eq!(
+            text.parse::<CpuExpr>().unwrap().names_vms(),
+            names,
+            "{text}"
+        );
     }
 }
 
 #[test]
 fn a_plain_list_asks_the_host_nothing() {
     let nowhere = Sysroot::new("/nonexistent");
-    let resolve = |text: &str| text.parse::<CpuExpr>().unwrap().resolve(&nowhere).map(|cpus| cpus.to_string());
+    let resolve = |text: &str| {
+        text.parse::<CpuExpr>()
+            .unwrap()
+            .resolve(&nowhere)
+            .map(|cpus| cpus.to_string())
+    };
     assert_eq!(resolve("0-5,12").unwrap(), "0-5,12");
     assert_eq!(resolve("cpu:7").unwrap(), "7");
     assert!(resolve("online").is_err());

@@ -1,4 +1,5 @@
-//! A CPU's last-level cache, from its folder `cache`; see Documentation/ABI/testing/sysfs-devices-system-cpu.
+//! A CPU's last-level cache, from its folder `cache`; see
+//! Documentation/ABI/testing/sysfs-devices-system-cpu.
 
 use crate::cpuset::CpuSet;
 use crate::error::Result;
@@ -28,24 +29,45 @@ pub(super) fn last_level(root: &Sysroot, cpu: usize) -> Result<Option<Cache>> {
     let mut last: Option<(u32, String)> = None;
     for name in names.iter().filter(|name| name.starts_with("index")) {
         let index = format!("{folder}/{name}");
-        let Some(level) = root.read_value(format!("{index}/level"))?.and_then(|text| text.parse().ok()) else {
+        let Some(level) = root
+            .read_value(format!("{index}/level"))?
+            .and_then(|text| text.parse().ok())
+        else {
             continue;
         };
-        let kind = root.read_value(format!("{index}/type"))?.unwrap_or_default();
-        if matches!(kind.as_str(), "Unified" | "Data") && last.as_ref().is_none_or(|(highest, _)| level > *highest) {
+        let kind = root
+            .read_value(format!("{index}/type"))?
+            .unwrap_or_default();
+        if matches!(kind.as_str(), "Unified" | "Data")
+            && last.as_ref().is_none_or(|(highest, _)| level > *highest)
+        {
             last = Some((level, index));
         }
     }
-    let Some((level, index)) = last else { return Ok(None) };
+    let Some((level, index)) = last else {
+        return Ok(None);
+    };
     let path = format!("{index}/shared_cpu_list");
     // Some hypervisors tell of a cache and not whose it is.
-    let Some(list) = root.read_value(&path)?.filter(|list| !list.is_empty()) else { return Ok(None) };
-    let id = root.read_value(format!("{index}/id"))?.and_then(|text| text.parse().ok());
-    let kib = root.read_value(format!("{index}/size"))?.and_then(|text| parse_kib(&text));
-    Ok(Some(Cache { id, level, kib, cpus: cpu_list(&path, &list)? }))
+    let Some(list) = root.read_value(&path)?.filter(|list| !list.is_empty()) else {
+        return Ok(None);
+    };
+    let id = root
+        .read_value(format!("{index}/id"))?
+        .and_then(|text| text.parse().ok());
+    let kib = root
+        .read_value(format!("{index}/size"))?
+        .and_then(|text| parse_kib(&text));
+    Ok(Some(Cache {
+        id,
+        level,
+        kib,
+        cpus: cpu_list(&path, &list)?,
+    }))
 }
 
-/// A cache's size in KiB, from `32768K` as the kernel writes it; `None` for anything else, and for nothing.
+/// A cache's size in KiB, from `32768K` as the kernel writes it; `None` for anything else, and for
+/// nothing.
 fn parse_kib(text: &str) -> Option<u64> {
     let digits = text.trim().strip_suffix('K')?;
     let is_number = digits.bytes().all(|byte| byte.is_ascii_digit());

@@ -1,4 +1,5 @@
-//! Machines for tests: a text file each, with a line per thing, that is expanded to the files of sysfs that tell of it.
+//! Machines for tests: a text file each, with a line per thing, that is expanded to the files of
+//! sysfs that tell of it.
 //!
 //! ```text
 //! present CPUS                 the CPUs there are
@@ -27,7 +28,12 @@ pub(crate) fn all() -> Vec<(String, String)> {
     let mut machines: Vec<(String, String)> = fs::read_dir(folder)
         .unwrap()
         .map(|entry| entry.unwrap().path())
-        .map(|path| (path.file_stem().unwrap().to_str().unwrap().to_owned(), fs::read_to_string(path).unwrap()))
+        .map(|path| {
+            (
+                path.file_stem().unwrap().to_str().unwrap().to_owned(),
+                fs::read_to_string(path).unwrap(),
+            )
+        })
         .collect();
     machines.sort();
     machines
@@ -40,18 +46,35 @@ pub(crate) fn expand(text: &str, root: &Path) {
     let mut online = CpuSet::new();
     let mut cores: Vec<CpuSet> = Vec::new();
     let mut caches = BTreeMap::new();
-    let mut add_cache = |files: &mut BTreeMap<_, _>, level: &str, id: &str, size: &str, kind: &str, cpus: &CpuSet| {
+    let mut add_cache = |files: &mut BTreeMap<_, _>,
+                         level: &str,
+                         id: &str,
+                         size: &str,
+                         kind: &str,
+                         cpus: &CpuSet| {
         let list = cpus.to_string();
-        let told = [("level", level), ("id", id), ("size", size), ("type", kind), ("shared_cpu_list", list.as_str())];
+        let told = [
+            ("level", level),
+            ("id", id),
+            ("size", size),
+            ("type", kind),
+            ("shared_cpu_list", list.as_str()),
+        ];
         for cpu in cpus.iter() {
             let index = caches.entry(cpu).or_insert(0);
             for (file, value) in told.into_iter().filter(|(_, value)| *value != "-") {
-                files.insert(cpu_file(cpu, &format!("cache/index{index}/{file}")), value.to_owned());
+                files.insert(
+                    cpu_file(cpu, &format!("cache/index{index}/{file}")),
+                    value.to_owned(),
+                );
             }
             *index += 1;
         }
     };
-    for line in text.lines().filter(|line| !line.starts_with('#') && !line.is_empty()) {
+    for line in text
+        .lines()
+        .filter(|line| !line.starts_with('#') && !line.is_empty())
+    {
         let words: Vec<&str> = line.split_whitespace().collect();
         let held = |word: usize| &words[word].parse::<CpuSet>().unwrap() & &online;
         match words[0] {
@@ -65,25 +88,49 @@ pub(crate) fn expand(text: &str, root: &Path) {
             "pairs" => {
                 let apart: usize = words[2].trim_start_matches('+').parse().unwrap();
                 let pair = |cpu| &[cpu, cpu + apart].into_iter().collect::<CpuSet>() & &online;
-                cores.extend(words[1].parse::<CpuSet>().unwrap().iter().map(pair).filter(|core| !core.is_empty()));
+                cores.extend(
+                    words[1]
+                        .parse::<CpuSet>()
+                        .unwrap()
+                        .iter()
+                        .map(pair)
+                        .filter(|core| !core.is_empty()),
+                );
             }
             "single" => cores.extend(held(1).iter().map(|cpu| [cpu].into_iter().collect())),
-            "cache" => add_cache(&mut files, words[1], words[2], words[3], "Unified", &held(4)),
+            "cache" => add_cache(
+                &mut files,
+                words[1],
+                words[2],
+                words[3],
+                "Unified",
+                &held(4),
+            ),
             "private" => {
                 let cpus = held(3);
-                let kinds = if words[1] == "1" { &["Data", "Instruction"][..] } else { &["Unified"] };
+                let kinds = if words[1] == "1" {
+                    &["Data", "Instruction"][..]
+                } else {
+                    &["Unified"]
+                };
                 for core in cores.iter().filter(|core| core.is_subset(&cpus)) {
                     let id = core.first().unwrap().to_string();
-                    kinds.iter().for_each(|kind| add_cache(&mut files, words[1], &id, words[2], kind, core));
+                    kinds.iter().for_each(|kind| {
+                        add_cache(&mut files, words[1], &id, words[2], kind, core)
+                    });
                 }
             }
-            "node" => drop(
-                files.insert(format!("sys/devices/system/node/node{}/cpulist", words[1]).into(), held(2).to_string()),
-            ),
-            "pmu" => drop(files.insert(format!("sys/devices/{}/cpus", words[1]).into(), held(2).to_string())),
-            "capacity" => {
-                held(2).iter().for_each(|cpu| drop(files.insert(cpu_file(cpu, "cpu_capacity"), words[1].into())))
-            }
+            "node" => drop(files.insert(
+                format!("sys/devices/system/node/node{}/cpulist", words[1]).into(),
+                held(2).to_string(),
+            )),
+            "pmu" => drop(files.insert(
+                format!("sys/devices/{}/cpus", words[1]).into(),
+                held(2).to_string(),
+            )),
+            "capacity" => held(2)
+                .iter()
+                .for_each(|cpu| drop(files.insert(cpu_file(cpu, "cpu_capacity"), words[1].into()))),
             "file" => drop(files.insert(words[1].into(), words[2..].join(" "))),
             other => panic!("{other}: no such line"),
         }
@@ -109,5 +156,7 @@ fn cpu_file(cpu: usize, file: &str) -> PathBuf {
 }
 
 fn place(files: &mut BTreeMap<PathBuf, String>, file: &str, value: &str, cpus: &CpuSet) {
-    cpus.iter().for_each(|cpu| drop(files.insert(cpu_file(cpu, &format!("topology/{file}")), value.to_owned())));
+    cpus.iter().for_each(|cpu| {
+        drop(files.insert(cpu_file(cpu, &format!("topology/{file}")), value.to_owned()))
+    });
 }

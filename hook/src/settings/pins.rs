@@ -6,8 +6,8 @@ use serde::Deserialize;
 
 use super::cpus;
 
-/// More pins than the kernel has CPUs are no layout. A pin's set is as large as its CPU's number, so they are counted
-/// before they are made.
+/// More pins than the kernel has CPUs are no layout. A pin's set is as large as its CPU's number,
+/// so they are counted before they are made.
 const MAX_PINS: usize = MAX_CPU + 1;
 
 /// The text of `pins` that leaves the order to hook.
@@ -49,11 +49,19 @@ impl Pins {
             Self::PerVcpu(lists) => {
                 not_too_many(lists.len())?;
                 let pin = |(vcpu, list)| match list {
-                    Cpus::One(cpu) if cpu > MAX_CPU => Err(CpuSetError::TooLarge(cpu.to_string()).to_string()),
+                    Cpus::One(cpu) if cpu > MAX_CPU => {
+                        Err(CpuSetError::TooLarge(cpu.to_string()).to_string())
+                    }
                     Cpus::One(cpu) => Ok(one(cpu)),
-                    Cpus::Text(text) => cpus(host, &text).map_err(|why| format!("vCPU {vcpu}: {why}")),
+                    Cpus::Text(text) => {
+                        cpus(host, &text).map_err(|why| format!("vCPU {vcpu}: {why}"))
+                    }
                 };
-                lists.into_iter().enumerate().map(pin).collect::<Result<Vec<_>, _>>()?
+                lists
+                    .into_iter()
+                    .enumerate()
+                    .map(pin)
+                    .collect::<Result<Vec<_>, _>>()?
             }
             Self::InOrder(text) => in_order(&text)?,
         };
@@ -65,8 +73,9 @@ impl Pins {
     }
 }
 
-/// A CPU set has no order: token by token, ranges ascending. What a selector stands for has none either, and whether the
-/// siblings of a core belong side by side is the guest's matter, so there are none in here.
+/// A CPU set has no order: token by token, ranges ascending. What a selector stands for has none
+/// either, and whether the siblings of a core belong side by side is the guest's matter, so there
+/// are none in here.
 fn in_order(text: &str) -> Result<Vec<CpuSet>, String> {
     let mut pins = Vec::new();
     for token in text.split(',') {
@@ -84,28 +93,39 @@ fn in_order(text: &str) -> Result<Vec<CpuSet>, String> {
     Ok(pins)
 }
 
-/// A CPU for each vCPU, by its number: as many as are isolated. So whatever number of vCPUs a guest has, its pins are the
-/// first of these.
+/// A CPU for each vCPU, by its number: as many as are isolated. So whatever number of vCPUs a guest
+/// has, its pins are the first of these.
 ///
-/// A guest's core gets the threads of one of the host's: QEMU numbers vCPUs thread by thread. Guests without SMT, with
-/// `threads` 1, get a thread of each core, then the next thread of each. Cores come by LLC domain, the fast ones of a
-/// hybrid machine first; what is left of cores that are no multiple of a guest's comes last.
+/// A guest's core gets the threads of one of the host's: QEMU numbers vCPUs thread by thread.
+/// Guests without SMT, with `threads` 1, get a thread of each core, then the next thread of each.
+/// Cores come by LLC domain, the fast ones of a hybrid machine first; what is left of cores that
+/// are no multiple of a guest's comes last.
 pub(crate) fn auto(topology: &Topology, isolated: &CpuSet, threads: usize) -> Vec<CpuSet> {
     let llcs = topology.domains(Kind::Llc);
     let mut cores: Vec<CpuSet> = topology.cores.iter().map(|core| core & isolated).collect();
     // That they are offline is said elsewhere.
     cores.extend((isolated - &topology.online).iter().map(one));
-    cores.sort_by_cached_key(|core| llcs.iter().position(|llc| llc.cpus.intersects(core)).unwrap_or(llcs.len()));
+    cores.sort_by_cached_key(|core| {
+        llcs.iter()
+            .position(|llc| llc.cpus.intersects(core))
+            .unwrap_or(llcs.len())
+    });
     let mut groups = Vec::new();
     for (at, core) in cores.iter().enumerate() {
         let cpus: Vec<usize> = core.iter().collect();
         for (round, group) in cpus.chunks(threads.max(1)).enumerate() {
             let is_rest = group.len() < threads;
-            groups.push(((is_rest, core.intersects(&topology.ecores), round, at), group.to_vec()));
+            groups.push((
+                (is_rest, core.intersects(&topology.ecores), round, at),
+                group.to_vec(),
+            ));
         }
     }
     groups.sort_unstable();
-    groups.into_iter().flat_map(|(_, group)| group.into_iter().map(one)).collect()
+    groups
+        .into_iter()
+        .flat_map(|(_, group)| group.into_iter().map(one))
+        .collect()
 }
 
 fn one(cpu: usize) -> CpuSet {
@@ -115,7 +135,9 @@ fn one(cpu: usize) -> CpuSet {
 fn not_too_many(count: usize) -> Result<(), String> {
     match count {
         ..=MAX_PINS => Ok(()),
-        _ => Err(format!("more than {MAX_PINS}, the most CPUs the kernel knows")),
+        _ => Err(format!(
+            "more than {MAX_PINS}, the most CPUs the kernel knows"
+        )),
     }
 }
 
@@ -136,7 +158,10 @@ mod tests {
     }
 
     fn numbers(pins: &[CpuSet]) -> Vec<usize> {
-        assert!(pins.iter().all(|pin| pin.len() == 1), "a CPU each: {pins:?}");
+        assert!(
+            pins.iter().all(|pin| pin.len() == 1),
+            "a CPU each: {pins:?}"
+        );
         pins.iter().flat_map(CpuSet::iter).collect()
     }
 
@@ -160,10 +185,17 @@ mod tests {
             ("5900x-offline", "10-11,22-23", 2, "10 22 23 11"),
             ("bare", "1-3", 2, "1 2 3"),
         ] {
-            let (_, text) = machine::all().into_iter().find(|(known, _)| known == name).unwrap();
+            let (_, text) = machine::all()
+                .into_iter()
+                .find(|(known, _)| known == name)
+                .unwrap();
             let pins = auto(&topology(&text), &isolated.parse().unwrap(), threads);
             let shown: Vec<String> = pins.iter().map(ToString::to_string).collect();
-            assert_eq!(shown.join(" "), order, "{name}: {isolated}, {threads} threads per core");
+            assert_eq!(
+                shown.join(" "),
+                order,
+                "{name}: {isolated}, {threads} threads per core"
+            );
         }
     }
 
@@ -172,8 +204,14 @@ mod tests {
         for (name, text) in machine::all() {
             let topology = topology(&text);
             let cpus: Vec<usize> = topology.online.iter().collect();
-            let in_core = |(at, core): (usize, &CpuSet)| core.iter().map(|cpu| (cpu, at)).collect::<Vec<_>>();
-            let core: BTreeMap<usize, usize> = topology.cores.iter().enumerate().flat_map(in_core).collect();
+            let in_core =
+                |(at, core): (usize, &CpuSet)| core.iter().map(|cpu| (cpu, at)).collect::<Vec<_>>();
+            let core: BTreeMap<usize, usize> = topology
+                .cores
+                .iter()
+                .enumerate()
+                .flat_map(in_core)
+                .collect();
             let isolated = prop::sample::subsequence(cpus.clone(), 0..=cpus.len());
             let check = |(isolated, threads): (Vec<usize>, usize)| {
                 let isolated: CpuSet = isolated.into_iter().collect();
@@ -184,22 +222,45 @@ mod tests {
                 prop_assert_eq!(order.iter().copied().collect::<CpuSet>(), isolated.clone());
                 let is_small = |cpu: &usize| topology.ecores.contains(*cpu);
                 // As many guest cores as there can be are within one of the host's.
-                let whole: usize = topology.cores.iter().map(|core| (core & &isolated).len() / threads * threads).sum();
+                let whole: usize = topology
+                    .cores
+                    .iter()
+                    .map(|core| (core & &isolated).len() / threads * threads)
+                    .sum();
                 for guest_core in order[..whole].chunks(threads) {
-                    prop_assert!(guest_core.iter().all(|cpu| core[cpu] == core[&guest_core[0]]), "{:?}", order);
+                    prop_assert!(
+                        guest_core
+                            .iter()
+                            .all(|cpu| core[cpu] == core[&guest_core[0]]),
+                        "{:?}",
+                        order
+                    );
                 }
-                prop_assert!(order[..whole].iter().is_sorted_by_key(is_small), "{:?}", order);
-                prop_assert!(order[whole..].iter().is_sorted_by_key(is_small), "{:?}", order);
+                prop_assert!(
+                    order[..whole].iter().is_sorted_by_key(is_small),
+                    "{:?}",
+                    order
+                );
+                prop_assert!(
+                    order[whole..].iter().is_sorted_by_key(is_small),
+                    "{:?}",
+                    order
+                );
                 if threads == 1 {
                     // No core has a second vCPU before all of its kind have one.
-                    let fast: Vec<usize> = order.iter().copied().filter(|cpu| !is_small(cpu)).collect();
+                    let fast: Vec<usize> =
+                        order.iter().copied().filter(|cpu| !is_small(cpu)).collect();
                     let cores: BTreeSet<usize> = fast.iter().map(|cpu| core[cpu]).collect();
-                    let first: BTreeSet<usize> = fast[..cores.len()].iter().map(|cpu| core[cpu]).collect();
+                    let first: BTreeSet<usize> =
+                        fast[..cores.len()].iter().map(|cpu| core[cpu]).collect();
                     prop_assert_eq!(first, cores, "{:?}", order);
                 }
                 Ok(())
             };
-            let config = ProptestConfig { cases: 32, ..ProptestConfig::default() };
+            let config = ProptestConfig {
+                cases: 32,
+                ..ProptestConfig::default()
+            };
             TestRunner::new(config)
                 .run(&(isolated, 1..5usize), check)
                 .unwrap_or_else(|error| panic!("{name}: {error}"));

@@ -20,8 +20,13 @@ fn main() -> ExitCode {
 }
 
 fn act(words: &[&str]) -> Result<()> {
-    let (name, args) = words.split_first().map_or(("", &[][..]), |(name, args)| (*name, args));
-    match (Path::new(name).file_name().and_then(|name| name.to_str()), args) {
+    let (name, args) = words
+        .split_first()
+        .map_or(("", &[][..]), |(name, args)| (*name, args));
+    match (
+        Path::new(name).file_name().and_then(|name| name.to_str()),
+        args,
+    ) {
         (Some("qm"), _) => qm::main(args),
         (Some("swtpm"), _) => qm::helper(),
         (_, ["serve"]) => agent::serve(),
@@ -30,15 +35,22 @@ fn act(words: &[&str]) -> Result<()> {
         (_, ["map"]) => print(&map::draw()?),
         (_, ["snapshot"]) => print(&snapshot::take()?.to_string()),
         (_, ["strays", cpus, vms @ ..]) => {
-            let vms: Result<Vec<u32>, _> =
-                vms.iter().filter(|word| **word != "--vm").map(|word| word.parse()).collect();
+            let vms: Result<Vec<u32>, _> = vms
+                .iter()
+                .filter(|word| **word != "--vm")
+                .map(|word| word.parse())
+                .collect();
             let found = strays::find(&cpus.parse()?, &vms.context("--vm: not a VMID")?)?;
             print(&(serde_json::to_string_pretty(&found)? + "\n"))
         }
-        _ => bail!("usage: lab-agent serve | topology | map | bare VMID | snapshot | strays CPUS [--vm VMID]..."),
+        _ => bail!(
+            "usage: lab-agent serve | topology | map | bare VMID | snapshot | strays CPUS [--vm VMID]..."
+        ),
     }
 }
 
 fn print(text: &str) -> Result<()> {
-    std::io::stdout().write_all(text.as_bytes()).context("cannot print")
+    std::io::stdout()
+        .write_all(text.as_bytes())
+        .context("cannot print")
 }

@@ -1,12 +1,12 @@
-//! The faults of the script that Pinfold replaces (docs/design.md, "The original and its faults"), each with a host on
-//! which it would show.
+//! The faults of the script that Pinfold replaces (docs/design.md, "The original and its faults"),
+//! each with a host on which it would show.
 
 use pinfold_lab::{Host, HostState, VmSpec};
 
 use crate::stories;
 use crate::support::{
-    HELPER_CGROUP, ISOLATED, assert_clean, assert_fenced, assert_restored, expect, injected, injected_at, install_hook,
-    threads, two_small_vms, vm,
+    HELPER_CGROUP, ISOLATED, assert_clean, assert_fenced, assert_restored, expect, injected,
+    injected_at, install_hook, threads, two_small_vms, vm,
 };
 
 stories![
@@ -24,7 +24,8 @@ stories![
     other_lives,
 ];
 
-/// Undo was "all CPUs for everyone": queue spreading, NUMA masks, taskset, AllowedCPUs, stat_interval, governors.
+/// Undo was "all CPUs for everyone": queue spreading, NUMA masks, taskset, AllowedCPUs,
+/// stat_interval, governors.
 fn what_the_admin_had_set_comes_back(host: &mut Host) {
     host.start_vm(&VmSpec::new(101)).unwrap();
     host.ok(
@@ -44,12 +45,22 @@ fn what_the_admin_had_set_comes_back(host: &mut Host) {
     install_hook(host);
     host.start_vm(&vm()).unwrap();
     assert_clean(host, ISOLATED, &[100]);
-    assert_eq!(host.ok("cat /proc/irq/1/smp_affinity_list").unwrap(), "4-5\n", "narrowed, not widened");
+    assert_eq!(
+        host.ok("cat /proc/irq/1/smp_affinity_list").unwrap(),
+        "4-5\n",
+        "narrowed, not widened"
+    );
     host.stop_vm(100).unwrap();
-    // Since the admin's units use the cpuset controller it stays, and the kernel does not clear cpuset.cpus of a cgroup that
-    // has processes: all CPUs stand there instead of none, which is the same.
-    let same =
-        |state: &HostState| HostState::parse(&state.to_string().replace("cpuset.cpus=\"0-23\"", "cpuset.cpus=\"\""));
+    // Since the admin's units use the cpuset controller it stays, and the kernel does not clear
+    // cpuset.cpus of a cgroup that has processes: all CPUs stand there instead of none, which is
+    // the same.
+    let same = |state: &HostState| {
+        HostState::parse(
+            &state
+                .to_string()
+                .replace("cpuset.cpus=\"0-23\"", "cpuset.cpus=\"\""),
+        )
+    };
     let difference = same(&before).not_restored(&same(&host.snapshot().unwrap()));
     assert!(difference.is_empty(), "{difference}");
 }
@@ -57,11 +68,33 @@ fn what_the_admin_had_set_comes_back(host: &mut Host) {
 /// No lock, no count: with two VMs the first stop freed both.
 fn two_vms(host: &mut Host) {
     host.ok("mkdir -p /etc/pinfold").unwrap();
-    host.put("/etc/pinfold/100.toml", b"isolated = \"6-8\"\npins = \"6,7,8\"\n", 0o644).unwrap();
-    host.put("/etc/pinfold/101.toml", b"isolated = \"18-20\"\npins = \"18,19,20\"\n", 0o644).unwrap();
-    host.put("/etc/pinfold/102.toml", b"isolated = \"8-9\"\npins = \"8,9\"\n", 0o644).unwrap();
+    host.put(
+        "/etc/pinfold/100.toml",
+        b"isolated = \"6-8\"\npins = \"6,7,8\"\n",
+        0o644,
+    )
+    .unwrap();
+    host.put(
+        "/etc/pinfold/101.toml",
+        b"isolated = \"18-20\"\npins = \"18,19,20\"\n",
+        0o644,
+    )
+    .unwrap();
+    host.put(
+        "/etc/pinfold/102.toml",
+        b"isolated = \"8-9\"\npins = \"8,9\"\n",
+        0o644,
+    )
+    .unwrap();
     install_hook(host);
-    let small = |id, cores| VmSpec { cores, ..VmSpec { id, name: format!("vm{id}"), ..vm() } };
+    let small = |id, cores| VmSpec {
+        cores,
+        ..VmSpec {
+            id,
+            name: format!("vm{id}"),
+            ..vm()
+        }
+    };
     host.start_vm(&VmSpec::new(103)).unwrap();
     let before = host.snapshot().unwrap();
     host.start_vm(&small(100, 3)).unwrap();
@@ -69,14 +102,24 @@ fn two_vms(host: &mut Host) {
     assert_clean(host, "6-8,18-20", &[100, 101]);
     // A third that wants a CPU of the first is refused, by name.
     let spec = small(102, 2);
-    host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640).unwrap();
+    host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640)
+        .unwrap();
     let (_, said) = expect(host, "hook 102 pre-start", 1);
-    assert!(said.contains("isolated: CPU 8 belongs to VM 100 while that runs"), "{said}");
+    assert!(
+        said.contains("isolated: CPU 8 belongs to VM 100 while that runs"),
+        "{said}"
+    );
     host.ok(&format!("rm {}", spec.conf_path())).unwrap();
     host.stop_vm(100).unwrap();
     assert_clean(host, "18-20", &[101]);
-    let emulator = threads(host, 101).into_iter().find(|(name, _)| !name.starts_with("CPU ")).unwrap();
-    assert_eq!(emulator.1, "0-17,21-23", "the first VM's CPUs are housekeeping again");
+    let emulator = threads(host, 101)
+        .into_iter()
+        .find(|(name, _)| !name.starts_with("CPU "))
+        .unwrap();
+    assert_eq!(
+        emulator.1, "0-17,21-23",
+        "the first VM's CPUs are housekeeping again"
+    );
     host.stop_vm(101).unwrap();
     assert_restored(host, &before);
 }
@@ -88,37 +131,59 @@ fn a_step_that_fails_rolls_back(host: &mut Host) {
     expect(host, "hook 100 pre-start -q", 0);
     // A governor's write fails, late in the order.
     let file = "/sys/devices/system/cpu/cpufreq/policy11/scaling_governor";
-    let output = host.sh(&injected_at(file, "write:error=EIO", "hook 100 post-start")).unwrap();
+    let output = host
+        .sh(&injected_at(file, "write:error=EIO", "hook 100 post-start"))
+        .unwrap();
     assert_eq!(output.code, Some(1), "{output:?}");
     assert!(
-        output.stderr.contains("hook: policy11 (CPU 11): set to performance: Input/output error"),
+        output
+            .stderr
+            .contains("hook: policy11 (CPU 11): set to performance: Input/output error"),
         "{}",
         output.stderr
     );
     assert!(
-        output.stderr.contains("VM 100 runs without isolated CPUs: what was begun has been taken back"),
+        output
+            .stderr
+            .contains("VM 100 runs without isolated CPUs: what was begun has been taken back"),
         "{}",
         output.stderr
     );
     // All but the scope's own text: emptied, it was gone, and systemd was asked for a new one.
     let after = host.snapshot().unwrap();
     let difference = before.not_restored(&after);
-    let others: Vec<&str> =
-        difference.lines().filter(|line| !line[1..].starts_with("file /run/systemd/transient/100.scope")).collect();
-    assert!(others.is_empty(), "the host is not what it was:\n{}", others.join("\n"));
+    let others: Vec<&str> = difference
+        .lines()
+        .filter(|line| !line[1..].starts_with("file /run/systemd/transient/100.scope"))
+        .collect();
+    assert!(
+        others.is_empty(),
+        "the host is not what it was:\n{}",
+        others.join("\n")
+    );
     expect(host, "test ! -e /run/pinfold/state.json", 0);
 }
 
 /// It waited without end for a PCI node to go, then slept 2 s and hoped.
 fn a_pci_node_that_never_goes(host: &mut Host) {
-    let slot = host.ok("basename $(ls -d /sys/bus/pci/devices/*.1 | head -1) .1").unwrap();
+    let slot = host
+        .ok("basename $(ls -d /sys/bus/pci/devices/*.1 | head -1) .1")
+        .unwrap();
     // The write is swallowed: the kernel never hears of it.
     let file = format!("/sys/bus/pci/devices/{}.0/remove", slot.trim());
     let stuck = format!("pci-reset --device {} --deadline 2", slot.trim());
-    let output = host.sh(&injected_at(&file, "write:retval=1", &stuck)).unwrap();
+    let output = host
+        .sh(&injected_at(&file, "write:retval=1", &stuck))
+        .unwrap();
     // Its neighbour was reset, so some were done.
     assert_eq!(output.code, Some(64), "{output:?}");
-    assert!(output.stderr.contains("set to absent: it is still there after 2 s"), "{}", output.stderr);
+    assert!(
+        output
+            .stderr
+            .contains("set to absent: it is still there after 2 s"),
+        "{}",
+        output.stderr
+    );
 }
 
 /// Only QEMU's own process was moved; swtpm stayed behind. Containers under /lxc were not held off.
@@ -130,32 +195,51 @@ fn helpers_and_containers(host: &mut Host) {
     let before = host.snapshot().unwrap();
     host.start_vm(&VmSpec { tpm: true, ..vm() }).unwrap();
     assert_fenced(host);
-    assert_eq!(host.ok(HELPER_CGROUP).unwrap(), "0::/qemu-decoupled.slice/100.scope\n");
-    assert_eq!(host.ok("cat /sys/fs/cgroup/lxc/cpuset.cpus").unwrap(), "0-5,12-17\n");
+    assert_eq!(
+        host.ok(HELPER_CGROUP).unwrap(),
+        "0::/qemu-decoupled.slice/100.scope\n"
+    );
+    assert_eq!(
+        host.ok("cat /sys/fs/cgroup/lxc/cpuset.cpus").unwrap(),
+        "0-5,12-17\n"
+    );
     host.stop_vm(100).unwrap();
     assert_restored(host, &before);
 }
 
-/// default_smp_affinity and the workqueue mask stayed open; IRQs that appeared later were never looked at.
+/// default_smp_affinity and the workqueue mask stayed open; IRQs that appeared later were never
+/// looked at.
 fn newborns(host: &mut Host) {
     install_hook(host);
     host.start_vm(&VmSpec::new(101)).unwrap();
-    let xhci = host.ok("ls /sys/bus/pci/drivers/xhci_hcd | grep ^0000 | head -1").unwrap();
-    let unbind = format!("echo {0} > /sys/bus/pci/drivers/xhci_hcd/unbind", xhci.trim());
+    let xhci = host
+        .ok("ls /sys/bus/pci/drivers/xhci_hcd | grep ^0000 | head -1")
+        .unwrap();
+    let unbind = format!(
+        "echo {0} > /sys/bus/pci/drivers/xhci_hcd/unbind",
+        xhci.trim()
+    );
     let bind = unbind.replace("unbind", "bind");
     host.ok(&unbind).unwrap();
     host.start_vm(&vm()).unwrap();
-    host.ok(&format!("{bind}; modprobe -q loop; sleep 1")).unwrap();
+    host.ok(&format!("{bind}; modprobe -q loop; sleep 1"))
+        .unwrap();
     assert_clean(host, ISOLATED, &[100]);
     host.stop_vm(100).unwrap();
     // Born while the fence stood, they get what their kind starts with.
-    let masks = host.ok("cat $(ls -d /proc/irq/*/xhci_hcd | sed 's/xhci_hcd/smp_affinity_list/') | sort -u").unwrap();
+    let masks = host
+        .ok("cat $(ls -d /proc/irq/*/xhci_hcd | sed 's/xhci_hcd/smp_affinity_list/') | sort -u")
+        .unwrap();
     assert_eq!(masks, "0-23\n");
-    assert_eq!(host.ok("sed -n 's/^Cpus_allowed_list:\t//p' /proc/2/status").unwrap(), "0-23\n");
+    assert_eq!(
+        host.ok("sed -n 's/^Cpus_allowed_list:\t//p' /proc/2/status")
+            .unwrap(),
+        "0-23\n"
+    );
 }
 
-/// Who takes CPUs for itself while a VM has some of them gets them back, though another VM came and went meanwhile; Linux
-/// before 6.2 has forgotten what was asked for.
+/// Who takes CPUs for itself while a VM has some of them gets them back, though another VM came and
+/// went meanwhile; Linux before 6.2 has forgotten what was asked for.
 fn pinned_meanwhile(host: &mut Host) {
     let remembers = !host.ok("uname -r").unwrap().starts_with("6.1.");
     let before = two_small_vms(host);
@@ -163,7 +247,9 @@ fn pinned_meanwhile(host: &mut Host) {
     host.ok("(taskset -c 16-18 sleep 10000 >/dev/null 2>&1 &); until pgrep -fx 'sleep 10000'; do sleep 0.1; done")
         .unwrap();
     let has = |cpus: &str| {
-        let found = host.ok("sed -n 's/^Cpus_allowed_list:\t//p' /proc/$(pgrep -fx 'sleep 10000')/status").unwrap();
+        let found = host
+            .ok("sed -n 's/^Cpus_allowed_list:\t//p' /proc/$(pgrep -fx 'sleep 10000')/status")
+            .unwrap();
         assert_eq!(found.trim_end(), cpus);
     };
     has("16-17");
@@ -177,20 +263,33 @@ fn pinned_meanwhile(host: &mut Host) {
     assert_restored(host, &before);
 }
 
-/// A thread that refuses a pin aborted the whole. Neither guest's kernel has such threads any more: one is made to look like
-/// one, and the kernel's answer is put in its mouth.
+/// A thread that refuses a pin aborted the whole. Neither guest's kernel has such threads any more:
+/// one is made to look like one, and the kernel's answer is put in its mouth.
 fn a_thread_that_refuses(host: &mut Host) {
     host.start_vm(&VmSpec::new(100)).unwrap();
     // PF_NO_SETAFFINITY among the flags, field 9 of proc_pid_stat(5).
     host.ok("pid=$(cat /run/qemu-server/100.pid); awk '{ $9 += 67108864; print }' /proc/$pid/stat > /tmp/stat; mount --bind /tmp/stat /proc/$pid/stat")
         .unwrap();
-    let refusing = injected("sched_setaffinity:error=EINVAL:when=1", "pin-vcpu 100 --emulator 0-5 -v");
+    let refusing = injected(
+        "sched_setaffinity:error=EINVAL:when=1",
+        "pin-vcpu 100 --emulator 0-5 -v",
+    );
     let (told, _) = expect(host, &refusing, 0);
-    let refused = |line: &&str| line.ends_with("(kvm): refused: the kernel binds this thread itself");
+    let refused =
+        |line: &&str| line.ends_with("(kvm): refused: the kernel binds this thread itself");
     assert_eq!(told.lines().filter(refused).count(), 1, "{told}");
-    let emulator: Vec<_> = threads(host, 100).into_iter().filter(|(name, _)| !name.starts_with("CPU ")).collect();
+    let emulator: Vec<_> = threads(host, 100)
+        .into_iter()
+        .filter(|(name, _)| !name.starts_with("CPU "))
+        .collect();
     let moved = emulator.iter().filter(|(_, cpus)| cpus == "0-5").count();
-    assert!(moved > 1 && emulator.iter().any(|(name, cpus)| name == "kvm" && cpus == "0-23"), "{emulator:?}");
+    assert!(
+        moved > 1
+            && emulator
+                .iter()
+                .any(|(name, cpus)| name == "kvm" && cpus == "0-23"),
+        "{emulator:?}"
+    );
 }
 
 /// irqbalance undid the rest within 10 s, and nothing said so.
@@ -198,12 +297,18 @@ fn irqbalance_is_named(host: &mut Host) {
     host.ok("(exec -a irqbalance sleep 10000 >/dev/null 2>&1 &); cp $(command -v sleep) /tmp/irqbalance; (/tmp/irqbalance 10000 >/dev/null 2>&1 &); until pgrep -fx '/tmp/irqbalance 10000'; do sleep 0.1; done")
         .unwrap();
     let spec = VmSpec::new(100);
-    host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640).unwrap();
+    host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640)
+        .unwrap();
     let (checked, _) = expect(host, "hook check 100 -q", 0);
-    assert!(checked.contains("  warn   irqbalance    irqbalance (process "), "{checked}");
+    assert!(
+        checked.contains("  warn   irqbalance    irqbalance (process "),
+        "{checked}"
+    );
     let (_, said) = expect(host, "hook 100 pre-start", 0);
     assert!(
-        said.contains("moves IRQs back within 10 s; stop it, or set IRQBALANCE_BANNED_CPULIST=6-11,18-23"),
+        said.contains(
+            "moves IRQs back within 10 s; stop it, or set IRQBALANCE_BANNED_CPULIST=6-11,18-23"
+        ),
         "{said}"
     );
 }
@@ -223,31 +328,57 @@ fn irqbalance_as_advised(host: &mut Host) {
     assert_fenced(host);
 }
 
-/// While qemu.slice is narrowed another VM whose `affinity:` lies inside cannot start, and nothing said why.
+/// While qemu.slice is narrowed another VM whose `affinity:` lies inside cannot start, and nothing
+/// said why.
 fn another_vm_with_affinity_is_named(host: &mut Host) {
-    let other = VmSpec { affinity: Some("8-9".into()), ..VmSpec::new(102) };
-    host.put(&other.conf_path(), other.conf().as_bytes(), 0o640).unwrap();
-    let spec = VmSpec { affinity: Some("0-3".into()), ..VmSpec::new(100) };
-    host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640).unwrap();
+    let other = VmSpec {
+        affinity: Some("8-9".into()),
+        ..VmSpec::new(102)
+    };
+    host.put(&other.conf_path(), other.conf().as_bytes(), 0o640)
+        .unwrap();
+    let spec = VmSpec {
+        affinity: Some("0-3".into()),
+        ..VmSpec::new(100)
+    };
+    host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640)
+        .unwrap();
     let (_, said) = expect(host, "hook 100 pre-start", 0);
     assert!(
-        said.contains("VM 102 has `affinity: 8-9`, all of it isolated now: it cannot start while VM 100 runs"),
+        said.contains(
+            "VM 102 has `affinity: 8-9`, all of it isolated now: it cannot start while VM 100 runs"
+        ),
         "{said}"
     );
-    assert!(said.contains("VM 100: `affinity: 0-3` is set as well"), "{said}");
+    assert!(
+        said.contains("VM 100: `affinity: 0-3` is set as well"),
+        "{said}"
+    );
 }
 
 /// A container's id, a phase nobody knows, an id with no settings of its own: what does least harm.
 fn other_lives(host: &mut Host) {
-    host.ok("mkdir -p /etc/pve/lxc && echo 'arch: amd64' > /etc/pve/lxc/200.conf").unwrap();
+    host.ok("mkdir -p /etc/pve/lxc && echo 'arch: amd64' > /etc/pve/lxc/200.conf")
+        .unwrap();
     let before = host.snapshot().unwrap();
     for phase in ["pre-start", "post-start", "pre-stop", "post-stop"] {
         let (_, said) = expect(host, &format!("hook 200 {phase}"), 0);
-        assert_eq!(said, "hook: 200 is a container; only VMs have vCPUs to fence off, nothing is done\n");
+        assert_eq!(
+            said,
+            "hook: 200 is a container; only VMs have vCPUs to fence off, nothing is done\n"
+        );
     }
     let (_, said) = expect(host, "hook 100 pre-migrate", 0);
-    assert!(said.contains("\"pre-migrate\" is no phase that hook knows"), "{said}");
-    for (phase, code) in [("pre-start", 1), ("post-start", 1), ("pre-stop", 0), ("post-stop", 0)] {
+    assert!(
+        said.contains("\"pre-migrate\" is no phase that hook knows"),
+        "{said}"
+    );
+    for (phase, code) in [
+        ("pre-start", 1),
+        ("post-start", 1),
+        ("pre-stop", 0),
+        ("post-stop", 0),
+    ] {
         let (_, said) = expect(host, &format!("hook 998 {phase}"), code);
         assert_eq!(said.is_empty(), code == 0, "{phase}: {said}");
     }

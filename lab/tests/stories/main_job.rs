@@ -3,7 +3,9 @@
 use pinfold_lab::{Host, VmSpec};
 
 use crate::stories;
-use crate::support::{Call, PINS, assert_fenced, assert_restored, expect, install_hook, kill_at, vm};
+use crate::support::{
+    Call, PINS, assert_fenced, assert_restored, expect, install_hook, kill_at, vm,
+};
 
 stories![
     start_and_stop_as_pve_does,
@@ -23,41 +25,72 @@ fn start_and_stop_as_pve_does(host: &mut Host) {
     host.start_vm(&VmSpec::new(101)).unwrap();
     let before = host.snapshot().unwrap();
     let told = host.start_vm(&vm()).unwrap();
-    assert!(told.contains("CPU 6-11,18-23 reserved for VM 100, by the built-in layout 5900x"), "{told}");
-    assert!(told.contains("fencing CPU 6-11,18-23 off for VM 100"), "{told}");
+    assert!(
+        told.contains("CPU 6-11,18-23 reserved for VM 100, by the built-in layout 5900x"),
+        "{told}"
+    );
+    assert!(
+        told.contains("fencing CPU 6-11,18-23 off for VM 100"),
+        "{told}"
+    );
     assert_fenced(host);
     let (status, _) = expect(host, "hook status", 0);
     assert!(status.contains("\nVM 100 has CPU 6-11,18-23\n"), "{status}");
     for (vcpu, cpu) in PINS.iter().enumerate() {
         assert!(
-            status.contains(&format!(" {cpu} 100:v{vcpu} ")) || status.contains(&format!(" {cpu} 100:v{vcpu}\n")),
+            status.contains(&format!(" {cpu} 100:v{vcpu} "))
+                || status.contains(&format!(" {cpu} 100:v{vcpu}\n")),
             "{status}"
         );
     }
-    assert!(status.contains("\nstrays (could be elsewhere): 0\n"), "{status}");
+    assert!(
+        status.contains("\nstrays (could be elsewhere): 0\n"),
+        "{status}"
+    );
     // Linux 6.1 names rescuers after their queues, and has no idle_inject.
-    let of_cpu_6 =
-        status.split("\nthreads the kernel binds: ").nth(1).and_then(|list| list.split("\n  CPU ").nth(1)).unwrap();
+    let of_cpu_6 = status
+        .split("\nthreads the kernel binds: ")
+        .nth(1)
+        .and_then(|list| list.split("\n  CPU ").nth(1))
+        .unwrap();
     let bound = |kind: &str| of_cpu_6.starts_with('6') && of_cpu_6.contains(kind);
-    assert!(bound("cpuhp") && bound("ksoftirqd") && bound("migration"), "what the kernel binds is listed: {status}");
+    assert!(
+        bound("cpuhp") && bound("ksoftirqd") && bound("migration"),
+        "what the kernel binds is listed: {status}"
+    );
 
     let told = host.stop_vm(100).unwrap();
-    assert!(told.contains("CPU 6-11,18-23 given back by VM 100"), "{told}");
+    assert!(
+        told.contains("CPU 6-11,18-23 given back by VM 100"),
+        "{told}"
+    );
     assert_restored(host, &before);
     expect(host, "test ! -e /run/pinfold/state.json", 0);
 }
 
-/// With the settings that `hook init` writes for a guest with SMT: the second CCD, a core for each of the guest's.
+/// With the settings that `hook init` writes for a guest with SMT: the second CCD, a core for each
+/// of the guest's.
 fn killed_without_pre_stop(host: &mut Host) {
     install_hook(host);
     host.start_vm(&VmSpec::new(101)).unwrap();
-    let spec = VmSpec { more: SMT.into(), ..vm() };
-    host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640).unwrap();
+    let spec = VmSpec {
+        more: SMT.into(),
+        ..vm()
+    };
+    host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640)
+        .unwrap();
     let (written, _) = expect(host, "hook init 100", 0);
-    assert!(written.starts_with("/etc/pinfold/100.toml is written: VM 100 gets llc:1, CPU 6-11,18-23\n"), "{written}");
+    assert!(
+        written
+            .starts_with("/etc/pinfold/100.toml is written: VM 100 gets llc:1, CPU 6-11,18-23\n"),
+        "{written}"
+    );
     let before = host.snapshot().unwrap();
     let told = host.start_vm(&spec).unwrap();
-    assert!(told.contains("CPU 6-11,18-23 reserved for VM 100, by /etc/pinfold/100.toml"), "{told}");
+    assert!(
+        told.contains("CPU 6-11,18-23 reserved for VM 100, by /etc/pinfold/100.toml"),
+        "{told}"
+    );
     assert_fenced(host);
     host.kill_vm(100).unwrap();
     host.cleanup_vm(100, true).unwrap();
@@ -72,13 +105,20 @@ fn post_stop_never_comes(host: &mut Host) {
     host.kill_vm(100).unwrap();
     host.cleanup_vm(100, false).unwrap();
     let (_, notes) = expect(host, "hook recover", 0);
-    assert!(notes.contains("VM 100 runs no more and no hook said so: its CPUs are given back"), "{notes}");
+    assert!(
+        notes.contains("VM 100 runs no more and no hook said so: its CPUs are given back"),
+        "{notes}"
+    );
     assert_restored(host, &before);
 }
 
 fn the_documented_order(host: &mut Host) {
     host.start_vm(&VmSpec::new(100)).unwrap();
-    let (trace, _) = expect(host, "hook 100 pre-start -q && hook 100 post-start --json", 0);
+    let (trace, _) = expect(
+        host,
+        "hook 100 pre-start -q && hook 100 post-start --json",
+        0,
+    );
     let trace: serde_json::Value = serde_json::from_str(&trace).unwrap();
     let mut steps = Vec::new();
     for change in trace["changes"].as_array().unwrap() {
@@ -87,10 +127,17 @@ fn the_documented_order(host: &mut Host) {
             steps.push(step);
         }
     }
-    let order = ["slices", "offline", "irqs", "kthreads", "online", "pace", "decouple", "pins"];
+    let order = [
+        "slices", "offline", "irqs", "kthreads", "online", "pace", "decouple", "pins",
+    ];
     assert_eq!(steps[..order.len()], order);
     // What came back with the CPUs is looked at again, and nothing else.
-    assert!(steps[order.len()..].iter().all(|step| matches!(*step, "irqs" | "kthreads")), "{steps:?}");
+    assert!(
+        steps[order.len()..]
+            .iter()
+            .all(|step| matches!(*step, "irqs" | "kthreads")),
+        "{steps:?}"
+    );
     // vCPUs are pinned before the other threads of QEMU.
     let pins: Vec<bool> = (trace["changes"].as_array().unwrap().iter())
         .filter(|change| change["step"] == "pins")
@@ -102,14 +149,24 @@ fn the_documented_order(host: &mut Host) {
     assert!(pins.is_sorted_by(|a, b| a >= b), "{pins:?}");
 }
 
-/// The settings leave the order of the pins to hook, and VMID.conf has changed since QEMU was started: QEMU itself tells of
-/// its guest's cores.
+/// The settings leave the order of the pins to hook, and VMID.conf has changed since QEMU was
+/// started: QEMU itself tells of its guest's cores.
 fn once_more_changes_nothing(host: &mut Host) {
-    host.start_vm(&VmSpec { more: SMT.into(), ..VmSpec::new(100) }).unwrap();
+    host.start_vm(&VmSpec {
+        more: SMT.into(),
+        ..VmSpec::new(100)
+    })
+    .unwrap();
     let spec = VmSpec::new(100);
-    host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640).unwrap();
+    host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640)
+        .unwrap();
     host.ok("mkdir -p /etc/pinfold").unwrap();
-    host.put("/etc/pinfold/100.toml", b"isolated = \"llc:1\"\npins = \"auto\"\n", 0o644).unwrap();
+    host.put(
+        "/etc/pinfold/100.toml",
+        b"isolated = \"llc:1\"\npins = \"auto\"\n",
+        0o644,
+    )
+    .unwrap();
     expect(host, "hook 100 pre-start && hook 100 post-start", 0);
     let fenced = host.snapshot().unwrap();
     let (trace, _) = expect(host, "hook 100 post-start --json", 0);
@@ -128,7 +185,10 @@ fn killed_half_way(host: &mut Host) {
     for nth in [14, 90] {
         host.start_vm(&VmSpec::new(100)).unwrap();
         expect(host, "hook 100 pre-start -q", 0);
-        assert!(kill_at(host, &Call::nth("write", nth), "hook 100 post-start"), "the {nth}th write was reached");
+        assert!(
+            kill_at(host, &Call::nth("write", nth), "hook 100 post-start"),
+            "the {nth}th write was reached"
+        );
         host.kill_vm(100).unwrap();
         host.cleanup_vm(100, false).unwrap();
         expect(host, "hook 100 post-stop", 0);

@@ -5,7 +5,8 @@ use serde_json::Value;
 
 use crate::stories;
 use crate::support::{
-    HOUSEKEEPING, ISOLATED, assert_clean, assert_fenced, assert_restored, expect, install_hook, threads, vm,
+    HOUSEKEEPING, ISOLATED, assert_clean, assert_fenced, assert_restored, expect, install_hook,
+    threads, vm,
 };
 
 stories![only trixie:
@@ -53,7 +54,8 @@ fn ready(host: &Host) -> HostState {
     install_hook(host);
     host.start_vm(&VmSpec::new(101)).unwrap();
     host.put("/tmp/qmp.pl", QMP.as_bytes(), 0o644).unwrap();
-    host.put("/tmp/listener.pl", LISTENER.as_bytes(), 0o644).unwrap();
+    host.put("/tmp/listener.pl", LISTENER.as_bytes(), 0o644)
+        .unwrap();
     host.snapshot().unwrap()
 }
 
@@ -75,17 +77,26 @@ fn in_place_of(host: &Host, socket: &str, words: &str) {
 
 /// Ends those listeners, and whoever keeps a socket busy.
 fn end_listeners(host: &Host) {
-    host.ok("pkill -x perl; while pgrep -x perl > /dev/null; do sleep 0.1; done").unwrap();
+    host.ok("pkill -x perl; while pgrep -x perl > /dev/null; do sleep 0.1; done")
+        .unwrap();
 }
 
 /// What pre-start reserved goes with the task that started the VM.
 fn a_start_that_fails(host: &mut Host) {
     let before = ready(host);
     let spec = VmSpec::new(100);
-    host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640).unwrap();
-    expect(host, "sh -c 'hook 100 pre-start && grep -q starting /run/pinfold/state.json'", 0);
+    host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640)
+        .unwrap();
+    expect(
+        host,
+        "sh -c 'hook 100 pre-start && grep -q starting /run/pinfold/state.json'",
+        0,
+    );
     let (_, said) = expect(host, "hook recover", 0);
-    assert_eq!(said, "hook: VM 100 runs no more and no hook said so: its CPUs are given back\n");
+    assert_eq!(
+        said,
+        "hook: VM 100 runs no more and no hook said so: its CPUs are given back\n"
+    );
     expect(host, "test ! -e /run/pinfold/state.json", 0);
     host.ok(&format!("rm {}", spec.conf_path())).unwrap();
     assert_restored(host, &before);
@@ -94,14 +105,21 @@ fn a_start_that_fails(host: &mut Host) {
 /// Proxmox VE starts a QEMU for it whose guest never runs.
 fn a_backup_of_a_stopped_vm(host: &mut Host) {
     ready(host);
-    host.put(&vm().conf_path(), vm().conf().as_bytes(), 0o640).unwrap();
+    host.put(&vm().conf_path(), vm().conf().as_bytes(), 0o640)
+        .unwrap();
     let told = host.ok("qm start 100 --paused 2>&1").unwrap();
     assert!(
-        told.contains("VM 100 is in prelaunch, as for a backup: its guest will not run, nothing is isolated"),
+        told.contains(
+            "VM 100 is in prelaunch, as for a backup: its guest will not run, nothing is isolated"
+        ),
         "{told}"
     );
     assert!(threads(host, 100).iter().all(|(_, cpus)| cpus == "0-23"));
-    assert!(host.ok("hook status").unwrap().ends_with("\nno CPU is isolated\n"));
+    assert!(
+        host.ok("hook status")
+            .unwrap()
+            .ends_with("\nno CPU is isolated\n")
+    );
 }
 
 fn the_scope_is_stopped(host: &mut Host) {
@@ -116,21 +134,46 @@ fn the_scope_is_stopped(host: &mut Host) {
 
 fn a_guest_reboots_and_a_vcpu_is_plugged_in(host: &mut Host) {
     let before = ready(host);
-    host.start_vm(&VmSpec { vcpus: Some(2), ..vm() }).unwrap();
+    host.start_vm(&VmSpec {
+        vcpus: Some(2),
+        ..vm()
+    })
+    .unwrap();
     let fenced = host.snapshot().unwrap();
-    let qmp = |command: &str| host.ok(&format!("perl /tmp/qmp.pl /run/qemu-server/100.qmp '{command}'")).unwrap();
+    let qmp = |command: &str| {
+        host.ok(&format!(
+            "perl /tmp/qmp.pl /run/qemu-server/100.qmp '{command}'"
+        ))
+        .unwrap()
+    };
     qmp(r#"{"execute": "system_reset"}"#);
     host.ok("sleep 1").unwrap();
     assert_restored(host, &fenced);
     let all = qmp(r#"{"execute": "query-hotpluggable-cpus"}"#);
-    let kind = all.split(r#""type": ""#).nth(1).and_then(|rest| rest.split('"').next()).unwrap().to_owned();
+    let kind = all
+        .split(r#""type": ""#)
+        .nth(1)
+        .and_then(|rest| rest.split('"').next())
+        .unwrap()
+        .to_owned();
     let plug = r#"{"execute": "device_add", "arguments": {"driver": "KIND", "id": "cpu2", "socket-id": 0, "core-id": 2, "thread-id": 0}}"#;
-    let plug = plug.replace("KIND", &kind).replace("\"socket-id\": 0", &socket_and_more(&all));
+    let plug = plug
+        .replace("KIND", &kind)
+        .replace("\"socket-id\": 0", &socket_and_more(&all));
     let answer = qmp(&plug);
     assert!(answer.contains(r#"{"return": {}}"#), "{answer}");
     expect(host, "hook 100 post-start", 0);
-    let pins: Vec<_> = threads(host, 100).into_iter().filter(|(name, _)| name.starts_with("CPU 2/")).collect();
-    assert_eq!(pins.iter().map(|(_, cpus)| cpus.as_str()).collect::<Vec<_>>(), ["7"], "the third vCPU's pin");
+    let pins: Vec<_> = threads(host, 100)
+        .into_iter()
+        .filter(|(name, _)| name.starts_with("CPU 2/"))
+        .collect();
+    assert_eq!(
+        pins.iter()
+            .map(|(_, cpus)| cpus.as_str())
+            .collect::<Vec<_>>(),
+        ["7"],
+        "the third vCPU's pin"
+    );
     assert_clean(host, ISOLATED, &[100]);
     host.stop_vm(100).unwrap();
     assert_restored(host, &before);
@@ -138,7 +181,11 @@ fn a_guest_reboots_and_a_vcpu_is_plugged_in(host: &mut Host) {
 
 /// Newer QEMUs want the die too.
 fn socket_and_more(cpus: &str) -> String {
-    let die = if cpus.contains("\"die-id\"") { "\"die-id\": 0, " } else { "" };
+    let die = if cpus.contains("\"die-id\"") {
+        "\"die-id\": 0, "
+    } else {
+        ""
+    };
     format!("{die}\"socket-id\": 0")
 }
 
@@ -146,11 +193,18 @@ fn socket_and_more(cpus: &str) -> String {
 fn recover_comes_by_itself(host: &mut Host) {
     let before = ready(host);
     let units: [(&str, &[u8]); 2] = [
-        ("pinfold-recover.path", include_bytes!("../../../packaging/pinfold-recover.path")),
-        ("pinfold-recover.service", include_bytes!("../../../packaging/pinfold-recover.service")),
+        (
+            "pinfold-recover.path",
+            include_bytes!("../../../packaging/pinfold-recover.path"),
+        ),
+        (
+            "pinfold-recover.service",
+            include_bytes!("../../../packaging/pinfold-recover.service"),
+        ),
     ];
     for (name, text) in units {
-        host.put(&format!("/etc/systemd/system/{name}"), text, 0o644).unwrap();
+        host.put(&format!("/etc/systemd/system/{name}"), text, 0o644)
+            .unwrap();
     }
     host.ok("mkdir -p /usr/local/sbin && cp $(command -v hook) /usr/local/sbin/ && systemctl daemon-reload && systemctl start pinfold-recover.path")
         .unwrap();
@@ -161,15 +215,28 @@ fn recover_comes_by_itself(host: &mut Host) {
     assert_fenced(host);
     // QEMU holds its pid file open, so that its end is seen even where the file stays.
     let times = host
-        .ok("cut -d' ' -f1 /proc/uptime; kill -KILL $(cat /run/qemu-server/100.pid); \
+        .ok(
+            "cut -d' ' -f1 /proc/uptime; kill -KILL $(cat /run/qemu-server/100.pid); \
              while grep -q '\"100\"' /run/pinfold/state.json 2>/dev/null; do sleep 0.2; done; \
-             systemctl show -P ExecMainStartTimestampMonotonic pinfold-recover.service")
+             systemctl show -P ExecMainStartTimestampMonotonic pinfold-recover.service",
+        )
         .unwrap();
-    let mut times = times.lines().map(|line| line.trim().parse::<f64>().unwrap());
+    let mut times = times
+        .lines()
+        .map(|line| line.trim().parse::<f64>().unwrap());
     let (gone, called) = (times.next().unwrap(), times.next().unwrap() / 1e6);
-    println!("recover was called {:.2} s after QEMU was killed", called - gone);
-    assert!((0.0..2.0).contains(&(called - gone)), "gone at {gone}, called at {called}");
-    host.ok("while test $(systemctl is-active pinfold-recover.service) != inactive; do sleep 0.2; done").unwrap();
+    println!(
+        "recover was called {:.2} s after QEMU was killed",
+        called - gone
+    );
+    assert!(
+        (0.0..2.0).contains(&(called - gone)),
+        "gone at {gone}, called at {called}"
+    );
+    host.ok(
+        "while test $(systemctl is-active pinfold-recover.service) != inactive; do sleep 0.2; done",
+    )
+    .unwrap();
     host.cleanup_vm(100, false).unwrap();
     host.ok("systemctl stop pinfold-recover.path; rm /etc/systemd/system/pinfold-recover.*; systemctl daemon-reload")
         .unwrap();
@@ -182,32 +249,46 @@ fn the_state_cannot_be_saved(host: &mut Host) {
         .unwrap();
     for (make, words) in [
         ("true", "No space left on device"),
-        ("rm /run/pinfold/full; mount -o remount,ro /run/pinfold", "Read-only file system"),
+        (
+            "rm /run/pinfold/full; mount -o remount,ro /run/pinfold",
+            "Read-only file system",
+        ),
     ] {
         host.ok(make).unwrap();
         for phase in ["pre-start", "post-start"] {
             let (_, said) = expect(host, &format!("hook 100 {phase}"), 1);
-            assert!(said.contains("/run/pinfold") && said.contains(words), "{phase}: {said}");
+            assert!(
+                said.contains("/run/pinfold") && said.contains(words),
+                "{phase}: {said}"
+            );
         }
         let difference = before.not_restored(&host.snapshot().unwrap());
-        let others: Vec<&str> = difference.lines().filter(|line| !line.contains("/run/pinfold")).collect();
+        let others: Vec<&str> = difference
+            .lines()
+            .filter(|line| !line.contains("/run/pinfold"))
+            .collect();
         assert!(others.is_empty(), "{others:#?}");
     }
     // Full once the fence stands: it is taken down all the same.
     host.ok("mount -o remount,rw,size=1m /run/pinfold").unwrap();
     expect(host, "hook 100 post-start", 0);
     assert_fenced(host);
-    host.ok("head -c 2000000 /dev/zero > /run/pinfold/full 2>/dev/null; true").unwrap();
+    host.ok("head -c 2000000 /dev/zero > /run/pinfold/full 2>/dev/null; true")
+        .unwrap();
     expect(host, "hook 100 post-stop", 0);
-    host.ok("umount /run/pinfold && rmdir /run/pinfold").unwrap();
+    host.ok("umount /run/pinfold && rmdir /run/pinfold")
+        .unwrap();
     restored_but_for_the_scope(host, &before);
 }
 
-/// Emptied, VM 100's scope was gone, and systemd was asked for a new one with a description of its own.
+/// Emptied, VM 100's scope was gone, and systemd was asked for a new one with a description of its
+/// own.
 fn restored_but_for_the_scope(host: &Host, before: &HostState) {
     let difference = before.not_restored(&host.snapshot().unwrap());
-    let others: Vec<&str> =
-        difference.lines().filter(|line| !line[1..].starts_with("file /run/systemd/transient/100.scope")).collect();
+    let others: Vec<&str> = difference
+        .lines()
+        .filter(|line| !line[1..].starts_with("file /run/systemd/transient/100.scope"))
+        .collect();
     assert!(others.is_empty(), "{others:#?}");
 }
 
@@ -231,13 +312,23 @@ fn a_monitor_that_does_not_answer(host: &mut Host) {
     );
     host.ok(&busy).unwrap();
     let busy = "its monitor is busy with another client, or QEMU hangs";
-    for (words, why) in [(None, busy), (Some(""), busy), (Some("garbage\n"), "its monitor sends garbage")] {
+    for (words, why) in [
+        (None, busy),
+        (Some(""), busy),
+        (Some("garbage\n"), "its monitor sends garbage"),
+    ] {
         if let Some(words) = words {
-            host.ok(&format!("if test -e {monitor}.kept; then mv {monitor}.kept {monitor}; fi")).unwrap();
+            host.ok(&format!(
+                "if test -e {monitor}.kept; then mv {monitor}.kept {monitor}; fi"
+            ))
+            .unwrap();
             in_place_of(host, monitor, words);
         }
         let (_, said) = expect(host, "hook 100 post-start", 0);
-        assert!(said.contains("going on with the threads' names from /proc") && said.contains(why), "{said}");
+        assert!(
+            said.contains("going on with the threads' names from /proc") && said.contains(why),
+            "{said}"
+        );
         assert_fenced(host);
         expect(host, "hook 100 post-stop", 0);
         end_listeners(host);
@@ -249,9 +340,10 @@ fn a_monitor_that_does_not_answer(host: &mut Host) {
 fn a_systemd_that_does_not_answer(host: &mut Host) {
     const SOCKETS: [&str; 2] = ["/run/systemd/private", "/run/dbus/system_bus_socket"];
     let before = running(host);
-    for (words, why) in
-        [(None, "it cannot be reached: No such file or directory"), (Some("hello\r\n"), "it does not let us in: hello")]
-    {
+    for (words, why) in [
+        (None, "it cannot be reached: No such file or directory"),
+        (Some("hello\r\n"), "it does not let us in: hello"),
+    ] {
         for socket in SOCKETS {
             match words {
                 None => drop(host.ok(&format!("mv {socket} {socket}.kept")).unwrap()),
@@ -259,44 +351,71 @@ fn a_systemd_that_does_not_answer(host: &mut Host) {
             }
         }
         let (_, said) = expect(host, "hook 100 post-start", 1);
-        assert!(said.contains("hook: systemd: read AllowedCPUs of ") && said.contains(why), "{said}");
+        assert!(
+            said.contains("hook: systemd: read AllowedCPUs of ") && said.contains(why),
+            "{said}"
+        );
         assert!(said.contains("VM 100 runs without isolated CPUs"), "{said}");
-        host.ok(&SOCKETS.map(|socket| format!("mv {socket}.kept {socket}")).join(" && ")).unwrap();
+        host.ok(&SOCKETS
+            .map(|socket| format!("mv {socket}.kept {socket}"))
+            .join(" && "))
+            .unwrap();
         host.sh("pkill -x perl").unwrap();
         expect(host, "hook recover", 0);
         assert_restored(host, &before);
     }
 }
 
-/// The lock is held, QEMU's monitor and systemd are silent: post-start ends within what `hook status` says.
+/// The lock is held, QEMU's monitor and systemd are silent: post-start ends within what `hook
+/// status` says.
 fn everything_hangs(host: &mut Host) {
     let before = running(host);
     let settings = "layout = \"5900x\"\n[deadlines]\nlock = 5\nsystemd = 3\nreload = 5\nqmp = 2\n";
-    host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644).unwrap();
+    host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644)
+        .unwrap();
     let (status, _) = expect(host, "hook 100 pre-start -q && hook status --json", 0);
     let status: serde_json::Value = serde_json::from_str(&status).unwrap();
-    let bound = status["vms"]["100"]["bounds"]["post_start"].as_f64().unwrap();
+    let bound = status["vms"]["100"]["bounds"]["post_start"]
+        .as_f64()
+        .unwrap();
     assert!((10.0..30.0).contains(&bound), "{status}");
-    for socket in ["/run/systemd/private", "/run/dbus/system_bus_socket", "/run/qemu-server/100.qmp"] {
+    for socket in [
+        "/run/systemd/private",
+        "/run/dbus/system_bus_socket",
+        "/run/qemu-server/100.qmp",
+    ] {
         in_place_of(host, socket, "");
     }
     host.ok("(setsid flock /run/pinfold/lock sleep 4 >/dev/null 2>&1 &); while flock -n /run/pinfold/lock true; do sleep 0.1; done").unwrap();
-    let timed = "cut -d' ' -f1 /proc/uptime; hook 100 post-start -q; echo $?; cut -d' ' -f1 /proc/uptime";
+    let timed =
+        "cut -d' ' -f1 /proc/uptime; hook 100 post-start -q; echo $?; cut -d' ' -f1 /proc/uptime";
     let (told, said) = expect(host, timed, 0);
-    assert!(said.contains("systemd: ") && said.contains("no answer within 3 s"), "{said}");
+    assert!(
+        said.contains("systemd: ") && said.contains("no answer within 3 s"),
+        "{said}"
+    );
     assert!(said.contains("VM 100 runs without isolated CPUs"), "{said}");
     let told: Vec<f64> = told.lines().map(|line| line.parse().unwrap()).collect();
-    let [began, code, ended] = told[..] else { panic!("{told:?}") };
-    println!("with everything hanging post-start ends after {:.1} s; its bound is {bound} s", ended - began);
+    let [began, code, ended] = told[..] else {
+        panic!("{told:?}")
+    };
+    println!(
+        "with everything hanging post-start ends after {:.1} s; its bound is {bound} s",
+        ended - began
+    );
     assert!(code == 1.0 && ended - began < bound, "{told:?}");
     // Held for longer than its deadline, the lock is named.
     host.ok("(setsid flock /run/pinfold/lock sleep 20 >/dev/null 2>&1 &); while flock -n /run/pinfold/lock true; do sleep 0.1; done").unwrap();
     let (_, said) = expect(host, "hook 100 post-start", 1);
-    assert!(said.contains("/run/pinfold/lock: another hook has held it for 5 s; see `ps -C hook`"), "{said}");
+    assert!(
+        said.contains("/run/pinfold/lock: another hook has held it for 5 s; see `ps -C hook`"),
+        "{said}"
+    );
     host.ok("pkill -x flock; pkill -x sleep; for s in /run/systemd/private /run/dbus/system_bus_socket; do mv $s.kept $s; done")
         .unwrap();
     end_listeners(host);
-    host.ok("mv /run/qemu-server/100.qmp.kept /run/qemu-server/100.qmp; rm -r /etc/pinfold").unwrap();
+    host.ok("mv /run/qemu-server/100.qmp.kept /run/qemu-server/100.qmp; rm -r /etc/pinfold")
+        .unwrap();
     expect(host, "hook recover", 0);
     assert_restored(host, &before);
 }
@@ -304,44 +423,81 @@ fn everything_hangs(host: &mut Host) {
 /// What hook never does, whatever it is told, and what it does not trust.
 fn guards(host: &mut Host) {
     let before = running(host);
-    let settings = |text: &str| host.put("/etc/pinfold/100.toml", text.as_bytes(), 0o644).unwrap();
+    let settings = |text: &str| {
+        host.put("/etc/pinfold/100.toml", text.as_bytes(), 0o644)
+            .unwrap()
+    };
     for (text, why) in [
-        ("isolated = \"0-3\"\npins = \"0-3,0-3,0-3\"", "isolated: CPU 0 cannot be isolated"),
+        (
+            "isolated = \"0-3\"\npins = \"0-3,0-3,0-3\"",
+            "isolated: CPU 0 cannot be isolated",
+        ),
         (
             "isolated = \"2-23\"\npins = \"2-13\"\nmin_housekeeping = 3",
             "isolated: 2-23 leaves 2 housekeeping CPUs, fewer than min_housekeeping = 3",
         ),
-        ("isolated = \"6-11\"\npins = \"6-11\"", "the VM has 12 vCPUs and there are pins for 6"),
-        ("isolated = \"6-24\"\npins = \"6-18\"", "CPU 24: no such CPU; this host has 0-23"),
+        (
+            "isolated = \"6-11\"\npins = \"6-11\"",
+            "the VM has 12 vCPUs and there are pins for 6",
+        ),
+        (
+            "isolated = \"6-24\"\npins = \"6-18\"",
+            "CPU 24: no such CPU; this host has 0-23",
+        ),
     ] {
         settings(text);
         let (_, said) = expect(host, "hook 100 pre-start", 1);
-        assert!(said.starts_with("hook: /etc/pinfold/100.toml: ") && said.contains(why), "{said}");
+        assert!(
+            said.starts_with("hook: /etc/pinfold/100.toml: ") && said.contains(why),
+            "{said}"
+        );
         expect(host, "hook 100 post-start", 1);
     }
     // A file that others can write, and a link to one.
     settings("layout = \"5900x\"");
     host.ok("chmod 666 /etc/pinfold/100.toml").unwrap();
     let (_, said) = expect(host, "hook 100 pre-start", 1);
-    assert!(said.contains("settings refused: others than root can write it; chmod go-w"), "{said}");
-    host.ok("mv /etc/pinfold/100.toml /tmp/mine && ln -s /tmp/mine /etc/pinfold/100.toml").unwrap();
+    assert!(
+        said.contains("settings refused: others than root can write it; chmod go-w"),
+        "{said}"
+    );
+    host.ok("mv /etc/pinfold/100.toml /tmp/mine && ln -s /tmp/mine /etc/pinfold/100.toml")
+        .unwrap();
     let (_, said) = expect(host, "hook 100 pre-start", 1);
-    assert!(said.contains("settings refused: it is no plain file"), "{said}");
+    assert!(
+        said.contains("settings refused: it is no plain file"),
+        "{said}"
+    );
     host.ok("rm -r /etc/pinfold").unwrap();
     // Names that would leave their folders.
     for bad in ["../100", "100/../101", "0100", "99", "1000000000"] {
         let (_, said) = expect(host, &format!("hook {bad} pre-start"), 2);
-        assert!(said.contains("no VM's number; they run from 100 to 999999999"), "{said}");
+        assert!(
+            said.contains("no VM's number; they run from 100 to 999999999"),
+            "{said}"
+        );
     }
-    assert!(expect(host, "cg-slice allow 0-5 ../../tmp", 1).1.contains("leaves its folder"));
-    // A link in the place of the state's folder, of its lock or of the state; a state that somebody has cut short.
-    host.ok("rm -rf /run/pinfold; mkdir -p /tmp/theirs; ln -s /tmp/theirs /run/pinfold").unwrap();
+    assert!(
+        expect(host, "cg-slice allow 0-5 ../../tmp", 1)
+            .1
+            .contains("leaves its folder")
+    );
+    // A link in the place of the state's folder, of its lock or of the state; a state that somebody
+    // has cut short.
+    host.ok("rm -rf /run/pinfold; mkdir -p /tmp/theirs; ln -s /tmp/theirs /run/pinfold")
+        .unwrap();
     let (_, said) = expect(host, "hook 100 post-start", 1);
-    assert!(said.contains("/run/pinfold: it is no folder; look who made it, then remove it"), "{said}");
+    assert!(
+        said.contains("/run/pinfold: it is no folder; look who made it, then remove it"),
+        "{said}"
+    );
     host.ok("rm /run/pinfold; mkdir -m 700 /run/pinfold; echo precious > /tmp/precious; ln -s /tmp/precious /run/pinfold/lock")
         .unwrap();
     let (_, said) = expect(host, "hook 100 post-start", 1);
-    assert!(said.contains("/run/pinfold/lock: open: Too many levels of symbolic links"), "{said}");
+    assert!(
+        said.contains("/run/pinfold/lock: open: Too many levels of symbolic links"),
+        "{said}"
+    );
     for make in [
         "ln -s /tmp/precious /run/pinfold/state.json",
         "head -c 100 /tmp/state > /run/pinfold/state.json; chmod 600 /run/pinfold/state.json",
@@ -351,9 +507,18 @@ fn guards(host: &mut Host) {
         host.ok("rm -f /run/pinfold/*; hook 100 post-start -q; cp /run/pinfold/state.json /tmp/state; hook 100 post-stop -q")
             .unwrap();
         host.ok(make).unwrap();
-        for phase in ["100 pre-start", "100 post-start", "100 post-stop", "recover", "status"] {
+        for phase in [
+            "100 pre-start",
+            "100 post-start",
+            "100 post-stop",
+            "recover",
+            "status",
+        ] {
             let (_, said) = expect(host, &format!("hook {phase}"), 1);
-            assert!(said.contains("cannot be trusted") && said.contains("hook recover --discard"), "{make}: {said}");
+            assert!(
+                said.contains("cannot be trusted") && said.contains("hook recover --discard"),
+                "{make}: {said}"
+            );
         }
         expect(host, "hook recover --discard", 0);
         expect(host, "hook status", 0);
@@ -363,33 +528,51 @@ fn guards(host: &mut Host) {
     // A pid that another process has by now.
     host.ok("cp /run/qemu-server/100.pid /tmp/pid; cp /run/qemu-server/101.pid /run/qemu-server/100.pid").unwrap();
     let (_, said) = expect(host, "hook 100 post-start", 1);
-    assert!(said.contains("/run/qemu-server/100.pid is stale: process ") && said.contains("is another QEMU"), "{said}");
+    assert!(
+        said.contains("/run/qemu-server/100.pid is stale: process ")
+            && said.contains("is another QEMU"),
+        "{said}"
+    );
     host.ok("cp /tmp/pid /run/qemu-server/100.pid").unwrap();
     restored_but_for_the_scope(host, &before);
 }
 
-/// systemd reads its units again, and somebody sets ours: nothing of the fence gives, or it is told who did it.
+/// systemd reads its units again, and somebody sets ours: nothing of the fence gives, or it is told
+/// who did it.
 fn units_are_touched_meanwhile(host: &mut Host) {
     let before = ready(host);
     host.start_vm(&vm()).unwrap();
     host.ok("systemctl daemon-reload").unwrap();
     assert_fenced(host);
-    host.ok("systemctl set-property --runtime system.slice CPUWeight=50").unwrap();
+    host.ok("systemctl set-property --runtime system.slice CPUWeight=50")
+        .unwrap();
     assert_fenced(host);
-    host.ok("systemctl set-property --runtime system.slice AllowedCPUs=0-3").unwrap();
+    host.ok("systemctl set-property --runtime system.slice AllowedCPUs=0-3")
+        .unwrap();
     let (_, said) = expect(host, "hook recover", 0);
-    assert!(said.contains("hook: system.slice: left as it is: somebody else has set it to 0-3\n"), "{said}");
+    assert!(
+        said.contains("hook: system.slice: left as it is: somebody else has set it to 0-3\n"),
+        "{said}"
+    );
     host.stop_vm(100).unwrap();
     // Theirs stays, ours goes.
-    assert_eq!(host.ok("systemctl show -P AllowedCPUs system.slice").unwrap(), "0-3\n");
-    host.ok("systemctl set-property --runtime system.slice AllowedCPUs= CPUWeight=; \
+    assert_eq!(
+        host.ok("systemctl show -P AllowedCPUs system.slice")
+            .unwrap(),
+        "0-3\n"
+    );
+    host.ok(
+        "systemctl set-property --runtime system.slice AllowedCPUs= CPUWeight=; \
              rm -r /run/systemd/system.control; systemctl daemon-reload; \
-             echo > /sys/fs/cgroup/system.slice/cpuset.cpus; true")
-        .unwrap();
+             echo > /sys/fs/cgroup/system.slice/cpuset.cpus; true",
+    )
+    .unwrap();
     let after = host.snapshot().unwrap();
     let difference = before.not_restored(&after);
-    let others: Vec<&str> =
-        difference.lines().filter(|line| !line.contains("system.slice") && !line.contains("cgroup /")).collect();
+    let others: Vec<&str> = difference
+        .lines()
+        .filter(|line| !line.contains("system.slice") && !line.contains("cgroup /"))
+        .collect();
     assert!(others.is_empty(), "{others:#?}");
 }
 
@@ -404,7 +587,10 @@ fn others_set_what_is_ours(host: &mut Host) {
              echo 0 > /sys/devices/system/cpu/cpu3/online")
         .unwrap();
     let (status, _) = expect(host, "hook status", 1);
-    assert!(status.contains("IRQ 1 (i8042)") && status.contains("(kswapd0)"), "strays are named: {status}");
+    assert!(
+        status.contains("IRQ 1 (i8042)") && status.contains("(kswapd0)"),
+        "strays are named: {status}"
+    );
     let (_, said) = expect(host, "hook recover", 0);
     for line in [
         "IRQ 1 (i8042): left as it is: somebody else has set it to 7",
@@ -418,37 +604,53 @@ fn others_set_what_is_ours(host: &mut Host) {
     let online = "cat /sys/devices/system/cpu/online; echo 1 > /sys/devices/system/cpu/cpu3/online";
     assert_eq!(host.ok(online).unwrap(), "0-2,4-23\n");
     host.stop_vm(100).unwrap();
-    assert_eq!(host.ok("cat /proc/irq/1/smp_affinity_list /proc/sys/vm/stat_interval").unwrap(), "7\n9\n");
+    assert_eq!(
+        host.ok("cat /proc/irq/1/smp_affinity_list /proc/sys/vm/stat_interval")
+            .unwrap(),
+        "7\n9\n"
+    );
     host.ok("echo 0-23 > /proc/irq/1/smp_affinity_list; echo 1 > /proc/sys/vm/stat_interval; \
              taskset -pc 0-23 $(pgrep -x kswapd0) > /dev/null; \
              cat /sys/devices/system/cpu/cpu5/cpufreq/scaling_governor > /sys/devices/system/cpu/cpu6/cpufreq/scaling_governor")
         .unwrap();
-    // What the kernel itself has set since CPU 3 went is somebody else's as well: two kthreads that follow online CPUs.
+    // What the kernel itself has set since CPU 3 went is somebody else's as well: two kthreads that
+    // follow online CPUs.
     let difference = before.not_restored(&host.snapshot().unwrap());
-    let of_cpu_3 =
-        |line: &&str| line[1..].starts_with("kthread \"irq/") || line[1..].starts_with("kthread \"rcu_exp_par_gp");
+    let of_cpu_3 = |line: &&str| {
+        line[1..].starts_with("kthread \"irq/") || line[1..].starts_with("kthread \"rcu_exp_par_gp")
+    };
     let others: Vec<&str> = difference.lines().filter(|line| !of_cpu_3(line)).collect();
     assert!(others.is_empty(), "{others:#?}");
 }
 
 /// A CPU that the admin has taken offline before stays so, and is in nobody's way.
 fn a_cpu_that_is_offline(host: &mut Host) {
-    host.ok("echo 0 > /sys/devices/system/cpu/cpu3/online; mkdir -p /etc/pinfold").unwrap();
+    host.ok("echo 0 > /sys/devices/system/cpu/cpu3/online; mkdir -p /etc/pinfold")
+        .unwrap();
     let mut before = ready(host);
     for method in ["hotplug", "partition"] {
         let settings = format!("layout = \"5900x\"\nmethod = \"{method}\"\n");
-        host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644).unwrap();
+        host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644)
+            .unwrap();
         host.start_vm(&vm()).unwrap();
         assert_clean(host, ISOLATED, &[100]);
-        let emulator = threads(host, 100).into_iter().find(|(name, _)| !name.starts_with("CPU ")).unwrap().1;
+        let emulator = threads(host, 100)
+            .into_iter()
+            .find(|(name, _)| !name.starts_with("CPU "))
+            .unwrap()
+            .1;
         assert_eq!(emulator, "0-2,4-5,12-17", "{method}");
         host.stop_vm(100).unwrap();
         // Cpusets take it from threads that have lived in one (docs/reliability.md, "Not covered").
-        let without_it = |line: &&str| line[1..].starts_with("task ") && line.ends_with("cpus=0-2,4-23");
+        let without_it =
+            |line: &&str| line[1..].starts_with("task ") && line.ends_with("cpus=0-2,4-23");
         let with_it = |line: &&str| line[1..].starts_with("task ") && line.ends_with("cpus=0-23");
         let now = host.snapshot().unwrap();
         let difference = before.not_restored(&now);
-        let others: Vec<&str> = difference.lines().filter(|line| !without_it(line) && !with_it(line)).collect();
+        let others: Vec<&str> = difference
+            .lines()
+            .filter(|line| !without_it(line) && !with_it(line))
+            .collect();
         assert!(others.is_empty(), "{method}: {others:#?}");
         before = now;
     }
@@ -458,8 +660,17 @@ fn a_cpu_that_is_offline(host: &mut Host) {
 fn the_idle_vm(host: &mut Host) {
     install_hook(host);
     host.ok("mkdir -p /etc/pinfold").unwrap();
-    host.put("/etc/pinfold/100.toml", b"layout = \"5900x\"\nidle_vm = 102\n", 0o644).unwrap();
-    host.start_vm(&VmSpec { cores: 2, ..VmSpec::new(102) }).unwrap();
+    host.put(
+        "/etc/pinfold/100.toml",
+        b"layout = \"5900x\"\nidle_vm = 102\n",
+        0o644,
+    )
+    .unwrap();
+    host.start_vm(&VmSpec {
+        cores: 2,
+        ..VmSpec::new(102)
+    })
+    .unwrap();
     let state = || host.ok("qm status 102").unwrap();
     let told = host.start_vm(&vm()).unwrap();
     assert!(told.contains("idle VM 102 stopped"), "{told}");
@@ -475,9 +686,15 @@ fn the_idle_vm(host: &mut Host) {
     assert_eq!(state(), "status: stopped\n");
     // A start that is refused gives the idle VM back.
     host.ok("qm start 102").unwrap();
-    let disk = host.ok("basename $(dirname $(dirname $(dirname $(readlink -f /sys/class/block/vda))))").unwrap();
-    let settings = format!("layout = \"5900x\"\nidle_vm = 102\nreset_pci = [\"{}\"]\n", disk.trim());
-    host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644).unwrap();
+    let disk = host
+        .ok("basename $(dirname $(dirname $(dirname $(readlink -f /sys/class/block/vda))))")
+        .unwrap();
+    let settings = format!(
+        "layout = \"5900x\"\nidle_vm = 102\nreset_pci = [\"{}\"]\n",
+        disk.trim()
+    );
+    host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644)
+        .unwrap();
     let told = host.sh("qm start 100").unwrap();
     assert_ne!(told.code, Some(0), "{told:?}");
     assert_eq!(state(), "status: running\n", "{told:?}");
@@ -486,40 +703,58 @@ fn the_idle_vm(host: &mut Host) {
 /// A PCI device of the VM's is removed and found again before QEMU takes it.
 fn a_device_reset_on_the_way(host: &mut Host) {
     let before = ready(host);
-    let pair = host.ok("for d in /sys/bus/pci/devices/*.1; do basename $d; done | head -1").unwrap();
+    let pair = host
+        .ok("for d in /sys/bus/pci/devices/*.1; do basename $d; done | head -1")
+        .unwrap();
     let slot = pair.trim().trim_end_matches(".1");
     host.ok("mkdir -p /etc/pinfold").unwrap();
     let settings = format!("layout = \"5900x\"\nreset_pci = [\"{slot}\"]\n");
-    host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644).unwrap();
+    host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644)
+        .unwrap();
     let told = host.start_vm(&vm()).unwrap();
     assert!(told.contains(slot), "{told}");
     assert_fenced(host);
-    let emulator = threads(host, 100).into_iter().find(|(name, _)| !name.starts_with("CPU ")).unwrap();
+    let emulator = threads(host, 100)
+        .into_iter()
+        .find(|(name, _)| !name.starts_with("CPU "))
+        .unwrap();
     assert_eq!(emulator.1, HOUSEKEEPING);
     host.stop_vm(100).unwrap();
     host.ok("rm -r /etc/pinfold").unwrap();
     assert_restored(host, &before);
 }
 
-/// What post-start changes is what was planned, and neither the plan nor a check changes anything; the screen shows vCPUs and
-/// strays where they are.
+/// What post-start changes is what was planned, and neither the plan nor a check changes anything;
+/// the screen shows vCPUs and strays where they are.
 fn looked_at_before_and_after(host: &mut Host) {
     let before = running(host);
     let (checked, _) = expect(host, "hook check 100", 0);
-    assert!(checked.contains("warn   guest cores") && checked.contains("cores=6,threads=2'"), "{checked}");
+    assert!(
+        checked.contains("warn   guest cores") && checked.contains("cores=6,threads=2'"),
+        "{checked}"
+    );
     let planned = json(host, "hook plan 100 --json");
     assert_restored(host, &before);
     expect(host, "test ! -e /run/pinfold", 0);
     let done = json(host, "hook 100 pre-start -q && hook 100 post-start --json");
-    // Kernel threads come and go between the two, and what CPUs get back as they come online only a second look finds.
+    // Kernel threads come and go between the two, and what CPUs get back as they come online only a
+    // second look finds.
     let listed = |changes: &[&Value], outcomes: &[&str]| -> Vec<String> {
-        let ours = changes.iter().filter(|change| outcomes.iter().any(|outcome| change["outcome"] == *outcome));
-        let lines = ours.map(|c| format!("{}: {}: {}", c["step"], c["object"], c["wanted"]).replace('"', ""));
+        let ours = changes
+            .iter()
+            .filter(|change| outcomes.iter().any(|outcome| change["outcome"] == *outcome));
+        let lines = ours
+            .map(|c| format!("{}: {}: {}", c["step"], c["object"], c["wanted"]).replace('"', ""));
         lines.filter(|line| !line.contains(": kthread ")).collect()
     };
-    let of_plan: Vec<&Value> = array(&planned["steps"]).flat_map(|step| array(&step["changes"])).collect();
+    let of_plan: Vec<&Value> = array(&planned["steps"])
+        .flat_map(|step| array(&step["changes"]))
+        .collect();
     let mut of_run: Vec<&Value> = array(&done["changes"]).collect();
-    let last_pin = of_run.iter().rposition(|change| change["step"] == "pins").unwrap();
+    let last_pin = of_run
+        .iter()
+        .rposition(|change| change["step"] == "pins")
+        .unwrap();
     of_run.truncate(last_pin + 1);
     let mut planned = listed(&of_plan, &["planned"]);
     let done = listed(&of_run, &["changed"]);
@@ -532,11 +767,19 @@ fn looked_at_before_and_after(host: &mut Host) {
     host.renew_topology().unwrap();
     let (screen, _) = expect(host, "hook status", 0);
     assert!(
-        screen.contains("  llc:1   6 100:v0    7 100:v2    8 100:v4    9 100:v6   10 100:v8   11 100:v10\n"),
+        screen.contains(
+            "  llc:1   6 100:v0    7 100:v2    8 100:v4    9 100:v6   10 100:v8   11 100:v10\n"
+        ),
         "{screen}"
     );
-    assert!(!screen.contains('!') && !screen.contains('\x1b'), "{screen}");
-    let kswapd = |cpus: &str| host.ok(&format!("taskset -pc {cpus} $(pgrep -x kswapd0)")).unwrap();
+    assert!(
+        !screen.contains('!') && !screen.contains('\x1b'),
+        "{screen}"
+    );
+    let kswapd = |cpus: &str| {
+        host.ok(&format!("taskset -pc {cpus} $(pgrep -x kswapd0)"))
+            .unwrap()
+    };
     kswapd("8");
     let (screen, _) = expect(host, "CLICOLOR_FORCE=1 hook status", 1);
     assert!(screen.contains("\x1b[1m\x1b[31m100:v4!\x1b[0m"), "{screen}");
@@ -546,13 +789,22 @@ fn looked_at_before_and_after(host: &mut Host) {
 
     // What steps took is remembered, and at a terminal the long ones count.
     let planned = json(host, "hook plan 100 --json");
-    let offline = array(&planned["steps"]).find(|step| step["step"] == "offline").unwrap();
+    let offline = array(&planned["steps"])
+        .find(|step| step["step"] == "offline")
+        .unwrap();
     assert!(offline["last_seconds"].as_f64().unwrap() > 0.0, "{offline}");
     host.ok("mkdir -p /etc/pinfold").unwrap();
-    let settings = format!("isolated = \"6,18\"\npins = [{}]\n", ["6, 18"; 6].join(", "));
-    host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644).unwrap();
+    let settings = format!(
+        "isolated = \"6,18\"\npins = [{}]\n",
+        ["6, 18"; 6].join(", ")
+    );
+    host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644)
+        .unwrap();
     let (typed, _) = expect(host, "script -qec 'hook 100 post-start' /dev/null", 0);
-    assert!(typed.contains("\r\x1b[Koffline: 1/2") && typed.contains("\r\x1b[Koffline: 2 set"), "{typed:?}");
+    assert!(
+        typed.contains("\r\x1b[Koffline: 1/2") && typed.contains("\r\x1b[Koffline: 2 set"),
+        "{typed:?}"
+    );
     expect(host, "hook 100 post-stop -q && rm -r /etc/pinfold", 0);
     restored_but_for_the_scope(host, &before);
 }

@@ -4,7 +4,8 @@ use pinfold_lab::{Guest, Host, VmSpec};
 
 use crate::stories;
 use crate::support::{
-    HOUSEKEEPING, ISOLATED, assert_clean, assert_fenced, assert_restored, expect, install_hook, refuses, threads, vm,
+    HOUSEKEEPING, ISOLATED, assert_clean, assert_fenced, assert_restored, expect, install_hook,
+    refuses, threads, vm,
 };
 use crate::tools::there_and_back;
 
@@ -28,30 +29,49 @@ mod bookworm {
 fn settings(host: &Host, method: &str) {
     host.ok("mkdir -p /etc/pinfold").unwrap();
     let text = format!("layout = \"5900x\"\nmethod = \"{method}\"\n");
-    host.put("/etc/pinfold/100.toml", text.as_bytes(), 0o644).unwrap();
+    host.put("/etc/pinfold/100.toml", text.as_bytes(), 0o644)
+        .unwrap();
 }
 
 /// VM 102 on one core, by partition.
 fn small(host: &Host) -> VmSpec {
     let text = "isolated = \"5,17\"\npins = \"5,17\"\nmethod = \"partition\"\n";
-    host.put("/etc/pinfold/102.toml", text.as_bytes(), 0o644).unwrap();
-    VmSpec { cores: 2, hookscript: vm().hookscript, ..VmSpec::new(102) }
+    host.put("/etc/pinfold/102.toml", text.as_bytes(), 0o644)
+        .unwrap();
+    VmSpec {
+        cores: 2,
+        hookscript: vm().hookscript,
+        ..VmSpec::new(102)
+    }
 }
 
 fn value(host: &Host, file: &str) -> String {
     host.ok(&format!("cat {file}")).unwrap().trim().to_owned()
 }
 
-/// VM 100 is fenced as by hotplug, and where it was: in its scope, whose slice and all others are as they were.
+/// VM 100 is fenced as by hotplug, and where it was: in its scope, whose slice and all others are
+/// as they were.
 fn assert_partitioned(host: &Host) {
     assert_fenced(host);
     let scope = "/sys/fs/cgroup/qemu.slice/100.scope";
-    assert_eq!(value(host, &format!("{scope}/vcpu/cpuset.cpus.partition")), "isolated");
-    assert_eq!(value(host, &format!("{scope}/cpuset.cpus.effective")), HOUSEKEEPING);
-    let vcpus = host.ok(&format!("wc -l < {scope}/vcpu/cgroup.threads")).unwrap();
+    assert_eq!(
+        value(host, &format!("{scope}/vcpu/cpuset.cpus.partition")),
+        "isolated"
+    );
+    assert_eq!(
+        value(host, &format!("{scope}/cpuset.cpus.effective")),
+        HOUSEKEEPING
+    );
+    let vcpus = host
+        .ok(&format!("wc -l < {scope}/vcpu/cgroup.threads"))
+        .unwrap();
     assert_eq!(vcpus.trim(), "12", "vCPU threads, and no others");
     expect(host, "test ! -d /sys/fs/cgroup/qemu-decoupled.slice", 0);
-    let (dropped_in, _) = expect(host, "find /run/systemd -path '*.slice.d/50-AllowedCPUs.conf'", 0);
+    let (dropped_in, _) = expect(
+        host,
+        "find /run/systemd -path '*.slice.d/50-AllowedCPUs.conf'",
+        0,
+    );
     assert_eq!(dropped_in, "", "no slice is narrowed");
 }
 
@@ -66,15 +86,31 @@ fn a_vm_has_a_partition(host: &mut Host) {
     host.ok(admins).unwrap();
     let before = host.snapshot().unwrap();
     let told = host.start_vm(&vm()).unwrap();
-    assert!(told.contains("fencing CPU 6-11,18-23 off for VM 100"), "{told}");
+    assert!(
+        told.contains("fencing CPU 6-11,18-23 off for VM 100"),
+        "{told}"
+    );
     assert_partitioned(host);
     let (status, _) = expect(host, "hook status", 0);
-    assert!(status.contains("\nVM 100 has CPU 6-11,18-23, by partition\n"), "{status}");
-    assert!(status.contains("\nstrays (could be elsewhere): 0\n"), "{status}");
+    assert!(
+        status.contains("\nVM 100 has CPU 6-11,18-23, by partition\n"),
+        "{status}"
+    );
+    assert!(
+        status.contains("\nstrays (could be elsewhere): 0\n"),
+        "{status}"
+    );
     let (shown, _) = expect(host, "cg-slice partition show", 0);
-    let row = shown.lines().find(|line| line.starts_with("/qemu.slice/100.scope/vcpu")).unwrap();
+    let row = shown
+        .lines()
+        .find(|line| line.starts_with("/qemu.slice/100.scope/vcpu"))
+        .unwrap();
     let words: Vec<&str> = row.split_whitespace().collect();
-    assert_eq!(words[1..], ["isolated", ISOLATED, ISOLATED, ISOLATED], "{shown}");
+    assert_eq!(
+        words[1..],
+        ["isolated", ISOLATED, ISOLATED, ISOLATED],
+        "{shown}"
+    );
     // A kernel thread that is born now starts beside the partition.
     host.ok("truncate -s 1M /tmp/image && losetup -f --direct-io=off /tmp/image && dd if=/dev/loop0 of=/dev/null")
         .unwrap();
@@ -84,10 +120,16 @@ fn a_vm_has_a_partition(host: &mut Host) {
     let (trace, _) = expect(host, "hook 100 post-start --json", 0);
     let trace: serde_json::Value = serde_json::from_str(&trace).unwrap();
     for change in trace["changes"].as_array().unwrap() {
-        assert_ne!(change["outcome"], "changed", "once more changes nothing: {change}");
+        assert_ne!(
+            change["outcome"], "changed",
+            "once more changes nothing: {change}"
+        );
     }
     let told = host.stop_vm(100).unwrap();
-    assert!(told.contains("CPU 6-11,18-23 given back by VM 100"), "{told}");
+    assert!(
+        told.contains("CPU 6-11,18-23 given back by VM 100"),
+        "{told}"
+    );
     assert_restored(host, &before);
     expect(host, "test ! -e /run/pinfold/state.json", 0);
 
@@ -96,18 +138,32 @@ fn a_vm_has_a_partition(host: &mut Host) {
     host.kill_vm(100).unwrap();
     host.cleanup_vm(100, false).unwrap();
     let (_, notes) = expect(host, "hook recover", 0);
-    assert!(notes.contains("VM 100 runs no more and no hook said so"), "{notes}");
-    assert!(!notes.contains("somebody else"), "what the kernel does by itself is nobody's: {notes}");
+    assert!(
+        notes.contains("VM 100 runs no more and no hook said so"),
+        "{notes}"
+    );
+    assert!(
+        !notes.contains("somebody else"),
+        "what the kernel does by itself is nobody's: {notes}"
+    );
     assert_restored(host, &before);
 
     // Taken back while the VM runs on.
-    host.start_vm(&VmSpec { hookscript: None, ..vm() }).unwrap();
+    host.start_vm(&VmSpec {
+        hookscript: None,
+        ..vm()
+    })
+    .unwrap();
     let running = threads(host, 100);
     host.ok("qm stop 100 2>&1").unwrap();
     host.start_vm(&vm()).unwrap();
     expect(host, "hook 100 post-stop -q", 0);
     assert_eq!(threads(host, 100), running);
-    expect(host, "test ! -d /sys/fs/cgroup/qemu.slice/100.scope/vcpu", 0);
+    expect(
+        host,
+        "test ! -d /sys/fs/cgroup/qemu.slice/100.scope/vcpu",
+        0,
+    );
     host.ok("qm stop 100 2>&1").unwrap();
     assert_restored(host, &before);
 }
@@ -121,14 +177,29 @@ fn a_partition_by_hand(host: &mut Host) {
     .unwrap();
     there_and_back(host, "cg-slice partition", "make pen 7-8", || {
         assert_eq!(value(host, "/sys/fs/cgroup/cpuset.cpus.isolated"), "7-8");
-        assert_eq!(value(host, "/proc/$(pgrep -xf 'sleep 1000')/status | grep -o '7-8$'"), "7-8");
+        assert_eq!(
+            value(
+                host,
+                "/proc/$(pgrep -xf 'sleep 1000')/status | grep -o '7-8$'"
+            ),
+            "7-8"
+        );
         let (shown, _) = expect(host, "cg-slice partition show", 0);
         assert_eq!(shown.lines().count(), 2, "{shown}");
     });
     let before = host.snapshot().unwrap();
-    expect(host, "cg-slice partition make /pen 7-8 -q && cg-slice partition undo /pen -q", 0);
-    expect(host, "test $(cat /sys/fs/cgroup/pen/cpuset.cpus.partition) = member", 0);
-    host.ok("echo -cpuset > /sys/fs/cgroup/cgroup.subtree_control").unwrap();
+    expect(
+        host,
+        "cg-slice partition make /pen 7-8 -q && cg-slice partition undo /pen -q",
+        0,
+    );
+    expect(
+        host,
+        "test $(cat /sys/fs/cgroup/pen/cpuset.cpus.partition) = member",
+        0,
+    );
+    host.ok("echo -cpuset > /sys/fs/cgroup/cgroup.subtree_control")
+        .unwrap();
     assert_restored(host, &before);
     refuses(
         host,
@@ -144,7 +215,8 @@ fn a_partition_by_hand(host: &mut Host) {
     );
 }
 
-/// Two VMs by partition, another VM and a container that start meanwhile: each one's CPUs stay its own.
+/// Two VMs by partition, another VM and a container that start meanwhile: each one's CPUs stay its
+/// own.
 fn two_vms_and_others(host: &mut Host) {
     install_hook(host);
     settings(host, "auto");
@@ -157,12 +229,20 @@ fn two_vms_and_others(host: &mut Host) {
     let both = "5-11,17-23";
     assert_clean(host, both, &[100, 102]);
     assert_eq!(value(host, "/sys/fs/cgroup/cpuset.cpus.isolated"), both);
-    assert!(threads(host, 102).iter().any(|(name, cpus)| name.starts_with("CPU 1/") && cpus == "17"));
+    assert!(
+        threads(host, 102)
+            .iter()
+            .any(|(name, cpus)| name.starts_with("CPU 1/") && cpus == "17")
+    );
 
     // As PVE's containers are: a tree of its own beside systemd's, without cpusets and with.
     host.ok("mkdir -p /sys/fs/cgroup/lxc/200 && sh -c 'echo $$ > /sys/fs/cgroup/lxc/200/cgroup.procs; exec setsid sleep 1000 > /dev/null 2>&1 &'")
         .unwrap();
-    host.start_vm(&VmSpec { cores: 2, ..VmSpec::new(103) }).unwrap();
+    host.start_vm(&VmSpec {
+        cores: 2,
+        ..VmSpec::new(103)
+    })
+    .unwrap();
     assert_clean(host, both, &[100, 102]);
     host.ok("pkill -x sleep; while ! rmdir /sys/fs/cgroup/lxc/200 /sys/fs/cgroup/lxc 2> /dev/null; do sleep 0.1; done")
         .unwrap();
@@ -171,7 +251,10 @@ fn two_vms_and_others(host: &mut Host) {
     // In either order.
     host.stop_vm(100).unwrap();
     assert_clean(host, "5,17", &[102]);
-    assert_eq!(value(host, "/sys/fs/cgroup/qemu.slice/cpuset.cpus.exclusive"), "5,17");
+    assert_eq!(
+        value(host, "/sys/fs/cgroup/qemu.slice/cpuset.cpus.exclusive"),
+        "5,17"
+    );
     host.start_vm(&vm()).unwrap();
     host.kill_vm(102).unwrap();
     host.cleanup_vm(102, true).unwrap();
@@ -182,8 +265,8 @@ fn two_vms_and_others(host: &mut Host) {
     assert_restored(host, &before);
 }
 
-/// With a partition that goes the kernel gives kernel threads and workqueues what the rest leave, with the last one it does not:
-/// nobody else has set what they have then.
+/// With a partition that goes the kernel gives kernel threads and workqueues what the rest leave,
+/// with the last one it does not: nobody else has set what they have then.
 fn one_is_killed_and_the_other_stops(host: &mut Host) {
     install_hook(host);
     settings(host, "partition");
@@ -202,7 +285,11 @@ fn one_is_killed_and_the_other_stops(host: &mut Host) {
 fn what_partition_refuses(host: &mut Host) {
     small(host);
     host.start_vm(&VmSpec::new(100)).unwrap();
-    host.start_vm(&VmSpec { cores: 2, ..VmSpec::new(102) }).unwrap();
+    host.start_vm(&VmSpec {
+        cores: 2,
+        ..VmSpec::new(102)
+    })
+    .unwrap();
     // The scope that systemd is asked for on the way back has another description than PVE's.
     settings(host, "hotplug");
     expect(host, "hook 100 post-start -q && hook 100 post-stop -q", 0);
@@ -218,7 +305,10 @@ fn what_partition_refuses(host: &mut Host) {
     // Where it may choose it takes the other way, and says why.
     settings(host, "auto");
     let (told, _) = expect(host, "hook 100 post-start", 0);
-    assert!(told.contains("method auto: by hotplug, since partition cannot be: 100.scope: "), "{told}");
+    assert!(
+        told.contains("method auto: by hotplug, since partition cannot be: 100.scope: "),
+        "{told}"
+    );
     assert_fenced(host);
     // The two are not mixed.
     refuses(
@@ -235,11 +325,17 @@ fn what_partition_refuses(host: &mut Host) {
     host.ok("mkdir -p /sys/fs/cgroup/lxc && echo +cpuset > /sys/fs/cgroup/cgroup.subtree_control && echo 5 > /sys/fs/cgroup/lxc/cpuset.cpus")
         .unwrap();
     let (_, why) = expect(host, "hook 102 pre-start", 1);
-    assert!(why.contains("cgroup /lxc: its cpuset.cpus 5 is all in CPU 5,17"), "{why}");
+    assert!(
+        why.contains("cgroup /lxc: its cpuset.cpus 5 is all in CPU 5,17"),
+        "{why}"
+    );
     host.ok("echo > /sys/fs/cgroup/lxc/cpuset.cpus").unwrap();
     expect(host, "cg-slice partition make lxc 17-18 -q", 0);
     let (_, why) = expect(host, "hook 102 pre-start", 1);
-    assert!(why.contains("cgroup /lxc: CPU 17 is exclusive to it"), "{why}");
+    assert!(
+        why.contains("cgroup /lxc: CPU 17 is exclusive to it"),
+        "{why}"
+    );
     expect(host, "cg-slice partition undo lxc -q", 0);
     host.ok("rmdir /sys/fs/cgroup/lxc").unwrap();
     expect(host, "test ! -e /run/pinfold/state.json", 0);
@@ -260,11 +356,16 @@ fn meddled_with(host: &mut Host) {
         "systemctl set-property --runtime 101.scope CPUWeight=50",
     ] {
         host.ok(touch).unwrap();
-        assert_eq!(value(host, "/sys/fs/cgroup/cpuset.cpus.isolated"), ISOLATED, "{touch}");
+        assert_eq!(
+            value(host, "/sys/fs/cgroup/cpuset.cpus.isolated"),
+            ISOLATED,
+            "{touch}"
+        );
     }
     assert_partitioned(host);
     // Somebody makes it an ordinary cgroup: told, and mended by the next look.
-    host.ok("echo member > /sys/fs/cgroup/qemu.slice/100.scope/vcpu/cpuset.cpus.partition").unwrap();
+    host.ok("echo member > /sys/fs/cgroup/qemu.slice/100.scope/vcpu/cpuset.cpus.partition")
+        .unwrap();
     expect(host, "hook status", 1);
     expect(host, "hook 100 post-start -q", 0);
     assert_partitioned(host);
@@ -286,8 +387,18 @@ fn too_old_a_kernel(host: &mut Host) {
         release.trim()
     );
     refuses(host, "hook 100 pre-start", 1, &format!("hook: {why}"));
-    refuses(host, "cg-slice partition make qemu.slice 6-7", 1, &format!("cg-slice: {why}"));
+    refuses(
+        host,
+        "cg-slice partition make qemu.slice 6-7",
+        1,
+        &format!("cg-slice: {why}"),
+    );
     settings(host, "auto");
     let (told, _) = expect(host, "hook 100 pre-start", 0);
-    assert!(told.contains(&format!("method auto: by hotplug, since partition cannot be: {why}")), "{told}");
+    assert!(
+        told.contains(&format!(
+            "method auto: by hotplug, since partition cannot be: {why}"
+        )),
+        "{told}"
+    );
 }

@@ -12,7 +12,8 @@ pub(crate) const HOUSEKEEPING: &str = "0-5,12-17";
 /// The vCPUs' CPUs of the layout 5900x, in vCPU order.
 pub(crate) const PINS: [usize; 12] = [6, 18, 7, 19, 8, 20, 9, 21, 10, 22, 11, 23];
 
-/// The cgroup of the helper beside a VM's QEMU. (On Linux 6.1 a kernel thread of KVM's is in the VM's cgroup too.)
+/// The cgroup of the helper beside a VM's QEMU. (On Linux 6.1 a kernel thread of KVM's is in the
+/// VM's cgroup too.)
 pub(crate) const HELPER_CGROUP: &str = "cat /proc/$(pgrep -x swtpm)/cgroup";
 
 /// Runs a story on a fresh host of a guest; once more where the emulator broke the host.
@@ -23,9 +24,14 @@ pub(crate) fn tell(guest: Guest, story: fn(&mut Host)) {
         println!("left out: PINFOLD_LAB_GUESTS={guests} has no {guest}");
         return;
     }
-    let mut host = Host::acquire(guest, &bins()).unwrap_or_else(|error| panic!("{guest}: no host: {error:#}"));
-    let Err(why) = catch_unwind(AssertUnwindSafe(|| story(&mut host))) else { return };
-    let Some(oops) = host.emulator_fault() else { resume_unwind(why) };
+    let mut host =
+        Host::acquire(guest, &bins()).unwrap_or_else(|error| panic!("{guest}: no host: {error:#}"));
+    let Err(why) = catch_unwind(AssertUnwindSafe(|| story(&mut host))) else {
+        return;
+    };
+    let Some(oops) = host.emulator_fault() else {
+        resume_unwind(why)
+    };
     println!("told again: the emulator broke the host's kernel:\n{oops}");
     host.reset().unwrap();
     story(&mut host);
@@ -34,17 +40,25 @@ pub(crate) fn tell(guest: Guest, story: fn(&mut Host)) {
 /// The folder with the product's programs: where this test was built.
 fn bins() -> PathBuf {
     let test = std::env::current_exe().unwrap();
-    test.parent().and_then(|deps| deps.parent()).unwrap().to_owned()
+    test.parent()
+        .and_then(|deps| deps.parent())
+        .unwrap()
+        .to_owned()
 }
 
 /// VM 100 as a user would have it: 12 vCPUs, one of them busy, hook as its hookscript.
 pub(crate) fn vm() -> VmSpec {
-    VmSpec { busy: true, hookscript: Some("local:snippets/hook".into()), ..VmSpec::new(100) }
+    VmSpec {
+        busy: true,
+        hookscript: Some("local:snippets/hook".into()),
+        ..VmSpec::new(100)
+    }
 }
 
 /// Puts hook where Proxmox VE looks for it.
 pub(crate) fn install_hook(host: &Host) {
-    host.ok("mkdir -p /var/lib/vz/snippets && cp $(command -v hook) /var/lib/vz/snippets/hook").unwrap();
+    host.ok("mkdir -p /var/lib/vz/snippets && cp $(command -v hook) /var/lib/vz/snippets/hook")
+        .unwrap();
 }
 
 /// A command that must end with an exit code, and its stdout and stderr.
@@ -61,15 +75,15 @@ pub(crate) fn expect(host: &Host, command: &str, code: i32) -> (String, String) 
     (output.stdout, output.stderr)
 }
 
-/// A command under strace's fault injection, as in `inject` of strace(1), `write:error=EIO:when=3`. It stops at that call alone;
-/// at every call it takes ten times as long.
+/// A command under strace's fault injection, as in `inject` of strace(1), `write:error=EIO:when=3`.
+/// It stops at that call alone; at every call it takes ten times as long.
 pub(crate) fn injected(inject: &str, command: &str) -> String {
     let call = inject.split(':').next().unwrap();
     format!("strace -f --seccomp-bpf -o /dev/null -e trace={call} -e inject={inject} {command}")
 }
 
-/// Kills a command as it enters a system call: held there for a minute by strace, it is the one that stands still.
-/// (strace's own `signal=` needs a stop at every call.)
+/// Kills a command as it enters a system call: held there for a minute by strace, it is the one
+/// that stands still. (strace's own `signal=` needs a stop at every call.)
 const KILL_AT: &str = r#"my ($call, $nth, @command) = @ARGV;
 my $strace = fork // die $!;
 if (!$strace) {
@@ -104,14 +118,19 @@ pub(crate) struct Call {
     pub(crate) name: String,
     /// Which one of that name of its thread's, from 1.
     pub(crate) nth: usize,
-    /// The file it writes to, where it is made by another thread than the first; strace counts by thread.
+    /// The file it writes to, where it is made by another thread than the first; strace counts by
+    /// thread.
     pub(crate) file: Option<String>,
 }
 
 impl Call {
     /// One of the first thread's.
     pub(crate) fn nth(name: &str, nth: usize) -> Self {
-        Self { name: name.to_owned(), nth, file: None }
+        Self {
+            name: name.to_owned(),
+            nth,
+            file: None,
+        }
     }
 
     /// As `when=` and the command behind it.
@@ -125,15 +144,23 @@ impl Call {
     /// A command that has this call answered with an error.
     pub(crate) fn failing(&self, error: &str, command: &str) -> String {
         let (when, command) = self.of(command);
-        injected(&format!("{}:error={error}:when={when}", self.name), &command)
+        injected(
+            &format!("{}:error={error}:when={when}", self.name),
+            &command,
+        )
     }
 }
 
 /// Runs a command that is killed as it enters this call; false where it ended before.
 pub(crate) fn kill_at(host: &Host, call: &Call, command: &str) -> bool {
-    host.put("/tmp/kill-at.pl", KILL_AT.as_bytes(), 0o644).unwrap();
+    host.put("/tmp/kill-at.pl", KILL_AT.as_bytes(), 0o644)
+        .unwrap();
     let (name, (when, what)) = (&call.name, call.of(command));
-    let output = host.sh(&format!("perl /tmp/kill-at.pl {name} {when} {what} > /dev/null")).unwrap();
+    let output = host
+        .sh(&format!(
+            "perl /tmp/kill-at.pl {name} {when} {what} > /dev/null"
+        ))
+        .unwrap();
     match output.code {
         Some(137) => true,
         Some(0) => false,
@@ -159,25 +186,42 @@ pub(crate) fn threads(host: &Host, vmid: u32) -> Vec<(String, String)> {
          echo \"$(cat $t/comm)|$(sed -n 's/^Cpus_allowed_list:\t//p' $t/status)\"; done"
     );
     let text = host.ok(&script).unwrap();
-    text.lines().map(|line| line.split_once('|').map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap()).collect()
+    text.lines()
+        .map(|line| {
+            line.split_once('|')
+                .map(|(a, b)| (a.to_owned(), b.to_owned()))
+                .unwrap()
+        })
+        .collect()
 }
 
 /// Asserts that nothing on the host differs from before, line for line.
 pub(crate) fn assert_restored(host: &Host, before: &pinfold_lab::HostState) {
     let after = host.snapshot().unwrap();
     let difference = before.not_restored(&after);
-    assert!(difference.is_empty(), "the host is not what it was:\n{difference}");
+    assert!(
+        difference.is_empty(),
+        "the host is not what it was:\n{difference}"
+    );
 }
 
 /// What may run on these CPUs and could be elsewhere, but for the vCPUs of these VMs.
 pub(crate) fn strays(host: &Host, cpus: &str, vms: &[u32]) -> Strays {
     let mut strays = host.strays(cpus, vms).unwrap();
     if host.guest == Guest::Bookworm {
-        // On Linux 6.1 idle unbound workers keep the mask of the pool they were made in; new work goes by the new mask.
+        // On Linux 6.1 idle unbound workers keep the mask of the pool they were made in; new work
+        // goes by the new mask.
         strays.kworkers.clear();
     }
-    if !host.sh("cat /sys/fs/cgroup/cpuset.cpus.isolated").unwrap().stdout.trim().is_empty() {
-        // Where no CPU goes offline an IRQ without interrupt remapping moves with its next interrupt.
+    if !host
+        .sh("cat /sys/fs/cgroup/cpuset.cpus.isolated")
+        .unwrap()
+        .stdout
+        .trim()
+        .is_empty()
+    {
+        // Where no CPU goes offline an IRQ without interrupt remapping moves with its next
+        // interrupt.
         strays.moving.clear();
     }
     strays
@@ -192,8 +236,10 @@ pub(crate) fn assert_clean(host: &Host, cpus: &str, vms: &[u32]) {
 /// Asserts that VM 100 is fenced as §5 says: the whole of it, from the kernel's own words.
 pub(crate) fn assert_fenced(host: &Host) {
     for (name, cpus) in threads(host, 100) {
-        let vcpu =
-            name.strip_prefix("CPU ").and_then(|rest| rest.split('/').next()).and_then(|n| n.parse::<usize>().ok());
+        let vcpu = name
+            .strip_prefix("CPU ")
+            .and_then(|rest| rest.split('/').next())
+            .and_then(|n| n.parse::<usize>().ok());
         match vcpu {
             Some(vcpu) => assert_eq!(cpus, PINS[vcpu].to_string(), "{name}"),
             None => assert_eq!(cpus, HOUSEKEEPING, "{name}"),
@@ -207,12 +253,17 @@ pub(crate) fn assert_fenced(host: &Host) {
     assert_eq!(value("/sys/devices/virtual/workqueue/cpumask"), "03f03f");
     for cpu in PINS {
         assert_eq!(
-            value(&format!("/sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_governor")),
+            value(&format!(
+                "/sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_governor"
+            )),
             "performance",
             "CPU {cpu}"
         );
     }
-    assert_ne!(value("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"), "performance");
+    assert_ne!(
+        value("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "performance"
+    );
 }
 
 /// VMs 100 and 101, with a CPU each, which were fenced once and are not now.
@@ -220,13 +271,28 @@ pub(crate) fn two_small_vms(host: &Host) -> HostState {
     host.ok("mkdir -p /etc/pinfold").unwrap();
     // Of one leaf of RCU's tree (12-23), whose worker is kept off both.
     for (id, cpus) in [(100, "17"), (101, "18")] {
-        let settings = format!("isolated = \"{cpus}\"\npins = [\"{cpus}\", \"{cpus}\"]\n[deadlines]\nqemu_exit = 0\n");
-        host.put(&format!("/etc/pinfold/{id}.toml"), settings.as_bytes(), 0o644).unwrap();
-        host.start_vm(&VmSpec { cores: 2, ..VmSpec::new(id) }).unwrap();
+        let settings = format!(
+            "isolated = \"{cpus}\"\npins = [\"{cpus}\", \"{cpus}\"]\n[deadlines]\nqemu_exit = 0\n"
+        );
+        host.put(
+            &format!("/etc/pinfold/{id}.toml"),
+            settings.as_bytes(),
+            0o644,
+        )
+        .unwrap();
+        host.start_vm(&VmSpec {
+            cores: 2,
+            ..VmSpec::new(id)
+        })
+        .unwrap();
     }
     // The scopes that systemd is asked for on the way back have another description than PVE's.
     for phase in ["post-start", "post-stop"] {
-        expect(host, &format!("hook 100 {phase} -q && hook 101 {phase} -q"), 0);
+        expect(
+            host,
+            &format!("hook 100 {phase} -q && hook 101 {phase} -q"),
+            0,
+        );
     }
     host.snapshot().unwrap()
 }

@@ -1,8 +1,8 @@
-//! The same promises under attack: hook killed at each system call that changes something, each of these calls answered
-//! with an error, walks of three VMs at random, the same cycle over and over.
+//! The same promises under attack: hook killed at each system call that changes something, each of
+//! these calls answered with an error, walks of three VMs at random, the same cycle over and over.
 //!
-//! `PINFOLD_TORTURE=full` (`make torture`) tries everything, which takes hours, `PINFOLD_TORTURE=101-200` a part of it;
-//! without it each story takes a sample.
+//! `PINFOLD_TORTURE=full` (`make torture`) tries everything, which takes hours,
+//! `PINFOLD_TORTURE=101-200` a part of it; without it each story takes a sample.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -10,7 +10,9 @@ use std::fmt::Write as _;
 use pinfold_lab::{Host, HostState, Strays, VmSpec};
 
 use crate::stories;
-use crate::support::{Call, assert_clean, assert_restored, expect, install_hook, kill_at, strays, two_small_vms, vm};
+use crate::support::{
+    Call, assert_clean, assert_restored, expect, install_hook, kill_at, strays, two_small_vms, vm,
+};
 
 stories!(only trixie:
     killed_in_post_start,
@@ -31,50 +33,81 @@ stories!(only trixie:
 /// The system calls that hook changes something with.
 const CALLS: &str = "write,sendto,sendmsg,sched_setaffinity,rename,mkdir,rmdir,unlink";
 
-/// What of `all` is tried, as numbers from 0: `sample` of them at even distances, the first and the last among them, or what
-/// `PINFOLD_TORTURE` says: `full`, a number instead of `sample`, or those from one to another, counted from 1.
+/// What of `all` is tried, as numbers from 0: `sample` of them at even distances, the first and the
+/// last among them, or what `PINFOLD_TORTURE` says: `full`, a number instead of `sample`, or those
+/// from one to another, counted from 1.
 fn extent(sample: usize, all: usize) -> Vec<usize> {
     let asked = std::env::var("PINFOLD_TORTURE").ok();
     let number = |text: &str| -> usize {
-        text.parse().unwrap_or_else(|_| panic!("PINFOLD_TORTURE={text}: neither full nor a number, nor 1-100"))
+        text.parse().unwrap_or_else(|_| {
+            panic!("PINFOLD_TORTURE={text}: neither full nor a number, nor 1-100")
+        })
     };
     let count = match asked.as_deref().map(|text| (text, text.split_once('-'))) {
-        Some((_, Some((first, last)))) => return (number(first).max(1) - 1..number(last).min(all)).collect(),
+        Some((_, Some((first, last)))) => {
+            return (number(first).max(1) - 1..number(last).min(all)).collect();
+        }
         Some(("full", _)) => all,
         Some((count, _)) => number(count).max(2),
         None => sample,
     };
-    if count >= all { (0..all).collect() } else { (0..count).map(|n| n * (all - 1) / (count - 1)).collect() }
+    if count >= all {
+        (0..all).collect()
+    } else {
+        (0..count).map(|n| n * (all - 1) / (count - 1)).collect()
+    }
 }
 
 /// A number from the environment.
 fn asked(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text}: no number")))
+    std::env::var(name).ok().map(|text| {
+        text.parse()
+            .unwrap_or_else(|_| panic!("{name}={text}: no number"))
+    })
 }
 
 /// The calls of a command that change something, in their order.
 fn calls(host: &Host, command: &str) -> Vec<Call> {
-    expect(host, &format!("strace -f -y --seccomp-bpf -o /tmp/calls -e trace={CALLS} {command} > /dev/null"), 0);
+    expect(
+        host,
+        &format!("strace -f -y --seccomp-bpf -o /tmp/calls -e trace={CALLS} {command} > /dev/null"),
+        0,
+    );
     // Thread, call, and the file where there is one.
-    let trace = host.ok("sed -nE 's/^([0-9]+) +([a-z_]+)\\(([0-9]+<([^>]*)>)?.*/\\1|\\2|\\4/p' /tmp/calls").unwrap();
-    let lines: Vec<Vec<&str>> = trace.lines().map(|line| line.splitn(3, '|').collect()).collect();
+    let trace = host
+        .ok("sed -nE 's/^([0-9]+) +([a-z_]+)\\(([0-9]+<([^>]*)>)?.*/\\1|\\2|\\4/p' /tmp/calls")
+        .unwrap();
+    let lines: Vec<Vec<&str>> = trace
+        .lines()
+        .map(|line| line.splitn(3, '|').collect())
+        .collect();
     let first = lines.first().map_or("", |line| line[0]);
     let mut counts = BTreeMap::new();
     let call = |line: &Vec<&str>| {
-        let count = counts.entry((line[0].to_owned(), line[1].to_owned())).or_insert(0);
+        let count = counts
+            .entry((line[0].to_owned(), line[1].to_owned()))
+            .or_insert(0);
         *count += 1;
         let file = (line[0] != first).then(|| line[2].to_owned());
-        Call { name: line[1].to_owned(), nth: *count, file }
+        Call {
+            name: line[1].to_owned(),
+            nth: *count,
+            file,
+        }
     };
     lines.iter().map(call).collect()
 }
 
 /// Those of them that are tried, see [`extent`].
 fn sample<T: Clone>(all: &[T], count: usize) -> Vec<T> {
-    extent(count, all.len()).into_iter().map(|n| all[n].clone()).collect()
+    extent(count, all.len())
+        .into_iter()
+        .map(|n| all[n].clone())
+        .collect()
 }
 
-/// All of them with their numbers; says now and then how far it is, since the whole of it takes long.
+/// All of them with their numbers; says now and then how far it is, since the whole of it takes
+/// long.
 fn counted<T>(all: &[T]) -> impl Iterator<Item = (usize, &T)> {
     all.iter().enumerate().inspect(|(n, _)| {
         if *n > 0 && n % 25 == 0 {
@@ -83,19 +116,28 @@ fn counted<T>(all: &[T]) -> impl Iterator<Item = (usize, &T)> {
     })
 }
 
-/// VM 100 with a core of its own: the calls are the same as for a CCD's, and emulated CPUs go offline slowly.
+/// VM 100 with a core of its own: the calls are the same as for a CCD's, and emulated CPUs go
+/// offline slowly.
 fn small_vm(host: &Host, method: &str) -> VmSpec {
     host.ok("mkdir -p /etc/pinfold").unwrap();
-    let settings = format!("isolated = \"6,18\"\npins = \"6,18\"\nmethod = \"{method}\"\n[deadlines]\nqemu_exit = 0\n");
-    host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644).unwrap();
-    VmSpec { cores: 2, ..VmSpec::new(100) }
+    let settings = format!(
+        "isolated = \"6,18\"\npins = \"6,18\"\nmethod = \"{method}\"\n[deadlines]\nqemu_exit = 0\n"
+    );
+    host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644)
+        .unwrap();
+    VmSpec {
+        cores: 2,
+        ..VmSpec::new(100)
+    }
 }
 
-/// A host with a VM that is nobody's business and VM 100, which runs, was fenced once and is not now.
+/// A host with a VM that is nobody's business and VM 100, which runs, was fenced once and is not
+/// now.
 fn with_vm_100(host: &Host, method: &str) -> HostState {
     host.start_vm(&VmSpec::new(101)).unwrap();
     let spec = small_vm(host, method);
-    host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640).unwrap();
+    host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640)
+        .unwrap();
     // A partition needs a scope that pre-start has seen to.
     expect(host, "hook 100 pre-start -q", 0);
     host.start_vm(&spec).unwrap();
@@ -129,21 +171,41 @@ fn killed_in_post_start_by(host: &Host, method: &str, count: usize) {
     let tried = sample(&all, count);
     let mut lost = String::new();
     for (n, call) in counted(&tried) {
-        assert!(kill_at(host, call, "hook 100 post-start"), "{call:?} was reached");
+        assert!(
+            kill_at(host, call, "hook 100 post-start"),
+            "{call:?} was reached"
+        );
         if n % 2 == 1 {
             expect(host, "hook recover -q", 0);
             let half = host.sh("hook status").unwrap();
-            let strays = if half.code == Some(0) { String::new() } else { half.stdout };
-            fault(&mut lost, &format!("killed at {call:?}, recovered"), &strays);
+            let strays = if half.code == Some(0) {
+                String::new()
+            } else {
+                half.stdout
+            };
+            fault(
+                &mut lost,
+                &format!("killed at {call:?}, recovered"),
+                &strays,
+            );
         }
         expect(host, "hook 100 post-stop -q", 0);
-        fault(&mut lost, &format!("killed at {call:?}"), &before.not_restored(&host.snapshot().unwrap()));
+        fault(
+            &mut lost,
+            &format!("killed at {call:?}"),
+            &before.not_restored(&host.snapshot().unwrap()),
+        );
     }
-    println!("killed in post-start by {method}: {} of {} calls tried", tried.len(), all.len());
+    println!(
+        "killed in post-start by {method}: {} of {} calls tried",
+        tried.len(),
+        all.len()
+    );
     assert!(lost.is_empty(), "{lost}");
 }
 
-/// After a kill at any point of post-stop, of a VM that is gone: recover restores, or post-stop once more.
+/// After a kill at any point of post-stop, of a VM that is gone: recover restores, or post-stop
+/// once more.
 fn killed_in_post_stop(host: &mut Host) {
     killed_in_post_stop_by(host, "hotplug", 6);
 }
@@ -155,7 +217,10 @@ fn killed_in_post_stop_by_partition(host: &mut Host) {
 fn killed_in_post_stop_by(host: &Host, method: &str, count: usize) {
     install_hook(host);
     host.start_vm(&VmSpec::new(101)).unwrap();
-    let spec = VmSpec { hookscript: vm().hookscript, ..small_vm(host, method) };
+    let spec = VmSpec {
+        hookscript: vm().hookscript,
+        ..small_vm(host, method)
+    };
     let before = host.snapshot().unwrap();
     let fenced_and_killed = |host: &Host| {
         host.start_vm(&spec).unwrap();
@@ -171,18 +236,35 @@ fn killed_in_post_stop_by(host: &Host, method: &str, count: usize) {
         if !kill_at(host, call, "hook 100 post-stop") {
             missed.push(call);
         }
-        expect(host, if n % 2 == 0 { "hook recover -q" } else { "hook 100 post-stop -q" }, 0);
-        fault(&mut lost, &format!("killed at {call:?}"), &before.not_restored(&host.snapshot().unwrap()));
+        expect(
+            host,
+            if n % 2 == 0 {
+                "hook recover -q"
+            } else {
+                "hook 100 post-stop -q"
+            },
+            0,
+        );
+        fault(
+            &mut lost,
+            &format!("killed at {call:?}"),
+            &before.not_restored(&host.snapshot().unwrap()),
+        );
     }
     println!(
         "killed in post-stop by {method}, the VM gone: {} of {} calls tried",
         tried.len() - missed.len(),
         all.len()
     );
-    // The kernel moves some by itself, not the same ones each time: kernel threads of a partition, IRQs as CPUs come. How often
-    // hook has to differs, so that such a call may not come again.
-    let differing = if method == "partition" { "sched_setaffinity" } else { "write" };
-    let are_few = missed.len() <= 1 + tried.len() / 12 && missed.iter().all(|call| call.name == differing);
+    // The kernel moves some by itself, not the same ones each time: kernel threads of a partition,
+    // IRQs as CPUs come. How often hook has to differs, so that such a call may not come again.
+    let differing = if method == "partition" {
+        "sched_setaffinity"
+    } else {
+        "write"
+    };
+    let are_few =
+        missed.len() <= 1 + tried.len() / 12 && missed.iter().all(|call| call.name == differing);
     assert!(lost.is_empty() && are_few, "{missed:?} not reached; {lost}");
 }
 
@@ -197,10 +279,15 @@ fn strays_after_kill(host: &Host) -> String {
 }
 
 fn in_words(strays: &Strays) -> String {
-    if strays.is_clean() { String::new() } else { format!("strays: {strays:#?}") }
+    if strays.is_clean() {
+        String::new()
+    } else {
+        format!("strays: {strays:#?}")
+    }
 }
 
-/// Wherever one VM's post-start is killed, another's CPUs stay its own, at once and when either is fenced anew or goes.
+/// Wherever one VM's post-start is killed, another's CPUs stay its own, at once and when either is
+/// fenced anew or goes.
 fn killed_in_post_start_of_one_of_two(host: &mut Host) {
     let before = two_small_vms(host);
     expect(host, "hook 101 post-start -q", 0);
@@ -209,12 +296,23 @@ fn killed_in_post_start_of_one_of_two(host: &mut Host) {
     let tried = sample(&all, 10);
     let mut lost = String::new();
     for (n, call) in counted(&tried) {
-        assert!(kill_at(host, call, "hook 100 post-start"), "{call:?} was reached");
-        fault(&mut lost, &format!("killed at {call:?}"), &strays_after_kill(host));
+        assert!(
+            kill_at(host, call, "hook 100 post-start"),
+            "{call:?} was reached"
+        );
+        fault(
+            &mut lost,
+            &format!("killed at {call:?}"),
+            &strays_after_kill(host),
+        );
         if n % 2 == 0 {
             // The other comes anew, onto CPUs that the killed one's threads may have.
             expect(host, "hook 101 post-stop -q && hook 101 post-start -q", 0);
-            fault(&mut lost, &format!("killed at {call:?}, 101 anew"), &strays_of_101(host));
+            fault(
+                &mut lost,
+                &format!("killed at {call:?}, 101 anew"),
+                &strays_of_101(host),
+            );
         } else {
             expect(host, "hook 100 post-start -q", 0);
             fault(
@@ -224,11 +322,23 @@ fn killed_in_post_start_of_one_of_two(host: &mut Host) {
             );
         }
         expect(host, "hook 100 post-stop -q", 0);
-        fault(&mut lost, &format!("killed at {call:?}, stopped"), &strays_of_101(host));
+        fault(
+            &mut lost,
+            &format!("killed at {call:?}, stopped"),
+            &strays_of_101(host),
+        );
     }
     expect(host, "hook 101 post-stop -q", 0);
-    fault(&mut lost, "in the end", &before.not_restored(&host.snapshot().unwrap()));
-    println!("killed in post-start, another VM fenced: {} of {} calls tried", tried.len(), all.len());
+    fault(
+        &mut lost,
+        "in the end",
+        &before.not_restored(&host.snapshot().unwrap()),
+    );
+    println!(
+        "killed in post-start, another VM fenced: {} of {} calls tried",
+        tried.len(),
+        all.len()
+    );
     assert!(lost.is_empty(), "{lost}");
 }
 
@@ -241,10 +351,21 @@ fn killed_in_post_stop_of_one_of_two(host: &mut Host) {
     let mut lost = String::new();
     for (_, call) in counted(&tried) {
         expect(host, "hook 100 post-start -q", 0);
-        assert!(kill_at(host, call, "hook 100 post-stop"), "{call:?} was reached");
-        fault(&mut lost, &format!("killed at {call:?}"), &strays_after_kill(host));
+        assert!(
+            kill_at(host, call, "hook 100 post-stop"),
+            "{call:?} was reached"
+        );
+        fault(
+            &mut lost,
+            &format!("killed at {call:?}"),
+            &strays_after_kill(host),
+        );
         expect(host, "hook 100 post-stop -q", 0);
-        fault(&mut lost, &format!("killed at {call:?}, once more"), &strays_of_101(host));
+        fault(
+            &mut lost,
+            &format!("killed at {call:?}, once more"),
+            &strays_of_101(host),
+        );
         expect(
             host,
             "test -d /sys/fs/cgroup/qemu.slice/100.scope && test ! -d /sys/fs/cgroup/qemu-decoupled.slice/100.scope",
@@ -252,12 +373,21 @@ fn killed_in_post_stop_of_one_of_two(host: &mut Host) {
         );
     }
     expect(host, "hook 101 post-stop -q", 0);
-    fault(&mut lost, "in the end", &before.not_restored(&host.snapshot().unwrap()));
-    println!("killed in post-stop, the VM alive: {} of {} calls tried", tried.len(), all.len());
+    fault(
+        &mut lost,
+        "in the end",
+        &before.not_restored(&host.snapshot().unwrap()),
+    );
+    println!(
+        "killed in post-stop, the VM alive: {} of {} calls tried",
+        tried.len(),
+        all.len()
+    );
     assert!(lost.is_empty(), "{lost}");
 }
 
-/// Whatever a call of post-start answers: hook says so and takes back what it did, or does without, and post-stop restores.
+/// Whatever a call of post-start answers: hook says so and takes back what it did, or does without,
+/// and post-stop restores.
 fn each_call_fails(host: &mut Host) {
     each_call_fails_by(host, "hotplug", 16);
 }
@@ -277,14 +407,21 @@ fn each_call_fails_by(host: &Host, method: &str, count: usize) {
     let before = with_vm_100(host, method);
     let all = calls(host, "hook 100 post-start");
     expect(host, "hook 100 post-stop -q", 0);
-    let each: Vec<(Call, (&str, &str))> =
-        all.iter().flat_map(|call| ERRORS.iter().map(move |error| (call.clone(), *error))).collect();
+    let each: Vec<(Call, (&str, &str))> = all
+        .iter()
+        .flat_map(|call| ERRORS.iter().map(move |error| (call.clone(), *error)))
+        .collect();
     // At even distances that are no multiple of five, every error comes.
     let tried = sample(&each, count);
     let (mut lost, mut told) = (String::new(), 0);
     for (_, (call, (error, words))) in counted(&tried) {
         let what = format!("{call:?} answers {error}");
-        let output = host.sh(&format!("{} > /dev/null", call.failing(error, "hook 100 post-start"))).unwrap();
+        let output = host
+            .sh(&format!(
+                "{} > /dev/null",
+                call.failing(error, "hook 100 post-start")
+            ))
+            .unwrap();
         match output.code {
             Some(1) => {
                 told += usize::from(output.stderr.contains("what was begun has been taken back"));
@@ -294,10 +431,17 @@ fn each_call_fails_by(host: &Host, method: &str, count: usize) {
             Some(0) => drop(expect(host, "hook 100 post-stop -q", 0)),
             _ => panic!("{what}: {output:?}"),
         }
-        fault(&mut lost, &what, &before.not_restored(&host.snapshot().unwrap()));
+        fault(
+            &mut lost,
+            &what,
+            &before.not_restored(&host.snapshot().unwrap()),
+        );
         expect(host, "test ! -e /run/pinfold/state.json", 0);
     }
-    println!("errors in post-start by {method}: {} tried, {told} told and taken back", tried.len());
+    println!(
+        "errors in post-start by {method}: {} tried, {told} told and taken back",
+        tried.len()
+    );
     assert!(told > 0 && lost.is_empty(), "{lost}");
 }
 
@@ -337,15 +481,29 @@ fn walkers(host: &Host, method: &str) {
             "isolated = \"{cpus}\"\npins = [\"{cpus}\", \"{cpus}\"]\nmethod = \"{method}\"\ntidy_caches = false\n\
              [deadlines]\nlock = 600\nqemu_exit = 1\n"
         );
-        host.put(&format!("/etc/pinfold/{id}.toml"), settings.as_bytes(), 0o644).unwrap();
-        let spec = VmSpec { cores: 2, ..VmSpec::new(id) };
-        host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640).unwrap();
+        host.put(
+            &format!("/etc/pinfold/{id}.toml"),
+            settings.as_bytes(),
+            0o644,
+        )
+        .unwrap();
+        let spec = VmSpec {
+            cores: 2,
+            ..VmSpec::new(id)
+        };
+        host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640)
+            .unwrap();
     }
-    host.start_vm(&VmSpec { cores: 2, ..VmSpec::new(103) }).unwrap();
+    host.start_vm(&VmSpec {
+        cores: 2,
+        ..VmSpec::new(103)
+    })
+    .unwrap();
 }
 
-/// Three VMs on CPUs of their own start, stop and die, and hooks of theirs are killed. After every step the CPUs of each
-/// fenced VM are free of strays; with none left the host is as it was. `PINFOLD_SEED` and `PINFOLD_STEPS` tell it again.
+/// Three VMs on CPUs of their own start, stop and die, and hooks of theirs are killed. After every
+/// step the CPUs of each fenced VM are free of strays; with none left the host is as it was.
+/// `PINFOLD_SEED` and `PINFOLD_STEPS` tell it again.
 fn walk(host: &mut Host) {
     walk_by(host, "hotplug", 16);
 }
@@ -356,7 +514,9 @@ fn walk_by_partition(host: &mut Host) {
 
 fn walk_by(host: &Host, method: &str, count: usize) {
     let seed = asked("PINFOLD_SEED").unwrap_or_else(|| {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+        let now = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap();
         now.as_secs()
     });
     let steps = asked("PINFOLD_STEPS").unwrap_or_else(|| extent(count, 300).len() as u64);
@@ -393,7 +553,8 @@ fn walk_by(host: &Host, method: &str, count: usize) {
             }
             (Life::Off, _) => {
                 expect(host, "hook recover -q", 0);
-                // One whose hook was killed before it had said what it was about to do stays as it is.
+                // One whose hook was killed before it had said what it was about to do stays as it
+                // is.
                 for life in lives.iter_mut().filter(|life| **life == Life::Dead) {
                     *life = Life::Off;
                 }
@@ -416,7 +577,11 @@ fn walk_by(host: &Host, method: &str, count: usize) {
 }
 
 fn start(host: &Host, id: u32) -> String {
-    expect(host, &format!("hook {id} pre-start -q && qm start {id} && hook {id} post-start -q"), 0);
+    expect(
+        host,
+        &format!("hook {id} pre-start -q && qm start {id} && hook {id} post-start -q"),
+        0,
+    );
     format!("start {id}")
 }
 
@@ -427,12 +592,22 @@ fn half(host: &Host, random: &mut Random, id: u32, what: &str) -> String {
     }
     let names: Vec<&str> = CALLS.split(',').collect();
     let (call, nth) = (names[random.below(names.len())], 1 + random.below(60));
-    let reached = kill_at(host, &Call::nth(call, nth), &format!("hook {id} post-start"));
+    let reached = kill_at(
+        host,
+        &Call::nth(call, nth),
+        &format!("hook {id} post-start"),
+    );
     format!("{what} {id}, killed at {call} {nth}: {reached}")
 }
 
 fn check(host: &Host, lives: &[Life; 3], before: &HostState, story: &str) {
-    let fenced = || WALKERS.iter().zip(lives).filter(|(_, life)| **life == Life::Fenced).map(|(walker, _)| walker);
+    let fenced = || {
+        WALKERS
+            .iter()
+            .zip(lives)
+            .filter(|(_, life)| **life == Life::Fenced)
+            .map(|(walker, _)| walker)
+    };
     let cpus: Vec<&str> = fenced().map(|(_, cpus)| *cpus).collect();
     if !cpus.is_empty() {
         let ids: Vec<u32> = fenced().map(|(id, _)| *id).collect();
@@ -455,7 +630,11 @@ fn cycles(host: &mut Host) {
     install_hook(host);
     host.start_vm(&VmSpec::new(101)).unwrap();
     let cycle = |host: &Host| {
-        host.start_vm(&VmSpec { busy: false, ..vm() }).unwrap();
+        host.start_vm(&VmSpec {
+            busy: false,
+            ..vm()
+        })
+        .unwrap();
         host.stop_vm(100).unwrap();
     };
     // The first makes what stays: hook's folder, systemd's memory of the slices.
@@ -464,19 +643,32 @@ fn cycles(host: &mut Host) {
     let sizes = "ls /run/pinfold | wc -l; ls /proc/1/fd | wc -l; find /sys/fs/cgroup -type d | wc -l; \
                  find /run/systemd -name '*.conf' | wc -l; systemctl list-units --all --no-legend | wc -l";
     let size = |host: &Host| -> Vec<u32> {
-        host.ok(sizes).unwrap().lines().map(|line| line.trim().parse().unwrap()).collect()
+        host.ok(sizes)
+            .unwrap()
+            .lines()
+            .map(|line| line.trim().parse().unwrap())
+            .collect()
     };
     let first = size(host);
     for _ in counted(&vec![(); count]) {
         cycle(host);
     }
     let last = size(host);
-    println!("{count} cycles: state files, systemd's open files, cgroups, drop-ins, units: {first:?} -> {last:?}");
-    assert!(first.iter().zip(&last).all(|(first, last)| *last <= first + 2), "{first:?} -> {last:?}");
+    println!(
+        "{count} cycles: state files, systemd's open files, cgroups, drop-ins, units: {first:?} -> {last:?}"
+    );
+    assert!(
+        first
+            .iter()
+            .zip(&last)
+            .all(|(first, last)| *last <= first + 2),
+        "{first:?} -> {last:?}"
+    );
     assert_restored(host, &before);
 }
 
-/// Twenty hooks of three VMs, released together, wait for each other; the end is the same: all fenced, and then all restored.
+/// Twenty hooks of three VMs, released together, wait for each other; the end is the same: all
+/// fenced, and then all restored.
 fn twenty_at_once(host: &mut Host) {
     twenty_at_once_by(host, "hotplug");
 }
@@ -489,7 +681,9 @@ fn twenty_at_once_by(host: &Host, method: &str) {
     walkers(host, method);
     // The scopes that systemd is asked for on the way back have another description than PVE's.
     WALKERS.iter().for_each(|(id, _)| drop(start(host, *id)));
-    WALKERS.iter().for_each(|(id, _)| drop(expect(host, &format!("hook {id} post-stop -q"), 0)));
+    WALKERS
+        .iter()
+        .for_each(|(id, _)| drop(expect(host, &format!("hook {id} post-stop -q"), 0)));
     let before = host.snapshot().unwrap();
     let released = |phase: &str| {
         let all = format!(
@@ -497,12 +691,26 @@ fn twenty_at_once_by(host: &Host, method: &str) {
              (while test ! -e /tmp/go; do sleep 0.1; done; hook $what > /tmp/said 2>&1; echo \"$? $what\" >> /tmp/ended) & \
              done; done; sleep 1; touch /tmp/go; wait; sort /tmp/ended | uniq -c"
         );
-        let job = host.spawn(&["/bin/sh", "-c", &all], std::time::Duration::from_secs(900)).unwrap();
+        let job = host
+            .spawn(
+                &["/bin/sh", "-c", &all],
+                std::time::Duration::from_secs(900),
+            )
+            .unwrap();
         let ended = job.wait().unwrap().stdout;
-        for what in
-            [&format!("100 {phase}"), &format!("101 {phase}"), &format!("102 {phase}"), "recover", "999 post-stop"]
-        {
-            assert!(ended.lines().any(|line| line.trim() == format!("4 0 {what}")), "{ended}");
+        for what in [
+            &format!("100 {phase}"),
+            &format!("101 {phase}"),
+            &format!("102 {phase}"),
+            "recover",
+            "999 post-stop",
+        ] {
+            assert!(
+                ended
+                    .lines()
+                    .any(|line| line.trim() == format!("4 0 {what}")),
+                "{ended}"
+            );
         }
     };
     released("post-start");
