@@ -22,6 +22,7 @@ pub mod protocol;
 pub mod qemu;
 pub mod qm;
 pub mod qmp;
+pub mod scale;
 pub mod setup;
 pub mod snapshot;
 pub mod strays;

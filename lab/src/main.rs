@@ -4,6 +4,7 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use pinfold_lab::cache::Cache;
 use pinfold_lab::image::Image;
+use pinfold_lab::scale::tree::{self, Counts};
 use pinfold_lab::{Guest, Host, all_slots, bench, console, demo, setup};
 use std::fs;
 use std::io::Write;
@@ -48,6 +49,14 @@ enum Cmd {
         /// Folder with the programs; beside this one without
         #[arg(long, value_name = "DIR")]
         bins: Option<PathBuf>,
+    },
+    /// Write a made-up host of any size for --sysroot
+    Scale {
+        /// Folder to write it into
+        #[arg(long, value_name = "DIR")]
+        tree: PathBuf,
+        #[command(flatten)]
+        counts: Counts,
     },
     /// Run a command in a host, in the state the last one left
     Run {
@@ -135,6 +144,7 @@ fn act(args: Args) -> Result<ExitCode> {
         Cmd::Demo { bins } => demo::run(&beside(bins)?, &mut out)?,
         Cmd::Picture { file, bins } => demo::picture(&beside(bins)?, &file)?,
         Cmd::Bench { bins } => bench::run(&beside(bins)?, &mut out)?,
+        Cmd::Scale { tree, counts } => tree::write(&tree, counts)?,
         Cmd::Run { place, command } => {
             let host = place.host()?;
             let words: Vec<&str> = command.iter().map(String::as_str).collect();
