@@ -4,36 +4,30 @@
 //! computes a list of [`Change`]s, and hands it over: a dry run prints it, [`apply`] carries it
 //! out, [`save`] and [`store`] keep what it replaces. Nothing else writes to the kernel.
 
-pub mod cgroup;
-mod change;
 pub mod cli;
 pub mod command;
-pub mod cpu;
-pub mod cpuexpr;
-pub mod cpufreq;
 mod cpuset;
-mod dbus;
 mod error;
-pub mod irq;
 pub mod knob;
-pub mod pci;
-pub mod process;
-pub mod qmp;
-pub mod report;
-pub mod save;
-pub mod select;
-mod smp;
-pub mod store;
+pub mod selector;
+pub mod state;
+pub mod sys;
 mod sysroot;
 pub mod systemd;
-pub mod topology;
 pub mod vm;
-pub mod vmconf;
 
-pub use change::{Change, Done, Object, Outcome, apply, apply_one};
-pub use cpuexpr::CpuExpr;
+// The paths that other crates use until they follow the folders.
+pub use cli::{filter as select, report};
+pub use selector as cpuexpr;
+pub use state::{save, store};
+pub use sys::{cgroup, cpu, cpufreq, irq, pci, task as process, topology};
+pub use vm::proxmox::conf as vmconf;
+pub use vm::qmp;
+
+pub use cli::report::{Exit, Report, Table, Verbosity};
 pub use cpuset::{CpuSet, CpuSetError, MAX_CPU};
 pub use error::{Error, Result, os_text};
+pub use knob::change::{Change, Done, Object, Outcome, apply, apply_one};
 pub use knob::{Knob, TaskId};
-pub use report::{Exit, Report, Table, Verbosity};
+pub use selector::CpuExpr;
 pub use sysroot::Sysroot;

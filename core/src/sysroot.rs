@@ -41,7 +41,7 @@ impl Sysroot {
     }
 
     /// The same root, on which nothing is ever changed: [`apply_one`](crate::apply_one) plans, and
-    /// a [`Store`](crate::store::Store) neither locks nor saves. So what would be done is found by
+    /// a [`Store`](crate::state::store::Store) neither locks nor saves. So what would be done is found by
     /// the code that does it.
     pub fn for_looking(self) -> Self {
         Self {

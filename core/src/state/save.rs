@@ -8,9 +8,9 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::change::{Change, Done, Outcome, apply_one};
 use crate::error::{Error, Result};
 use crate::knob::Knob;
+use crate::knob::change::{Change, Done, Outcome, apply_one};
 use crate::sysroot::Sysroot;
 
 /// The layout of the file; another number is refused.

@@ -138,7 +138,7 @@ impl fmt::Display for Done {
 /// Carries out one change. Everything that Pinfold writes to a kernel goes through here. On a root
 /// that is [for looking](Sysroot::for_looking) nothing is written, and what would be is planned.
 ///
-/// The caller has saved what must come back before ([`crate::save`], [`crate::store`]).
+/// The caller has saved what must come back before ([`crate::state::save`], [`crate::state::store`]).
 pub fn apply_one(root: &Sysroot, change: Change) -> Done {
     let outcome = if change.is_noop() {
         Outcome::Already

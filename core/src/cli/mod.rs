@@ -1,13 +1,16 @@
 //! The options that every tool has, and the run from the command line to the exit code.
 
+pub mod filter;
+pub mod report;
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::change::{Change, Done, Outcome, apply_each};
-use crate::report::{Exit, Report, Table, Verbosity, err};
-use crate::save::{self, Entry};
+use crate::cli::report::{Exit, Report, Table, Verbosity, err};
+use crate::knob::change::{Change, Done, Outcome, apply_each};
+use crate::state::save::{self, Entry};
 use crate::sysroot::Sysroot;
 
 /// The options that every tool has.

@@ -5,8 +5,8 @@
 //! and pve-guest-common's `PVE::Mapping::PCI`.
 
 use crate::error::{Error, Result};
-use crate::pci::{PciAddress, PciSelector};
-use crate::smp;
+use crate::sys::pci::{PciAddress, PciSelector};
+use crate::vm::smp;
 use crate::vm::{self, VmId};
 
 /// The number of hostpci entries that a VM may have.

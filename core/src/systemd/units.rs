@@ -11,12 +11,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::cgroup;
 use crate::cpuset::{CpuSet, CpuSetError, MAX_CPU};
-use crate::dbus::{Connection, DbusError, Message, Method, Writer};
 use crate::error::{Error, Result, is_gone};
 use crate::knob::{cpu_list, into_io};
+use crate::sys::cgroup;
 use crate::sysroot::Sysroot;
+use crate::systemd::dbus::{Connection, DbusError, Message, Method, Writer};
 
 /// How long systemd is waited for, and over which connection it is called.
 #[derive(Debug, Clone)]
@@ -554,7 +554,7 @@ pub(crate) fn start_scope(root: &Sysroot, scope: &str, slice: &str, pid: i32) ->
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dbus::fake::{Answer, Fake};
+    use crate::systemd::dbus::fake::{Answer, Fake};
     use proptest::prelude::*;
 
     /// A systemd with x.slice and x-y.slice (0-5,12-17), the unset 1.scope, and masked.service, on

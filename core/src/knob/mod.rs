@@ -4,6 +4,8 @@
 //! A knob's value is text in one canonical form (CPU sets as lists, whatever the file wants), so
 //! that found, wanted and saved values compare as they stand.
 
+pub(crate) mod change;
+
 use std::fmt;
 use std::io;
 
@@ -13,8 +15,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
+use crate::sys::{cgroup, cpu, irq, task};
 use crate::sysroot::Sysroot;
-use crate::{cgroup, cpu, irq, process, systemd};
+use crate::systemd;
 
 /// A process or thread that cannot be mistaken for a later one with the same number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -152,16 +155,16 @@ impl Knob {
                 })
                 .transpose()
             }),
-            Self::Kthread(task) | Self::Thread(task) => process::check_start(root, task)
-                .and_then(|()| process::affinity(root, task))
+            Self::Kthread(task) | Self::Thread(task) => task::check_start(root, task)
+                .and_then(|()| task::affinity(root, task))
                 .map(|cpus| Some(cpus.to_string())),
             Self::UnitCpus(unit) => systemd::allowed_cpus(root, unit),
             Self::UnitOverrides => systemd::overrides(root).map(|units| Some(units.join(" "))),
             Self::Cgroup(path) => Ok(Some(presence(root.exists(cgroup::path(path))))),
-            Self::CgroupOf(task) => process::check_start(root, task)
+            Self::CgroupOf(task) => task::check_start(root, task)
                 .and_then(|()| cgroup::of_process(root, task.pid))
                 .map(Some),
-            Self::CgroupOfThread(task) => process::check_start(root, task)
+            Self::CgroupOfThread(task) => task::check_start(root, task)
                 .and_then(|()| cgroup::of_thread(root, task))
                 .map(Some),
             Self::ThreadedCgroup(path) => match root.exists(cgroup::path(path)) {
@@ -222,11 +225,11 @@ impl Knob {
             Self::UnitOverrides => systemd::keep_overrides(root, value).map(taken),
             Self::Cgroup(path) => cgroup::make_or_remove(root, path, value == PRESENT).map(taken),
             Self::CgroupOf(task) => {
-                process::check_start(root, task).map_err(into_io)?;
+                task::check_start(root, task).map_err(into_io)?;
                 cgroup::move_process(root, task, value).map(taken)
             }
             Self::CgroupOfThread(task) => {
-                process::check_start(root, task).map_err(into_io)?;
+                task::check_start(root, task).map_err(into_io)?;
                 root.write(cgroup::file(value, "cgroup.threads"), &task.tid.to_string())
                     .map(taken)
             }
@@ -273,19 +276,19 @@ impl Knob {
             ));
         }
         let cpus = CpuSet::from_kernel_list(value).map_err(io::Error::other)?;
-        process::check_start(root, task).map_err(into_io)?;
+        task::check_start(root, task).map_err(into_io)?;
         let tid = Pid::from_raw(task.tid);
-        match nix::sched::sched_setaffinity(tid, &process::to_nix(&cpus)?) {
+        match nix::sched::sched_setaffinity(tid, &task::to_nix(&cpus)?) {
             // The kernel's list of those it never moves is the flag; without it EINVAL is about the
             // CPUs.
-            Err(Errno::EINVAL) if process::is_bound(root, task) => Ok(Answer::Refused(
+            Err(Errno::EINVAL) if task::is_bound(root, task) => Ok(Answer::Refused(
                 "the kernel binds this thread itself".into(),
             )),
             Err(errno) => Err(errno.into()),
             // A cpuset may take CPUs away from a user thread's mask; kernel threads are in none. Of
             // those that are offline it does so until they come.
             Ok(()) if matches!(self, Self::Thread(_)) => {
-                let kept = process::affinity(root, task).map_err(into_io)?;
+                let kept = task::affinity(root, task).map_err(into_io)?;
                 let is_whole =
                     kept == cpus || kept == &cpus & &cpu::online(root).map_err(into_io)?;
                 Ok(Answer::Taken((!is_whole).then(|| kept.to_string())))

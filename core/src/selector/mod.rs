@@ -1,7 +1,7 @@
 //! CPUs as people name them: by number (`0-5,12-17`), by what the machine has (`llc:1`), or by
 //! both. docs/selectors.md is the reference.
 //!
-//! Not to be confused with [`crate::select`], whose `--only` and `--except` choose IRQs and
+//! Not to be confused with [`crate::cli::filter`], whose `--only` and `--except` choose IRQs and
 //! threads.
 //!
 //! Reading the text and looking at the host are apart: `FromStr` knows the grammar alone,
@@ -17,10 +17,10 @@ use crate::error::Result;
 use crate::sysroot::Sysroot;
 use crate::vm::VmId;
 
-mod host;
-mod parser;
+mod parse;
+mod resolve;
 
-pub use host::Host;
+pub use resolve::Host;
 
 /// Why a text names no CPUs. The message has the offending token and where it is.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -186,7 +186,7 @@ impl FromStr for CpuExpr {
         let node = match text.parse() {
             Ok(cpus) => Node::Cpus(cpus),
             Err(error) if is_meant_as_list(text) => return Err(error.into()),
-            Err(_) => parser::parse(text)?,
+            Err(_) => parse::parse(text)?,
         };
         Ok(Self { node })
     }

@@ -6,10 +6,10 @@ use std::fs;
 use std::io;
 use std::time::{Duration, Instant};
 
-use crate::cpu;
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
 use crate::knob::{TaskId, cpu_list, into_io};
+use crate::sys::cpu;
 use crate::sysroot::Sysroot;
 use crate::systemd;
 

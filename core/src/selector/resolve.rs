@@ -4,11 +4,11 @@ use std::cell::OnceCell;
 use std::time::Duration;
 
 use super::{CpuExpr, Node, Part, Word};
-use crate::cpu;
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
+use crate::sys::cpu;
+use crate::sys::topology::{Domain, Kind, Topology};
 use crate::sysroot::Sysroot;
-use crate::topology::{Domain, Kind, Topology};
 use crate::vm::{self, Role, VmId};
 
 /// How long QEMU's monitor is waited for; then the threads' names tell the vCPUs.

@@ -4,9 +4,9 @@ use std::str::FromStr;
 
 use regex::Regex;
 
-use crate::change::{Change, Object};
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
+use crate::knob::change::{Change, Object};
 use crate::knob::cpu_list;
 
 /// The options that choose among a tool's objects; without any of them all are taken, and go to all

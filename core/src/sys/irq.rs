@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 
-use crate::change::Object;
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
+use crate::knob::change::Object;
 use crate::knob::{Knob, cpu_list};
 use crate::sysroot::Sysroot;
 

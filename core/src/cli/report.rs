@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use serde_json::{Map, Value, json};
 
-use crate::change::{Change, Done, Outcome};
+use crate::knob::change::{Change, Done, Outcome};
 
 /// The exit codes, the same in every tool (as util-linux's chcpu).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -450,8 +450,8 @@ pub fn err(text: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::change::Object;
     use crate::knob::Knob;
+    use crate::knob::change::Object;
 
     fn done(outcome: Outcome) -> Done {
         Done {

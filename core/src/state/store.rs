@@ -16,9 +16,9 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::change::{Change, Done, Object, Outcome, apply_each};
 use crate::error::{Error, Result};
 use crate::knob::Knob;
+use crate::knob::change::{Change, Done, Object, Outcome, apply_each};
 use crate::sysroot::Sysroot;
 
 /// The folder, below the sysroot.
@@ -586,7 +586,7 @@ fn read_own(path: &Path) -> Result<Option<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::change::apply_one;
+    use crate::knob::change::apply_one;
     use proptest::prelude::*;
 
     const SOON: Duration = Duration::from_secs(5);

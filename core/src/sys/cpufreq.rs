@@ -1,8 +1,8 @@
 //! cpufreq policies and their governors; see Documentation/admin-guide/pm/cpufreq.rst.
 
-use crate::change::Object;
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
+use crate::knob::change::Object;
 use crate::knob::{Knob, cpu_list};
 use crate::sysroot::Sysroot;
 

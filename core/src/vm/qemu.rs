@@ -12,12 +12,12 @@ use serde::{Deserialize, Serialize};
 use crate::cpuset::{CpuSet, MAX_CPU};
 use crate::error::{Error, Result, is_gone};
 use crate::knob::TaskId;
-use crate::pci::PciSelector;
-use crate::process::{self, Task};
-use crate::qmp;
-use crate::smp;
+use crate::sys::pci::PciSelector;
+use crate::sys::task::{self, Task};
 use crate::sysroot::Sysroot;
-use crate::vmconf::{self, PciHolder, PciReservation, VmConf};
+use crate::vm::proxmox::conf::{self as vmconf, PciHolder, PciReservation, VmConf};
+use crate::vm::qmp;
+use crate::vm::smp;
 
 /// Where Proxmox VE keeps the VMs' settings.
 const CONFS: &str = "etc/pve/qemu-server";
@@ -153,7 +153,7 @@ pub fn look_up(root: &Sysroot, vmid: VmId) -> Result<Lookup> {
 
 /// Looks through all processes for the QEMU that was started with this pid file.
 fn by_pid_file(root: &Sysroot, vmid: VmId, file: &str, denied: Error) -> Result<Lookup> {
-    for pid in process::pids(root)? {
+    for pid in task::pids(root)? {
         if let Some((id, args)) = process_with_args(root, pid)?
             && is_qemu(&args)
             && options(&args, "pidfile").any(|path| in_run(path) == file)
@@ -233,7 +233,7 @@ pub fn by_pid(root: &Sysroot, pid: i32) -> Result<Qemu> {
 /// # Errors
 /// One that [is gone](Error::is_gone) where that process has ended.
 pub fn by_task(root: &Sysroot, vmid: VmId, id: TaskId) -> Result<Qemu> {
-    process::check_start(root, &id)?;
+    task::check_start(root, &id)?;
     let args = parse_cmdline(&root.read(format!("proc/{}/cmdline", id.pid))?);
     Ok(of_vm(vmid, id, &args))
 }
@@ -420,8 +420,8 @@ pub fn threads(root: &Sysroot, qemu: &Qemu, budget: Duration) -> Result<Threads>
         (None, Some(_)) => Err("its monitor is not asked under --sysroot".into()),
         (None, None) => Err("it has no QMP monitor".into()),
     };
-    process::check_start(root, &qemu.id)?;
-    let tasks = process::tasks(root, qemu.id.pid)?;
+    task::check_start(root, &qemu.id)?;
+    let tasks = task::tasks(root, qemu.id.pid)?;
     let facts = facts.and_then(|facts| {
         // A QEMU in a container's pid namespace speaks of ids that mean other threads here.
         let known = facts.vcpus.is_empty()
@@ -440,7 +440,7 @@ pub fn threads(root: &Sysroot, qemu: &Qemu, budget: Duration) -> Result<Threads>
     };
     let mut threads = Vec::with_capacity(tasks.len());
     for task in tasks {
-        match process::affinity(root, &task.id) {
+        match task::affinity(root, &task.id) {
             Ok(allowed) => {
                 let role = role(&task);
                 threads.push(QemuThread {
@@ -506,7 +506,7 @@ pub fn role_by_name(name: &str) -> Role {
 /// A process and its arguments; `None` where it is gone.
 fn process_with_args(root: &Sysroot, pid: i32) -> Result<Option<(TaskId, Vec<String>)>> {
     let read = || -> Result<_> {
-        let task = process::task(root, pid, pid)?;
+        let task = task::task(root, pid, pid)?;
         Ok((
             task.id,
             parse_cmdline(&root.read(format!("proc/{pid}/cmdline"))?),

@@ -8,10 +8,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use crate::cpu;
 use crate::cpuset::CpuSet;
 use crate::error::Result;
 use crate::knob::cpu_list;
+use crate::sys::cpu;
 use crate::sysroot::Sysroot;
 
 mod cache;

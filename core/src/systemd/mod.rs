@@ -1,0 +1,6 @@
+//! systemd: its units and drop-ins, read over D-Bus.
+
+mod dbus;
+mod units;
+
+pub use units::*;

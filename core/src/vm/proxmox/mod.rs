@@ -1,0 +1,3 @@
+//! Proxmox VE's own files about VMs.
+
+pub mod conf;
