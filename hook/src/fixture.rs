@@ -9,8 +9,8 @@ use pinfold_core::vm::{self, VmId};
 use pinfold_core::{Knob, Sysroot, cpu, process};
 
 use crate::machine;
-use crate::reservation::{Isolation, Phase, Reservation};
 use crate::settings;
+use crate::state::reservation::{Isolation, Phase, Reservation};
 
 /// PF_KTHREAD, and PF_NO_SETAFFINITY with it.
 const KTHREAD: u32 = 0x0020_0000;

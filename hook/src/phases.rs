@@ -9,10 +9,12 @@ use pinfold_core::store::{self, Store};
 use pinfold_core::vm::{self, Qemu, VmId};
 use pinfold_core::{CpuSet, Exit, Report, Sysroot, TaskId, cgroup, process};
 
+use crate::checks::required as checks;
 use crate::reconcile::Reconcile;
-use crate::reservation::{Isolation, Phase, Reservation};
 use crate::settings::{self, Deadlines, ResetPci, Settings};
-use crate::{checks, steps, times};
+use crate::state::reservation::{Isolation, Phase, Reservation};
+use crate::state::step_times;
+use crate::steps;
 
 /// How often a QEMU that is to be gone is looked at.
 const EXIT_INTERVAL: Duration = Duration::from_millis(20);
@@ -27,6 +29,42 @@ pub(crate) struct Run<'a> {
     pub root: Sysroot,
     /// What is said.
     pub report: &'a mut Report,
+}
+
+/// A failure in pre-start stops the VM's start; in the other phases PVE only warns. Whatever is not
+/// hook's business ends well, so that it stops nobody.
+///
+/// # Errors
+/// What keeps the phase from doing its work.
+pub(crate) fn run(
+    root: Sysroot,
+    mut report: Report,
+    vmid: VmId,
+    phase: &str,
+) -> anyhow::Result<Exit> {
+    if vm::is_container(&root, vmid) {
+        report.note(&format!(
+            "{vmid} is a container; only VMs have vCPUs to fence off, nothing is done"
+        ));
+        return Ok(report.finish());
+    }
+    let mut run = Run {
+        root,
+        report: &mut report,
+    };
+    match phase {
+        "pre-start" => run.pre_start(vmid),
+        "post-start" => run.post_start(vmid),
+        // Not run when the guest powers itself off or QEMU dies: nothing may depend on it.
+        "pre-stop" => Ok(report.finish()),
+        "post-stop" => run.post_stop(vmid),
+        other => {
+            report.note(&format!(
+                "{other:?} is no phase that hook knows (pre-start, post-start, pre-stop, post-stop); nothing is done"
+            ));
+            Ok(report.finish())
+        }
+    }
 }
 
 impl Run<'_> {
@@ -253,7 +291,9 @@ impl Run<'_> {
             self.report.finish();
             bail!("VM {vmid} runs without isolated CPUs: what was begun has been taken back");
         }
-        if whole && let Err(error) = times::keep(store, vmid, &self.report.seconds()[earlier..]) {
+        if whole
+            && let Err(error) = step_times::keep(store, vmid, &self.report.seconds()[earlier..])
+        {
             // The VM has its CPUs; that `hook plan` cannot tell how long it took is no failure.
             self.report.note(&error.to_string());
         }

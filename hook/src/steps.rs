@@ -5,6 +5,9 @@ use std::time::Duration;
 use pinfold_core::vm::VmId;
 use pinfold_core::{Error, Knob, Object, Report, Result, Sysroot, apply, command, vm};
 
+/// The name under which hook reports and saves values.
+pub(crate) const TOOL: &str = "hook";
+
 /// Drops clean caches and compacts memory, so that hugepages can be had. What it cannot do is told
 /// and stops nothing.
 pub(crate) fn tidy_caches(root: &Sysroot, report: &mut Report) {

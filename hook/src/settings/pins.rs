@@ -4,8 +4,6 @@ use pinfold_core::topology::{Kind, Topology};
 use pinfold_core::{CpuExpr, CpuSet, CpuSetError, MAX_CPU, cpuexpr};
 use serde::Deserialize;
 
-use super::cpus;
-
 /// More pins than the kernel has CPUs are no layout. A pin's set is as large as its CPU's number,
 /// so they are counted before they are made.
 const MAX_PINS: usize = MAX_CPU + 1;
@@ -71,6 +69,22 @@ impl Pins {
             None => Ok(pins),
         }
     }
+}
+
+/// The CPUs that a text stands for on the host; none for an empty one.
+pub(super) fn cpus(host: &cpuexpr::Host<'_>, text: &str) -> std::result::Result<CpuSet, String> {
+    if text.trim().is_empty() {
+        return Ok(CpuSet::new());
+    }
+    let expr: CpuExpr = text
+        .parse()
+        .map_err(|error: cpuexpr::CpuExprError| error.to_string())?;
+    if expr.names_vms() {
+        // QEMU's monitor would be waited for as well, beyond the deadlines.
+        let why = "where a VM's vCPUs may run changes as VMs come and go, settings do not; write the CPUs themselves";
+        return Err(format!("{expr}: {why}"));
+    }
+    host.resolve(&expr).map_err(|error| error.to_string())
 }
 
 /// A CPU set has no order: token by token, ranges ascending. What a selector stands for has none

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use pinfold_core::cli::Output;
 use pinfold_core::report::out;
 use pinfold_core::store::Store;
 use pinfold_core::topology::{Domain, Kind, Topology};
@@ -9,9 +10,10 @@ use pinfold_core::vm::{self, VmId};
 use pinfold_core::{CpuExpr, CpuSet, Error, Exit, Report, Result, Sysroot, cpu};
 use serde_json::json;
 
-use crate::checks;
-use crate::reservation::Reservation;
+use crate::checks::required as checks;
 use crate::settings;
+use crate::state::reservation::Reservation;
+use crate::steps::TOOL;
 
 /// How many domains a message tells of.
 const TOLD: usize = 8;
@@ -36,16 +38,23 @@ const OTHER_KEYS: &str = "\
 #qemu_exit = 10                # for QEMU to be gone at post-stop
 ";
 
-/// What is asked for.
-#[derive(Debug)]
-pub(crate) struct Wish {
+/// The options of `hook init`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The VM's number
     pub vmid: VmId,
-    /// The CPUs, where they are not to be chosen.
+    /// The CPUs to isolate, by logical number or selector, as in 6-11,18-23 or llc:1 [default: an
+    /// LLC domain that fits]
+    #[arg(long, conflicts_with = "vcache")]
     pub cpus: Option<CpuExpr>,
-    /// Whether the L3 has to be a large one.
+    /// Choose among the LLC domains with a larger L3 (3D V-Cache)
+    #[arg(long)]
     pub vcache: bool,
-    /// Whether the settings are printed and nothing is written.
+    /// Print the settings and write nothing
+    #[arg(long, conflicts_with_all = ["json", "quiet"])]
     pub print: bool,
+    #[command(flatten)]
+    pub output: Output,
 }
 
 /// What the VM needs.
@@ -71,15 +80,11 @@ struct Choice {
 /// # Errors
 /// Where there is no such VM, no domain has room for it, it has settings already, or they cannot be
 /// written.
-pub(crate) fn run(
-    root: &Sysroot,
-    report: &mut Report,
-    wish: &Wish,
-    json: bool,
-) -> anyhow::Result<Exit> {
-    let vmid = wish.vmid;
+pub(crate) fn run(args: &Args) -> anyhow::Result<Exit> {
+    let (root, report) = (&args.output.root(), &mut args.output.report(TOOL));
+    let vmid = args.vmid;
     let conf = vm::conf(root, vmid)?;
-    if !wish.print {
+    if !args.print {
         settings::no_own_file(root, vmid)?;
     }
     let guest = Guest {
@@ -88,14 +93,14 @@ pub(crate) fn run(
     };
     let others = others(root, report, vmid);
     let topology = Topology::read(root)?;
-    let mut choice = match &wish.cpus {
+    let mut choice = match &args.cpus {
         Some(expr) => given(root, expr, guest)?,
         None => {
-            if wish.vcache {
+            if args.vcache {
                 // It says what there is where there is none.
                 "vcache".parse::<CpuExpr>()?.resolve(root)?;
             }
-            choose(&topology, guest, wish.vcache, &others)
+            choose(&topology, guest, args.vcache, &others)
                 .map_err(|why| Error::unusable(format!("VM {vmid}"), why))?
         }
     };
@@ -108,7 +113,7 @@ pub(crate) fn run(
     let source = settings::node_file(root, vmid).display().to_string();
     let settings = settings::resolve(root, &text, &source, guest.threads)?;
     checks::pins_suffice(&settings, guest.vcpus, guest.vcpus.checked_sub(1))?;
-    if wish.print {
+    if args.print {
         out(&text);
         return Ok(Exit::Done);
     }
@@ -119,7 +124,7 @@ pub(crate) fn run(
         .take(guest.vcpus)
         .map(ToString::to_string)
         .collect();
-    if json {
+    if args.output.json {
         let told =
             json!({"path": path, "isolated": choice.isolated, "cpus": choice.cpus, "pins": pins});
         out(&format!("{told:#}\n"));
@@ -485,7 +490,6 @@ mod tests {
     use super::*;
     use crate::machine;
     use crate::settings::Settings;
-    use pinfold_core::Verbosity;
 
     /// A captured machine with VMs.
     fn host(name: &str, vms: &[(u32, &str)]) -> (tempfile::TempDir, Sysroot) {
@@ -506,14 +510,20 @@ mod tests {
 
     fn init(root: &Sysroot, id: u32, cpus: Option<&str>) -> std::result::Result<Settings, String> {
         let vmid = VmId::try_from(id).unwrap();
-        let wish = Wish {
+        let output = Output {
+            json: false,
+            verbose: false,
+            quiet: true,
+            sysroot: root.path(""),
+        };
+        let args = Args {
             vmid,
             cpus: cpus.map(|text| text.parse().unwrap()),
             vcache: false,
             print: false,
+            output,
         };
-        let mut report = Report::new("hook", Verbosity::Quiet, false);
-        run(root, &mut report, &wish, false).map_err(|error| error.to_string())?;
+        run(&args).map_err(|error| error.to_string())?;
         Ok(settings::load(root, vmid, vm::conf(root, vmid).unwrap().threads_per_core()).unwrap())
     }
 

@@ -7,7 +7,7 @@ use pinfold_core::topology::Topology;
 use pinfold_core::{CpuSet, report};
 use serde::Serialize;
 
-use crate::layout::{self, CORES_PER_LINE};
+use super::layout::{self, CORES_PER_LINE};
 
 /// The columns there are where stdout is no terminal: those of Proxmox VE's task log.
 const COLUMNS: usize = 100;

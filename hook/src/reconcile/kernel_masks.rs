@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use pinfold_core::store::Store;
 use pinfold_core::{CpuSet, Knob, Result, Sysroot, cpu};
 
-use crate::reservation::{Isolation, Reservation};
+use crate::state::reservation::{Isolation, Reservation};
 
 /// What masks the kernel makes of those it is given, now.
 pub(crate) struct ByKernel {

@@ -6,7 +6,7 @@ use pinfold_core::store::{self, Store};
 use pinfold_core::vm::VmId;
 use pinfold_core::{Error, Result, Sysroot};
 
-use crate::reservation::Reservation;
+use super::reservation::Reservation;
 
 /// The file beside the state.
 const FILE: &str = "times.json";

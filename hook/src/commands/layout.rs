@@ -3,11 +3,19 @@
 
 use std::collections::BTreeSet;
 
+use pinfold_core::cli::Output;
 use pinfold_core::report::out;
 use pinfold_core::topology::{Domain, Kind, Topology};
-use pinfold_core::{CpuSet, Exit, Result, Sysroot, Table};
+use pinfold_core::{CpuSet, Exit, Result, Table};
 use serde::Serialize;
 use serde_json::json;
+
+/// The options of `hook layout`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    output: Output,
+}
 
 /// How many cores a line of a map has at most.
 pub(crate) const CORES_PER_LINE: usize = 8;
@@ -42,9 +50,9 @@ pub(crate) struct Place {
 ///
 /// # Errors
 /// Where sysfs cannot be read.
-pub(crate) fn run(root: &Sysroot, json: bool) -> Result<Exit> {
-    let topology = Topology::read(root)?;
-    if json {
+pub(crate) fn run(args: &Args) -> Result<Exit> {
+    let topology = Topology::read(&args.output.root())?;
+    if args.output.json {
         out(&format!("{:#}\n", to_json(&topology)));
     } else {
         out(&to_text(&topology));

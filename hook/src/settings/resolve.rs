@@ -1,319 +1,15 @@
-//! hook's settings: a TOML file per VM, the layouts that come with hook, and what they resolve to.
+//! From the text of a settings file to the settings of a VM on this host.
 
 use std::collections::BTreeMap;
-use std::fs::{self, DirBuilder, OpenOptions};
-use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
-use std::path::PathBuf;
 
-use pinfold_core::pci::PciSelector;
-use pinfold_core::systemd::Patience;
 use pinfold_core::topology::Topology;
 use pinfold_core::vm::VmId;
-use pinfold_core::{CpuExpr, CpuSet, Error, Result, Sysroot, cpuexpr};
-use serde::{Deserialize, Serialize};
+use pinfold_core::{Error, Result, Sysroot, cpuexpr};
 
-mod pins;
-
-use pins::Pins;
-
-/// The layout for the machine that the documented order is for, used where no settings file is
-/// found.
-const DEFAULT_LAYOUT: &str = "5900x";
-
-/// The layouts that come with hook.
-const LAYOUTS: [(&str, &str); 1] = [("5900x", include_str!("../layouts/5900x.toml"))];
-
-/// What a machine of one kind gives a VM.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Layout {
-    /// The CPUs the machine must have.
-    present: CpuSet,
-    isolated: CpuSet,
-    pins: Pins,
-}
-
-/// A settings file. Unknown keys are refused. CPUs are texts here, so that what is said of them can
-/// name their key.
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct File {
-    layout: Option<String>,
-    isolated: Option<String>,
-    pins: Option<Pins>,
-    emulator: Option<String>,
-    iothreads: Option<Iothreads>,
-    method: Option<Method>,
-    governor: Option<String>,
-    stat_interval: Option<u32>,
-    idle_vm: Option<u32>,
-    reset_pci: Option<ResetPci>,
-    tidy_caches: Option<bool>,
-    min_housekeeping: Option<usize>,
-    #[serde(default)]
-    deadlines: Deadlines,
-}
-
-#[derive(Debug, Clone, Deserialize)]
-#[serde(
-    untagged,
-    expecting = "CPUs, as in \"4-5\", or CPUs by iothread, as in { iothread-virtioscsi0 = \"4\" }"
-)]
-enum Iothreads {
-    All(String),
-    ById(BTreeMap<String, String>),
-}
-
-/// How CPUs are to be isolated.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Method {
-    /// The documented order: slices narrowed, CPUs taken offline and online again.
-    Hotplug,
-    /// A cpuset partition in the VM's scope.
-    Partition,
-    /// By partition where this host can, else by hotplug.
-    Auto,
-}
-
-/// Which PCI functions are reset before the VM starts.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(
-    untagged,
-    expecting = "true, false or a list of PCI addresses, as in [\"0000:01:00\", \"02:00.1\"]"
-)]
-pub(crate) enum ResetPci {
-    /// All of the VM's hostpci devices, or none.
-    OfVm(bool),
-    /// These.
-    Listed(Vec<PciSelector>),
-}
-
-/// The longest that any wait may be told to take, in seconds.
-pub(crate) const MAX_DEADLINE: u64 = 3600;
-
-/// How long each wait may take, in seconds, [`MAX_DEADLINE`] at most.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub(crate) struct Deadlines {
-    /// For another hook that holds the lock.
-    #[serde(deserialize_with = "seconds")]
-    pub lock: u64,
-    /// For one call to systemd.
-    #[serde(deserialize_with = "seconds")]
-    pub systemd: u64,
-    /// For systemd to read all units again.
-    #[serde(deserialize_with = "seconds")]
-    pub reload: u64,
-    /// For QEMU's monitor, tries and pauses in all.
-    #[serde(deserialize_with = "seconds")]
-    pub qmp: u64,
-    /// For PCI functions to go, and again to come back.
-    #[serde(deserialize_with = "seconds")]
-    pub pci: u64,
-    /// For the idle VM to shut down.
-    #[serde(deserialize_with = "seconds")]
-    pub idle_vm: u64,
-    /// For a QEMU that PVE says has stopped to be gone.
-    #[serde(deserialize_with = "seconds")]
-    pub qemu_exit: u64,
-}
-
-/// A clock has an end too: a time too far off is more than it can hold.
-fn seconds<'de, D: serde::Deserializer<'de>>(
-    deserializer: D,
-) -> std::result::Result<u64, D::Error> {
-    let seconds = u64::deserialize(deserializer)?;
-    if seconds <= MAX_DEADLINE {
-        Ok(seconds)
-    } else {
-        Err(serde::de::Error::custom(format!(
-            "{seconds} s is too long; the longest deadline is {MAX_DEADLINE}"
-        )))
-    }
-}
-
-impl Default for Deadlines {
-    fn default() -> Self {
-        Self {
-            lock: 120,
-            systemd: 10,
-            reload: 60,
-            qmp: 5,
-            pci: 10,
-            idle_vm: 60,
-            qemu_exit: 10,
-        }
-    }
-}
-
-impl Deadlines {
-    /// The longest that each phase may take in seconds, whatever hangs, while `others` more VMs are
-    /// fenced. What the kernel needs to take CPUs offline and online again is not in it.
-    pub(crate) fn bounds(&self, others: usize) -> Bounds {
-        let sum = |parts: &[u64]| parts.iter().copied().fold(0, u64::saturating_add);
-        let others = u64::try_from(others)
-            .unwrap_or(u64::MAX)
-            .saturating_mul(self.qmp);
-        // A systemd that hangs is waited for once; the reload and the scope are of the way back.
-        let systemd = sum(&[self.systemd, self.systemd, self.reload]);
-        Bounds {
-            // Both idle VM and PCI functions are waited for twice: to go and to come back. The
-            // partition's scope needs a reload.
-            pre_start: sum(&[
-                self.lock,
-                self.lock,
-                systemd,
-                self.reload,
-                others,
-                self.idle_vm,
-                self.idle_vm,
-                self.pci,
-                self.pci,
-            ]),
-            // QEMU is asked for its threads at the beginning and when they are pinned.
-            post_start: sum(&[self.lock, systemd, others, self.qmp, self.qmp]),
-            post_stop: sum(&[self.lock, systemd, others, self.qemu_exit, self.idle_vm]),
-        }
-    }
-
-    /// How long systemd is waited for.
-    pub(crate) fn patience(&self) -> Patience {
-        Patience::new(self.systemd, self.reload)
-    }
-}
-
-/// How long phases may take at most, in seconds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub(crate) struct Bounds {
-    pub pre_start: u64,
-    pub post_start: u64,
-    pub post_stop: u64,
-}
-
-/// A VM's settings, resolved: kept with its reservation, since the file may change or go while the
-/// VM runs.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Settings {
-    /// Where they come from, for messages.
-    pub source: String,
-    /// The VM's CPUs.
-    pub isolated: CpuSet,
-    /// The CPUs of each vCPU, by its number.
-    pub pins: Vec<CpuSet>,
-    /// The threads of the guest's cores that hook has ordered the pins for; none where the settings
-    /// give the order.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub auto_pins: Option<usize>,
-    /// The CPUs of emulator threads; all housekeeping CPUs where none.
-    pub emulator: Option<CpuSet>,
-    /// The CPUs of iothreads that are not named below; those of the emulator where none.
-    pub iothreads: Option<CpuSet>,
-    /// The CPUs of iothreads by id.
-    pub iothread: BTreeMap<String, CpuSet>,
-    /// How CPUs are isolated.
-    pub method: Method,
-    /// The governor of the isolated CPUs; unchanged where none.
-    pub governor: Option<String>,
-    /// vm.stat_interval in seconds; unchanged where none.
-    pub stat_interval: Option<u32>,
-    /// The VM that runs while this one does not.
-    pub idle_vm: Option<u32>,
-    /// The PCI functions reset before the VM starts.
-    pub reset_pci: ResetPci,
-    /// Whether caches are dropped and memory is compacted before the VM starts.
-    pub tidy_caches: bool,
-    /// How many housekeeping CPUs must stay.
-    pub min_housekeeping: usize,
-    /// How long each wait may take.
-    pub deadlines: Deadlines,
-}
-
-impl Settings {
-    /// Orders the pins for a guest with so many threads per core, where that is left to hook and
-    /// was done for another.
-    ///
-    /// # Errors
-    /// Where the host's topology cannot be read.
-    pub(crate) fn fit_guest(&mut self, root: &Sysroot, threads_per_core: usize) -> Result<()> {
-        if self
-            .auto_pins
-            .is_some_and(|threads| threads != threads_per_core)
-        {
-            self.pins = pins::auto(&Topology::read(root)?, &self.isolated, threads_per_core);
-            self.auto_pins = Some(threads_per_core);
-        }
-        Ok(())
-    }
-}
-
-/// The value of `governor` that leaves it as it is.
-const KEEP: &str = "keep";
-
-/// Where a VM's settings may be, below the sysroot; the first that is there counts.
-fn candidates(vmid: VmId) -> [String; 3] {
-    [
-        format!("etc/pve/pinfold/{vmid}.toml"),
-        format!("etc/pinfold/{vmid}.toml"),
-        "etc/pinfold/default.toml".to_owned(),
-    ]
-}
-
-/// A VM's own settings file: where it is, if there is one. What is for all VMs is none.
-pub(crate) fn own_file(root: &Sysroot, vmid: VmId) -> Option<PathBuf> {
-    let [cluster, node, _] = candidates(vmid).map(|path| root.path(path));
-    [cluster, node]
-        .into_iter()
-        .find(|path| path.symlink_metadata().is_ok())
-}
-
-/// Where a VM's settings for this node are, or would be.
-pub(crate) fn node_file(root: &Sysroot, vmid: VmId) -> PathBuf {
-    let [_, node, _] = candidates(vmid);
-    root.path(node)
-}
-
-/// Writes a VM's settings for this node, where it has none.
-///
-/// # Errors
-/// [`Error::Unusable`] that names a file that is there already, [`Error::Io`] with the path.
-pub(crate) fn create(root: &Sysroot, vmid: VmId, text: &str) -> Result<PathBuf> {
-    no_own_file(root, vmid)?;
-    let path = node_file(root, vmid);
-    if let Some(folder) = path.parent() {
-        let made = DirBuilder::new().recursive(true).mode(0o755).create(folder);
-        made.map_err(|source| Error::io(folder, "make the folder", source))?;
-    }
-    let file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o644)
-        .open(&path);
-    let written = file.and_then(|mut file| {
-        // Half a file would be taken for the whole of it.
-        file.write_all(text.as_bytes())
-            .inspect_err(|_| drop(fs::remove_file(&path)))
-    });
-    written.map_err(|source| Error::io(&path, "write", source))?;
-    Ok(path)
-}
-
-/// Makes sure that a VM has no settings file of its own yet.
-///
-/// # Errors
-/// [`Error::Unusable`] that names it.
-pub(crate) fn no_own_file(root: &Sysroot, vmid: VmId) -> Result<()> {
-    match own_file(root, vmid) {
-        None => Ok(()),
-        Some(path) => {
-            let why = format!(
-                "VM {vmid} has these settings already, which are left as they are; change or remove them"
-            );
-            Err(Error::unusable(path.display().to_string(), why))
-        }
-    }
-}
+use super::deadlines::Deadlines;
+use super::file::{candidates, find};
+use super::pins::{self, cpus};
+use super::schema::{DEFAULT_LAYOUT, File, Iothreads, KEEP, Method, ResetPci, Settings, layout};
 
 /// Finds and resolves a VM's settings; `threads_per_core` is of its guest, for pins whose order is
 /// left to hook.
@@ -350,37 +46,6 @@ pub(crate) fn deadlines(root: &Sysroot, vmid: VmId) -> Deadlines {
         .flatten()
         .and_then(|(_, text)| toml::from_str::<File>(&text).ok());
     file.map(|file| file.deadlines).unwrap_or_default()
-}
-
-/// A VM's settings file: its full path and its text.
-fn find(root: &Sysroot, vmid: VmId) -> Result<Option<(String, String)>> {
-    for candidate in candidates(vmid) {
-        let path = root.path(&candidate);
-        match fs::symlink_metadata(&path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(source) => return Err(Error::io(path, "look at", source)),
-            Ok(meta) => {
-                let path = path.display().to_string();
-                check_owner(&path, &meta)?;
-                return Ok(Some((path, root.read(&candidate)?)));
-            }
-        }
-    }
-    Ok(None)
-}
-
-/// Whoever can write the settings decides where root writes.
-fn check_owner(path: &str, meta: &fs::Metadata) -> Result<()> {
-    let fault = if !meta.is_file() {
-        "it is no plain file"
-    } else if meta.uid() != nix::unistd::geteuid().as_raw() && meta.uid() != 0 {
-        "it does not belong to root"
-    } else if meta.mode() & 0o022 != 0 {
-        "others than root can write it; chmod go-w"
-    } else {
-        return Ok(());
-    };
-    Err(Error::unusable(path, format!("settings refused: {fault}")))
 }
 
 /// Resolves the text of a settings file, for a guest with so many threads per core.
@@ -486,48 +151,14 @@ pub(crate) fn resolve(
     })
 }
 
-fn layout(name: &str) -> std::result::Result<Layout, String> {
-    let known = || LAYOUTS.map(|(name, _)| name).join(", ");
-    let (_, text) = LAYOUTS
-        .iter()
-        .find(|(known, _)| *known == name)
-        .ok_or_else(|| format!("layout: no {name:?}; there is {}", known()))?;
-    toml::from_str(text).map_err(|error| format!("layout {name}: {error}"))
-}
-
-/// The CPUs that a text stands for on the host; none for an empty one.
-fn cpus(host: &cpuexpr::Host<'_>, text: &str) -> std::result::Result<CpuSet, String> {
-    if text.trim().is_empty() {
-        return Ok(CpuSet::new());
-    }
-    let expr: CpuExpr = text
-        .parse()
-        .map_err(|error: cpuexpr::CpuExprError| error.to_string())?;
-    if expr.names_vms() {
-        // QEMU's monitor would be waited for as well, beyond the deadlines.
-        let why = "where a VM's vCPUs may run changes as VMs come and go, settings do not; write the CPUs themselves";
-        return Err(format!("{expr}: {why}"));
-    }
-    host.resolve(&expr).map_err(|error| error.to_string())
-}
-
-/// Every key there is: what serde answers to an unknown one names them.
-#[cfg(test)]
-pub(crate) fn known_keys() -> Vec<String> {
-    let mut keys = Vec::new();
-    for unknown in ["unknown = 1\n", "[deadlines]\nunknown = 1\n"] {
-        let answer = toml::from_str::<File>(unknown).unwrap_err().to_string();
-        let known = answer.split("expected one of").nth(1).unwrap();
-        keys.extend(known.split('`').skip(1).step_by(2).map(str::to_owned));
-    }
-    keys
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::machine;
+    use crate::settings::schema::known_keys;
+    use pinfold_core::CpuSet;
     use proptest::prelude::*;
+    use std::fs;
 
     fn host(present: &str) -> (tempfile::TempDir, Sysroot) {
         let dir = tempfile::tempdir().unwrap();
@@ -911,7 +542,7 @@ mod tests {
     /// are as it says.
     #[test]
     fn the_readme_tells_the_truth() {
-        let readme = include_str!("../../README.md");
+        let readme = include_str!("../../../README.md");
         let blocks: Vec<&str> = readme
             .split("```toml\n")
             .skip(1)

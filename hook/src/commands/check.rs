@@ -12,9 +12,19 @@ use pinfold_core::{Exit, Sysroot};
 use serde::Serialize;
 use serde_json::json;
 
-use crate::checks::{self, Finding, Level};
-use crate::reservation::Reservation;
-use crate::{advice, settings};
+use crate::checks::finding::{Finding, Level};
+use crate::checks::{advice, required as checks};
+use crate::settings;
+use crate::state::reservation::Reservation;
+
+/// The options of `hook check`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The VM's number
+    vmid: Option<VmId>,
+    #[command(flatten)]
+    output: Output,
+}
 
 /// Where settings are, the cluster's first.
 const SETTINGS: [&str; 2] = ["etc/pve/pinfold", "etc/pinfold"];
@@ -42,9 +52,10 @@ impl Checked {
 ///
 /// # Errors
 /// Where /etc/pve cannot be listed.
-pub(crate) fn run(output: &Output, vmid: Option<VmId>) -> anyhow::Result<Exit> {
+pub(crate) fn run(args: &Args) -> anyhow::Result<Exit> {
+    let output = &args.output;
     let root = output.root();
-    let vmids = match vmid {
+    let vmids = match args.vmid {
         Some(vmid) => vec![vmid],
         None => ours(&root)?,
     };
@@ -242,7 +253,7 @@ fn to_text(vmid: u32, checked: &Checked, least: Level) -> String {
 mod tests {
     use super::*;
     use crate::fixture::Host;
-    use crate::reservation::Phase;
+    use crate::state::reservation::Phase;
     use std::os::unix::fs::PermissionsExt;
 
     const CONF: &str = "cores: 12\nargs: -smp 12,sockets=1,cores=6,threads=2\nhookscript: local:snippets/hook\nmemory: 4096";

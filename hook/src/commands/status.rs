@@ -4,119 +4,28 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::Context;
+use pinfold_core::cli::Output;
 use pinfold_core::report::{coloured, err, out, terminal, try_out};
-use pinfold_core::store::{Baseline, Store};
+use pinfold_core::store::Store;
 use pinfold_core::topology::Topology;
 use pinfold_core::vm::{self, Role};
-use pinfold_core::{CpuSet, Exit, Knob, Object, Result, Sysroot, TaskId, irq, process};
-use serde::Serialize;
+use pinfold_core::{CpuSet, Exit, Knob, Result, Sysroot, process};
 use serde_json::json;
 
-use crate::reservation::{Isolation, Phase, Reservation};
-use crate::screen::{self, Cpu, Owner};
-use crate::settings::Bounds;
+use super::map::{self, Cpu, Owner};
+use crate::settings::{Bounds, MAX_DEADLINE};
+use crate::state::reservation::{Isolation, Phase, Reservation};
+use crate::strays::{Class, Stray, strays};
 
-/// Why something may run on an isolated CPU.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Class {
-    /// It could be elsewhere.
-    Stray,
-    /// The kernel binds it: per-CPU kthreads, bound workers, older kernels' io_uring threads.
-    KernelBound,
-    /// An IRQ that the kernel does not let user space move.
-    ManagedIrq,
-    /// An IRQ that has been moved, and comes to its old CPU once more: without interrupt remapping
-    /// the kernel moves it then.
-    MovingIrq,
-}
-
-/// A thing that may run on an isolated CPU.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub(crate) struct Stray {
-    /// Why it may.
-    pub class: Class,
-    /// Its name.
-    pub object: String,
-    /// Where it may.
-    pub cpus: CpuSet,
-}
-
-/// Lists what may run on `isolated`, less the QEMU processes in `vms`' own vCPU threads, which
-/// belong there.
-///
-/// # Errors
-/// Where /proc cannot be read. Things that go meanwhile are left out.
-pub(crate) fn strays(
-    root: &Sysroot,
-    isolated: &CpuSet,
-    pinned: &BTreeMap<TaskId, CpuSet>,
-    baseline: &Baseline,
-) -> Result<Vec<Stray>> {
-    let mut strays = Vec::new();
-    let mut see = |class, object: String, cpus: &CpuSet| {
-        let cpus = cpus & isolated;
-        if !cpus.is_empty() {
-            strays.push(Stray {
-                class,
-                object,
-                cpus,
-            });
-        }
-    };
-    for pid in process::pids(root)? {
-        let tasks = match process::tasks(root, pid) {
-            Err(error) if error.is_gone() => continue,
-            tasks => tasks?,
-        };
-        for task in tasks {
-            let cpus = match process::affinity(root, &task.id) {
-                Err(error) if error.is_gone() => continue,
-                cpus => cpus?,
-            };
-            let class = if task.bound {
-                Class::KernelBound
-            } else {
-                Class::Stray
-            };
-            let kind = if task.kernel { "kthread" } else { "thread" };
-            let cpus = match pinned.get(&task.id) {
-                Some(own) => &cpus - own,
-                None => cpus,
-            };
-            see(
-                class,
-                format!("{kind} {} ({})", task.id.tid, task.name),
-                &cpus,
-            );
-        }
-    }
-    for Object { knob, label, found } in pin_irqs::objects(root)? {
-        // One that the kernel refused to move has a value from before and none that was set.
-        let refused = baseline.has(&knob) && baseline.last(&knob).is_none();
-        let class = if refused {
-            Class::ManagedIrq
-        } else {
-            Class::Stray
-        };
-        let cpus = CpuSet::from_kernel_list(&found).unwrap_or_default();
-        if let (Knob::Irq(number), false) = (&knob, cpus.intersects(isolated)) {
-            see(Class::MovingIrq, label, &irq::effective(root, *number)?);
-        } else {
-            see(class, label, &cpus);
-        }
-    }
-    if let Some(found) = Knob::Workqueues.read(root)? {
-        see(
-            Class::Stray,
-            Knob::Workqueues.to_string(),
-            &CpuSet::from_kernel_list(&found).unwrap_or_default(),
-        );
-    }
-    strays.sort_by(|a, b| {
-        (a.class, a.cpus.first(), &a.object).cmp(&(b.class, b.cpus.first(), &b.object))
-    });
-    Ok(strays)
+/// The options of `hook status`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Look again every so many seconds, 2 where none are given, until interrupted
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2")]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..=MAX_DEADLINE))]
+    watch: Option<u64>,
+    #[command(flatten)]
+    output: Output,
 }
 
 /// What there is to see.
@@ -134,7 +43,9 @@ struct Seen {
 ///
 /// # Errors
 /// Where the state or the host cannot be read.
-pub(crate) fn run(root: &Sysroot, json: bool, interval: Option<Duration>) -> anyhow::Result<Exit> {
+pub(crate) fn run(args: &Args) -> anyhow::Result<Exit> {
+    let (root, json) = (&args.output.root(), args.output.json);
+    let interval = args.watch.map(Duration::from_secs);
     loop {
         let seen = match look(root) {
             Err(error) if error.is_denied() => {
@@ -153,7 +64,7 @@ pub(crate) fn run(root: &Sysroot, json: bool, interval: Option<Duration>) -> any
         let text = if json {
             format!("{:#}\n", seen.to_json(root))
         } else {
-            coloured(&seen.to_text(root, screen::columns()))
+            coloured(&seen.to_text(root, map::columns()))
         };
         let Some(interval) = interval else {
             out(&text);
@@ -276,7 +187,7 @@ impl Seen {
     }
 
     fn to_text(&self, root: &Sysroot, columns: usize) -> String {
-        let picture = screen::draw(&self.topology, &self.cpus, columns);
+        let picture = map::draw(&self.topology, &self.cpus, columns);
         format!(
             "{picture}\n{}",
             text(
@@ -395,7 +306,7 @@ fn text(
                 .into_iter()
                 .map(|item| (item.clone(), item.chars().count()))
                 .collect();
-            text += &screen::wrapped(&format!("  CPU {cpus}: "), &items, ", ", columns);
+            text += &map::wrapped(&format!("  CPU {cpus}: "), &items, ", ", columns);
         }
     }
     text

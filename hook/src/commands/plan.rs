@@ -7,9 +7,18 @@ use pinfold_core::vm::{self, VmId};
 use pinfold_core::{CpuSet, Done, Exit, Outcome, Report, Sysroot, Verbosity};
 use serde_json::json;
 
-use crate::TOOL;
 use crate::phases::Run;
-use crate::times::{self, Times};
+use crate::state::step_times::{self, Times};
+use crate::steps::TOOL;
+
+/// The options of `hook plan`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The VM's number
+    vmid: VmId,
+    #[command(flatten)]
+    output: Output,
+}
 
 /// What post-start would do, and how long it took last time.
 struct Plan {
@@ -34,8 +43,9 @@ struct Planned {
 ///
 /// # Errors
 /// Where post-start would refuse to begin, or the host cannot be read.
-pub(crate) fn run(output: &Output, vmid: VmId) -> anyhow::Result<Exit> {
-    let plan = make(&output.root(), vmid)?;
+pub(crate) fn run(args: &Args) -> anyhow::Result<Exit> {
+    let output = &args.output;
+    let plan = make(&output.root(), args.vmid)?;
     if !output.json && !output.quiet {
         plan.notes
             .iter()
@@ -66,7 +76,7 @@ fn make(root: &Sysroot, vmid: VmId) -> anyhow::Result<Plan> {
         "VM {vmid}: there is no telling what post-start would do"
     );
     let mut notes = report.notes().to_vec();
-    let last = times::last(&root, vmid).unwrap_or_else(|error| {
+    let last = step_times::last(&root, vmid).unwrap_or_else(|error| {
         notes.push(error.to_string());
         Times::new()
     });
@@ -198,7 +208,7 @@ impl Plan {
 mod tests {
     use super::*;
     use crate::fixture::Host;
-    use crate::reservation::{Phase, Reservation};
+    use crate::state::reservation::{Phase, Reservation};
     use pinfold_core::store::Store;
 
     fn vmid() -> VmId {
@@ -351,14 +361,14 @@ mod tests {
         host.conf(100, "cores: 2");
         let store: Store<Reservation> =
             Store::open(&host.root, std::time::Duration::from_secs(1)).unwrap();
-        times::keep(&store, vmid(), &[("slices", 9.0)]).unwrap();
-        times::keep(
+        step_times::keep(&store, vmid(), &[("slices", 9.0)]).unwrap();
+        step_times::keep(
             &store,
             vmid(),
             &[("slices", 0.625), ("offline", 2.0), ("offline", 1.0)],
         )
         .unwrap();
-        times::keep(&store, "101".parse().unwrap(), &[("irqs", 7.0)]).unwrap();
+        step_times::keep(&store, "101".parse().unwrap(), &[("irqs", 7.0)]).unwrap();
         let text = make(&host.root, vmid()).unwrap().to_text(false);
         for line in [
             "slices: 1 change; last time 0.6 s\n",

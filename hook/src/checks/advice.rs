@@ -8,7 +8,7 @@ use pinfold_core::vm::VmId;
 use pinfold_core::vmconf::VmConf;
 use pinfold_core::{CpuSet, Result, Sysroot, cpu};
 
-use crate::checks::Finding;
+use super::finding::Finding;
 use crate::settings::Settings;
 
 /// Where Proxmox VE keeps the snippets of the storage `local`.

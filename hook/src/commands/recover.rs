@@ -1,0 +1,34 @@
+//! `hook recover`: what a killed hook or a VM that has gone left behind.
+
+use pinfold_core::Exit;
+use pinfold_core::cli::Output;
+
+use crate::phases::Run;
+use crate::steps::TOOL;
+
+/// The options of `hook recover`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Remove a saved state that cannot be read; the host stays as it is now
+    #[arg(long)]
+    discard: bool,
+    #[command(flatten)]
+    output: Output,
+}
+
+/// The command's whole run.
+///
+/// # Errors
+/// Where the state or the host cannot be read.
+pub(crate) fn run(args: &Args) -> anyhow::Result<Exit> {
+    let mut report = args.output.report(TOOL);
+    let mut run = Run {
+        root: args.output.root(),
+        report: &mut report,
+    };
+    if args.discard {
+        run.discard()
+    } else {
+        run.recover()
+    }
+}

@@ -1,0 +1,95 @@
+//! The steps of both methods that change the host: IRQs, kthreads, governor and statistics interval.
+
+use pinfold_core::{CpuSet, Knob, Object, Result, cpufreq, irq, process};
+
+use super::run::Reconcile;
+use crate::state::reservation::Reservation;
+use crate::steps;
+
+impl Reconcile<'_> {
+    /// Step 3, and again at the end.
+    pub(super) fn irqs(&mut self) -> Result<()> {
+        self.report.step("irqs");
+        // The default first, then all: what is born between starts with the one or is seen with the
+        // others.
+        let default: Vec<Object> = irq::default_mask(self.root)?.into_iter().collect();
+        let wanted = self.held();
+        let mut changed = self.change("irqs", default, &wanted)?;
+        changed += self.change("irqs", pin_irqs::objects(self.root)?, &wanted)?;
+        self.sum_up("irqs", changed);
+        Ok(())
+    }
+
+    /// Step 3, and again at the end.
+    pub(super) fn kthreads(&mut self) -> Result<()> {
+        // kthreadd first, then all, as above.
+        let mut changed = self.kthreadd()?;
+        changed += self.change(
+            "kthreads",
+            pin_kthreads::objects(self.root)?.movable,
+            self.held(),
+        )?;
+        self.sum_up("kthreads", changed);
+        Ok(())
+    }
+
+    pub(super) fn kthreadd(&mut self) -> Result<usize> {
+        self.report.step("kthreads");
+        let kthreadd = process::task(self.root, process::KTHREADD, process::KTHREADD)?.id;
+        let found = process::affinity(self.root, &kthreadd)?.to_string();
+        self.change(
+            "kthreads",
+            vec![Object::new(
+                Knob::Kthread(kthreadd),
+                "kthread 2 (kthreadd)",
+                found,
+            )],
+            self.held(),
+        )
+    }
+
+    /// Step 5: governor and statistics interval.
+    pub(super) fn pace(&mut self) -> Result<()> {
+        self.report.step("pace");
+        let objects = self.pace_objects(&self.isolated())?;
+        let fenced: Vec<Reservation> = self
+            .fenced()
+            .map(|(_, reservation)| reservation.clone())
+            .collect();
+        let policies = cpufreq::policies(self.root)?;
+        self.set("pace", objects, move |knob, before| {
+            let asked = match knob {
+                Knob::Governor(name) => {
+                    let policy = policies.iter().find(|policy| policy.name == *name);
+                    let of = |reservation: &&Reservation| {
+                        policy.is_some_and(|policy| {
+                            policy.cpus.intersects(&reservation.settings.isolated)
+                        })
+                    };
+                    fenced
+                        .iter()
+                        .filter(of)
+                        .find_map(|reservation| reservation.settings.governor.clone())
+                }
+                _ => fenced
+                    .iter()
+                    .filter_map(|reservation| reservation.settings.stat_interval)
+                    .max()
+                    .map(|s| s.to_string()),
+            };
+            asked.unwrap_or_else(|| before.to_owned())
+        })
+    }
+
+    pub(super) fn pace_objects(&self, isolated: &CpuSet) -> Result<Vec<Object>> {
+        let baseline = &self.store.baseline;
+        let governed = |name: &str| baseline.has(&Knob::Governor(name.to_owned()));
+        let mut objects: Vec<Object> = cpufreq::policies(self.root)?
+            .into_iter()
+            .filter(|policy| policy.cpus.intersects(isolated) || governed(&policy.name))
+            .map(|policy| policy.object())
+            .collect();
+        objects.extend(steps::stat_interval(self.root)?);
+        Ok(objects)
+    }
+}

@@ -1,0 +1,106 @@
+//! How long each wait may take, and what the phases may take by that.
+
+use pinfold_core::systemd::Patience;
+use serde::{Deserialize, Serialize};
+
+/// The longest that any wait may be told to take, in seconds.
+pub(crate) const MAX_DEADLINE: u64 = 3600;
+
+/// How long each wait may take, in seconds, [`MAX_DEADLINE`] at most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Deadlines {
+    /// For another hook that holds the lock.
+    #[serde(deserialize_with = "seconds")]
+    pub lock: u64,
+    /// For one call to systemd.
+    #[serde(deserialize_with = "seconds")]
+    pub systemd: u64,
+    /// For systemd to read all units again.
+    #[serde(deserialize_with = "seconds")]
+    pub reload: u64,
+    /// For QEMU's monitor, tries and pauses in all.
+    #[serde(deserialize_with = "seconds")]
+    pub qmp: u64,
+    /// For PCI functions to go, and again to come back.
+    #[serde(deserialize_with = "seconds")]
+    pub pci: u64,
+    /// For the idle VM to shut down.
+    #[serde(deserialize_with = "seconds")]
+    pub idle_vm: u64,
+    /// For a QEMU that PVE says has stopped to be gone.
+    #[serde(deserialize_with = "seconds")]
+    pub qemu_exit: u64,
+}
+
+/// A clock has an end too: a time too far off is more than it can hold.
+fn seconds<'de, D: serde::Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<u64, D::Error> {
+    let seconds = u64::deserialize(deserializer)?;
+    if seconds <= MAX_DEADLINE {
+        Ok(seconds)
+    } else {
+        Err(serde::de::Error::custom(format!(
+            "{seconds} s is too long; the longest deadline is {MAX_DEADLINE}"
+        )))
+    }
+}
+
+impl Default for Deadlines {
+    fn default() -> Self {
+        Self {
+            lock: 120,
+            systemd: 10,
+            reload: 60,
+            qmp: 5,
+            pci: 10,
+            idle_vm: 60,
+            qemu_exit: 10,
+        }
+    }
+}
+
+impl Deadlines {
+    /// The longest that each phase may take in seconds, whatever hangs, while `others` more VMs are
+    /// fenced. What the kernel needs to take CPUs offline and online again is not in it.
+    pub(crate) fn bounds(&self, others: usize) -> Bounds {
+        let sum = |parts: &[u64]| parts.iter().copied().fold(0, u64::saturating_add);
+        let others = u64::try_from(others)
+            .unwrap_or(u64::MAX)
+            .saturating_mul(self.qmp);
+        // A systemd that hangs is waited for once; the reload and the scope are of the way back.
+        let systemd = sum(&[self.systemd, self.systemd, self.reload]);
+        Bounds {
+            // Both idle VM and PCI functions are waited for twice: to go and to come back. The
+            // partition's scope needs a reload.
+            pre_start: sum(&[
+                self.lock,
+                self.lock,
+                systemd,
+                self.reload,
+                others,
+                self.idle_vm,
+                self.idle_vm,
+                self.pci,
+                self.pci,
+            ]),
+            // QEMU is asked for its threads at the beginning and when they are pinned.
+            post_start: sum(&[self.lock, systemd, others, self.qmp, self.qmp]),
+            post_stop: sum(&[self.lock, systemd, others, self.qemu_exit, self.idle_vm]),
+        }
+    }
+
+    /// How long systemd is waited for.
+    pub(crate) fn patience(&self) -> Patience {
+        Patience::new(self.systemd, self.reload)
+    }
+}
+
+/// How long phases may take at most, in seconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub(crate) struct Bounds {
+    pub pre_start: u64,
+    pub post_start: u64,
+    pub post_stop: u64,
+}

@@ -1,0 +1,4 @@
+//! What hook keeps under /run/pinfold.
+
+pub(crate) mod reservation;
+pub(crate) mod step_times;

@@ -1,0 +1,110 @@
+//! What may still run on isolated CPUs.
+
+use std::collections::BTreeMap;
+
+use pinfold_core::store::Baseline;
+use pinfold_core::{CpuSet, Knob, Object, Result, Sysroot, TaskId, irq, process};
+use serde::Serialize;
+
+/// Why something may run on an isolated CPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Class {
+    /// It could be elsewhere.
+    Stray,
+    /// The kernel binds it: per-CPU kthreads, bound workers, older kernels' io_uring threads.
+    KernelBound,
+    /// An IRQ that the kernel does not let user space move.
+    ManagedIrq,
+    /// An IRQ that has been moved, and comes to its old CPU once more: without interrupt remapping
+    /// the kernel moves it then.
+    MovingIrq,
+}
+
+/// A thing that may run on an isolated CPU.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct Stray {
+    /// Why it may.
+    pub class: Class,
+    /// Its name.
+    pub object: String,
+    /// Where it may.
+    pub cpus: CpuSet,
+}
+
+/// Lists what may run on `isolated`, less the QEMU processes in `vms`' own vCPU threads, which
+/// belong there.
+///
+/// # Errors
+/// Where /proc cannot be read. Things that go meanwhile are left out.
+pub(crate) fn strays(
+    root: &Sysroot,
+    isolated: &CpuSet,
+    pinned: &BTreeMap<TaskId, CpuSet>,
+    baseline: &Baseline,
+) -> Result<Vec<Stray>> {
+    let mut strays = Vec::new();
+    let mut see = |class, object: String, cpus: &CpuSet| {
+        let cpus = cpus & isolated;
+        if !cpus.is_empty() {
+            strays.push(Stray {
+                class,
+                object,
+                cpus,
+            });
+        }
+    };
+    for pid in process::pids(root)? {
+        let tasks = match process::tasks(root, pid) {
+            Err(error) if error.is_gone() => continue,
+            tasks => tasks?,
+        };
+        for task in tasks {
+            let cpus = match process::affinity(root, &task.id) {
+                Err(error) if error.is_gone() => continue,
+                cpus => cpus?,
+            };
+            let class = if task.bound {
+                Class::KernelBound
+            } else {
+                Class::Stray
+            };
+            let kind = if task.kernel { "kthread" } else { "thread" };
+            let cpus = match pinned.get(&task.id) {
+                Some(own) => &cpus - own,
+                None => cpus,
+            };
+            see(
+                class,
+                format!("{kind} {} ({})", task.id.tid, task.name),
+                &cpus,
+            );
+        }
+    }
+    for Object { knob, label, found } in pin_irqs::objects(root)? {
+        // One that the kernel refused to move has a value from before and none that was set.
+        let refused = baseline.has(&knob) && baseline.last(&knob).is_none();
+        let class = if refused {
+            Class::ManagedIrq
+        } else {
+            Class::Stray
+        };
+        let cpus = CpuSet::from_kernel_list(&found).unwrap_or_default();
+        if let (Knob::Irq(number), false) = (&knob, cpus.intersects(isolated)) {
+            see(Class::MovingIrq, label, &irq::effective(root, *number)?);
+        } else {
+            see(class, label, &cpus);
+        }
+    }
+    if let Some(found) = Knob::Workqueues.read(root)? {
+        see(
+            Class::Stray,
+            Knob::Workqueues.to_string(),
+            &CpuSet::from_kernel_list(&found).unwrap_or_default(),
+        );
+    }
+    strays.sort_by(|a, b| {
+        (a.class, a.cpus.first(), &a.object).cmp(&(b.class, b.cpus.first(), &b.object))
+    });
+    Ok(strays)
+}
