@@ -15,6 +15,7 @@ use pinfold_core::vm::VmId;
 use pinfold_core::{Done, Exit, Outcome, Report, Result, Sysroot, Table};
 
 mod devices;
+mod in_use;
 mod reset;
 
 pub use devices::{expand, functions_of, functions_of_vm};

@@ -11,6 +11,8 @@ use pinfold_core::{
     Change, Done, Error, Knob, Object, Outcome, Report, Result, Sysroot, apply_one,
 };
 
+use crate::in_use;
+
 /// How often we look whether functions have gone or come.
 const INTERVAL: Duration = Duration::from_millis(10);
 
@@ -23,8 +25,8 @@ const VFIO: &str = "vfio-pci";
 
 /// Why a function should not be removed: what the host would lose, and who uses it.
 pub(crate) fn guards(root: &Sysroot, address: &PciAddress) -> Result<Vec<String>> {
-    let mut reasons = pci::guards(root, address)?;
-    let behind = pci::behind(root, address)?;
+    let mut reasons = in_use::guards(root, address)?;
+    let behind = in_use::behind(root, address)?;
     // Removing a function from under its guest waits in the kernel until the guest has ended.
     reasons.extend(
         vm::pci_reservations(root)?
