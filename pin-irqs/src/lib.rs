@@ -13,6 +13,10 @@ use pinfold_core::{
     Change, CpuExpr, Done, Exit, Knob, Object, Outcome, Result, Sysroot, Table, cpu, irq,
 };
 
+mod irqs;
+
+pub use irqs::{default_mask, objects};
+
 const TOOL: &str = "pin-irqs";
 
 /// What --only and --except call the default mask.
@@ -82,20 +86,6 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     args.common.carry_out(&root, &mut report, TOOL, changes)
 }
 
-/// The default mask and every IRQ, in this order: one that is born meanwhile starts where it
-/// should.
-///
-/// # Errors
-/// Where /proc/irq cannot be read.
-pub fn objects(root: &Sysroot) -> Result<Vec<Object>> {
-    named_objects(root, &irq::names(root)?)
-}
-
-fn named_objects(root: &Sysroot, names: &BTreeMap<u32, String>) -> Result<Vec<Object>> {
-    let irqs = irq::irqs(root, names)?;
-    Ok(irq::default_mask(root)?.into_iter().chain(irqs).collect())
-}
-
 /// The IRQs that the kernel does not let user space move, known without trying; `None` where it
 /// does not show them.
 ///
@@ -125,7 +115,7 @@ fn is_among(irqs: &BTreeSet<u32>, knob: &Knob) -> bool {
 /// The objects that the options choose.
 fn chosen(root: &Sysroot, select: &Select, names: &BTreeMap<u32, String>) -> Result<Vec<Object>> {
     let mut choice = select.choice();
-    let mut objects = named_objects(root, names)?;
+    let mut objects = irqs::named_objects(root, names)?;
     objects.retain(|object| match object.knob {
         Knob::Irq(number) => choice.takes(number.into(), name(names, number)),
         _ => choice.takes_word(DEFAULT),

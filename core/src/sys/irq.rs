@@ -5,8 +5,7 @@ use std::os::unix::fs::MetadataExt;
 
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
-use crate::knob::change::Object;
-use crate::knob::{Knob, cpu_list};
+use crate::knob::cpu_list;
 use crate::sysroot::Sysroot;
 
 /// The names of the devices behind each IRQ, from /proc/interrupts; those without a handler are not
@@ -51,36 +50,6 @@ pub fn names(root: &Sysroot) -> Result<BTreeMap<u32, String>> {
     Ok(parse_interrupts(&root.read("proc/interrupts")?))
 }
 
-/// Every IRQ with its CPUs, as objects to change; labels carry the device names, from [`names`].
-///
-/// # Errors
-/// Where /proc/irq cannot be read. IRQs that go meanwhile are left out.
-pub fn irqs(root: &Sysroot, names: &BTreeMap<u32, String>) -> Result<Vec<Object>> {
-    let mut objects = Vec::new();
-    for number in root
-        .names("proc/irq")?
-        .iter()
-        .filter_map(|name| name.parse::<u32>().ok())
-    {
-        let knob = Knob::Irq(number);
-        if let Some(found) = knob.read(root)? {
-            objects.push(Object::new(knob, label(number, names.get(&number)), found));
-        }
-    }
-    Ok(objects)
-}
-
-/// The mask that new IRQs start with, as an object to change.
-///
-/// # Errors
-/// Where it cannot be read.
-pub fn default_mask(root: &Sysroot) -> Result<Option<Object>> {
-    let knob = Knob::DefaultIrq;
-    Ok(knob
-        .read(root)?
-        .map(|found| Object::new(knob.clone(), knob.to_string(), found)))
-}
-
 /// Whether the kernel does not let user space move an IRQ, as far as it shows that: since Linux
 /// 6.12 the file is read-only then (register_irq_proc in kernel/irq/proc.c).
 ///
@@ -107,13 +76,6 @@ pub fn effective(root: &Sysroot, number: u32) -> Result<CpuSet> {
     let path = format!("proc/irq/{number}/effective_affinity_list");
     let text = root.read_value(&path)?.unwrap_or_default();
     cpu_list(&path, &text)
-}
-
-fn label(number: u32, name: Option<&String>) -> String {
-    match name {
-        Some(name) => format!("IRQ {number} ({name})"),
-        None => format!("IRQ {number}"),
-    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The steps of both methods that change the host: IRQs, kthreads, governor and statistics interval.
 
-use pinfold_core::{CpuSet, Knob, Object, Result, cpufreq, irq, process};
+use pinfold_core::{CpuSet, Knob, Object, Result, cpufreq, process};
 
 use super::run::Reconcile;
 use crate::state::reservation::Reservation;
@@ -12,7 +12,7 @@ impl Reconcile<'_> {
         self.report.step("irqs");
         // The default first, then all: what is born between starts with the one or is seen with the
         // others.
-        let default: Vec<Object> = irq::default_mask(self.root)?.into_iter().collect();
+        let default: Vec<Object> = pin_irqs::default_mask(self.root)?.into_iter().collect();
         let wanted = self.held();
         let mut changed = self.change("irqs", default, &wanted)?;
         changed += self.change("irqs", pin_irqs::objects(self.root)?, &wanted)?;
