@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use pinfold_core::cli::{self, Common};
 use pinfold_core::cpufreq::{self, Policy};
-use pinfold_core::{CpuExpr, CpuSet, Error, Exit, Object, Result, Sysroot, Table, cpu};
+use pinfold_core::{CpuExpr, CpuSet, Error, Exit, Knob, Object, Result, Sysroot, Table, cpu};
 
 const TOOL: &str = "governor";
 
@@ -58,10 +58,11 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         return Ok(Exit::Usage);
     };
     let cpus = cpus.resolve(&root)?;
-    for note in check(&root, &name, &cpus)? {
+    let policies = cpufreq::policies(&root)?;
+    for note in check(&root, &policies, &name, &cpus)? {
         report.note(&note);
     }
-    let changes = objects(&root, &cpus)?
+    let changes = objects(&policies, |policy| policy.cpus.intersects(&cpus))
         .into_iter()
         .map(|object| object.want(&*name))
         .collect();
@@ -71,32 +72,56 @@ fn run(args: Args) -> anyhow::Result<Exit> {
 const NO_DRIVER: &str =
     "this host has no cpufreq driver, as in a VM, or with the clock left to the firmware";
 
-/// The policies of these CPUs, with their governors.
-///
-/// # Errors
-/// Where cpufreq cannot be read.
-pub fn objects(root: &Sysroot, cpus: &CpuSet) -> Result<Vec<Object>> {
-    let policies = cpufreq::policies(root)?;
-    Ok(policies
+/// The governors of the policies that `is_chosen` selects, as settings to change.
+pub fn objects(policies: &[Policy], is_chosen: impl Fn(&Policy) -> bool) -> Vec<Object> {
+    policies
         .iter()
-        .filter(|policy| policy.cpus.intersects(cpus))
-        .map(Policy::object)
-        .collect())
+        .filter(|policy| is_chosen(policy))
+        .map(object)
+        .collect()
 }
 
-/// Makes sure that these CPUs can have the governor, and says which others would get it too.
+fn object(policy: &Policy) -> Object {
+    Object::new(
+        Knob::Governor(policy.name.clone()),
+        label(policy),
+        &*policy.governor,
+    )
+}
+
+fn label(policy: &Policy) -> String {
+    format!("{} (CPU {})", policy.name, policy.cpus)
+}
+
+/// Checks that every policy of these CPUs offers the governor.
 ///
 /// # Errors
-/// [`Error::Unusable`] where a CPU does not exist or has no policy, or a policy does not offer the
+/// The first policy that does not.
+pub fn check_offered<'a>(
+    policies: &'a [Policy],
+    name: &str,
+    cpus: &CpuSet,
+) -> std::result::Result<(), &'a Policy> {
+    let mut lacking = policies
+        .iter()
+        .filter(|policy| policy.cpus.intersects(cpus) && !policy.offers(name));
+    lacking.next().map_or(Ok(()), Err)
+}
+
+/// Checks that these CPUs can have the governor. Returns a note for each policy that other CPUs
+/// share.
+///
+/// # Errors
+/// [`Error::Unusable`] if a CPU does not exist or has no policy, or if a policy does not offer the
 /// governor; nothing should be set then.
-pub fn check(root: &Sysroot, name: &str, cpus: &CpuSet) -> Result<Vec<String>> {
+fn check(root: &Sysroot, policies: &[Policy], name: &str, cpus: &CpuSet) -> Result<Vec<String>> {
     cpu::check_present(root, cpus)?;
-    let policies = cpufreq::policies(root)?;
     if policies.is_empty() {
         return Err(Error::unusable(format!("CPU {cpus}"), NO_DRIVER));
     }
     let mut without = cpus.clone();
     let mut offline = CpuSet::new();
+    let mut online = CpuSet::new();
     let mut notes = Vec::new();
     for policy in policies
         .iter()
@@ -107,16 +132,7 @@ pub fn check(root: &Sysroot, name: &str, cpus: &CpuSet) -> Result<Vec<String>> {
             offline = &offline | &policy.cpus;
             continue;
         }
-        if !policy.available.iter().any(|offered| offered == name) {
-            let why = format!(
-                "no governor {name:?}; it offers {}",
-                policy.available.join(", ")
-            );
-            return Err(Error::unusable(
-                format!("{} (CPU {})", policy.name, policy.cpus),
-                why,
-            ));
-        }
+        online = &online | &policy.cpus;
         let others = &policy.cpus - cpus;
         if !others.is_empty() {
             notes.push(format!(
@@ -124,6 +140,13 @@ pub fn check(root: &Sysroot, name: &str, cpus: &CpuSet) -> Result<Vec<String>> {
                 policy.name
             ));
         }
+    }
+    if let Err(policy) = check_offered(policies, name, &online) {
+        let why = format!(
+            "no governor {name:?}; it offers {}",
+            policy.available.join(", ")
+        );
+        return Err(Error::unusable(label(policy), why));
     }
     offline = &offline | &(&without - &cpu::online(root)?);
     if !offline.is_empty() {

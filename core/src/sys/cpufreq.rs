@@ -2,8 +2,7 @@
 
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
-use crate::knob::change::Object;
-use crate::knob::{Knob, cpu_list};
+use crate::knob::cpu_list;
 use crate::sysroot::Sysroot;
 
 const POLICIES: &str = "sys/devices/system/cpu/cpufreq";
@@ -23,13 +22,9 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// The policy's governor, as an object to change.
-    pub fn object(&self) -> Object {
-        Object::new(
-            Knob::Governor(self.name.clone()),
-            format!("{} (CPU {})", self.name, self.cpus),
-            &*self.governor,
-        )
+    /// Whether its driver offers the governor.
+    pub fn offers(&self, governor: &str) -> bool {
+        self.available.iter().any(|offered| offered == governor)
     }
 }
 
@@ -124,8 +119,9 @@ mod tests {
             .iter()
             .map(|policy| {
                 format!(
-                    "{} {:?} {}",
-                    policy.object().label,
+                    "{} (CPU {}) {:?} {}",
+                    policy.name,
+                    policy.cpus,
                     policy.governor,
                     policy.available.join("|")
                 )

@@ -270,18 +270,13 @@ fn check_governor(root: &Sysroot, isolated: &CpuSet, governor: &str) -> Result<F
     };
     // A host without cpufreq (a VM, a BIOS that keeps it) has nothing to set, which is no reason to
     // stay off.
-    for policy in policies
-        .iter()
-        .filter(|policy| policy.cpus.intersects(isolated))
-    {
-        if !policy.available.iter().any(|name| name == governor) {
-            let what = format!("no {governor:?} for CPU {}", policy.cpus);
-            return Ok(Finding::error(
-                CHECK,
-                what,
-                format!("there is {}", policy.available.join(", ")),
-            ));
-        }
+    if let Err(policy) = governor::check_offered(&policies, governor, isolated) {
+        let what = format!("no {governor:?} for CPU {}", policy.cpus);
+        return Ok(Finding::error(
+            CHECK,
+            what,
+            format!("there is {}", policy.available.join(", ")),
+        ));
     }
     Ok(Finding::ok(
         CHECK,

@@ -84,11 +84,10 @@ impl Reconcile<'_> {
     pub(super) fn pace_objects(&self, isolated: &CpuSet) -> Result<Vec<Object>> {
         let baseline = &self.store.baseline;
         let governed = |name: &str| baseline.has(&Knob::Governor(name.to_owned()));
-        let mut objects: Vec<Object> = cpufreq::policies(self.root)?
-            .into_iter()
-            .filter(|policy| policy.cpus.intersects(isolated) || governed(&policy.name))
-            .map(|policy| policy.object())
-            .collect();
+        let policies = cpufreq::policies(self.root)?;
+        let mut objects = governor::objects(&policies, |policy| {
+            policy.cpus.intersects(isolated) || governed(&policy.name)
+        });
         objects.extend(steps::stat_interval(self.root)?);
         Ok(objects)
     }
