@@ -6,7 +6,7 @@ PRODUCT = cg-slice cpu-hotplug governor hook pci-reset pin-irqs pin-kthreads pin
 export RUSTFLAGS ?=
 LAB = $(CARGO) run --quiet --release -p pinfold-lab --bin lab --
 
-.PHONY: all demo test check lint docs unit fuzz fuzz-short lab torture selftest bench picture setup release install clean
+.PHONY: all demo test check lint docs unit fuzz fuzz-short lab torture selftest bench picture setup release install uninstall clean
 
 all: release
 
@@ -86,18 +86,19 @@ picture: setup release
 bench: setup release
 	$(LAB) bench
 
-# The tools go to PREFIX/sbin, hook to where Proxmox VE looks for hookscripts as well, and the units that call
-# `hook recover` to PREFIX's folder of systemd units. Nothing is built, enabled or started here.
+# Copies the tools to PREFIX/sbin, hook also to the snippets folder of the storage `local`, and the units that call
+# `hook recover` to a folder that systemd reads. Builds, enables and starts nothing. With DESTDIR everything goes below
+# that folder. uninstall removes exactly what install made, and refuses if a VM still needs it.
 PREFIX ?= /usr/local
 SNIPPETS ?= /var/lib/vz/snippets
+BINDIR ?= target/release
+INSTALL = PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' SNIPPETS='$(SNIPPETS)' BINDIR='$(BINDIR)' UNITDIR='$(UNITDIR)' \
+	PRODUCT='$(PRODUCT)' sh packaging/install.sh
 install:
-	install -d $(DESTDIR)$(PREFIX)/sbin $(DESTDIR)$(PREFIX)/lib/systemd/system
-	install -m 0755 $(addprefix target/release/,$(PRODUCT)) $(DESTDIR)$(PREFIX)/sbin
-	install -m 0644 packaging/pinfold-recover.path packaging/pinfold-recover.service $(DESTDIR)$(PREFIX)/lib/systemd/system
-	sed -i 's|/usr/local/sbin|$(PREFIX)/sbin|' $(DESTDIR)$(PREFIX)/lib/systemd/system/pinfold-recover.service
-	install -d $(DESTDIR)/etc/systemd/system
-	install -m 0644 packaging/pinfold-recover.path packaging/pinfold-recover.service $(DESTDIR)/etc/systemd/system
-	if [ -d $(DESTDIR)$(SNIPPETS) ]; then install -m 0755 target/release/hook $(DESTDIR)$(SNIPPETS)/hook; fi
+	@$(INSTALL) install
+
+uninstall:
+	@$(INSTALL) uninstall
 
 clean:
 	$(CARGO) clean
