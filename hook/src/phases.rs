@@ -9,7 +9,7 @@ use pinfold_core::store::{self, Store};
 use pinfold_core::vm::{self, Qemu, VmId};
 use pinfold_core::{CpuSet, Exit, Report, Sysroot, TaskId, cgroup, process};
 
-use crate::checks::required as checks;
+use crate::checks::required;
 use crate::reconcile::Reconcile;
 use crate::settings::{self, Deadlines, ResetPci, Settings};
 use crate::state::reservation::{Isolation, Phase, Reservation};
@@ -74,13 +74,13 @@ impl Run<'_> {
     pub(crate) fn pre_start(&mut self, vmid: VmId) -> anyhow::Result<Exit> {
         let conf = vm::conf(&self.root, vmid)?;
         let deadlines = settings::deadlines(&self.root, vmid);
-        self.heed(&deadlines);
+        self.use_deadlines(&deadlines);
         let mut store = self.open(&deadlines)?;
         self.drop_dead(&mut store, Some(vmid))?;
         // Under the lock: of CPUs that another hook has taken offline the kernel tells neither core
         // nor cache.
         let settings = settings::load(&self.root, vmid, conf.threads_per_core())?;
-        for note in checks::before_start(&self.root, vmid, &conf, &settings)? {
+        for note in required::before_start(&self.root, vmid, &conf, &settings)? {
             self.report.note(&note);
         }
         let isolation = self.reserve(store, vmid, &settings)?;
@@ -105,8 +105,8 @@ impl Run<'_> {
         vmid: VmId,
         settings: &Settings,
     ) -> anyhow::Result<Isolation> {
-        checks::no_overlap(&store.reservations, vmid, settings)?;
-        let owed = owed(&store, vmid);
+        required::no_overlap(&store.reservations, vmid, settings)?;
+        let to_restart = idle_vm_to_restart(&store, vmid);
         let isolation = self.isolation(&store, vmid, settings, None)?;
         let reservation = Reservation {
             phase: Phase::Starting,
@@ -115,7 +115,7 @@ impl Run<'_> {
             qemu: None,
             starter: task(&self.root, Pid::parent()),
             idle_vm_stopped: match settings.idle_vm {
-                Some(idle) => owed || steps::idle_vm_runs(&self.root, idle)?,
+                Some(idle) => to_restart || steps::idle_vm_runs(&self.root, idle)?,
                 None => false,
             },
         };
@@ -133,7 +133,7 @@ impl Run<'_> {
         qemu: Option<&Qemu>,
     ) -> anyhow::Result<Isolation> {
         let (isolation, note) =
-            checks::isolation(&self.root, &store.reservations, vmid, settings, qemu)?;
+            required::isolation(&self.root, &store.reservations, vmid, settings, qemu)?;
         if let Some(note) = note {
             self.report.line(&note);
         }
@@ -185,16 +185,16 @@ impl Run<'_> {
     /// and pins newcomers.
     pub(crate) fn post_start(&mut self, vmid: VmId) -> anyhow::Result<Exit> {
         let qemu = vm::running(&self.root, vmid)?;
-        self.begin(vmid, Some(&qemu))?;
+        self.fence_vm(vmid, Some(&qemu))?;
         Ok(self.report.finish())
     }
 
     /// What post-start does, but for the report's end. A plan may be without a QEMU. Returns the
     /// CPUs that are the VM's then.
-    pub(crate) fn begin(&mut self, vmid: VmId, qemu: Option<&Qemu>) -> anyhow::Result<CpuSet> {
+    pub(crate) fn fence_vm(&mut self, vmid: VmId, qemu: Option<&Qemu>) -> anyhow::Result<CpuSet> {
         let task = qemu.map(|qemu| qemu.id);
         let deadlines = self.deadlines(vmid)?;
-        self.heed(&deadlines);
+        self.use_deadlines(&deadlines);
         let mut store = self.open(&deadlines)?;
         self.drop_dead(&mut store, Some(vmid))?;
         let mut reservation = match store.reservations.get(&vmid.into()) {
@@ -209,10 +209,10 @@ impl Run<'_> {
                 let threads_per_core =
                     qemu.map_or_else(|| conf.threads_per_core(), |qemu| qemu.threads_per_core);
                 let settings = settings::load(&self.root, vmid, threads_per_core)?;
-                checks::before_start(&self.root, vmid, &conf, &settings)?;
-                checks::no_overlap(&store.reservations, vmid, &settings)?;
+                required::before_start(&self.root, vmid, &conf, &settings)?;
+                required::no_overlap(&store.reservations, vmid, &settings)?;
                 let isolation = self.isolation(&store, vmid, &settings, qemu)?;
-                let idle_vm_stopped = owed(&store, vmid);
+                let idle_vm_stopped = idle_vm_to_restart(&store, vmid);
                 Reservation {
                     phase: Phase::Starting,
                     isolation,
@@ -242,7 +242,7 @@ impl Run<'_> {
                 .settings
                 .fit_guest(&self.root, qemu.threads_per_core)?;
             let vcpus = threads.vcpus();
-            checks::pins_suffice(&reservation.settings, vcpus.len(), vcpus.last())?;
+            required::pins_suffice(&reservation.settings, vcpus.len(), vcpus.last())?;
         }
         if reservation.phase == Phase::Starting {
             reservation.phase = Phase::Isolating;
@@ -306,7 +306,7 @@ impl Run<'_> {
             return self.recover();
         };
         let deadlines = reservation.settings.deadlines;
-        self.heed(&deadlines);
+        self.use_deadlines(&deadlines);
         if let Some(task) = &reservation.qemu {
             self.wait_for_exit(vmid, task, Duration::from_secs(deadlines.qemu_exit));
         }
@@ -411,7 +411,7 @@ impl Run<'_> {
     }
 
     /// From now on systemd is waited for as long as these say.
-    fn heed(&mut self, deadlines: &Deadlines) {
+    fn use_deadlines(&mut self, deadlines: &Deadlines) {
         self.root = self.root.clone().with_patience(deadlines.patience());
     }
 
@@ -520,7 +520,7 @@ impl Run<'_> {
 
 /// Whether an earlier hook has stopped the VM's idle VM and not come to start it yet: it is still
 /// to be started some day.
-fn owed(store: &Store<Reservation>, vmid: VmId) -> bool {
+fn idle_vm_to_restart(store: &Store<Reservation>, vmid: VmId) -> bool {
     store
         .reservations
         .get(&vmid.into())

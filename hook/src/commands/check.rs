@@ -13,7 +13,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::checks::finding::{Finding, Level};
-use crate::checks::{advice, required as checks};
+use crate::checks::{advice, required};
 use crate::settings;
 use crate::state::reservation::Reservation;
 
@@ -57,7 +57,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<Exit> {
     let root = output.root();
     let vmids = match args.vmid {
         Some(vmid) => vec![vmid],
-        None => ours(&root)?,
+        None => managed_vms(&root)?,
     };
     let checked: BTreeMap<u32, Checked> = vmids
         .into_iter()
@@ -94,7 +94,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<Exit> {
 }
 
 /// The VMs with settings of their own, or with hook as their hookscript.
-fn ours(root: &Sysroot) -> pinfold_core::Result<Vec<VmId>> {
+fn managed_vms(root: &Sysroot) -> pinfold_core::Result<Vec<VmId>> {
     let mut vmids = Vec::new();
     for (folder, end) in SETTINGS
         .map(|folder| (folder, ".toml"))
@@ -174,7 +174,7 @@ fn check(root: &Sysroot, vmid: VmId) -> Checked {
             };
         }
     };
-    match checks::findings(root, vmid, &conf, &settings) {
+    match required::findings(root, vmid, &conf, &settings) {
         Ok(found) => findings.extend(found),
         Err(error) => findings.push(told("host", &error)),
     }
@@ -192,10 +192,10 @@ fn check(root: &Sysroot, vmid: VmId) -> Checked {
             BTreeMap::new()
         }
     };
-    findings.push(checks::overlap(&reservations, vmid, &settings));
+    findings.push(required::overlap(&reservations, vmid, &settings));
     // For its next start: of the one that runs the reservation knows.
     findings.push(
-        match checks::isolation(root, &reservations, vmid, &settings, None) {
+        match required::isolation(root, &reservations, vmid, &settings, None) {
             Ok((_, Some(note))) => Finding::ok("method", note),
             Ok((_, None)) => Finding::ok("method", "this kernel can do it"),
             Err(error) => Finding::error("method", error.to_string(), ""),
@@ -613,7 +613,7 @@ mod tests {
         host.settings(998, "isolated = \"6\"");
         host.file("etc/pve/nodes/other/qemu-server/998.conf", "");
         host.file("etc/pinfold/default.toml", "");
-        let ours: Vec<u32> = ours(&host.root)
+        let ours: Vec<u32> = managed_vms(&host.root)
             .unwrap()
             .into_iter()
             .map(u32::from)

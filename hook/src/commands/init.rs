@@ -10,13 +10,13 @@ use pinfold_core::vm::{self, VmId};
 use pinfold_core::{CpuExpr, CpuSet, Error, Exit, Report, Result, Sysroot, cpu};
 use serde_json::json;
 
-use crate::checks::required as checks;
+use crate::checks::required;
 use crate::settings;
 use crate::state::reservation::Reservation;
 use crate::steps::TOOL;
 
 /// How many domains a message tells of.
-const TOLD: usize = 8;
+const MAX_LISTED: usize = 8;
 
 /// The keys that are not chosen here, with what holds where they are not set.
 const OTHER_KEYS: &str = "\
@@ -94,7 +94,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<Exit> {
     let others = others(root, report, vmid);
     let topology = Topology::read(root)?;
     let mut choice = match &args.cpus {
-        Some(expr) => given(root, expr, guest)?,
+        Some(expr) => from_option(root, expr, guest)?,
         None => {
             if args.vcache {
                 // It says what there is where there is none.
@@ -112,7 +112,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<Exit> {
     let text = text(vmid, guest, &choice, &(&topology.online - &choice.cpus));
     let source = settings::node_file(root, vmid).display().to_string();
     let settings = settings::resolve(root, &text, &source, guest.threads)?;
-    checks::pins_suffice(&settings, guest.vcpus, guest.vcpus.checked_sub(1))?;
+    required::pins_suffice(&settings, guest.vcpus, guest.vcpus.checked_sub(1))?;
     if args.print {
         out(&text);
         return Ok(Exit::Done);
@@ -203,7 +203,7 @@ fn others(root: &Sysroot, report: &mut Report, vmid: VmId) -> BTreeMap<VmId, Cpu
 }
 
 /// The CPUs that were asked for.
-fn given(root: &Sysroot, expr: &CpuExpr, guest: Guest) -> Result<Choice> {
+fn from_option(root: &Sysroot, expr: &CpuExpr, guest: Guest) -> Result<Choice> {
     let cpus = expr.resolve(root)?;
     let unusable = |why: String| Error::unusable(format!("CPU {cpus}"), why);
     cpu::check_online(root, &cpus)?;
@@ -234,7 +234,7 @@ fn given(root: &Sysroot, expr: &CpuExpr, guest: Guest) -> Result<Choice> {
 
 /// What a domain could give the VM.
 #[derive(Debug)]
-struct Offer<'a> {
+struct Candidate<'a> {
     domain: &'a Domain,
     cpus: CpuSet,
     /// Whether there are small cores among these.
@@ -261,30 +261,30 @@ fn choose(
     } else {
         topology.domains(Kind::Llc).iter().collect()
     };
-    let offers = |taken: &CpuSet| {
-        let offers = domains
+    let candidates = |taken: &CpuSet| {
+        let candidates = domains
             .iter()
-            .filter_map(|domain| offer(topology, domain, taken, guest));
-        let mut offers: Vec<Offer<'_>> = offers.collect();
-        offers.sort_by_key(|offer| {
+            .filter_map(|domain| candidate(topology, domain, taken, guest));
+        let mut candidates: Vec<Candidate<'_>> = candidates.collect();
+        candidates.sort_by_key(|candidate| {
             (
-                offer.small,
-                offer.beside_host,
-                offer.domain.cpus.len(),
-                offer.domain.number,
+                candidate.small,
+                candidate.beside_host,
+                candidate.domain.cpus.len(),
+                candidate.domain.number,
             )
         });
-        offers
+        candidates
     };
-    let (free, all) = (offers(&taken), offers(&CpuSet::new()));
+    let (free, all) = (candidates(&taken), candidates(&CpuSet::new()));
     let Some(best) = free.first().or(all.first()) else {
         let list = domains
             .iter()
-            .take(TOLD)
+            .take(MAX_LISTED)
             .map(|domain| size(topology, domain))
             .collect::<Vec<_>>()
             .join(", ");
-        let more = if domains.len() > TOLD {
+        let more = if domains.len() > MAX_LISTED {
             " and more (`hook layout` shows all)"
         } else {
             ""
@@ -294,7 +294,7 @@ fn choose(
             guest.vcpus
         ));
     };
-    let Offer { domain, cpus, .. } = best;
+    let Candidate { domain, cpus, .. } = best;
     // What a selector stands for changes when CPUs come online.
     let whole = *cpus == domain.cpus && domain.sure && topology.offline().is_empty();
     let name = format!("llc:{}", domain.number);
@@ -333,9 +333,9 @@ fn choose(
         .copied()
         .filter(|other| other.number != domain.number)
     {
-        let is_it = |offer: &&Offer<'_>| offer.domain.number == other.number;
+        let is_it = |candidate: &&Candidate<'_>| candidate.domain.number == other.number;
         let verdict = match (free.iter().find(is_it), all.iter().find(is_it)) {
-            (Some(offer), _) => verdict(offer, best).to_owned(),
+            (Some(candidate), _) => why_not(candidate, best).to_owned(),
             (None, Some(_)) => shared(&other.cpus, others).join(", "),
             (None, None) => "too few".to_owned(),
         };
@@ -367,13 +367,13 @@ fn choose(
     })
 }
 
-/// Why an offer was not the best.
-fn verdict(offer: &Offer<'_>, best: &Offer<'_>) -> &'static str {
-    if offer.small && !best.small {
+/// Why a candidate was not the best.
+fn why_not(candidate: &Candidate<'_>, best: &Candidate<'_>) -> &'static str {
+    if candidate.small && !best.small {
         "small cores among them"
-    } else if offer.beside_host && !best.beside_host {
+    } else if candidate.beside_host && !best.beside_host {
         "its cache is the host's as well"
-    } else if offer.domain.cpus.len() > best.domain.cpus.len() {
+    } else if candidate.domain.cpus.len() > best.domain.cpus.len() {
         "larger"
     } else {
         "as good"
@@ -420,12 +420,12 @@ fn cores<'a>(
 ///
 /// Cores are given away whole, the last ones first. A guest without SMT has a core for each vCPU
 /// where there are enough. Small cores are only taken where the fast ones are too few.
-fn offer<'a>(
+fn candidate<'a>(
     topology: &Topology,
     domain: &'a Domain,
     taken: &CpuSet,
     guest: Guest,
-) -> Option<Offer<'a>> {
+) -> Option<Candidate<'a>> {
     let free = &domain.cpus - taken;
     let (small, fast): (Vec<&CpuSet>, Vec<&CpuSet>) = cores(topology, &free)
         .rev()
@@ -451,7 +451,7 @@ fn offer<'a>(
     };
     let cpus = within(&fast).or_else(|| within(&all))?;
     let (small, beside_host) = (cpus.intersects(&topology.ecores), domain.cpus.contains(0));
-    Some(Offer {
+    Some(Candidate {
         domain,
         cpus,
         small,

@@ -26,12 +26,12 @@ struct Plan {
     isolated: CpuSet,
     /// Whether the VM runs, so that its threads are in the plan.
     running: bool,
-    steps: Vec<Planned>,
+    steps: Vec<PlannedStep>,
     notes: Vec<String>,
 }
 
 /// A step of it.
-struct Planned {
+struct PlannedStep {
     name: &'static str,
     unknown: Option<String>,
     changes: Vec<Done>,
@@ -70,7 +70,7 @@ fn make(root: &Sysroot, vmid: VmId) -> anyhow::Result<Plan> {
         root: root.clone(),
         report: &mut report,
     }
-    .begin(vmid, qemu.as_ref())?;
+    .fence_vm(vmid, qemu.as_ref())?;
     anyhow::ensure!(
         report.failures() == 0,
         "VM {vmid}: there is no telling what post-start would do"
@@ -90,7 +90,7 @@ fn make(root: &Sysroot, vmid: VmId) -> anyhow::Result<Plan> {
 }
 
 /// Steps with how long they took; the same one twice in a row is one.
-fn join(steps: &[Step], last: Times) -> Vec<Planned> {
+fn join(steps: &[Step], last: Times) -> Vec<PlannedStep> {
     let mut times = Times::new();
     for (name, seconds) in last {
         match times.last_mut().filter(|(before, _)| *before == name) {
@@ -98,7 +98,7 @@ fn join(steps: &[Step], last: Times) -> Vec<Planned> {
             None => times.push((name, seconds)),
         }
     }
-    let mut joined: Vec<Planned> = Vec::new();
+    let mut joined: Vec<PlannedStep> = Vec::new();
     for Step {
         name,
         unknown,
@@ -108,7 +108,7 @@ fn join(steps: &[Step], last: Times) -> Vec<Planned> {
     {
         match joined.last_mut().filter(|before| before.name == *name) {
             Some(before) => before.changes.extend_from_slice(changes),
-            None => joined.push(Planned {
+            None => joined.push(PlannedStep {
                 name,
                 unknown: unknown.clone(),
                 changes: changes.clone(),
@@ -126,7 +126,7 @@ fn join(steps: &[Step], last: Times) -> Vec<Planned> {
     joined
 }
 
-impl Planned {
+impl PlannedStep {
     fn planned(&self) -> usize {
         self.changes
             .iter()
@@ -173,7 +173,7 @@ impl Planned {
 impl Plan {
     fn to_text(&self, verbose: bool) -> String {
         let Self { vmid, isolated, .. } = self;
-        let count: usize = self.steps.iter().map(Planned::planned).sum();
+        let count: usize = self.steps.iter().map(PlannedStep::planned).sum();
         let state = if self.running { "runs" } else { "does not run" };
         let steps: String = self
             .steps
@@ -189,7 +189,7 @@ impl Plan {
     }
 
     fn to_json(&self) -> serde_json::Value {
-        let step = |step: &Planned| {
+        let step = |step: &PlannedStep| {
             let changes: Vec<_> = step
                 .changes
                 .iter()

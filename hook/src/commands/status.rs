@@ -29,7 +29,7 @@ pub(crate) struct Args {
 }
 
 /// What there is to see.
-struct Seen {
+struct View {
     topology: Topology,
     reservations: BTreeMap<u32, Reservation>,
     /// The CPUs of all fenced VMs.
@@ -83,7 +83,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<Exit> {
 }
 
 /// Looks at the host and the state, without the lock.
-fn look(root: &Sysroot) -> Result<Seen> {
+fn look(root: &Sysroot) -> Result<View> {
     let (reservations, baseline) = Store::<Reservation>::peek(root)?.unwrap_or_default();
     let topology = Topology::read(root)?;
     let mut cpus: BTreeMap<usize, Cpu> = (topology.present.iter())
@@ -159,7 +159,7 @@ fn look(root: &Sysroot) -> Result<Seen> {
     };
     cpus.values_mut()
         .for_each(|cpu| cpu.stray = strayed(cpu.cpu));
-    Ok(Seen {
+    Ok(View {
         topology,
         reservations,
         isolated,
@@ -168,7 +168,7 @@ fn look(root: &Sysroot) -> Result<Seen> {
     })
 }
 
-impl Seen {
+impl View {
     /// How many things could be elsewhere.
     fn missed(&self) -> usize {
         self.strays

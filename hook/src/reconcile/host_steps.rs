@@ -13,7 +13,7 @@ impl Reconcile<'_> {
         // The default first, then all: what is born between starts with the one or is seen with the
         // others.
         let default: Vec<Object> = pin_irqs::default_mask(self.root)?.into_iter().collect();
-        let wanted = self.held();
+        let wanted = self.narrowed();
         let mut changed = self.change("irqs", default, &wanted)?;
         changed += self.change("irqs", pin_irqs::objects(self.root)?, &wanted)?;
         self.sum_up("irqs", changed);
@@ -27,7 +27,7 @@ impl Reconcile<'_> {
         changed += self.change(
             "kthreads",
             pin_kthreads::objects(self.root)?.movable,
-            self.held(),
+            self.narrowed(),
         )?;
         self.sum_up("kthreads", changed);
         Ok(())
@@ -44,14 +44,14 @@ impl Reconcile<'_> {
                 "kthread 2 (kthreadd)",
                 found,
             )],
-            self.held(),
+            self.narrowed(),
         )
     }
 
     /// Step 5: governor and statistics interval.
-    pub(super) fn pace(&mut self) -> Result<()> {
+    pub(super) fn tuning(&mut self) -> Result<()> {
         self.report.step("pace");
-        let objects = self.pace_objects(&self.isolated())?;
+        let objects = self.tuning_objects(&self.isolated())?;
         let fenced: Vec<Reservation> = self
             .fenced()
             .map(|(_, reservation)| reservation.clone())
@@ -81,7 +81,7 @@ impl Reconcile<'_> {
         })
     }
 
-    pub(super) fn pace_objects(&self, isolated: &CpuSet) -> Result<Vec<Object>> {
+    pub(super) fn tuning_objects(&self, isolated: &CpuSet) -> Result<Vec<Object>> {
         let baseline = &self.store.baseline;
         let governed = |name: &str| baseline.has(&Knob::Governor(name.to_owned()));
         let policies = cpufreq::policies(self.root)?;

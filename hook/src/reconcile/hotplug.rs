@@ -10,7 +10,7 @@ impl Reconcile<'_> {
     /// Step 1: everything but the fenced VMs off their CPUs, as far as cgroups reach.
     pub(super) fn slices(&mut self, mut objects: Vec<Object>) -> Result<()> {
         self.report.step("slices");
-        let wanted = self.held();
+        let wanted = self.narrowed();
         if self.isolated().is_empty() {
             // Back in the other order: with its last unit the controller goes, and all must be wide
             // by then.
@@ -62,7 +62,7 @@ impl Reconcile<'_> {
     pub(super) fn tasks(&mut self) -> Result<()> {
         self.report.step("tasks");
         let objects = self.task_objects()?;
-        let wanted = self.held();
+        let wanted = self.narrowed();
         self.set("tasks", objects, wanted)
     }
 
@@ -215,7 +215,7 @@ impl Reconcile<'_> {
         let mut objects = self.vm_threads(vmid, qemu)?;
         objects.retain(|object| self.store.baseline.has(&object.knob));
         // While another VM is fenced, this one is held off its CPUs as everybody is.
-        let wanted = self.held();
+        let wanted = self.narrowed();
         self.set("pins", objects, wanted)
     }
 

@@ -12,9 +12,9 @@ use pinfold_core::{CpuSet, Knob, Result, Sysroot, cpu};
 use crate::state::reservation::{Isolation, Reservation};
 
 /// What masks the kernel makes of those it is given, now.
-pub(crate) struct ByKernel {
+pub(crate) struct KernelMasks {
     /// What partitions leave to all others now.
-    left: CpuSet,
+    unpartitioned: CpuSet,
     /// Those of VMs, which may be gone by now, each with its VM.
     partitions: Vec<CpuSet>,
     /// What slices that were narrowed hold their threads to.
@@ -22,13 +22,17 @@ pub(crate) struct ByKernel {
     online: CpuSet,
 }
 
-impl ByKernel {
+impl KernelMasks {
     /// As the host is, whose partitions have `left` this to all others, and as the store says it
     /// was changed.
     ///
     /// # Errors
     /// Where the host's CPUs cannot be read.
-    pub(crate) fn on(root: &Sysroot, store: &Store<Reservation>, left: &CpuSet) -> Result<Self> {
+    pub(crate) fn on(
+        root: &Sysroot,
+        store: &Store<Reservation>,
+        unpartitioned: &CpuSet,
+    ) -> Result<Self> {
         let partitions = store
             .reservations
             .values()
@@ -48,7 +52,7 @@ impl ByKernel {
             .filter_map(|list| CpuSet::from_kernel_list(list).ok());
         let narrowed = narrowed.filter(|cpus| !cpus.is_empty()).collect();
         Ok(Self {
-            left: left.clone(),
+            unpartitioned: unpartitioned.clone(),
             partitions,
             narrowed,
             online: cpu::online(root)?,
@@ -60,7 +64,7 @@ impl ByKernel {
     /// with its threads, of what is online. A driver that spreads its IRQs anew as CPUs come and go
     /// (virtio_net, `virtnet_cpu_online`) gives one what is online, and so does RCU with its
     /// expedited workers (`rcutree_affinity_setting`), of what was set by hand the last time.
-    pub(crate) fn has_set(&self, knob: &Knob, given: &str, found: &str) -> bool {
+    pub(crate) fn explains(&self, knob: &Knob, given: &str, found: &str) -> bool {
         let (Ok(given), Ok(found)) = (
             CpuSet::from_kernel_list(given),
             CpuSet::from_kernel_list(found),
@@ -99,9 +103,9 @@ impl ByKernel {
             .partition(|cpus| !cpus.intersects(mask));
         let left = gone
             .into_iter()
-            .fold(self.left.clone(), |all, cpus| &all | cpus);
+            .fold(self.unpartitioned.clone(), |all, cpus| &all | cpus);
         let left = there.into_iter().fold(left, |all, cpus| &all - cpus);
-        (!self.partitions.is_empty() && mask.is_subset(&self.left)).then_some(left)
+        (!self.partitions.is_empty() && mask.is_subset(&self.unpartitioned)).then_some(left)
     }
 }
 
@@ -124,8 +128,8 @@ mod tests {
         });
         let set = |list: &str| list.parse::<CpuSet>().unwrap();
         // Of two partitions one, 6-9, is there; the other, 18, has gone with its VM.
-        let kernel = ByKernel {
-            left: set("0-5,10-23"),
+        let kernel = KernelMasks {
+            unpartitioned: set("0-5,10-23"),
             partitions: vec![set("6-9"), set("18")],
             narrowed: vec![set("0-3"), set("16-18")],
             online: set("0-17,19-23"),
@@ -165,17 +169,17 @@ mod tests {
             (&Knob::Irq(4), "16-19", "16", false),
         ] {
             assert_eq!(
-                kernel.has_set(knob, before, found),
+                kernel.explains(knob, before, found),
                 kernels,
                 "{knob:?} {before} {found}"
             );
         }
-        let kernel = ByKernel {
-            left: set("0-23"),
+        let kernel = KernelMasks {
+            unpartitioned: set("0-23"),
             partitions: Vec::new(),
             narrowed: Vec::new(),
             online: set("0-23"),
         };
-        assert!(!kernel.has_set(&kthread, "0-23", "0-5,10-23"));
+        assert!(!kernel.explains(&kthread, "0-23", "0-5,10-23"));
     }
 }

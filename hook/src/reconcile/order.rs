@@ -44,7 +44,7 @@ impl Reconcile<'_> {
         self.kthreads()?;
         // Those too that a killed run of another VM's hook left offline.
         self.online("online", &self.online_before(), "1")?;
-        self.pace()?;
+        self.tuning()?;
         match qemu {
             Some(qemu) => {
                 self.decouple(vmid, qemu)?;
@@ -82,7 +82,7 @@ impl Reconcile<'_> {
         self.all_pins(Some(vmid))?;
         self.irqs()?;
         self.kthreads()?;
-        self.pace()
+        self.tuning()
     }
 
     /// Brings everything to what the reservations ask for, CPUs that a killed run left offline
@@ -105,7 +105,7 @@ impl Reconcile<'_> {
         }
         self.attempt(Self::irqs);
         self.attempt(Self::kthreads);
-        self.attempt(Self::pace);
+        self.attempt(Self::tuning);
         self.attempt(|this| this.all_pins(None));
     }
 

@@ -6,7 +6,7 @@ use pinfold_core::{
     Change, CpuSet, Knob, Object, Outcome, Report, Result, Sysroot, TaskId, cgroup, cpu, process,
 };
 
-use super::kernel_masks::ByKernel;
+use super::kernel_masks::KernelMasks;
 use crate::state::reservation::{Isolation, Phase, Reservation};
 
 /// One run over the host, under the store's lock.
@@ -16,7 +16,7 @@ pub(crate) struct Reconcile<'a> {
     pub(super) report: &'a mut Report,
     pub(super) present: CpuSet,
     /// What partitions left to all others when this run began, where there were any.
-    pub(super) left: Option<String>,
+    pub(super) unpartitioned: Option<String>,
 }
 
 impl<'a> Reconcile<'a> {
@@ -31,20 +31,20 @@ impl<'a> Reconcile<'a> {
     ) -> Result<Self> {
         let present = cpu::present(root)?;
         let partitioned = cgroup::isolated(root)?.unwrap_or_default();
-        let left = &present - &partitioned;
-        let by_kernel = ByKernel::on(root, store, &left)?;
+        let unpartitioned = &present - &partitioned;
+        let kernel_masks = KernelMasks::on(root, store, &unpartitioned)?;
         if store.baseline.look(root, |knob, given, found| {
-            by_kernel.has_set(knob, given, found)
+            kernel_masks.explains(knob, given, found)
         }) {
             store.save()?;
         }
-        let left = (!partitioned.is_empty()).then(|| left.to_string());
+        let unpartitioned = (!partitioned.is_empty()).then(|| unpartitioned.to_string());
         Ok(Self {
             root,
             store,
             report,
             present,
-            left,
+            unpartitioned,
         })
     }
 
@@ -67,7 +67,7 @@ impl<'a> Reconcile<'a> {
     }
 
     /// What a CPU mask should be, by what it was before; `before` is empty where none was set.
-    pub(super) fn held(&self) -> impl Fn(&Knob, &str) -> String + use<> {
+    pub(super) fn narrowed(&self) -> impl Fn(&Knob, &str) -> String + use<> {
         let fence = (!self.isolated().is_empty()).then(|| self.housekeeping());
         move |_, before| match (&fence, CpuSet::from_kernel_list(before)) {
             (Some(fence), Ok(cpus)) => cpus.held_to(fence).to_string(),
@@ -109,7 +109,7 @@ impl<'a> Reconcile<'a> {
     ) -> Result<()> {
         objects.extend(pin_irqs::objects(self.root)?);
         objects.extend(pin_kthreads::objects(self.root)?.movable);
-        objects.extend(self.pace_objects(isolated)?);
+        objects.extend(self.tuning_objects(isolated)?);
         if let Some(qemu) = qemu {
             objects.extend(self.vm_threads(vmid, qemu)?);
         }
@@ -135,7 +135,9 @@ impl<'a> Reconcile<'a> {
             _ => None,
         };
         // A partition narrows what is in the VM's slice by itself.
-        if matches!(object.knob, Knob::Thread(_)) && self.left.as_ref() == Some(&object.found) {
+        if matches!(object.knob, Knob::Thread(_))
+            && self.unpartitioned.as_ref() == Some(&object.found)
+        {
             return baseline.adopt(object, &self.present.to_string());
         }
         let inherited = default

@@ -20,7 +20,7 @@ const LAYOUTS: [(&str, &str); 1] = [("5900x", include_str!("../../layouts/5900x.
 /// What a machine of one kind gives a VM.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Layout {
+pub(super) struct MachineLayout {
     /// The CPUs the machine must have.
     pub(super) present: CpuSet,
     pub(super) isolated: CpuSet,
@@ -142,7 +142,7 @@ impl Settings {
 /// The value of `governor` that leaves it as it is.
 pub(super) const KEEP: &str = "keep";
 
-pub(super) fn layout(name: &str) -> std::result::Result<Layout, String> {
+pub(super) fn layout(name: &str) -> std::result::Result<MachineLayout, String> {
     let known = || LAYOUTS.map(|(name, _)| name).join(", ");
     let (_, text) = LAYOUTS
         .iter()
