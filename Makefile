@@ -1,88 +1,129 @@
-# make demo: a real 24-CPU host under QEMU, a VM on it, and a CCD fenced off for the VM: before, during, after.
-# make test: every check, the lab's too. Both install what they need (Debian 12, root or sudo; Rust by rustup).
+# make demo  boots a 24-CPU host under QEMU, starts a VM on it and isolates a CCD for it: before, during, after.
+# make test  runs every check, including those on hosts under QEMU.
+# Both install what they need (Debian 12, root or sudo; Rust from rustup).
 
 CARGO ?= cargo
 PRODUCT = cg-slice cpu-hotplug governor hook pci-reset pin-irqs pin-kthreads pin-vcpu
 export RUSTFLAGS ?=
-LAB = $(CARGO) run --quiet --release -p pinfold-lab --bin lab --
+LAB = $(CARGO) run --locked --quiet --release -p pinfold-lab --bin lab --
 
-.PHONY: all demo test check lint docs unit fuzz fuzz-short lab torture selftest bench picture setup release install uninstall clean
+.PHONY: all demo test check lint spell docs unit msrv audit audit-advisories fuzz fuzz-short lab torture selftest bench picture setup release \
+	install uninstall clean
 
 all: release
 
 release:
-	$(CARGO) build --release --workspace
+	$(CARGO) build --locked --release --workspace
 
-# What the lab needs: QEMU and the tools that make its hosts' images; and a C++ compiler for the fuzzer.
+# Installs what the lab needs (QEMU and the programs that make its disk images) and the fuzzer's C++ compiler.
 setup:
 	$(LAB) setup
 
 demo: setup release
 	$(LAB) demo
 
-test: check fuzz-short lab
+test: check msrv audit fuzz-short lab
 
-# Everything that needs no lab.
-check: lint docs unit
+# Every check that does not need the lab.
+check: lint spell docs unit
 
 lint:
 	$(CARGO) fmt --all --check
-	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 
 docs:
-	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --workspace --no-deps
 
 unit:
-	$(CARGO) test --workspace --exclude pinfold-lab
-	$(CARGO) test -p pinfold-lab --lib --bins
+	$(CARGO) test --locked --workspace --exclude pinfold-lab
+	$(CARGO) test --locked -p pinfold-lab --lib --bins
 
-# Every parser of what others wrote, FUZZ_SECONDS each, FUZZ_JOBS at a time. What libFuzzer finds on its way is kept from
-# run to run in FUZZ_WORK, out of git's sight; an input that breaks a promise is named and lies in fuzz/artifacts.
+# Spelling. PyPI has typos as a prebuilt program; without pip it is built from crates.io.
+TYPOS_VERSION = 1.52.0
+TYPOS = target/typos-$(TYPOS_VERSION)/bin/typos
+spell: $(TYPOS)
+	$(TYPOS)
+
+$(TYPOS):
+	python3 -m pip install --quiet --disable-pip-version-check --root-user-action=ignore --no-deps \
+		--target target/typos-$(TYPOS_VERSION) typos==$(TYPOS_VERSION) || \
+		$(CARGO) install --locked --root target/typos-$(TYPOS_VERSION) typos-cli@$(TYPOS_VERSION)
+
+# Builds the programs with the oldest Rust that Cargo.toml allows, if rustup can install it.
+MSRV = $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
+msrv:
+	@if rustup toolchain install $(MSRV) --profile minimal --no-self-update >/dev/null 2>&1; then \
+		set -x; $(CARGO) +$(MSRV) check --locked --workspace --target-dir target/msrv; \
+	else \
+		echo "Rust $(MSRV) cannot be installed: checked by clippy (incompatible_msrv) only"; \
+	fi
+
+# Licences, duplicate crates and sources of all dependencies, of the fuzzer's too.
+DENY_VERSION = 0.20.2
+DENY = target/cargo-deny-$(DENY_VERSION)/bin/cargo-deny
+audit: $(DENY)
+	$(DENY) --locked check licenses bans sources
+	$(DENY) --manifest-path fuzz/Cargo.toml --locked --config deny.toml check licenses bans sources
+
+# Known vulnerabilities. Not part of make test: it fetches the RustSec database from the network.
+audit-advisories: $(DENY)
+	$(DENY) check advisories
+	$(DENY) --manifest-path fuzz/Cargo.toml --config deny.toml check advisories
+
+# A debug build without optional features takes two minutes of CPU time.
+$(DENY):
+	$(CARGO) install --locked --debug --no-default-features --root target/cargo-deny-$(DENY_VERSION) \
+		cargo-deny@$(DENY_VERSION)
+
+# Fuzzes every parser for FUZZ_SECONDS, FUZZ_JOBS at a time. FUZZ_WORK keeps the inputs that libFuzzer collects, outside
+# git. An input that violates an assertion is printed and saved in fuzz/artifacts.
 #
-# No sanitizer: there is no unsafe code of ours, and so the stable toolchain does. A parser's own memory is held to 64 MiB
-# by the allocator in fuzz/src/lib.rs, which libFuzzer's share is not counted in. -rss_limit_mb is but the net below that:
-# libFuzzer starts at 28 MiB and was seen at 40 with the 3000 inputs of a minute's run of settings, so its own share is
-# given 128. (-malloc_limit_mb needs a sanitizer.)
+# There is no sanitizer, since the code has no `unsafe`, so the stable toolchain suffices. The allocator in
+# fuzz/src/lib.rs limits a parser to 64 MiB, not counting libFuzzer's own memory. -rss_limit_mb is the limit for both:
+# libFuzzer starts with 28 MiB and was seen at 40 with the 3000 inputs of one minute of `settings`, so it gets 128.
+# (-malloc_limit_mb needs a sanitizer.)
 FUZZ_SECONDS ?= 600
 FUZZ_JOBS ?= $(shell nproc)
 FUZZ_WORK ?= target/fuzz
 FUZZ_TARGETS = $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))
 FUZZ_BUILD = --sanitizer none --codegen-units 8
 FUZZ_LIMITS = -max_total_time=$(FUZZ_SECONDS) -timeout=10 -max_len=65536 -rss_limit_mb=192
+CARGO_FUZZ_VERSION = 0.13.2
 fuzz: setup
-	$(CARGO) fuzz --version || $(CARGO) install cargo-fuzz --locked
+	$(CARGO) fuzz --version || $(CARGO) install --locked cargo-fuzz@$(CARGO_FUZZ_VERSION)
 	$(CARGO) fuzz build $(FUZZ_BUILD)
 	mkdir -p $(addprefix $(FUZZ_WORK)/,$(FUZZ_TARGETS))
 	printf '%s\n' $(FUZZ_TARGETS) | xargs -P $(FUZZ_JOBS) -I@ \
 		$(CARGO) fuzz run $(FUZZ_BUILD) @ $(FUZZ_WORK)/@ fuzz/corpus/@ -- $(FUZZ_LIMITS) -verbosity=0 -print_final_stats=1
 
-# The corpus in the tree, then a moment of each: for CI.
+# Replays the corpus, then fuzzes each parser for some seconds: what CI runs.
 fuzz-short:
 	$(CARGO) fmt --manifest-path fuzz/Cargo.toml --check
 	$(CARGO) clippy --manifest-path fuzz/Cargo.toml --locked --all-targets --no-default-features -- -D warnings
 	$(CARGO) test --manifest-path fuzz/Cargo.toml --locked --no-default-features
 	$(MAKE) fuzz FUZZ_SECONDS=10
 
-# The stories on real hosts; they print what was asserted where.
+# The stories: end-to-end tests on hosts under QEMU. Each prints what it asserted.
 lab: setup release
-	$(CARGO) test --release -p pinfold-lab --test stories -- --test-threads 2
+	$(CARGO) test --locked --release -p pinfold-lab --test stories -- --test-threads 2
 	$(LAB) down
 
-# Every call of hook killed, every call failing in every way, 300 steps of three VMs, 200 cycles: hours. PINFOLD_TORTURE=40
-# takes that many of each, 41-80 a part.
+# Kills hook at every call, fails every call in every way, takes 300 random steps with three VMs and runs 200 cycles of
+# start and stop: hours. PINFOLD_TORTURE=40 takes 40 of each, PINFOLD_TORTURE=41-80 the 41st to the 80th.
 torture: setup release
-	PINFOLD_TORTURE=$${PINFOLD_TORTURE:-full} $(CARGO) test --release -p pinfold-lab --test stories torture -- --test-threads 2 --nocapture
+	PINFOLD_TORTURE=$${PINFOLD_TORTURE:-full} \
+		$(CARGO) test --locked --release -p pinfold-lab --test stories torture -- --test-threads 2 --nocapture
 	$(LAB) down
 
-# The lab's own proof, on both guests.
+# Tests the lab itself, on both guests.
 selftest: setup release
-	$(CARGO) test --release -p pinfold-lab --test selftest -- --test-threads 1
+	$(CARGO) test --locked --release -p pinfold-lab --test selftest -- --test-threads 1
 
-# docs/status.svg, from what hook status shows in the lab.
+# Draws docs/status.svg from the output of hook status in the lab.
 picture: setup release
 	$(LAB) picture docs/status.svg
 
-# hook against the same steps done by a shell script, in one boot.
+# Compares hook with the same steps in a shell script, in one boot.
 bench: setup release
 	$(LAB) bench
 
