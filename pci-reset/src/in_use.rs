@@ -1,91 +1,237 @@
-//! What on the host would be lost with a PCI function: mounted disks, swap, interfaces that are up,
-//! the boot display and virtual functions.
+//! What the host would lose if PCI functions were removed: mounted disks, swap, network interfaces
+//! that are up, the boot display, virtual functions, and the devices of running VMs.
+//!
+//! sysfs and /proc are read once for all functions of a run.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 
-use pinfold_core::pci::{PciAddress, addresses};
+use pinfold_core::pci::{self, PciAddress};
+use pinfold_core::vm;
+use pinfold_core::vmconf::PciHolder;
 use pinfold_core::{Result, Sysroot};
 
-/// Where every PCI function has a link to its folder.
+/// Has a link for each PCI function.
 const DEVICES: &str = "sys/bus/pci/devices";
-/// Where every disk and partition has one.
+/// Has a link for each disk and partition.
 const BLOCK: &str = "sys/class/block";
-/// Where every network interface has one.
+/// Has a link for each network interface.
 const NET: &str = "sys/class/net";
 /// IFF_UP of `sys/class/net/*/flags`, see netdevice(7).
 const IFF_UP: u32 = 1;
 
-fn file(address: &PciAddress, name: &str) -> String {
-    format!("{DEVICES}/{address}/{name}")
-}
+/// The reasons against removing PCI functions, in words.
+#[derive(Debug, Default)]
+pub(crate) struct InUse(BTreeMap<PciAddress, Vec<String>>);
 
-/// What the host would lose if the function, and all that is behind it, were removed: a reason
-/// each, for people.
-///
-/// Empty means that nothing here knows a reason against it. Filesystems and swap are followed
-/// through partitions, device mapper, md, btrfs and NVMe multipath; other holders of a disk (ZFS)
-/// show by the kernel's exclusive open, which needs root.
-///
-/// # Errors
-/// [`Error::Io`] where /proc or sysfs cannot be read.
-pub(crate) fn guards(root: &Sysroot, address: &PciAddress) -> Result<Vec<String>> {
-    let mut reasons = disk_guards(root, address)?;
-    reasons.extend(net_guards(root, address)?);
-    for behind in behind(root, address)? {
-        let set = |name: &str| {
-            root.read_value(file(&behind, name))
-                .map(|value| value.is_some_and(|value| value != "0"))
-        };
-        let it = if behind == *address {
-            "it".to_owned()
-        } else {
-            behind.to_string()
-        };
-        if set("boot_vga")? {
-            reasons.push(format!("{it} is the boot display"));
-        }
-        // The PF makes its VFs: no rescan finds a VF again, and none is left when its PF goes.
-        if root.exists(file(&behind, "physfn")) {
-            reasons.push(format!(
-                "{it} is a virtual function, which a rescan does not bring back"
-            ));
-        }
-        if set("sriov_numvfs")? {
-            reasons.push(format!(
-                "{it} has virtual functions, which a rescan does not bring back"
-            ));
+impl InUse {
+    /// Finds what the host would lose if these functions, and all functions behind them, were
+    /// removed.
+    ///
+    /// Filesystems and swap are followed through partitions, device mapper, md, btrfs and NVMe
+    /// multipath. Other users of a disk (ZFS) are found by an exclusive open, which needs root.
+    ///
+    /// # Errors
+    /// [`Error::Io`](pinfold_core::Error::Io) if /proc or sysfs cannot be read.
+    pub(crate) fn read(root: &Sysroot, functions: &[PciAddress]) -> Result<Self> {
+        let mut in_use = Self(functions.iter().map(|it| (*it, Vec::new())).collect());
+        in_use.add_disks(root)?;
+        in_use.add_interfaces(root)?;
+        let removed_with = in_use.removed_with(root)?;
+        in_use.add_functions(root, &removed_with)?;
+        in_use.add_vms(root, &removed_with)?;
+        Ok(in_use)
+    }
+
+    /// Why the function should not be removed; empty if no reason is known.
+    pub(crate) fn reasons(&self, address: &PciAddress) -> &[String] {
+        self.0.get(address).map_or(&[], Vec::as_slice)
+    }
+
+    fn add(&mut self, address: &PciAddress, reason: String) {
+        if let Some(reasons) = self.0.get_mut(address) {
+            reasons.push(reason);
         }
     }
-    Ok(reasons)
-}
 
-/// The function and those behind it, where it is a bridge.
-///
-/// # Errors
-/// [`Error::Io`] where sysfs cannot be read.
-pub(crate) fn behind(root: &Sysroot, address: &PciAddress) -> Result<Vec<PciAddress>> {
-    let is_behind = |other: &PciAddress| {
-        other == address || link(root, &file(other, "")).is_some_and(|path| passes(&path, address))
-    };
-    Ok(addresses(root)?.into_iter().filter(is_behind).collect())
-}
-
-/// Interfaces that are up, ports of a bridge or a bond too: the kernel keeps those up.
-fn net_guards(root: &Sysroot, address: &PciAddress) -> Result<Vec<String>> {
-    let mut reasons = Vec::new();
-    for name in names(root, NET)? {
-        let on_device =
-            link(root, &format!("{NET}/{name}")).is_some_and(|path| passes(&path, address));
-        if on_device
-            && root
-                .read_value(format!("{NET}/{name}/flags"))?
-                .is_some_and(|flags| is_up(&flags))
-        {
-            reasons.push(format!("network interface {name} is up"));
+    /// All functions of the host, each with those asked for whose removal takes it along: itself,
+    /// and the bridges it is behind.
+    fn removed_with(&self, root: &Sysroot) -> Result<BTreeMap<PciAddress, BTreeSet<PciAddress>>> {
+        let mut removed_with = BTreeMap::new();
+        for address in pci::addresses(root)? {
+            let path = link(root, &format!("{DEVICES}/{address}")).unwrap_or_default();
+            let mut removed = BTreeSet::from_iter(functions_in(&path).chain([address]));
+            removed.retain(|address| self.0.contains_key(address));
+            if !removed.is_empty() {
+                removed_with.insert(address, removed);
+            }
         }
+        Ok(removed_with)
+    }
+
+    /// The boot display, and virtual functions.
+    fn add_functions(
+        &mut self,
+        root: &Sysroot,
+        removed_with: &BTreeMap<PciAddress, BTreeSet<PciAddress>>,
+    ) -> Result<()> {
+        for (function, removed) in removed_with {
+            for reason in reasons_of_function(root, function)? {
+                for address in removed {
+                    self.add(address, format!("{} {reason}", name(function, address)));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Removing a function from a running guest blocks in the kernel until the guest has ended.
+    fn add_vms(
+        &mut self,
+        root: &Sysroot,
+        removed_with: &BTreeMap<PciAddress, BTreeSet<PciAddress>>,
+    ) -> Result<()> {
+        let mut claims = vm::pci_reservations(root)?;
+        claims.retain(|claim| matches!(claim.holder, PciHolder::Pid(_)));
+        for claim in claims {
+            for address in removed_with.get(&claim.address).into_iter().flatten() {
+                let used = name(&claim.address, address);
+                self.add(address, format!("VM {} runs with {used}", claim.vmid));
+            }
+        }
+        Ok(())
+    }
+
+    /// Network interfaces that are up. The kernel keeps the ports of a bridge or bond up too.
+    fn add_interfaces(&mut self, root: &Sysroot) -> Result<()> {
+        for name in names(root, NET)? {
+            let path = link(root, &format!("{NET}/{name}")).unwrap_or_default();
+            let above: Vec<_> = functions_in(&path)
+                .filter(|address| self.0.contains_key(address))
+                .collect();
+            if above.is_empty() {
+                continue;
+            }
+            let flags = root.read_value(format!("{NET}/{name}/flags"))?;
+            if flags.is_some_and(|flags| is_up(&flags)) {
+                for address in above {
+                    self.add(&address, format!("network interface {name} is up"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn add_disks(&mut self, root: &Sysroot) -> Result<()> {
+        let disks = Disks::read(root, &self.0)?;
+        if disks.list.is_empty() {
+            return Ok(());
+        }
+        for mount in parse_mounts(&root.read("proc/self/mountinfo")?) {
+            let users = disks.of_mount(&mount);
+            self.add_use(&users, |disk| {
+                format!("{disk} is mounted on {}", mount.target)
+            });
+        }
+        for source in parse_swaps(&root.read_value("proc/swaps")?.unwrap_or_default()) {
+            let users = disks.of_source(&source);
+            self.add_use(&users, |disk| format!("{disk} is swap"));
+        }
+        self.add_btrfs(root, &disks)?;
+        if root.is_live() {
+            self.add_claims(root, &disks);
+        }
+        Ok(())
+    }
+
+    /// Adds one use of a disk to every function that it is on. If several disks match, each
+    /// function gets the first one that is on it.
+    fn add_use(&mut self, disks: &[&Disk], reason: impl Fn(&str) -> String) {
+        let mut done = BTreeSet::new();
+        for disk in disks {
+            for address in &disk.functions {
+                if done.insert(*address) {
+                    self.add(address, reason(&disk.name));
+                }
+            }
+        }
+    }
+
+    /// A btrfs of several disks has only one of them as its mount source.
+    fn add_btrfs(&mut self, root: &Sysroot, disks: &Disks) -> Result<()> {
+        for id in names(root, "sys/fs/btrfs")? {
+            for name in names(root, &format!("sys/fs/btrfs/{id}/devices"))? {
+                let Some(disk) = disks.by_name(&name) else {
+                    continue;
+                };
+                for address in &disk.functions {
+                    let known = self.reasons(address);
+                    if !known.iter().any(|reason| reason.starts_with(&name)) {
+                        self.add(address, format!("{name} is part of a mounted btrfs"));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Disks that are opened exclusively, on functions without a reason so far.
+    fn add_claims(&mut self, root: &Sysroot, disks: &Disks) {
+        let unused = |address: &&PciAddress| self.reasons(address).is_empty();
+        let asked: Vec<(&Disk, Vec<PciAddress>)> = disks
+            .list
+            .iter()
+            .map(|disk| {
+                (
+                    disk,
+                    disk.functions.iter().filter(unused).copied().collect(),
+                )
+            })
+            .filter(|(_, functions): &(_, Vec<_>)| !functions.is_empty())
+            .collect();
+        for (disk, functions) in asked {
+            if !is_claimed(root, &disk.name) {
+                continue;
+            }
+            for address in functions {
+                let reason = format!(
+                    "{} is in use (ZFS, LVM, md or another exclusive user)",
+                    disk.name
+                );
+                self.add(&address, reason);
+            }
+        }
+    }
+}
+
+/// How a reason against removing `removed` refers to a function.
+fn name(function: &PciAddress, removed: &PciAddress) -> String {
+    if function == removed {
+        "it".to_owned()
+    } else {
+        function.to_string()
+    }
+}
+
+/// What would be lost with a single function, as the end of a sentence.
+fn reasons_of_function(root: &Sysroot, address: &PciAddress) -> Result<Vec<&'static str>> {
+    let path = |name: &str| format!("{DEVICES}/{address}/{name}");
+    let is_set = |name: &str| {
+        root.read_value(path(name))
+            .map(|value| value.is_some_and(|value| value != "0"))
+    };
+    let mut reasons = Vec::new();
+    if is_set("boot_vga")? {
+        reasons.push("is the boot display");
+    }
+    // The PF makes its VFs: no rescan finds a VF again, and removing the PF removes its VFs.
+    if root.exists(path("physfn")) {
+        reasons.push("is a virtual function, which a rescan does not bring back");
+    }
+    if is_set("sriov_numvfs")? {
+        reasons.push("has virtual functions, which a rescan does not bring back");
     }
     Ok(reasons)
 }
@@ -100,148 +246,182 @@ fn is_up(flags: &str) -> bool {
     bits.is_none_or(|bits| bits & IFF_UP != 0)
 }
 
-/// Disks that something on the host uses.
-fn disk_guards(root: &Sysroot, address: &PciAddress) -> Result<Vec<String>> {
-    let mut disks = Vec::new();
-    for name in names(root, BLOCK)? {
-        if rests_on(root, &name, address, &mut BTreeSet::new())? {
-            disks.push(Disk::read(root, name)?);
-        }
-    }
-    if disks.is_empty() {
-        return Ok(Vec::new());
-    }
-    let mut reasons = Vec::new();
-    let mounts = parse_mounts(&root.read("proc/self/mountinfo")?);
-    for mount in &mounts {
-        if let Some(disk) = disks
-            .iter()
-            .find(|disk| disk.is(&mount.source) || disk.number == mount.number)
-        {
-            reasons.push(format!("{} is mounted on {}", disk.name, mount.target));
-        }
-    }
-    for source in parse_swaps(&root.read_value("proc/swaps")?.unwrap_or_default()) {
-        if let Some(disk) = disks.iter().find(|disk| disk.is(&source)) {
-            reasons.push(format!("{} is swap", disk.name));
-        }
-    }
-    // A btrfs of several disks names only one of them as its source.
-    for id in names(root, "sys/fs/btrfs")? {
-        for name in names(root, &format!("sys/fs/btrfs/{id}/devices"))? {
-            if disks.iter().any(|disk| disk.name == name)
-                && !reasons.iter().any(|reason| reason.starts_with(&name))
-            {
-                reasons.push(format!("{name} is part of a mounted btrfs"));
-            }
-        }
-    }
-    if reasons.is_empty() && root.is_live() {
-        reasons.extend(
-            disks
-                .iter()
-                .filter(|disk| is_claimed(root, &disk.name))
-                .map(|disk| {
-                    format!(
-                        "{} is in use (ZFS, LVM, md or another that holds the disk for itself)",
-                        disk.name
-                    )
-                }),
-        );
-    }
-    Ok(reasons)
+/// The disks and partitions on a set of PCI functions, by the names that /proc uses for them.
+struct Disks {
+    /// Sorted as [`Sysroot::names`] sorts.
+    list: Vec<Disk>,
+    /// Indices into `list`.
+    by_name: BTreeMap<String, usize>,
+    by_number: BTreeMap<String, Vec<usize>>,
+    by_mapped: BTreeMap<String, Vec<usize>>,
 }
 
-/// A disk or partition under the names by which /proc speaks of it.
+/// A disk or partition.
 struct Disk {
-    /// The kernel's: `dm-0`.
+    /// The kernel's name: `dm-0`.
     name: String,
-    /// Major and minor number: `253:0`.
-    number: String,
-    /// The device mapper's: `pve-root`.
-    mapped: Option<String>,
+    /// The functions it is on, directly or by the disks that it is made of.
+    functions: BTreeSet<PciAddress>,
 }
 
-impl Disk {
-    fn read(root: &Sysroot, name: String) -> Result<Self> {
-        Ok(Self {
-            number: root
-                .read_value(format!("{BLOCK}/{name}/dev"))?
-                .unwrap_or_default(),
-            mapped: root.read_value(format!("{BLOCK}/{name}/dm/name"))?,
-            name,
-        })
+impl Disks {
+    fn read(root: &Sysroot, functions: &BTreeMap<PciAddress, Vec<String>>) -> Result<Self> {
+        let names = names(root, BLOCK)?;
+        let mut stack = Stack::default();
+        for name in &names {
+            stack.read(root, name)?;
+        }
+        let mut disks = Self {
+            list: Vec::new(),
+            by_name: BTreeMap::new(),
+            by_number: BTreeMap::new(),
+            by_mapped: BTreeMap::new(),
+        };
+        for name in names {
+            let mut under = stack.functions(&name);
+            under.retain(|address| functions.contains_key(address));
+            if under.is_empty() {
+                continue;
+            }
+            let index = disks.list.len();
+            if let Some(number) = root.read_value(format!("{BLOCK}/{name}/dev"))? {
+                disks.by_number.entry(number).or_default().push(index);
+            }
+            if let Some(mapped) = root.read_value(format!("{BLOCK}/{name}/dm/name"))? {
+                disks.by_mapped.entry(mapped).or_default().push(index);
+            }
+            disks.by_name.insert(name.clone(), index);
+            disks.list.push(Disk {
+                name,
+                functions: under,
+            });
+        }
+        Ok(disks)
     }
 
-    fn is(&self, source: &str) -> bool {
-        match source.strip_prefix("/dev/") {
-            Some(name) => {
-                name == self.name
-                    || name
-                        .strip_prefix("mapper/")
-                        .is_some_and(|name| self.mapped.as_deref() == Some(name))
-            }
-            None => false,
-        }
+    fn by_name(&self, name: &str) -> Option<&Disk> {
+        self.by_name.get(name).map(|index| &self.list[*index])
+    }
+
+    /// The disks that a mount or swap source such as `/dev/mapper/pve-root` may be.
+    fn of_source(&self, source: &str) -> Vec<&Disk> {
+        self.at(self.indices(source))
+    }
+
+    fn of_mount(&self, mount: &Mount) -> Vec<&Disk> {
+        let mut indices = self.indices(&mount.source);
+        indices.extend(self.by_number.get(&mount.number).into_iter().flatten());
+        self.at(indices)
+    }
+
+    fn at(&self, indices: BTreeSet<usize>) -> Vec<&Disk> {
+        indices.into_iter().map(|index| &self.list[index]).collect()
+    }
+
+    fn indices(&self, source: &str) -> BTreeSet<usize> {
+        let Some(name) = source.strip_prefix("/dev/") else {
+            return BTreeSet::new();
+        };
+        let mapped = name
+            .strip_prefix("mapper/")
+            .and_then(|name| self.by_mapped.get(name));
+        let named = self.by_name.get(name);
+        named
+            .into_iter()
+            .chain(mapped.into_iter().flatten())
+            .copied()
+            .collect()
     }
 }
 
-/// Whether a disk is on the PCI function, by itself or by one of those that it is made of.
-fn rests_on(
-    root: &Sysroot,
-    name: &str,
-    address: &PciAddress,
-    seen: &mut BTreeSet<String>,
-) -> Result<bool> {
-    if !seen.insert(name.to_owned()) {
-        return Ok(false);
-    }
-    let Some(path) = link(root, &format!("{BLOCK}/{name}")) else {
-        return Ok(false);
-    };
-    if passes(&path, address) {
-        return Ok(true);
-    }
-    let parts: Vec<&str> = path.split('/').collect();
-    // With NVMe multipath the disk is virtual, and the subsystem's folder has links to its
-    // controllers.
-    if let Some(at) = parts.iter().position(|part| *part == "nvme-subsystem") {
-        let subsystem = format!(
-            "sys/class/nvme-subsystem/{}",
-            parts.get(at + 1).unwrap_or(&"")
-        );
-        for controller in names(root, &subsystem)? {
-            if link(root, &format!("{subsystem}/{controller}"))
-                .is_some_and(|path| passes(&path, address))
-            {
-                return Ok(true);
-            }
-            let class = format!("sys/class/nvme/{controller}");
-            if link(root, &class).is_some_and(|path| passes(&path, address)) {
-                return Ok(true);
-            }
-        }
-    }
-    // A partition of an md or mapped disk rests on what that disk rests on.
-    let whole = match *parts {
-        [.., whole, _] if root.exists(format!("{BLOCK}/{name}/partition")) => {
-            Some(whole.to_owned())
-        }
-        _ => None,
-    };
-    for below in names(root, &format!("{BLOCK}/{name}/slaves"))?
-        .into_iter()
-        .chain(whole)
-    {
-        if rests_on(root, &below, address, seen)? {
-            return Ok(true);
-        }
-    }
-    Ok(false)
+/// How disks are stacked: partitions on disks, mapped disks on partitions.
+#[derive(Default)]
+struct Stack {
+    layers: BTreeMap<String, Layer>,
+    /// The PCI functions of NVMe subsystems, by subsystem.
+    nvme: BTreeMap<String, Vec<PciAddress>>,
 }
 
-/// Whether the kernel gives nobody else the disk for himself: O_EXCL on a block device, see
-/// open(2).
+/// What sysfs reports about one disk or partition.
+#[derive(Default)]
+struct Layer {
+    functions: Vec<PciAddress>,
+    /// The names of the disks it is made of.
+    below: Vec<String>,
+}
+
+impl Stack {
+    /// Reads one disk and all that it is made of.
+    fn read(&mut self, root: &Sysroot, name: &str) -> Result<()> {
+        if self.layers.contains_key(name) {
+            return Ok(());
+        }
+        let layer = self.layer(root, name)?;
+        let below = layer.below.clone();
+        self.layers.insert(name.to_owned(), layer);
+        for name in &below {
+            self.read(root, name)?;
+        }
+        Ok(())
+    }
+
+    fn layer(&mut self, root: &Sysroot, name: &str) -> Result<Layer> {
+        let Some(path) = link(root, &format!("{BLOCK}/{name}")) else {
+            return Ok(Layer::default());
+        };
+        let mut functions: Vec<_> = functions_in(&path).collect();
+        let parts: Vec<&str> = path.split('/').collect();
+        if let Some(at) = parts.iter().position(|part| *part == "nvme-subsystem") {
+            functions.extend(self.nvme(root, parts.get(at + 1).unwrap_or(&""))?);
+        }
+        let mut below = names(root, &format!("{BLOCK}/{name}/slaves"))?;
+        // A partition of an md or mapped disk is on what that disk is on.
+        if let [.., whole, _] = *parts
+            && root.exists(format!("{BLOCK}/{name}/partition"))
+        {
+            below.push(whole.to_owned());
+        }
+        Ok(Layer { functions, below })
+    }
+
+    /// With NVMe multipath the disk is virtual, and the subsystem's folder has links to its
+    /// controllers.
+    fn nvme(&mut self, root: &Sysroot, subsystem: &str) -> Result<Vec<PciAddress>> {
+        if let Some(known) = self.nvme.get(subsystem) {
+            return Ok(known.clone());
+        }
+        let folder = format!("sys/class/nvme-subsystem/{subsystem}");
+        let mut functions = Vec::new();
+        for controller in names(root, &folder)? {
+            let links = [
+                format!("{folder}/{controller}"),
+                format!("sys/class/nvme/{controller}"),
+            ];
+            for path in links.iter().filter_map(|path| link(root, path)) {
+                functions.extend(functions_in(&path));
+            }
+        }
+        self.nvme.insert(subsystem.to_owned(), functions.clone());
+        Ok(functions)
+    }
+
+    /// The functions that a disk is on.
+    fn functions(&self, name: &str) -> BTreeSet<PciAddress> {
+        let mut functions = BTreeSet::new();
+        let mut seen = BTreeSet::new();
+        let mut rest = vec![name];
+        while let Some(name) = rest.pop() {
+            let layer = self.layers.get(name).filter(|_| seen.insert(name));
+            if let Some(layer) = layer {
+                functions.extend(&layer.functions);
+                rest.extend(layer.below.iter().map(String::as_str));
+            }
+        }
+        functions
+    }
+}
+
+/// Whether another user has the disk open exclusively: O_EXCL on a block device, see open(2).
 fn is_claimed(root: &Sysroot, name: &str) -> bool {
     let flags = nix::libc::O_EXCL | nix::libc::O_NONBLOCK;
     let open = fs::OpenOptions::new()
@@ -313,15 +493,16 @@ fn unescape(text: &str) -> String {
     plain
 }
 
-/// Whether a device's path in sysfs leads over the PCI function.
-fn passes(path: &str, address: &PciAddress) -> bool {
-    let address = address.to_string();
-    path.split('/').any(|part| part == address)
+/// The PCI functions that a device's path in sysfs leads through.
+fn functions_in(path: &str) -> impl Iterator<Item = PciAddress> {
+    path.split('/')
+        .filter(|part| part.len() >= "0000:00:00.0".len())
+        .filter_map(|part| part.parse().ok())
 }
 
-/// Where a link in sysfs points at, as it is written there.
+/// The target of a link in sysfs, as it is stored.
 fn link(root: &Sysroot, path: &str) -> Option<String> {
-    let target = fs::read_link(root.path(path.trim_end_matches('/'))).ok()?;
+    let target = fs::read_link(root.path(path)).ok()?;
     Some(target.to_string_lossy().into_owned())
 }
 
@@ -373,7 +554,7 @@ mod tests {
     }
 
     #[test]
-    fn flags_tell_up() {
+    fn interface_flags() {
         for (flags, up) in [
             ("0x1003\n", true),
             ("0x1002", false),
@@ -382,6 +563,10 @@ mod tests {
         ] {
             assert_eq!(is_up(flags), up, "{flags:?}");
         }
+    }
+
+    fn guards(root: &Sysroot, address: &PciAddress) -> Result<Vec<String>> {
+        Ok(InUse::read(root, &[*address])?.reasons(address).to_vec())
     }
 
     /// A host with a bridge, behind it a disk that carries LVM; a NIC; a VGA; an idle USB
@@ -458,7 +643,7 @@ mod tests {
     }
 
     #[test]
-    fn guards_name_what_would_be_lost() {
+    fn reasons_name_what_would_be_lost() {
         let (_dir, root) = host();
         let guards = |address: &str| guards(&root, &address.parse().unwrap()).unwrap();
         assert_eq!(
@@ -550,7 +735,7 @@ mod tests {
     }
 
     #[test]
-    fn virtual_functions_do_not_come_back() {
+    fn virtual_functions_are_a_reason() {
         let (dir, root) = host();
         let device = dir.path().join("sys/devices/pci0000:00/0000:00:04.0");
         fs::write(device.join("sriov_numvfs"), "0\n").unwrap();

@@ -18,6 +18,8 @@ mod devices;
 mod in_use;
 mod reset;
 
+use in_use::InUse;
+
 pub use devices::{expand, functions_of, functions_of_vm};
 pub use reset::{check, plan, reset};
 
@@ -139,6 +141,7 @@ fn dry_run(root: &Sysroot, functions: &[PciAddress], report: &mut Report) -> Exi
 
 fn list(root: &Sysroot, functions: &[PciAddress]) -> Result<Table> {
     let mut table = Table::new(&["address", "class", "id", "driver", "guarded by"]);
+    let in_use = InUse::read(root, functions)?;
     for address in functions {
         let found = match pci::function(root, *address) {
             Ok(found) => found,
@@ -150,7 +153,7 @@ fn list(root: &Sysroot, functions: &[PciAddress]) -> Result<Table> {
             format!("{:06x}", found.class),
             format!("{:04x}:{:04x}", found.vendor, found.device),
             found.driver.unwrap_or_default(),
-            reset::guards(root, address)?.join("; "),
+            in_use.reasons(address).join("; "),
         ]);
     }
     Ok(table)

@@ -5,13 +5,11 @@ use std::time::{Duration, Instant};
 
 use pinfold_core::knob::{ABSENT, NO_DRIVER, PRESENT};
 use pinfold_core::pci::{self, PciAddress};
-use pinfold_core::vm;
-use pinfold_core::vmconf::PciHolder;
 use pinfold_core::{
     Change, Done, Error, Knob, Object, Outcome, Report, Result, Sysroot, apply_one,
 };
 
-use crate::in_use;
+use crate::in_use::InUse;
 
 /// How often we look whether functions have gone or come.
 const INTERVAL: Duration = Duration::from_millis(10);
@@ -23,39 +21,17 @@ const PROBE_DEADLINE: Duration = Duration::from_secs(1);
 /// The driver for passing devices through. Proxmox VE binds it at each start of a VM.
 const VFIO: &str = "vfio-pci";
 
-/// Why a function should not be removed: what the host would lose, and who uses it.
-pub(crate) fn guards(root: &Sysroot, address: &PciAddress) -> Result<Vec<String>> {
-    let mut reasons = in_use::guards(root, address)?;
-    let behind = in_use::behind(root, address)?;
-    // Removing a function from under its guest waits in the kernel until the guest has ended.
-    reasons.extend(
-        vm::pci_reservations(root)?
-            .iter()
-            .filter(|held| {
-                matches!(held.holder, PciHolder::Pid(_)) && behind.contains(&held.address)
-            })
-            .map(|held| {
-                let it = if held.address == *address {
-                    "it".to_owned()
-                } else {
-                    held.address.to_string()
-                };
-                format!("VM {} runs with {it}", held.vmid)
-            }),
-    );
-    Ok(reasons)
-}
-
 /// Makes sure that the host can do without the functions for a moment.
 ///
 /// # Errors
 /// [`Error::Unusable`] naming the function and all reasons against it.
 pub fn check(root: &Sysroot, functions: &[PciAddress]) -> Result<()> {
+    let in_use = InUse::read(root, functions)?;
     for address in functions {
-        let reasons = guards(root, address)?;
+        let reasons = in_use.reasons(address);
         if !reasons.is_empty() {
             let why = format!(
-                "not removed: {} (pci-reset --force does not mind)",
+                "not removed: {}; use pci-reset --force to remove it anyway",
                 reasons.join("; ")
             );
             return Err(Error::unusable(format!("PCI {address}"), why));
@@ -504,11 +480,11 @@ mod tests {
         };
         assert_eq!(
             error("0000:01:00.1"),
-            "PCI 0000:01:00.1: not removed: VM 101 runs with it (pci-reset --force does not mind)"
+            "PCI 0000:01:00.1: not removed: VM 101 runs with it; use pci-reset --force to remove it anyway"
         );
         assert_eq!(
             error("0000:01:00.0"),
-            "PCI 0000:01:00.0: not removed: it is the boot display (pci-reset --force does not mind)"
+            "PCI 0000:01:00.0: not removed: it is the boot display; use pci-reset --force to remove it anyway"
         );
         assert!(kernel.log().is_empty());
     }
