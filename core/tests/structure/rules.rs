@@ -1,0 +1,230 @@
+//! The rules of the workspace's structure: which crate and which file may use which.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::imports::{self, Imports};
+
+/// Layers from the lowest to the highest, each with its modules. A module may use those of lower layers, and those of its
+/// own layer without a circle of files.
+type Layers = &'static [&'static [&'static str]];
+
+const CORE: Layers = &[
+    &["error", "cpuset"],
+    &["sysroot"],
+    &["sys"],
+    &["systemd"],
+    &["host"],
+    &["knob"],
+    &["vm"],
+    &["selector"],
+    &["state"],
+    &["cli"],
+];
+
+const HOOK: Layers = &[
+    &["exec"],
+    &["settings"],
+    &["state"],
+    &["steps"],
+    &["strays"],
+    &["reconcile"],
+    &["checks"],
+    &["phases"],
+    &["commands"],
+    &["cli"],
+];
+
+const TOOLS: [&str; 7] = [
+    "pin-vcpu",
+    "pin-irqs",
+    "pin-kthreads",
+    "cpu-hotplug",
+    "cg-slice",
+    "pci-reset",
+    "governor",
+];
+
+/// Every violation of the rules in the tree at `workspace`, each a line with the file and what to do about it.
+pub(crate) fn violations(workspace: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    for crate_folder in members(workspace) {
+        found.extend(forbidden_dependencies(workspace, &crate_folder));
+        for root in roots(workspace, &crate_folder) {
+            let imports = imports::read(workspace, &root);
+            found.extend(imports.errors.iter().cloned());
+            found.extend(circles(&imports));
+            let source = Path::new(&crate_folder).join("src");
+            match crate_folder.as_str() {
+                "core" if root == source.join("lib.rs") => {
+                    found.extend(upward(&imports, &source, CORE));
+                }
+                "hook" if root == source.join("lib.rs") => {
+                    found.extend(upward(&imports, &source, HOOK));
+                }
+                _ => {}
+            }
+        }
+    }
+    found
+}
+
+/// The members of the workspace, and the fuzz targets.
+fn members(workspace: &Path) -> Vec<String> {
+    let manifest = fs::read_to_string(workspace.join("Cargo.toml")).unwrap();
+    let (_, members) = manifest.split_once("members = [").unwrap();
+    let (members, _) = members.split_once(']').unwrap();
+    let members = members.split('"').skip(1).step_by(2).map(str::to_owned);
+    members.chain(["fuzz".to_owned()]).collect()
+}
+
+/// The files that a crate's module trees begin with: libraries, programs, tests.
+fn roots(workspace: &Path, crate_folder: &str) -> Vec<PathBuf> {
+    let folder = Path::new(crate_folder);
+    let mut roots = Vec::new();
+    for name in ["src/lib.rs", "src/main.rs"] {
+        roots.push(folder.join(name));
+    }
+    for name in ["src/bin", "tests", "benches", "examples"] {
+        let Ok(entries) = fs::read_dir(workspace.join(folder).join(name)) else {
+            continue;
+        };
+        for entry in entries {
+            let file_name = entry.unwrap().file_name();
+            let path = folder.join(name).join(file_name);
+            if path.extension().is_some_and(|extension| extension == "rs") {
+                roots.push(path);
+            } else {
+                roots.push(path.join("main.rs"));
+            }
+        }
+    }
+    roots.retain(|path| workspace.join(path).is_file());
+    roots.sort();
+    roots
+}
+
+/// core depends on no other crate of the workspace, a tool on core only, hook on core and the tools, the lab on none.
+fn forbidden_dependencies(workspace: &Path, crate_folder: &str) -> Vec<String> {
+    let allowed: BTreeSet<&str> = match crate_folder {
+        "hook" => TOOLS.into_iter().chain(["pinfold-core"]).collect(),
+        "fuzz" => BTreeSet::from(["hook", "pinfold-core"]),
+        tool if TOOLS.contains(&tool) => BTreeSet::from(["pinfold-core"]),
+        _ => BTreeSet::new(),
+    };
+    let ours: BTreeSet<&str> = TOOLS
+        .into_iter()
+        .chain(["hook", "pinfold-core", "pinfold-lab"])
+        .collect();
+    let file = format!("{crate_folder}/Cargo.toml");
+    let manifest = fs::read_to_string(workspace.join(&file)).unwrap();
+    dependencies(&manifest)
+        .into_iter()
+        .filter(|name| ours.contains(name.as_str()) && !allowed.contains(name.as_str()))
+        .map(|name| format!("{file}: {crate_folder} may not depend on {name}"))
+        .collect()
+}
+
+/// The names in the section `dependencies` of a manifest.
+fn dependencies(manifest: &str) -> Vec<String> {
+    let mut names = Vec::new();
+    let mut is_inside = false;
+    for line in manifest.lines() {
+        if line.starts_with('[') {
+            is_inside = line == "[dependencies]";
+        } else if let Some((name, _)) = line.split_once('=').filter(|_| is_inside) {
+            let name = name.trim();
+            names.push(name.split('.').next().unwrap_or(name).to_owned());
+        }
+    }
+    names
+}
+
+/// Uses of a module in a higher layer, and modules without a layer.
+fn upward(imports: &Imports, source: &Path, layers: Layers) -> Vec<String> {
+    let mut found = Vec::new();
+    let root = source.join("lib.rs");
+    let layer = |file: &Path| {
+        let module = top_module(file, source)?;
+        layers.iter().position(|names| names.contains(&&*module))
+    };
+    for file in &imports.files {
+        if *file != root && layer(file).is_none() {
+            found.push(format!(
+                "{}: no layer; add its module to core/tests/structure/rules.rs",
+                file.display()
+            ));
+        }
+    }
+    for ((from, to), line) in &imports.uses {
+        if *from == root {
+            continue;
+        }
+        let is_upward = match (layer(from), layer(to)) {
+            (Some(from), Some(to)) => to > from,
+            _ => *to == root,
+        };
+        if is_upward {
+            found.push(format!(
+                "{}:{line}: upward import of {}",
+                from.display(),
+                to.display()
+            ));
+        }
+    }
+    found
+}
+
+/// `knob` of core/src/knob/write/file.rs, `error` of core/src/error.rs.
+fn top_module(file: &Path, source: &Path) -> Option<String> {
+    let first = file.strip_prefix(source).ok()?.iter().next()?.to_str()?;
+    Some(first.trim_end_matches(".rs").to_owned())
+}
+
+/// Groups of files that use each other in a circle.
+fn circles(imports: &Imports) -> Vec<String> {
+    let mut targets: BTreeMap<&Path, Vec<&Path>> = BTreeMap::new();
+    for (from, to) in imports.uses.keys() {
+        targets.entry(from).or_default().push(to);
+    }
+    let reach = |start: &Path| -> BTreeSet<PathBuf> {
+        let mut reached = BTreeSet::new();
+        let mut open: Vec<&Path> = vec![start];
+        while let Some(file) = open.pop() {
+            for target in targets.get(file).into_iter().flatten() {
+                if reached.insert(target.to_path_buf()) {
+                    open.push(target);
+                }
+            }
+        }
+        reached
+    };
+    let reached: BTreeMap<&PathBuf, BTreeSet<PathBuf>> = imports
+        .files
+        .iter()
+        .map(|file| (file, reach(file)))
+        .collect();
+    let mut groups: BTreeSet<Vec<&PathBuf>> = BTreeSet::new();
+    for (file, targets) in &reached {
+        if targets.contains(*file) {
+            let group = targets.iter().filter(|to| reached[*to].contains(*file));
+            groups.insert(group.collect());
+        }
+    }
+    groups
+        .iter()
+        .map(|group| describe(group, imports))
+        .collect()
+}
+
+/// The files of a circle with the line of each use among them.
+fn describe(group: &[&PathBuf], imports: &Imports) -> String {
+    let uses: Vec<String> = imports
+        .uses
+        .iter()
+        .filter(|((from, to), _)| group.contains(&from) && group.contains(&to))
+        .map(|((from, to), line)| format!("{}:{line} uses {}", from.display(), to.display()))
+        .collect();
+    format!("circle of {} files: {}", group.len(), uses.join(", "))
+}
