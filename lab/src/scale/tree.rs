@@ -52,6 +52,10 @@ pub struct Counts {
     /// PCI functions; one of eight is an NVMe disk, one of eight a network interface
     #[arg(long, default_value_t = 32)]
     pub pci: u32,
+    /// Kernel threads and VMs' threads have the CPUs already that post-start sets, since threads
+    /// cannot be set under --sysroot
+    #[arg(long)]
+    pub settled: bool,
 }
 
 /// Writes the host below `root`.
@@ -82,9 +86,8 @@ pub fn isolated(counts: Counts, vm: u32) -> Vec<u32> {
     let upper = cores - cores / 2;
     let share = (upper / counts.vms.max(1)).max(1);
     let first = cores / 2 + vm * share % upper;
-    (first..(first + share).min(cores))
-        .flat_map(|core| [core, core + cores])
-        .collect()
+    let last = (first + share).min(cores);
+    (first..last).chain(first + cores..last + cores).collect()
 }
 
 struct Tree<'a> {
@@ -355,13 +358,21 @@ impl<'a> Tree<'a> {
         Ok(())
     }
 
+    /// The CPUs of a thread that is not bound to any.
+    fn free(&self) -> Vec<u32> {
+        let Counts { cpus, settled, .. } = self.counts;
+        let is_lower = |cpu: &u32| cpu % (cpus / 2) < cpus / 4;
+        (0..cpus).filter(|cpu| !settled || is_lower(cpu)).collect()
+    }
+
     fn kthreads(&mut self) -> Result<()> {
         let (all, all_mask, cpus) = (self.all.clone(), self.all_mask.clone(), self.counts.cpus);
+        let free = self.free();
         let kthread = Task {
             name: "kthreadd",
             flags: KTHREAD,
-            cpus: &all,
-            mask: &all_mask,
+            cpus: &list(&free),
+            mask: &mask(&free, cpus),
             cgroup: "/",
             cmdline: "",
         };
@@ -370,6 +381,8 @@ impl<'a> Tree<'a> {
             cmdline: "/sbin/init",
             name: "systemd",
             flags: 0,
+            cpus: &all,
+            mask: &all_mask,
             ..kthread
         };
         self.thread(1, 1, &init)?;
@@ -541,8 +554,13 @@ impl<'a> Tree<'a> {
     }
 
     fn vms(&mut self) -> Result<()> {
-        let (all, all_mask) = (self.all.clone(), self.all_mask.clone());
+        let free = self.free();
         self.cgroup("qemu.slice", "cpuset cpu memory", &[])?;
+        if self.counts.settled {
+            // A folder that is made in a tree has no files of a cgroup's.
+            self.cgroup("qemu-decoupled.slice", "cpuset cpu memory", &[])?;
+            self.cgroup("qemu-decoupled.slice/100.scope", "", &[])?;
+        }
         for vm in 0..self.counts.vms {
             let id = FIRST_VMID + vm;
             let pid = FIRST_QEMU_PID + vm * QEMU_PIDS;
@@ -578,11 +596,18 @@ impl<'a> Tree<'a> {
             .into_iter()
             .chain((0..isolated.len()).map(|vcpu| format!("CPU {vcpu}/KVM")));
             for (tid, name) in (pid..).zip(names) {
+                let vcpu = (tid - pid)
+                    .checked_sub(3)
+                    .and_then(|n| isolated.get(usize::try_from(n).ok()?));
+                let on = match vcpu {
+                    Some(cpu) if self.counts.settled => vec![*cpu],
+                    _ => free.clone(),
+                };
                 let task = Task {
                     name: &name,
                     flags: 0,
-                    cpus: &all,
-                    mask: &all_mask,
+                    cpus: &list(&on),
+                    mask: &mask(&on, self.counts.cpus),
                     cgroup: &format!("/{scope}"),
                     cmdline: &cmdline,
                 };
@@ -646,6 +671,7 @@ mod tests {
             irqs: 0,
             vms: 2,
             pci: 0,
+            settled: false,
         };
         assert_eq!(list(&isolated(counts, 0)), "6-8,18-20");
         assert_eq!(list(&isolated(counts, 1)), "9-11,21-23");
@@ -665,6 +691,7 @@ mod tests {
             irqs: 8,
             vms: 1,
             pci: 8,
+            settled: false,
         };
         write(dir.path(), counts).unwrap();
         let read = |path: &str| fs::read_to_string(dir.path().join(path)).unwrap();
