@@ -377,13 +377,12 @@ impl<'a> Tree<'a> {
             cmdline: "",
         };
         let init = Task {
-            cgroup: "/init.scope",
-            cmdline: "/sbin/init",
             name: "systemd",
             flags: 0,
             cpus: &all,
             mask: &all_mask,
-            ..kthread
+            cgroup: "/init.scope",
+            cmdline: "/sbin/init",
         };
         self.thread(1, 1, &init)?;
         self.thread(2, 2, &kthread)?;
