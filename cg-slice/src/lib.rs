@@ -167,7 +167,7 @@ pub fn objects(root: &Sysroot, units: Vec<String>) -> pinfold_core::Result<Vec<O
         .filter(|name| systemd::is_unit_name(name))
         .cloned()
         .collect();
-    let known = systemd::allowed_cpus_of(root, &unit_names)?;
+    let known = systemd::allowed_cpus_of(root.systemd(), root, &unit_names)?;
     let mut objects = Vec::with_capacity(names.len());
     let mut raw = Vec::new();
     for name in names {
@@ -424,7 +424,7 @@ fn list(root: &Sysroot) -> anyhow::Result<Table> {
         .filter_map(|name| name.rsplit('/').next())
         .map(str::to_owned)
         .collect();
-    let known = systemd::allowed_cpus_of(root, &units)?;
+    let known = systemd::allowed_cpus_of(root.systemd(), root, &units)?;
     names.sort();
     for name in names {
         let unit = name.rsplit('/').next().unwrap_or(&name);

@@ -213,7 +213,7 @@ pub fn plan_undo(root: &Sysroot, cgroup: &str) -> Result<Vec<Change>> {
 /// [`Error::Unusable`] where it does not, or cannot be asked.
 pub fn check_delegated(root: &Sysroot, vmid: VmId) -> Result<()> {
     let scope = format!("{vmid}.scope");
-    if systemd::is_delegated(root, &scope)? {
+    if systemd::is_delegated(root.systemd(), root, &scope)? {
         return Ok(());
     }
     let why = "systemd would take a partition in it away: hook's pre-start was not run before this VM was started. \

@@ -104,3 +104,11 @@ pub fn os_text(error: &io::Error) -> String {
         None => text,
     }
 }
+
+/// The system error behind ours, for the code that distinguishes gone, refused and failed.
+pub(crate) fn into_io(error: Error) -> io::Error {
+    match error {
+        Error::Io { source, .. } => source,
+        other => io::Error::other(other.to_string()),
+    }
+}

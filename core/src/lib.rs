@@ -8,6 +8,7 @@ pub mod cli;
 pub mod command;
 mod cpuset;
 mod error;
+mod host;
 pub mod knob;
 pub mod selector;
 pub mod state;
@@ -21,13 +22,20 @@ pub use cli::{filter as select, report};
 pub use selector as cpuexpr;
 pub use state::{save, store};
 pub use sys::{cgroup, cpu, cpufreq, irq, pci, task as process, topology};
-pub use vm::proxmox::conf as vmconf;
+/// Proxmox VE's files, by their old path.
+pub mod vmconf {
+    pub use crate::vm::proxmox::conf::*;
+    pub use crate::vm::proxmox::mapping::*;
+    pub use crate::vm::proxmox::reservations::*;
+}
 pub use vm::qmp;
 
 pub use cli::report::{Exit, Report, Table, Verbosity};
 pub use cpuset::{CpuSet, CpuSetError, MAX_CPU};
 pub use error::{Error, Result, os_text};
-pub use knob::change::{Change, Done, Object, Outcome, apply, apply_one};
-pub use knob::{Knob, TaskId};
+pub use knob::{Change, Done, Knob, Object, Outcome, TaskId, apply, apply_one};
 pub use selector::CpuExpr;
-pub use sysroot::Sysroot;
+// The name by which other crates still call the host.
+pub use host::Host as Sysroot;
+pub use host::Host;
+pub use sysroot::Sysroot as Files;

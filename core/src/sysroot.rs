@@ -3,20 +3,17 @@
 //! Paths are given relative to the root (`proc/irq/24/smp_affinity_list`), so that a captured tree
 //! can stand in for a host (`--sysroot DIR`, as lscpu and lsmem have).
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
-use crate::systemd::Patience;
 
-/// Where the host's files are: `/`, or a captured tree; and how long its systemd is waited for.
+/// Where the host's files are: `/`, or a captured tree. It only reads.
 #[derive(Debug, Clone)]
 pub struct Sysroot {
     root: PathBuf,
-    patience: Patience,
-    for_looking: bool,
 }
 
 impl Default for Sysroot {
@@ -28,36 +25,7 @@ impl Default for Sysroot {
 impl Sysroot {
     /// A root at `root`.
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self {
-            root: root.into(),
-            patience: Patience::default(),
-            for_looking: false,
-        }
-    }
-
-    /// The same root, whose systemd is waited for so long.
-    pub fn with_patience(self, patience: Patience) -> Self {
-        Self { patience, ..self }
-    }
-
-    /// The same root, on which nothing is ever changed: [`apply_one`](crate::apply_one) plans, and
-    /// a [`Store`](crate::state::store::Store) neither locks nor saves. So what would be done is found by
-    /// the code that does it.
-    pub fn for_looking(self) -> Self {
-        Self {
-            for_looking: true,
-            ..self
-        }
-    }
-
-    /// Whether nothing is to be changed here.
-    pub fn is_for_looking(&self) -> bool {
-        self.for_looking
-    }
-
-    /// How long systemd is waited for.
-    pub fn patience(&self) -> &Patience {
-        &self.patience
+        Self { root: root.into() }
     }
 
     /// Whether this is the running host, where system calls speak of the same things as the files.
@@ -157,52 +125,14 @@ impl Sysroot {
         let target = fs::read_link(self.path(path)).ok()?;
         Some(target.file_name()?.to_string_lossy().into_owned())
     }
-
-    /// Writes a kernel file, which must be there already. Only [`crate::knob`] calls it, for
-    /// [`crate::apply()`].
-    pub(crate) fn write(&self, path: impl AsRef<Path>, text: &str) -> io::Result<()> {
-        // Plain files, unlike the kernel's, keep what is behind the new text: truncate serves
-        // captured trees.
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create(false)
-            .truncate(!self.is_live())
-            .custom_flags(nix::libc::O_NOFOLLOW)
-            .open(self.path(path))?;
-        write_whole(&mut file, text)
-    }
-
-    /// As [`write`](Self::write), and what the same open file says afterwards, less the line's end:
-    /// the kernel may take a value and keep another.
-    pub(crate) fn write_and_read_back(
-        &self,
-        path: impl AsRef<Path>,
-        text: &str,
-    ) -> io::Result<String> {
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(false)
-            .truncate(!self.is_live())
-            .custom_flags(nix::libc::O_NOFOLLOW)
-            .open(self.path(path))?;
-        write_whole(&mut file, text)?;
-        let mut bytes = [0; 4096];
-        let used = file.read_at(&mut bytes, 0)?;
-        Ok(String::from_utf8_lossy(&bytes[..used])
-            .trim_end()
-            .to_owned())
-    }
 }
 
-/// One write call: the kernel takes a value whole or not at all.
-fn write_whole(file: &mut File, text: &str) -> io::Result<()> {
-    let written = file.write(text.as_bytes())?;
-    if written < text.len() {
-        Err(io::Error::from(io::ErrorKind::WriteZero))
-    } else {
-        Ok(())
-    }
+/// Reads a kernel file's CPU list.
+pub(crate) fn cpu_list(object: &str, text: &str) -> Result<CpuSet> {
+    CpuSet::from_kernel_list(text).map_err(|source| Error::Cpus {
+        object: object.to_owned(),
+        source,
+    })
 }
 
 #[cfg(test)]
@@ -222,11 +152,9 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_kernel_file_is_an_error_and_never_a_new_file() {
+    fn a_missing_file_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         let root = Sysroot::new(dir.path());
-        assert!(root.write("online", "0").is_err());
-        assert!(!root.exists("online"));
         let error = root.read("online").unwrap_err();
         assert_eq!(
             error.to_string(),

@@ -280,7 +280,7 @@ impl Run<'_> {
                 }
                 _ => Ok(()),
             });
-        if self.root.is_for_looking() {
+        if self.root.dry_run() {
             return Ok(fenced?);
         }
         if let Err(cause) = &fenced {
@@ -410,9 +410,9 @@ impl Run<'_> {
         })
     }
 
-    /// From now on systemd is waited for as long as these say.
+    /// Makes later calls to systemd keep these deadlines.
     fn use_deadlines(&mut self, deadlines: &Deadlines) {
-        self.root = self.root.clone().with_patience(deadlines.patience());
+        self.root = self.root.clone().with_session(deadlines.systemd_session());
     }
 
     fn open(&self, deadlines: &Deadlines) -> anyhow::Result<Store<Reservation>> {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use pinfold_core::store::Baseline;
+use pinfold_core::state::Baseline;
 use pinfold_core::{CpuSet, Knob, Object, Result, Sysroot, TaskId, irq, process};
 use serde::Serialize;
 

@@ -6,8 +6,8 @@ use regex::Regex;
 
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
-use crate::knob::change::{Change, Object};
-use crate::knob::cpu_list;
+use crate::knob::{Change, Object};
+use crate::sysroot::cpu_list;
 
 /// The options that choose among a tool's objects; without any of them all are taken, and go to all
 /// of the CPUs.

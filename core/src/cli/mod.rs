@@ -2,16 +2,21 @@
 
 pub mod filter;
 pub mod report;
+mod table;
+mod terminal;
+
+pub use table::Table;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::cli::report::{Exit, Report, Table, Verbosity, err};
-use crate::knob::change::{Change, Done, Outcome, apply_each};
+use self::report::{Exit, Report, Verbosity};
+use self::terminal::err;
+use crate::host::Host;
+use crate::knob::{Change, Done, Outcome, apply_each};
 use crate::state::save::{self, Entry};
-use crate::sysroot::Sysroot;
 
 /// The options that every tool has.
 #[derive(Debug, Clone, clap::Args)]
@@ -60,8 +65,8 @@ pub struct Output {
 
 impl Output {
     /// The root of the host's files.
-    pub fn root(&self) -> Sysroot {
-        Sysroot::new(&self.sysroot)
+    pub fn root(&self) -> Host {
+        Host::new(&self.sysroot)
     }
 
     /// The report that these options ask for.
@@ -83,7 +88,7 @@ impl Common {
     /// Where the values cannot be saved; nothing has been changed then.
     pub fn carry_out(
         &self,
-        root: &Sysroot,
+        root: &Host,
         report: &mut Report,
         tool: &str,
         changes: Vec<Change>,
@@ -98,7 +103,7 @@ impl Common {
     /// Where the values cannot be saved; nothing has been changed then.
     pub fn carry_out_saving(
         &self,
-        root: &Sysroot,
+        root: &Host,
         report: &mut Report,
         tool: &str,
         changes: Vec<Change>,
@@ -115,7 +120,7 @@ impl Common {
     /// Where the values cannot be saved; nothing has been changed then.
     pub fn make(
         &self,
-        root: &Sysroot,
+        root: &Host,
         report: &mut Report,
         tool: &str,
         changes: Vec<Change>,
@@ -134,7 +139,7 @@ impl Common {
 
     fn make_saving(
         &self,
-        root: &Sysroot,
+        root: &Host,
         report: &mut Report,
         tool: &str,
         changes: Vec<Change>,
@@ -172,7 +177,7 @@ impl Common {
     /// Where the file is none that this tool saved, or cannot be removed at the end.
     pub fn restore(
         &self,
-        root: &Sysroot,
+        root: &Host,
         report: &mut Report,
         tool: &str,
     ) -> anyhow::Result<Option<Exit>> {
@@ -198,7 +203,7 @@ impl Common {
 ///
 /// # Errors
 /// Where we are not root; under `--sysroot` the files' own permissions decide.
-pub fn check_root(root: &Sysroot) -> anyhow::Result<()> {
+pub fn check_root(root: &Host) -> anyhow::Result<()> {
     anyhow::ensure!(
         !root.is_live() || nix::unistd::geteuid().is_root(),
         "changing the host needs root; --list and --dry-run do not"

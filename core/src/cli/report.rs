@@ -1,13 +1,16 @@
 //! The face of every tool: what goes to stdout and stderr, as text or JSON, and the exit code.
 
 use std::cell::{Cell, RefCell};
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
-use crate::knob::change::{Change, Done, Outcome};
+pub use super::table::Table;
+pub use super::terminal::{coloured, err, out, terminal, try_out};
+
+use crate::knob::{Change, Done, Outcome};
 
 /// The exit codes, the same in every tool (as util-linux's chcpu).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,70 +41,6 @@ pub enum Verbosity {
     Normal,
     /// A line per object, with those left alone and why.
     Verbose,
-}
-
-/// A list of what is, for `--list`: columns for people, an array of objects for programs.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Table {
-    columns: Vec<&'static str>,
-    rows: Vec<Vec<String>>,
-}
-
-impl Table {
-    /// A table without rows. The columns' names, lower case, are the JSON keys too.
-    pub fn new(columns: &[&'static str]) -> Self {
-        Self {
-            columns: columns.to_vec(),
-            rows: Vec::new(),
-        }
-    }
-
-    /// Adds a row, a cell per column.
-    pub fn row<const N: usize>(&mut self, cells: [String; N]) {
-        debug_assert_eq!(N, self.columns.len());
-        self.rows.push(cells.into());
-    }
-
-    /// The rows, aligned under upper-case heads, as lsirq and lscpu print them.
-    pub fn to_text(&self) -> String {
-        let width = |column: usize| {
-            let cells = self.rows.iter().map(|row| row[column].chars().count());
-            cells.chain([self.columns[column].len()]).max().unwrap_or(0)
-        };
-        let widths: Vec<usize> = (0..self.columns.len()).map(width).collect();
-        let heads: Vec<String> = self
-            .columns
-            .iter()
-            .map(|name| name.to_uppercase())
-            .collect();
-        let mut text = String::new();
-        for row in std::iter::once(&heads).chain(&self.rows) {
-            let cells: Vec<String> = row
-                .iter()
-                .zip(&widths)
-                .map(|(cell, width)| format!("{cell:<width$}"))
-                .collect();
-            text.push_str(cells.join("  ").trim_end());
-            text.push('\n');
-        }
-        text
-    }
-
-    /// The rows as an array of objects.
-    pub fn to_json(&self) -> Value {
-        let object = |row: &Vec<String>| -> Map<String, Value> {
-            let keys = self
-                .columns
-                .iter()
-                .map(|name| name.replace([' ', '-'], "_"));
-            keys.zip(row.iter().map(|cell| Value::from(cell.as_str())))
-                .collect()
-        };
-        self.rows
-            .iter()
-            .map(|row| Value::Object(object(row)))
-            .collect()
-    }
 }
 
 /// A step, as a report has it.
@@ -411,47 +350,11 @@ pub fn done_to_json(step: Option<&str>, done: &Done) -> Value {
     entry
 }
 
-/// Writes to stdout. A reader that has gone (`| head`) is no reason to die half way through the
-/// host's changes.
-pub fn out(text: &str) {
-    let _ = try_out(text);
-}
-
-/// Writes to stdout, for one that writes as long as somebody reads.
-///
-/// # Errors
-/// `BrokenPipe` where the reader has gone.
-pub fn try_out(text: &str) -> io::Result<()> {
-    let mut stdout = io::stdout().lock();
-    stdout.write_all(text.as_bytes())?;
-    stdout.flush()
-}
-
-/// Text with ANSI colours as stdout takes it: plain in a pipe, and where `NO_COLOR` or `TERM` say
-/// so; `CLICOLOR_FORCE` keeps them in a pipe too.
-pub fn coloured(text: &str) -> String {
-    match anstream::AutoStream::choice(&io::stdout()) {
-        anstream::ColorChoice::Never => anstream::adapter::strip_str(text).to_string(),
-        _ => text.to_owned(),
-    }
-}
-
-/// The columns and rows of the terminal that stdout is; `None` where it is none.
-pub fn terminal() -> Option<(usize, usize)> {
-    let (columns, rows) = terminal_size::terminal_size_of(io::stdout())?;
-    Some((columns.0.into(), rows.0.into()))
-}
-
-/// Writes to stderr, likewise.
-pub fn err(text: &str) {
-    let _ = io::stderr().lock().write_all(text.as_bytes());
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::knob::Knob;
-    use crate::knob::change::Object;
+    use crate::knob::Object;
 
     fn done(outcome: Outcome) -> Done {
         Done {

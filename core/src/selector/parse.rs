@@ -9,8 +9,12 @@
 //!
 //! A comma with a digit behind it goes on with the list it follows: `llc:0,2` are two LLC domains.
 
-use super::{CpuExprError, NAMES, Node, PARTS, WORDS};
-use crate::cpuset::{CpuSet, CpuSetError};
+use std::str::FromStr;
+
+use serde::{Deserialize, Deserializer};
+
+use super::ast::{CpuExpr, CpuExprError, NAMES, Node, PARTS, WORDS};
+use crate::cpuset::{CpuSet, CpuSetError, MAX_CPU};
 use crate::vm::VmId;
 
 /// How deep signs and parentheses may be nested: no text shall exhaust the stack.
@@ -21,7 +25,7 @@ const SIGNS: [char; 6] = [',', '&', '!', '(', ')', ':'];
 
 type Result<T> = std::result::Result<T, CpuExprError>;
 
-pub(super) fn parse(text: &str) -> Result<Node> {
+fn parse(text: &str) -> Result<Node> {
     let text = text.trim();
     let mut parser = Parser {
         text,
@@ -196,7 +200,7 @@ impl<'a> Parser<'a> {
                         format!("runs backwards; did you mean {last}-{first}?")
                     }
                     CpuSetError::TooLarge(_) => {
-                        format!("is beyond {}, the largest number there is", crate::MAX_CPU)
+                        format!("is beyond {}, the largest number there is", MAX_CPU)
                     }
                     _ => format!("is no {what}"),
                 };
@@ -240,6 +244,39 @@ fn single_or(mut nodes: Vec<Node>, many: impl Fn(Vec<Node>) -> Node) -> Node {
         last => {
             nodes.extend(last);
             many(nodes)
+        }
+    }
+}
+
+impl FromStr for CpuExpr {
+    type Err = CpuExprError;
+
+    fn from_str(text: &str) -> std::result::Result<Self, CpuExprError> {
+        let node = match text.parse() {
+            Ok(cpus) => Node::Cpus(cpus),
+            Err(error) if is_meant_as_list(text) => return Err(error.into()),
+            Err(_) => parse(text)?,
+        };
+        Ok(Self { node })
+    }
+}
+
+/// Whether a text without any sign of a selector is a slip in a plain list, which has better words
+/// for it.
+fn is_meant_as_list(text: &str) -> bool {
+    let is_name = |token: &str| {
+        token.len() > 1 && token.starts_with(|first: char| first.is_ascii_alphabetic())
+    };
+    !text.contains([':', '&', '!', '(', ')']) && !text.split(',').any(|token| is_name(token.trim()))
+}
+
+/// As for a [`CpuSet`], the empty text is the empty set.
+impl<'de> Deserialize<'de> for CpuExpr {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        match text.trim() {
+            "" => Ok(CpuSet::new().into()),
+            text => text.parse().map_err(serde::de::Error::custom),
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::cell::OnceCell;
 use std::time::Duration;
 
-use super::{CpuExpr, Node, Part, Word};
+use super::ast::{CpuExpr, Node, Part, Word};
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
 use crate::sys::cpu;
@@ -265,4 +265,14 @@ fn but_offline(topology: &Topology) -> String {
         return String::new();
     }
     format!("; CPU {offline} offline, and the kernel does not tell where they belong")
+}
+
+impl CpuExpr {
+    /// The CPUs on this host. For several expressions [`Host::resolve`] saves looking again.
+    ///
+    /// # Errors
+    /// As [`Host::resolve`].
+    pub fn resolve(&self, root: &Sysroot) -> Result<CpuSet> {
+        Host::new(root).resolve(self)
+    }
 }

@@ -1,3 +1,6 @@
+use crate::cpuset::CpuSet;
+use crate::sysroot::Sysroot;
+
 use super::*;
 
 fn read(text: &str) -> std::result::Result<String, String> {

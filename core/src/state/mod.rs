@@ -1,4 +1,8 @@
 //! Values that come back: what a tool saves in a file, and what hook keeps under /run/pinfold.
 
+mod baseline;
 pub mod save;
 pub mod store;
+
+pub use baseline::{Baseline, Planned};
+pub use store::Store;

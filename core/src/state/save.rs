@@ -9,9 +9,9 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::host::Host;
 use crate::knob::Knob;
-use crate::knob::change::{Change, Done, Outcome, apply_one};
-use crate::sysroot::Sysroot;
+use crate::knob::{Change, Done, Outcome, apply_one};
 
 /// The layout of the file; another number is refused.
 const VERSION: u32 = 1;
@@ -127,7 +127,7 @@ pub fn parse(text: &str, tool: &str) -> std::result::Result<Vec<Entry>, String> 
 }
 
 /// Puts the values back, last change first. One that was set by somebody else meanwhile is left.
-pub fn restore(root: &Sysroot, entries: Vec<Entry>, dry_run: bool) -> Vec<Done> {
+pub fn restore(root: &Host, entries: Vec<Entry>, dry_run: bool) -> Vec<Done> {
     entries
         .into_iter()
         .rev()
@@ -135,7 +135,7 @@ pub fn restore(root: &Sysroot, entries: Vec<Entry>, dry_run: bool) -> Vec<Done> 
         .collect()
 }
 
-fn restore_one(root: &Sysroot, entry: Entry, dry_run: bool) -> Done {
+fn restore_one(root: &Host, entry: Entry, dry_run: bool) -> Done {
     let Entry {
         knob,
         label,
@@ -185,7 +185,7 @@ mod tests {
     #[test]
     fn back_and_forth() {
         let dir = tempfile::tempdir().unwrap();
-        let root = Sysroot::new(dir.path());
+        let root = Host::new(dir.path());
         for (irq, value) in [(1, "0-5"), (2, "0-5"), (3, "7"), (4, "0-23")] {
             let folder = dir.path().join(format!("proc/irq/{irq}"));
             fs::create_dir_all(&folder).unwrap();

@@ -2,25 +2,16 @@
 //!
 //! Cgroups are named by their path below the root, without a leading slash: `qemu.slice/100.scope`.
 
-use std::fs;
-use std::io;
-use std::time::{Duration, Instant};
-
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
-use crate::knob::{TaskId, cpu_list, into_io};
-use crate::sys::cpu;
-use crate::sysroot::Sysroot;
-use crate::systemd;
+use crate::sys::task::TaskId;
+use crate::sysroot::{Sysroot, cpu_list};
 
 /// Where the unified hierarchy is mounted on every host with systemd.
 const ROOT: &str = "sys/fs/cgroup";
 
 /// The type of a cgroup that holds threads.
 pub const THREADED: &str = "threaded";
-
-/// How often we look whether systemd has moved a process into a scope that it has made.
-const MOVED_INTERVAL: Duration = Duration::from_millis(10);
 
 /// A cgroup's folder, below the sysroot.
 pub fn path(cgroup: &str) -> String {
@@ -140,86 +131,6 @@ pub fn isolated(root: &Sysroot) -> Result<Option<CpuSet>> {
 pub(crate) fn has_child_cpusets(root: &Sysroot, cgroup: &str) -> Result<Option<bool>> {
     let enabled = root.read_value(file(cgroup, "cgroup.subtree_control"))?;
     Ok(enabled.map(|names| names.split_whitespace().any(|name| name == "cpuset")))
-}
-
-/// Sets cpuset.cpus. The kernel clears it for a cgroup without processes only (ENOSPC): one with
-/// processes is given all CPUs instead, which comes to the same until the controller goes.
-pub(crate) fn set_cpus(root: &Sysroot, cgroup: &str, cpus: &str) -> io::Result<()> {
-    let file = file(cgroup, "cpuset.cpus");
-    if !cpus.is_empty() {
-        return root.write(file, cpus);
-    }
-    // An empty write (no byte) would not reach the kernel.
-    match root.write(&file, "\n") {
-        Err(error) if error.raw_os_error() == Some(nix::libc::ENOSPC) => {
-            root.write(file, &cpu::present(root).map_err(into_io)?.to_string())
-        }
-        // Without the controller there is nothing to clear.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
-    }
-}
-
-/// Makes a cgroup or removes it. One that is as wanted already is no error.
-pub(crate) fn make_or_remove(root: &Sysroot, cgroup: &str, make: bool) -> io::Result<()> {
-    let path = root.path(path(cgroup));
-    let (done, settled) = match make {
-        true => (fs::create_dir(path), io::ErrorKind::AlreadyExists),
-        false => (fs::remove_dir(path), io::ErrorKind::NotFound),
-    };
-    done.or_else(|error| {
-        if error.kind() == settled {
-            Ok(())
-        } else {
-            Err(error)
-        }
-    })
-}
-
-/// Makes a cgroup for threads, or removes it.
-pub(crate) fn make_threaded_or_remove(root: &Sysroot, cgroup: &str, make: bool) -> io::Result<()> {
-    make_or_remove(root, cgroup, make)?;
-    if make {
-        root.write(file(cgroup, "cgroup.type"), THREADED)
-    } else {
-        Ok(())
-    }
-}
-
-/// Moves a process with all its threads. A scope that systemd has dropped, because it was empty, is
-/// asked for anew.
-pub(crate) fn move_process(root: &Sysroot, task: &TaskId, cgroup: &str) -> io::Result<()> {
-    match root.write(file(cgroup, "cgroup.procs"), &task.pid.to_string()) {
-        Err(error) if cgroup.ends_with(".scope") && !root.exists(path(cgroup)) => {
-            let mut path = cgroup.rsplit('/');
-            match (path.next(), path.next()) {
-                (Some(scope), Some(slice)) if slice.ends_with(".slice") => {
-                    systemd::start_scope(root, scope, slice, task.pid)?
-                }
-                _ => return Err(error),
-            }
-            wait_until_in(root, task.pid, cgroup)
-        }
-        other => other,
-    }
-}
-
-/// systemd answers before it has moved the process.
-fn wait_until_in(root: &Sysroot, pid: i32, cgroup: &str) -> io::Result<()> {
-    let until = Instant::now() + root.patience().call;
-    while of_process(root, pid)
-        .map_err(into_io)?
-        .trim_start_matches('/')
-        != cgroup.trim_start_matches('/')
-    {
-        if Instant::now() >= until {
-            return Err(io::Error::other(format!(
-                "systemd made the scope and did not move process {pid} into it"
-            )));
-        }
-        std::thread::sleep(MOVED_INTERVAL);
-    }
-    Ok(())
 }
 
 #[cfg(test)]

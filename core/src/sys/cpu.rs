@@ -3,8 +3,7 @@
 
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
-use crate::knob::cpu_list;
-use crate::sysroot::Sysroot;
+use crate::sysroot::{Sysroot, cpu_list};
 
 const CPUS: &str = "sys/devices/system/cpu";
 

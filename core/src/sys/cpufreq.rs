@@ -2,8 +2,8 @@
 
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
-use crate::knob::cpu_list;
-use crate::sysroot::Sysroot;
+
+use crate::sysroot::{Sysroot, cpu_list};
 
 const POLICIES: &str = "sys/devices/system/cpu/cpufreq";
 

@@ -5,8 +5,8 @@ use std::os::unix::fs::MetadataExt;
 
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
-use crate::knob::cpu_list;
-use crate::sysroot::Sysroot;
+
+use crate::sysroot::{Sysroot, cpu_list};
 
 /// The names of the devices behind each IRQ, from /proc/interrupts; those without a handler are not
 /// in it.

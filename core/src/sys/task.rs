@@ -6,14 +6,26 @@ use std::io;
 
 use procfs::FromRead;
 use procfs::process::{Stat, StatFlags};
+use serde::{Deserialize, Serialize};
 
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
-use crate::knob::{TaskId, cpu_list};
-use crate::sysroot::Sysroot;
+use crate::sysroot::{Sysroot, cpu_list};
 
 /// The pid of kthreadd, the parent of every kernel thread, whose CPUs a new one starts with.
 pub const KTHREADD: i32 = 2;
+
+/// A process or thread that cannot be mistaken for a later one with the same number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct TaskId {
+    /// The process (thread group) id.
+    pub pid: i32,
+    /// The thread id; equal to `pid` for a process's first thread and for kernel threads.
+    pub tid: i32,
+    /// Start time in clock ticks since boot: field 22 of /proc/PID/task/TID/stat, see
+    /// proc_pid_stat(5).
+    pub start: u64,
+}
 
 /// One thread as /proc/PID/task/TID/stat tells it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -230,23 +242,6 @@ pub fn keeps_requested_cpus(root: &Sysroot) -> Result<bool> {
             format!("`{release}` is no kernel release"),
         )),
     }
-}
-
-/// The set as sched_setaffinity(2) takes it.
-///
-/// # Errors
-/// Where a CPU is beyond what the nix crate's set can hold, 1024 CPUs.
-pub(crate) fn to_nix(cpus: &CpuSet) -> io::Result<nix::sched::CpuSet> {
-    let mut set = nix::sched::CpuSet::new();
-    for cpu in cpus.iter() {
-        set.set(cpu).map_err(|_| {
-            let last = nix::sched::CpuSet::count() - 1;
-            io::Error::other(format!(
-                "CPU {cpu} is beyond {last}, the last that threads can be pinned to"
-            ))
-        })?;
-    }
-    Ok(set)
 }
 
 #[cfg(test)]

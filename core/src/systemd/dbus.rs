@@ -89,7 +89,7 @@ pub(crate) struct Method<'a> {
 #[derive(Debug)]
 pub(crate) struct Connection {
     stream: UnixStream,
-    patience: Duration,
+    timeout: Duration,
     until: Instant,
     serial: u32,
     /// A call is under way, or ended without its answer.
@@ -100,16 +100,16 @@ pub(crate) struct Connection {
 
 impl Connection {
     /// Connects and authenticates as the running user. To connect, and each call, may take
-    /// `patience`.
-    pub(crate) fn open(path: &Path, patience: Duration) -> Result<Self> {
-        let until = Instant::now() + patience;
+    /// `timeout`.
+    pub(crate) fn open(path: &Path, timeout: Duration) -> Result<Self> {
+        let until = Instant::now() + timeout;
         let stream = loop {
             match connect_now(path) {
                 Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
                     return Err(DbusError::Unreachable(error));
                 }
                 Err(_) if Instant::now() + FULL_INTERVAL >= until => {
-                    return Err(DbusError::Late(patience));
+                    return Err(DbusError::Late(timeout));
                 }
                 Err(_) => std::thread::sleep(FULL_INTERVAL),
                 Ok(stream) => break stream,
@@ -117,7 +117,7 @@ impl Connection {
         };
         let mut connection = Self {
             until,
-            ..Self::new(stream, patience)
+            ..Self::new(stream, timeout)
         };
         let uid: String = nix::unistd::geteuid()
             .to_string()
@@ -134,11 +134,11 @@ impl Connection {
         Ok(connection)
     }
 
-    fn new(stream: UnixStream, patience: Duration) -> Self {
+    fn new(stream: UnixStream, timeout: Duration) -> Self {
         Self {
             stream,
-            patience,
-            until: Instant::now() + patience,
+            timeout,
+            until: Instant::now() + timeout,
             serial: 0,
             in_call: false,
             bytes: Vec::new(),
@@ -146,8 +146,8 @@ impl Connection {
     }
 
     /// The same, where each call may take so long.
-    pub(crate) fn with_patience(self, patience: Duration) -> Self {
-        Self { patience, ..self }
+    pub(crate) fn with_timeout(self, timeout: Duration) -> Self {
+        Self { timeout, ..self }
     }
 
     /// Whether it can be called on once more: it was left in order, and the other end still holds
@@ -169,7 +169,7 @@ impl Connection {
         signature: &str,
         body: Writer,
     ) -> Result<Message> {
-        self.until = Instant::now() + self.patience;
+        self.until = Instant::now() + self.timeout;
         self.serial += 1;
         self.in_call = true;
         self.send(&marshal(method, self.serial, signature, &body.bytes))?;
@@ -253,7 +253,7 @@ impl Connection {
 
     fn left(&self) -> Result<Duration> {
         match self.until.saturating_duration_since(Instant::now()) {
-            Duration::ZERO => Err(DbusError::Late(self.patience)),
+            Duration::ZERO => Err(DbusError::Late(self.timeout)),
             left => Ok(left),
         }
     }
@@ -262,7 +262,7 @@ impl Connection {
         match error.kind() {
             io::ErrorKind::Interrupted => Ok(()),
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-                Err(DbusError::Late(self.patience))
+                Err(DbusError::Late(self.timeout))
             }
             _ => Err(DbusError::Closed(error)),
         }
@@ -633,14 +633,14 @@ pub(crate) mod fake {
     }
 
     /// What a call makes of a server that says `bytes` and no more.
-    pub(crate) fn hostile(bytes: Vec<u8>, patience: Duration) -> Result<Message> {
+    pub(crate) fn hostile(bytes: Vec<u8>, timeout: Duration) -> Result<Message> {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let (done, wait) = mpsc::channel::<()>();
         let server = thread::spawn(move || {
             let _ = theirs.write_all(&bytes);
             let _ = wait.recv();
         });
-        let mut connection = Connection::new(ours, patience);
+        let mut connection = Connection::new(ours, timeout);
         let method = Method {
             destination: "a.b",
             path: "/",
@@ -658,8 +658,8 @@ pub(crate) mod fake {
         calls: &Mutex<Vec<String>>,
         answer: fn(&str, &str, &[&str]) -> Answer,
     ) -> Result<()> {
-        let patience = Duration::from_secs(20);
-        let mut client = Connection::new(stream, patience);
+        let timeout = Duration::from_secs(20);
+        let mut client = Connection::new(stream, timeout);
         let auth = client.line()?;
         let uid = nix::unistd::geteuid()
             .to_string()
@@ -882,12 +882,12 @@ mod tests {
             ),
             (Vec::new(), "no answer within 0.05 s"),
         ] {
-            let patience = if words.starts_with("no answer") {
+            let timeout = if words.starts_with("no answer") {
                 BRIEF
             } else {
                 LONG
             };
-            assert_eq!(hostile(bytes, patience).unwrap_err().to_string(), words);
+            assert_eq!(hostile(bytes, timeout).unwrap_err().to_string(), words);
         }
     }
 

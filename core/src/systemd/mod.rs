@@ -1,6 +1,19 @@
-//! systemd: its units and drop-ins, read over D-Bus.
+//! systemd: what its units and drop-ins hold, read over D-Bus and from /run/systemd.
+//!
+//! Nothing here changes a unit; that is in [`crate::knob`].
 
 mod dbus;
+pub(crate) mod drop_ins;
+#[cfg(test)]
+pub(crate) mod fake;
+mod session;
 mod units;
 
-pub use units::*;
+pub(crate) use dbus::Writer;
+pub use drop_ins::overrides;
+#[cfg(test)]
+pub(crate) use session::BUS_SOCKET;
+pub(crate) use session::{Called, Client};
+pub use session::{Session, Timeouts};
+pub(crate) use units::{allowed_cpus, bitmap};
+pub use units::{allowed_cpus_of, is_delegated, is_unit_name};

@@ -62,7 +62,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<Exit> {
 /// Goes through post-start. Nothing is written, locked or saved.
 fn make(root: &Sysroot, vmid: VmId) -> anyhow::Result<Plan> {
     vm::check_exists(root, vmid)?;
-    let root = root.clone().for_looking();
+    let root = root.clone().for_dry_run();
     let qemu = vm::find(&root, vmid)?;
     // Its changes are kept, and nothing is told before the end.
     let mut report = Report::new(TOOL, Verbosity::Quiet, true);

@@ -67,7 +67,7 @@ impl Reconcile<'_> {
             }
         }
         let now = cgroup::isolated(self.root)?.unwrap_or_default();
-        if !isolated.is_subset(&now) && !self.root.is_for_looking() {
+        if !isolated.is_subset(&now) && !self.root.dry_run() {
             let why = format!("the kernel took it and isolates CPU {now} only");
             return Err(Error::unusable(format!("partition of CPU {isolated}"), why));
         }

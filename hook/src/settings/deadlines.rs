@@ -1,6 +1,8 @@
 //! How long each wait may take, and what the phases may take by that.
 
-use pinfold_core::systemd::Patience;
+use std::time::Duration;
+
+use pinfold_core::systemd::{Session, Timeouts};
 use serde::{Deserialize, Serialize};
 
 /// The longest that any wait may be told to take, in seconds.
@@ -91,9 +93,12 @@ impl Deadlines {
         }
     }
 
-    /// How long systemd is waited for.
-    pub(crate) fn patience(&self) -> Patience {
-        Patience::new(self.systemd, self.reload)
+    /// A session with systemd that keeps these deadlines.
+    pub(crate) fn systemd_session(&self) -> Session {
+        Session::new(Timeouts {
+            call: Duration::from_secs(self.systemd),
+            reload: Duration::from_secs(self.reload),
+        })
     }
 }
 

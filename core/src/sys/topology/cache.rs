@@ -3,8 +3,7 @@
 
 use crate::cpuset::CpuSet;
 use crate::error::Result;
-use crate::knob::cpu_list;
-use crate::sysroot::Sysroot;
+use crate::sysroot::{Sysroot, cpu_list};
 
 /// A cache that holds data.
 #[derive(Debug)]

@@ -10,9 +10,8 @@ use std::fmt;
 
 use crate::cpuset::CpuSet;
 use crate::error::Result;
-use crate::knob::cpu_list;
 use crate::sys::cpu;
-use crate::sysroot::Sysroot;
+use crate::sysroot::{Sysroot, cpu_list};
 
 mod cache;
 

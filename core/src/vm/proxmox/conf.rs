@@ -4,10 +4,12 @@
 //! The grammar is that of qemu-server's `PVE::QemuServer::parse_vm_config`, `PVE::QemuServer::PCI`
 //! and pve-guest-common's `PVE::Mapping::PCI`.
 
-use crate::error::{Error, Result};
-use crate::sys::pci::{PciAddress, PciSelector};
-use crate::vm::smp;
-use crate::vm::{self, VmId};
+use crate::error::{Error, Result, is_gone};
+use crate::sys::pci::PciSelector;
+use crate::sysroot::Sysroot;
+use crate::vm::cmdline;
+use crate::vm::guest_topology;
+use crate::vm::id::VmId;
 
 /// The number of hostpci entries that a VM may have.
 const MAX_HOSTPCI: u32 = 16;
@@ -131,7 +133,11 @@ impl VmConf {
         let words: Vec<String> = words
             .map(|word| word.trim_matches(['\'', '"']).to_owned())
             .collect();
-        smp::threads([own.as_str()].into_iter().chain(vm::options(&words, "smp")))
+        guest_topology::threads_per_core(
+            [own.as_str()]
+                .into_iter()
+                .chain(cmdline::options(&words, "smp")),
+        )
     }
 }
 
@@ -192,7 +198,7 @@ fn parse_hostpci(index: u32, value: &str) -> Result<HostPci> {
 }
 
 /// Addresses with `;` between them.
-fn selectors(text: &str) -> Option<Vec<PciSelector>> {
+pub(super) fn selectors(text: &str) -> Option<Vec<PciSelector>> {
     text.split(';')
         .map(|address| address.parse().ok())
         .collect()
@@ -207,79 +213,65 @@ fn is_mapping_id(id: &str) -> bool {
             .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
 }
 
-/// A line of /run/qemu-server/pci-id-reservations: a PCI function that a VM holds or is about to.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PciReservation {
-    /// The function.
-    pub address: PciAddress,
-    /// Whose it is.
-    pub vmid: VmId,
-    /// What the reservation lives by.
-    pub holder: PciHolder,
-}
+/// Where Proxmox VE keeps the VMs' settings.
+const CONFS: &str = "etc/pve/qemu-server";
 
-/// What a PCI reservation lives by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PciHolder {
-    /// A running QEMU, by its process id.
-    Pid(i32),
-    /// A VM that is being started: until this time, in seconds since 1970.
-    Until(u64),
-}
-
-/// Parses /run/qemu-server/pci-id-reservations (`ADDRESS VMID pid:N` or `ADDRESS VMID time:N`).
+/// A VM's settings.
 ///
-/// Lines of another form are passed over, as Proxmox VE does.
-pub fn parse_pci_reservations(text: &str) -> Vec<PciReservation> {
-    let reservation = |line: &str| {
-        let [address, vmid, holder] = line
-            .split_whitespace()
-            .collect::<Vec<_>>()
-            .try_into()
-            .ok()?;
-        let holder = match holder.split_once(':')? {
-            ("pid", pid) => PciHolder::Pid(pid.parse().ok()?),
-            ("time", time) => PciHolder::Until(time.parse().ok()?),
-            _ => return None,
-        };
-        Some(PciReservation {
-            address: address.parse().ok()?,
-            vmid: vmid.parse().ok()?,
-            holder,
-        })
-    };
-    text.lines().filter_map(reservation).collect()
+/// # Errors
+/// [`Error::Unusable`] where it is a container or where there is no such VM, [`Error::Malformed`]
+/// where a setting cannot be read.
+pub fn conf(root: &Sysroot, vmid: VmId) -> Result<VmConf> {
+    check_exists(root, vmid)?;
+    let path = conf_path(vmid);
+    VmConf::parse(&root.read(&path)?)
+        .map_err(|error| Error::malformed(root.path(path).display().to_string(), error.to_string()))
 }
 
-/// The devices that a mapping offers on a node, from /etc/pve/mapping/pci.cfg; of them one is
-/// chosen at the VM's start.
+/// The VMs of this node, by their numbers; none where it is no node of Proxmox VE.
+pub fn all(root: &Sysroot) -> Vec<VmId> {
+    let names = root.names(CONFS).unwrap_or_default();
+    names
+        .iter()
+        .filter_map(|name| name.strip_suffix(".conf")?.parse().ok())
+        .collect()
+}
+
+/// Makes sure that the number is a VM's.
 ///
-/// `None` where there is no such mapping. A device may be several functions (`path=A;B`).
-pub fn parse_pci_mapping(text: &str, id: &str, node: &str) -> Option<Vec<Vec<PciSelector>>> {
-    let mut lines = text.lines().skip_while(|line| line.trim_end() != id);
-    lines.next()?;
-    let devices = lines
-        .take_while(|line| line.starts_with([' ', '\t']))
-        .filter_map(|line| line.trim().strip_prefix("map"))
-        .filter(|map| map.starts_with([' ', '\t']))
-        .filter_map(|map| {
-            let value = |key: &str| {
-                map.trim()
-                    .split(',')
-                    .find_map(|part| part.trim().strip_prefix(key)?.strip_prefix('='))
-            };
-            if value("node")? == node {
-                selectors(value("path")?)
-            } else {
-                None
-            }
-        });
-    Some(devices.collect())
+/// # Errors
+/// [`Error::Unusable`] where it is a container's, or nobody's on this node.
+pub fn check_exists(root: &Sysroot, vmid: VmId) -> Result<()> {
+    if is_container(root, vmid) {
+        return Err(Error::unusable(
+            vmid.to_string(),
+            "it is a container; only VMs have a QEMU",
+        ));
+    }
+    let path = root.path(conf_path(vmid));
+    match path.symlink_metadata() {
+        Ok(_) => Ok(()),
+        Err(error) if is_gone(&error) => {
+            let why = format!("no such VM on this node: there is no {}", path.display());
+            Err(Error::unusable(format!("VM {vmid}"), why))
+        }
+        Err(error) => Err(Error::io(path, "look", error)),
+    }
+}
+
+/// Whether the number is a container's.
+pub fn is_container(root: &Sysroot, vmid: VmId) -> bool {
+    root.exists(format!("etc/pve/lxc/{vmid}.conf"))
+}
+
+fn conf_path(vmid: VmId) -> String {
+    format!("{CONFS}/{vmid}.conf")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vm::fixture::{any_selector, host, joined, write};
     use proptest::prelude::*;
 
     fn hostpci(value: &str) -> Result<Vec<String>> {
@@ -430,64 +422,6 @@ mod tests {
         assert_eq!(entries, [(2, true), (10, false)]);
     }
 
-    #[test]
-    fn reservations_are_read() {
-        let text = "0000:01:00.0 100 pid:4711\n0000:01:00.1 101 time:1700000000\n\
-                    garbage\n0000:02:00.0 100 pid:x\n0000:02:00.0 ../x pid:1\n0000:02:00.0 100\n0000:02:00.0 100 pid:1 x\n\n";
-        let found = parse_pci_reservations(text);
-        assert_eq!(found.len(), 2, "{found:?}");
-        assert_eq!(found[0].holder, PciHolder::Pid(4711));
-        assert_eq!(found[1].holder, PciHolder::Until(1_700_000_000));
-        assert_eq!(
-            (
-                found[1].address.to_string().as_str(),
-                found[1].vmid.to_string().as_str()
-            ),
-            ("0000:01:00.1", "101")
-        );
-        assert!(parse_pci_reservations("").is_empty());
-    }
-
-    #[test]
-    fn mappings_are_read() {
-        let text = "nic\n\tmap id=8086:1521,node=pve1,path=0000:05:00.0\n\ngpu\n\tdescription map node=pve1\n\tmdev 0\n\
-                    \tmap id=10de:2204,iommugroup=2,node=pve1,path=0000:01:00,subsystem-id=1:2\n\
-                    \tmap id=10de:2204,node=pve2,path=0000:41:00\n\tmap node=pve1,path=0000:02:00.0;0000:02:00.1\n\
-                    \tmap node=pve1,path=garbage\n\tmap\n\nother\n\tmap node=pve1,path=0000:09:00\n";
-        let shown = |id: &str, node: &str| {
-            parse_pci_mapping(text, id, node).map(|devices| {
-                let show = |device: &Vec<PciSelector>| {
-                    device
-                        .iter()
-                        .map(ToString::to_string)
-                        .collect::<Vec<_>>()
-                        .join(";")
-                };
-                devices.iter().map(show).collect::<Vec<_>>()
-            })
-        };
-        assert_eq!(
-            shown("gpu", "pve1").unwrap(),
-            ["0000:01:00", "0000:02:00.0;0000:02:00.1"]
-        );
-        assert_eq!(shown("gpu", "pve2").unwrap(), ["0000:41:00"]);
-        assert_eq!(shown("gpu", "pve3").unwrap(), [""; 0]);
-        assert_eq!(shown("none", "pve1"), None);
-        assert_eq!(parse_pci_mapping("", "gpu", "pve1"), None);
-        assert_eq!(parse_pci_mapping("gpu", "gpu", "pve1"), Some(vec![]));
-    }
-
-    fn any_selector() -> impl Strategy<Value = PciSelector> {
-        (any::<u32>(), any::<u8>(), 0..32u8, prop::option::of(0..8u8)).prop_map(
-            |(domain, bus, device, function)| PciSelector {
-                domain,
-                bus,
-                device,
-                function,
-            },
-        )
-    }
-
     fn any_hostpci() -> impl Strategy<Value = Vec<HostPci>> {
         let devices = prop_oneof![
             prop::collection::vec(any_selector(), 1..4).prop_map(HostDevices::Addresses),
@@ -505,14 +439,6 @@ mod tests {
                     .collect()
             },
         )
-    }
-
-    fn joined(selectors: &[PciSelector]) -> String {
-        selectors
-            .iter()
-            .map(ToString::to_string)
-            .collect::<Vec<_>>()
-            .join(";")
     }
 
     fn render(conf: &VmConf) -> String {
@@ -566,17 +492,29 @@ mod tests {
         }
 
         #[test]
-        fn mapping_round_trip(devices in prop::collection::vec(prop::collection::vec(any_selector(), 1..4), 0..5)) {
-            let maps: Vec<String> = devices.iter().map(|device| format!("\tmap id=1:2,node=pve1,path={}\n", joined(device))).collect();
-            let text = format!("nic\n\tmap node=pve1,path=01:00\n\ngpu\n{}\nlast\n\tmap node=pve1,path=02:00\n", maps.concat());
-            prop_assert_eq!(parse_pci_mapping(&text, "gpu", "pve1").unwrap(), devices);
-        }
-
-        #[test]
         fn no_text_panics(text in "(hostpci[0-9]*|cores|gpu|\tmap|\\PC)[:= ]\\PC*\n?\\PC*") {
             let _ = VmConf::parse(&text);
-            let _ = parse_pci_reservations(&text);
-            let _ = parse_pci_mapping(&text, "gpu", "pve1");
         }
+    }
+
+    fn id(number: u32) -> VmId {
+        number.try_into().unwrap()
+    }
+
+    #[test]
+    fn settings_of_a_vm() {
+        let (dir, root) = host();
+        assert_eq!(super::conf(&root, id(100)).unwrap().vcpus(), 2);
+        assert_eq!(
+            super::conf(&root, id(102)).unwrap_err().to_string(),
+            format!(
+                "{}: cores: \"x\" is no count",
+                dir.path().join("etc/pve/qemu-server/102.conf").display()
+            )
+        );
+        assert!(super::conf(&root, id(101)).is_err());
+        write(dir.path(), "etc/pve/qemu-server/99.conf.tmp", "");
+        assert_eq!(all(&root), [id(100), id(102)]);
+        assert!(all(&Sysroot::new("/nonexistent")).is_empty());
     }
 }

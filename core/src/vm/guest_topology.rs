@@ -14,7 +14,7 @@ const LEVELS: [&str; 7] = [
 /// QEMU merges the options key by key, so the last one counts. Where sockets and cores are told and
 /// threads are not, what is left of the vCPUs is threads. What is no number is passed over: QEMU
 /// would not start with it.
-pub(crate) fn threads<'a>(options: impl IntoIterator<Item = &'a str>) -> usize {
+pub(super) fn threads_per_core<'a>(options: impl IntoIterator<Item = &'a str>) -> usize {
     let mut told = BTreeMap::new();
     for field in options.into_iter().flat_map(|option| option.split(',')) {
         let (key, value) = field.split_once('=').unwrap_or(("cpus", field));
@@ -72,7 +72,7 @@ mod tests {
             (&["help\n,=,,=2"], 1),
         ] {
             assert_eq!(
-                super::threads(options.iter().copied()),
+                super::threads_per_core(options.iter().copied()),
                 threads,
                 "{options:?}"
             );

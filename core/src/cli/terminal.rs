@@ -1,0 +1,39 @@
+//! stdout, stderr and the terminal.
+
+use std::io::{self, Write};
+
+/// Writes to stdout. A reader that has gone (`| head`) is no reason to die half way through the
+/// host's changes.
+pub fn out(text: &str) {
+    let _ = try_out(text);
+}
+
+/// Writes to stdout, for one that writes as long as somebody reads.
+///
+/// # Errors
+/// `BrokenPipe` where the reader has gone.
+pub fn try_out(text: &str) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(text.as_bytes())?;
+    stdout.flush()
+}
+
+/// Text with ANSI colours as stdout takes it: plain in a pipe, and where `NO_COLOR` or `TERM` say
+/// so; `CLICOLOR_FORCE` keeps them in a pipe too.
+pub fn coloured(text: &str) -> String {
+    match anstream::AutoStream::choice(&io::stdout()) {
+        anstream::ColorChoice::Never => anstream::adapter::strip_str(text).to_string(),
+        _ => text.to_owned(),
+    }
+}
+
+/// The columns and rows of the terminal that stdout is; `None` where it is none.
+pub fn terminal() -> Option<(usize, usize)> {
+    let (columns, rows) = terminal_size::terminal_size_of(io::stdout())?;
+    Some((columns.0.into(), rows.0.into()))
+}
+
+/// Writes to stderr, likewise.
+pub fn err(text: &str) {
+    let _ = io::stderr().lock().write_all(text.as_bytes());
+}

@@ -1,0 +1,61 @@
+//! The host as a whole: its files, its systemd, and whether it may be changed.
+
+use std::ops::Deref;
+use std::path::PathBuf;
+
+use crate::sysroot::Sysroot;
+use crate::systemd::Session;
+
+/// A host: the root of its files, a session with its systemd, and the dry-run flag.
+///
+/// Code that only reads files takes a [`Sysroot`], which a host dereferences to. Code that calls
+/// systemd, applies changes or plans them takes a host.
+#[derive(Debug, Clone, Default)]
+pub struct Host {
+    root: Sysroot,
+    systemd: Session,
+    dry_run: bool,
+}
+
+impl Host {
+    /// The host whose files are below `root`, with systemd's default timeouts.
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Self {
+            root: Sysroot::new(root),
+            ..Self::default()
+        }
+    }
+
+    /// The same host with another systemd session.
+    pub fn with_session(self, systemd: Session) -> Self {
+        Self { systemd, ..self }
+    }
+
+    /// The same host for a dry run: [`apply_one`](crate::apply_one) plans changes instead of making
+    /// them, and a [`Store`](crate::state::store::Store) neither locks nor saves. So the code that
+    /// makes the changes also lists them.
+    pub fn for_dry_run(self) -> Self {
+        Self {
+            dry_run: true,
+            ..self
+        }
+    }
+
+    /// Whether nothing may be changed.
+    pub fn dry_run(&self) -> bool {
+        self.dry_run
+    }
+
+    /// The session with this host's systemd.
+    pub fn systemd(&self) -> &Session {
+        &self.systemd
+    }
+}
+
+impl Deref for Host {
+    type Target = Sysroot;
+
+    fn deref(&self) -> &Sysroot {
+        &self.root
+    }
+}

@@ -1,0 +1,103 @@
+//! Every knob there is. To add one, add a variant: the compiler then lists all places that need to
+//! know it.
+
+use serde::{Deserialize, Serialize};
+
+use crate::sys::task::TaskId;
+
+/// The value of a folder or device that is there.
+pub const PRESENT: &str = "present";
+/// The value of a folder or device that is not there.
+pub const ABSENT: &str = "absent";
+/// The value of a drop-in that is not there although its folder is.
+pub(super) const EMPTIED: &str = "emptied";
+/// The driver of a PCI function that is not bound to any.
+pub const NO_DRIVER: &str = "none";
+
+/// One settable value of the kernel or of systemd.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Knob {
+    /// An IRQ's CPUs: /proc/irq/N/smp_affinity_list (Documentation/core-api/irq/irq-affinity.rst).
+    Irq(u32),
+    /// The CPUs that new IRQs start with: /proc/irq/default_smp_affinity.
+    DefaultIrq,
+    /// The CPUs of all unbound workqueues: /sys/devices/virtual/workqueue/cpumask
+    /// (core-api/workqueue.rst).
+    Workqueues,
+    /// A kernel thread's CPUs, by sched_setaffinity(2).
+    Kthread(TaskId),
+    /// A user thread's CPUs, by sched_setaffinity(2).
+    Thread(TaskId),
+    /// `1` where the CPU is online, `0` where not: /sys/devices/system/cpu/cpuN/online
+    /// (core-api/cpu_hotplug.rst).
+    CpuOnline(usize),
+    /// A cpufreq policy's governor, by the policy's folder name, `policy6`
+    /// (admin-guide/pm/cpufreq.rst).
+    Governor(String),
+    /// A systemd unit's AllowedCPUs=, empty where unset; see systemd.resource-control(5). Set at
+    /// run time only.
+    UnitCpus(String),
+    /// The units whose AllowedCPUs= is overridden until the next boot, by name with spaces between:
+    /// what `systemctl set-property --runtime` leaves below /run/systemd. Taking a unit out removes
+    /// its override.
+    UnitOverrides,
+    /// cpuset.cpus of a cgroup that is no systemd unit, by its path below the cgroup root
+    /// (cgroup-v2.rst).
+    CgroupCpus(String),
+    /// A cgroup folder: `present` or `absent`.
+    Cgroup(String),
+    /// The cgroup a process is in, as in /proc/PID/cgroup: `/qemu.slice/100.scope`.
+    CgroupOf(TaskId),
+    /// The cgroup a thread is in, within the threaded cgroups of its process (cgroup-v2.rst,
+    /// "Threads").
+    CgroupOfThread(TaskId),
+    /// A cgroup that holds threads, not processes: `threaded`, `absent`, or another type as in
+    /// cgroup.type. Made and removed as a whole, since a threaded cgroup stays one.
+    ThreadedCgroup(String),
+    /// Whether the children of a cgroup have the cpuset controller: `present` or `absent` in
+    /// cgroup.subtree_control. The root cgroup is the empty path.
+    ChildCpusets(String),
+    /// cpuset.cpus.exclusive of a cgroup: the CPUs that it may give to a partition below
+    /// (cgroup-v2.rst).
+    ExclusiveCpus(String),
+    /// cpuset.cpus.partition of a cgroup: `member`, `root` or `isolated`, with ` invalid (why)`
+    /// where the kernel cannot.
+    Partition(String),
+    /// Whether hook has systemd delegate the cpuset controller to a scope that is yet to be made:
+    /// `present` or `absent`.
+    Delegation(String),
+    /// A sysctl by its path below /proc/sys: `vm/stat_interval`.
+    Sysctl(String),
+    /// `1` written to a file below /proc/sys that does something and holds no state:
+    /// `vm/compact_memory`.
+    Trigger(String),
+    /// A PCI function, by its full address: `present`, or `absent` (removed until a rescan).
+    PciFunction(String),
+    /// The name of the driver a PCI function is bound to, `none` where there is none.
+    PciDriver(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn knobs_survive_json() {
+        let task = TaskId {
+            pid: 100,
+            tid: 101,
+            start: 7,
+        };
+        for knob in [
+            Knob::Irq(24),
+            Knob::DefaultIrq,
+            Knob::Thread(task),
+            Knob::Governor("policy6".into()),
+            Knob::CgroupCpus("lxc/101".into()),
+        ] {
+            let json = serde_json::to_string(&knob).unwrap();
+            assert_eq!(serde_json::from_str::<Knob>(&json).unwrap(), knob, "{json}");
+        }
+    }
+}

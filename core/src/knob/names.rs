@@ -1,0 +1,217 @@
+//! What knobs are called: their labels, their files, and the checks of names from saved state.
+
+use std::fmt;
+
+use super::knobs::Knob;
+use crate::error::{Error, Result};
+use crate::sys::cgroup;
+
+impl Knob {
+    /// The file behind the knob, below the root; empty for a knob that is not a single file.
+    pub(super) fn path(&self) -> String {
+        match self {
+            Self::Irq(irq) => format!("proc/irq/{irq}/smp_affinity_list"),
+            Self::DefaultIrq => "proc/irq/default_smp_affinity".into(),
+            Self::Workqueues => "sys/devices/virtual/workqueue/cpumask".into(),
+            Self::CpuOnline(cpu) => format!("sys/devices/system/cpu/cpu{cpu}/online"),
+            Self::Governor(policy) => {
+                format!("sys/devices/system/cpu/cpufreq/{policy}/scaling_governor")
+            }
+            Self::CgroupCpus(path) => cgroup::file(path, "cpuset.cpus"),
+            Self::ExclusiveCpus(path) => cgroup::file(path, "cpuset.cpus.exclusive"),
+            Self::Partition(path) => cgroup::file(path, "cpuset.cpus.partition"),
+            Self::ChildCpusets(path) => cgroup::file(path, "cgroup.subtree_control"),
+            Self::Sysctl(name) | Self::Trigger(name) => format!("proc/sys/{name}"),
+            Self::Kthread(_)
+            | Self::Thread(_)
+            | Self::UnitCpus(_)
+            | Self::UnitOverrides
+            | Self::Cgroup(_)
+            | Self::CgroupOf(_)
+            | Self::CgroupOfThread(_)
+            | Self::ThreadedCgroup(_)
+            | Self::Delegation(_)
+            | Self::PciFunction(_)
+            | Self::PciDriver(_) => String::new(),
+        }
+    }
+
+    /// Refuses a knob whose name would leave its folder; for knobs read from saved state.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] naming the knob.
+    pub fn check(&self) -> Result<()> {
+        match self {
+            Self::Governor(name)
+            | Self::UnitCpus(name)
+            | Self::Delegation(name)
+            | Self::PciFunction(name)
+            | Self::PciDriver(name) => check_name(name),
+            // The root cgroup.
+            Self::ChildCpusets(path) if path.is_empty() => Ok(()),
+            Self::CgroupCpus(path)
+            | Self::Cgroup(path)
+            | Self::ThreadedCgroup(path)
+            | Self::ChildCpusets(path)
+            | Self::ExclusiveCpus(path)
+            | Self::Partition(path)
+            | Self::Sysctl(path)
+            | Self::Trigger(path) => check_path(path),
+            Self::Irq(_)
+            | Self::DefaultIrq
+            | Self::Workqueues
+            | Self::Kthread(_)
+            | Self::Thread(_)
+            | Self::CpuOnline(_)
+            | Self::UnitOverrides
+            | Self::CgroupOf(_)
+            | Self::CgroupOfThread(_) => Ok(()),
+        }
+    }
+
+    /// Refuses a value that becomes a part of a path and would leave its folder; for values read
+    /// from saved state.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] naming the value.
+    pub fn check_value(&self, value: &str) -> Result<()> {
+        match self {
+            Self::CgroupOf(_) | Self::CgroupOfThread(_) => {
+                let path = value.trim_start_matches('/');
+                // The root cgroup is `/`.
+                if path.is_empty() && !value.is_empty() {
+                    return Ok(());
+                }
+                check_path(path)
+            }
+            Self::PciDriver(_) => check_name(value),
+            // The units are compared with those found, and do not become a path themselves.
+            Self::UnitOverrides => Ok(()),
+            Self::Irq(_)
+            | Self::DefaultIrq
+            | Self::Workqueues
+            | Self::Kthread(_)
+            | Self::Thread(_)
+            | Self::CpuOnline(_)
+            | Self::Governor(_)
+            | Self::UnitCpus(_)
+            | Self::CgroupCpus(_)
+            | Self::Cgroup(_)
+            | Self::ThreadedCgroup(_)
+            | Self::ChildCpusets(_)
+            | Self::ExclusiveCpus(_)
+            | Self::Partition(_)
+            | Self::Delegation(_)
+            | Self::Sysctl(_)
+            | Self::Trigger(_)
+            | Self::PciFunction(_) => Ok(()),
+        }
+    }
+}
+
+/// Refuses a name that is not a single part of a path.
+fn check_name(name: &str) -> Result<()> {
+    if name.contains('/') {
+        return Err(Error::malformed(
+            format!("{name:?}"),
+            "a name with a slash leaves its folder",
+        ));
+    }
+    check_path(name)
+}
+
+impl fmt::Display for Knob {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Irq(irq) => write!(f, "IRQ {irq}"),
+            Self::DefaultIrq => write!(f, "default IRQ mask"),
+            Self::Workqueues => write!(f, "unbound workqueues"),
+            Self::Kthread(task) => write!(f, "kthread {}", task.tid),
+            Self::Thread(task) if task.pid == task.tid => write!(f, "process {}", task.pid),
+            Self::Thread(task) => write!(f, "thread {}", task.tid),
+            Self::CpuOnline(cpu) => write!(f, "CPU {cpu}"),
+            Self::Governor(policy) => write!(f, "{policy}"),
+            Self::UnitCpus(unit) => write!(f, "{unit}"),
+            Self::UnitOverrides => write!(f, "run-time AllowedCPUs"),
+            Self::CgroupCpus(path) | Self::Cgroup(path) | Self::ThreadedCgroup(path) => {
+                write!(f, "cgroup /{path}")
+            }
+            Self::ChildCpusets(path) => write!(f, "cpusets below /{path}"),
+            Self::ExclusiveCpus(path) => write!(f, "exclusive CPUs of /{path}"),
+            Self::Partition(path) => write!(f, "partition /{path}"),
+            Self::Delegation(scope) => write!(f, "delegation to {scope}"),
+            Self::CgroupOf(task) => write!(f, "process {}", task.pid),
+            Self::CgroupOfThread(task) => write!(f, "thread {}", task.tid),
+            Self::Sysctl(name) | Self::Trigger(name) => write!(f, "{}", name.replace('/', ".")),
+            Self::PciFunction(address) | Self::PciDriver(address) => write!(f, "PCI {address}"),
+        }
+    }
+}
+
+/// Refuses a path that would leave the folder it is relative to.
+fn check_path(path: &str) -> Result<()> {
+    let plain = |part: &str| {
+        !part.is_empty() && part != "." && part != ".." && !part.contains(['\0', '\n'])
+    };
+    if path.split('/').all(plain) {
+        Ok(())
+    } else {
+        Err(Error::malformed(
+            format!("{path:?}"),
+            "a path that leaves its folder",
+        ))
+    }
+}
+
+/// A file of a PCI function.
+pub(super) fn pci_path(address: &str, file: &str) -> String {
+    format!("sys/bus/pci/devices/{address}/{file}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::knob::NO_DRIVER;
+    use crate::sys::task::TaskId;
+
+    #[test]
+    fn names_stay_in_their_folders() {
+        for knob in [
+            Knob::Sysctl("../../etc/passwd".into()),
+            Knob::Governor("a/b".into()),
+            Knob::CgroupCpus("/lxc".into()),
+            Knob::UnitCpus("..".into()),
+            Knob::PciFunction(String::new()),
+        ] {
+            assert!(knob.check().is_err(), "{knob:?}");
+        }
+        assert!(Knob::CgroupCpus("lxc/101/ns".into()).check().is_ok());
+        assert!(Knob::UnitCpus("system.slice".into()).check().is_ok());
+    }
+
+    #[test]
+    fn values_stay_in_their_folders() {
+        let cgroup = Knob::CgroupOf(TaskId {
+            pid: 100,
+            tid: 100,
+            start: 7,
+        });
+        let driver = Knob::PciDriver("0000:01:00.0".into());
+        for (knob, value, good) in [
+            (&cgroup, "/qemu.slice/100.scope", true),
+            (&cgroup, "qemu-decoupled.slice/100.scope", true),
+            (&cgroup, "/", true),
+            (&cgroup, "", false),
+            (&cgroup, "/../../../tmp/x", false),
+            (&cgroup, "/a//b", false),
+            (&driver, "nvidia", true),
+            (&driver, NO_DRIVER, true),
+            (&driver, "", false),
+            (&driver, "..", false),
+            (&driver, "../../x", false),
+            (&Knob::Irq(1), "../x", true),
+        ] {
+            assert_eq!(knob.check_value(value).is_ok(), good, "{knob:?} {value:?}");
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! The only code that changes the host: the kernel's files, thread affinities, cgroups and systemd's
+//! units. [`apply`](mod@super::apply) is its only caller; clippy's `disallowed-methods` keeps the
+//! rest of the workspace from writing.
+
+mod affinity;
+mod cgroup;
+mod file;
+mod scope;
+mod systemd;
+
+use std::io;
+
+use super::knobs::{ABSENT, Knob, NO_DRIVER, PRESENT};
+use super::names::pci_path;
+use crate::cpuset::CpuSet;
+use crate::error::into_io;
+use crate::host::Host;
+use crate::sys::task;
+
+/// How the kernel or systemd replied to a write.
+#[derive(Debug)]
+pub(super) enum Answer {
+    /// Accepted; with what reads back, if it was read.
+    Taken(Option<String>),
+    /// Never allowed for this object, for the reason given.
+    Refused(String),
+}
+
+/// Why an IRQ is not moved.
+pub(super) const UNMOVABLE_IRQ: &str = "the kernel does not let user space move this IRQ";
+
+/// Sets a knob.
+pub(super) fn write(knob: &Knob, host: &Host, value: &str) -> io::Result<Answer> {
+    let taken = |()| Answer::Taken(None);
+    match knob {
+        Knob::Irq(_) => match file::write_and_read_back(host, knob.path(), value) {
+            // Managed queues and timers return EIO; since Linux 6.13 EPERM (kernel/irq/proc.c).
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(nix::libc::EIO | nix::libc::EPERM)
+                ) =>
+            {
+                Ok(Answer::Refused(UNMOVABLE_IRQ.into()))
+            }
+            other => other.map(|found| Answer::Taken(Some(found))),
+        },
+        Knob::CpuOnline(_) | Knob::Governor(_) | Knob::Sysctl(_) | Knob::Partition(_) => {
+            file::write_and_read_back(host, knob.path(), value)
+                .map(|found| Answer::Taken(Some(found)))
+        }
+        Knob::CgroupCpus(path) => cgroup::set_cpus(host, path, value).map(taken),
+        // An empty write (no byte) would not reach the kernel.
+        Knob::ExclusiveCpus(_) => {
+            let text = if value.is_empty() { "\n" } else { value };
+            file::write(host, knob.path(), text).map(taken)
+        }
+        Knob::DefaultIrq | Knob::Workqueues => {
+            let mask = CpuSet::from_kernel_list(value)
+                .map_err(io::Error::other)?
+                .to_mask();
+            file::write(host, knob.path(), &mask).map(taken)
+        }
+        Knob::Kthread(task) => affinity::pin_kthread(host, task, value),
+        Knob::Thread(task) => affinity::pin_thread(host, task, value),
+        Knob::UnitCpus(unit) => systemd::set_allowed_cpus(host, unit, value).map(taken),
+        Knob::UnitOverrides => systemd::retain_overrides(host, value).map(taken),
+        Knob::Cgroup(path) => cgroup::make_or_remove(host, path, value == PRESENT).map(taken),
+        Knob::CgroupOf(task) => {
+            task::check_start(host, task).map_err(into_io)?;
+            scope::move_process(host, task, value).map(taken)
+        }
+        Knob::CgroupOfThread(task) => {
+            task::check_start(host, task).map_err(into_io)?;
+            let threads = crate::sys::cgroup::file(value, "cgroup.threads");
+            file::write(host, threads, &task.tid.to_string()).map(taken)
+        }
+        Knob::ThreadedCgroup(path) => {
+            cgroup::make_threaded_or_remove(host, path, value != ABSENT).map(taken)
+        }
+        Knob::ChildCpusets(_) => {
+            let sign = if value == PRESENT { '+' } else { '-' };
+            file::write(host, knob.path(), &format!("{sign}cpuset")).map(taken)
+        }
+        Knob::Delegation(scope) => systemd::write_drop_in(host, scope, value == PRESENT).map(taken),
+        Knob::Trigger(_) => file::write(host, knob.path(), value).map(taken),
+        Knob::PciFunction(address) if value == ABSENT => {
+            file::write(host, pci_path(address, "remove"), "1").map(taken)
+        }
+        Knob::PciFunction(_) => file::write(host, "sys/bus/pci/rescan", "1").map(taken),
+        Knob::PciDriver(address) => {
+            if host.exists(pci_path(address, "driver")) {
+                file::write(host, pci_path(address, "driver/unbind"), address)?;
+            }
+            if value != NO_DRIVER {
+                file::write(host, format!("sys/bus/pci/drivers/{value}/bind"), address)?;
+            }
+            Ok(taken(()))
+        }
+    }
+}

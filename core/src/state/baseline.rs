@@ -1,0 +1,205 @@
+//! The baseline: for every knob that was touched, the value before and the values set since.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::host::Host;
+use crate::knob::{Change, Done, Knob, Object, Outcome};
+
+/// One knob of the baseline.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Entry {
+    pub(super) knob: Knob,
+    label: String,
+    /// The value before the first touch.
+    pub(super) before: String,
+    /// The values set since, the one that was set last, or was about to be, at the end; before them
+    /// what the kernel made of one by itself. It may come back to any (a thread's mask, as CPUs go
+    /// and come).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) set: Vec<String>,
+}
+
+impl Entry {
+    pub(super) fn note(&mut self, value: &str) {
+        if self.set.last().is_none_or(|last| last != value) {
+            self.set.retain(|earlier| earlier != value);
+            self.set.push(value.to_owned());
+        }
+    }
+}
+
+/// The value of every touched knob before the first touch, and what it was set to since.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Baseline {
+    pub(super) entries: BTreeMap<Knob, Entry>,
+    /// Knobs that held, when this run began, what neither we nor anyone before us had set.
+    foreign: BTreeMap<Knob, String>,
+    /// What knobs would hold by now, where changes are planned only: the host does not show it to
+    /// the steps that follow.
+    planned: BTreeMap<Knob, String>,
+}
+
+impl Baseline {
+    pub(super) fn from_entries(entries: Vec<Entry>) -> Self {
+        let entries = entries
+            .into_iter()
+            .map(|entry| (entry.knob.clone(), entry))
+            .collect();
+        Self {
+            entries,
+            ..Self::default()
+        }
+    }
+
+    /// Puts an object in, with the value it had before the first touch, or would have had: what it
+    /// holds instead is ours then. One that is in already stays as it is.
+    pub fn adopt(&mut self, object: &Object, before: &str) {
+        self.entries
+            .entry(object.knob.clone())
+            .or_insert_with(|| Entry {
+                knob: object.knob.clone(),
+                label: object.label.clone(),
+                before: before.to_owned(),
+                set: if object.found == before {
+                    Vec::new()
+                } else {
+                    vec![object.found.clone()]
+                },
+            });
+    }
+
+    /// Whether a knob is in.
+    pub fn has(&self, knob: &Knob) -> bool {
+        self.entries.contains_key(knob)
+    }
+
+    /// The value of a knob before the first touch.
+    pub fn before(&self, knob: &Knob) -> Option<&str> {
+        self.entries.get(knob).map(|entry| entry.before.as_str())
+    }
+
+    /// The value a knob was last set to.
+    pub fn last(&self, knob: &Knob) -> Option<&str> {
+        self.set(knob).last().map(String::as_str)
+    }
+
+    /// The values a knob has had by us since, the one that was set last at the end.
+    pub fn set(&self, knob: &Knob) -> &[String] {
+        self.entries.get(knob).map_or(&[], |entry| &entry.set)
+    }
+
+    /// All knobs with their labels and values before the first touch.
+    pub fn knobs(&self) -> impl Iterator<Item = (&Knob, &str, &str)> {
+        self.entries
+            .values()
+            .map(|entry| (&entry.knob, entry.label.as_str(), entry.before.as_str()))
+    }
+
+    /// Looks which knobs hold a value that is neither theirs from before nor one we set, nor one
+    /// that the kernel has made of one of these by itself (`is_kernels`, by that one and the one
+    /// found): they belong to somebody else now, and [`plan`](Self::plan) leaves them. Threads that
+    /// have ended are dropped. To be called once, before a run changes anything. Says whether
+    /// something of the kernel's was learned, to be saved before the run does what would hide why
+    /// it is.
+    pub fn look(&mut self, root: &Host, is_kernels: impl Fn(&Knob, &str, &str) -> bool) -> bool {
+        let mut learned = false;
+        self.foreign.clear();
+        self.entries.retain(|knob, entry| {
+            if entry.set.is_empty() {
+                return true;
+            }
+            match knob.read(root) {
+                Ok(Some(found)) if entry.before == found || entry.set.contains(&found) => true,
+                Ok(Some(found)) => {
+                    if [&entry.before]
+                        .into_iter()
+                        .chain(&entry.set)
+                        .any(|given| is_kernels(knob, given, &found))
+                    {
+                        learned = true;
+                        entry.set.insert(0, found);
+                    } else {
+                        self.foreign.insert(knob.clone(), found);
+                    }
+                    true
+                }
+                // A thread never comes back; a unit or an IRQ may.
+                Ok(None) => !matches!(knob, Knob::Thread(_) | Knob::Kthread(_)),
+                Err(_) => true,
+            }
+        });
+        learned
+    }
+
+    /// Whether a knob was found to be somebody else's by [`look`](Self::look).
+    pub fn is_foreign(&self, knob: &Knob) -> bool {
+        self.foreign.contains_key(knob)
+    }
+
+    /// The changes that bring objects to what they should hold, which is computed from each one's
+    /// value before the first touch. Objects that are not in the baseline yet are put in with the
+    /// value found. What is to be set is noted: save the state before applying.
+    pub fn plan(
+        &mut self,
+        objects: Vec<Object>,
+        wanted: impl Fn(&Knob, &str) -> String,
+    ) -> Vec<Planned> {
+        let mut plan = Vec::with_capacity(objects.len());
+        for mut object in objects {
+            self.adopt(&object, &object.found.clone());
+            if let Some(planned) = self.planned.get(&object.knob) {
+                object.found.clone_from(planned);
+            }
+            let Some(entry) = self.entries.get_mut(&object.knob) else {
+                continue;
+            };
+            let wanted = wanted(&object.knob, &entry.before);
+            if let Some(now) = self.foreign.get(&object.knob) {
+                let why = format!("somebody else has set it to {now}");
+                plan.push(Planned {
+                    left: Some(why),
+                    change: object.want(wanted),
+                });
+                continue;
+            }
+            let change = object.want(wanted);
+            entry.note(&change.wanted);
+            plan.push(Planned { left: None, change });
+        }
+        plan
+    }
+
+    /// Notes what became of a change.
+    pub(super) fn settle(&mut self, done: &Done) {
+        let Some(entry) = self.entries.get_mut(&done.change.knob) else {
+            return;
+        };
+        match done.outcome {
+            // It holds nothing of ours, even if it held by itself what was wanted the last time.
+            Outcome::Refused(_) => entry.set.clear(),
+            Outcome::Planned => {
+                self.planned
+                    .insert(done.change.knob.clone(), done.change.wanted.clone());
+            }
+            // A write that failed may have taken effect all the same.
+            _ => {}
+        }
+    }
+
+    /// Takes a knob out: it is back to what it was, or belongs to somebody else.
+    pub fn forget(&mut self, knob: &Knob) {
+        self.entries.remove(knob);
+    }
+}
+
+/// A change of a plan, or why its object is left alone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Planned {
+    /// The change.
+    pub change: Change,
+    /// Why it is not to be made: the object is somebody else's now.
+    pub left: Option<String>,
+}
