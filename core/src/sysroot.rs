@@ -4,7 +4,7 @@
 //! can stand in for a host (`--sysroot DIR`, as lscpu and lsmem have).
 
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use crate::cpuset::CpuSet;
@@ -15,6 +15,9 @@ use crate::error::{Error, Result};
 pub struct Sysroot {
     root: PathBuf,
 }
+
+/// How much of a file is read at once if it is handled line by line.
+const LINES_BUFFER: usize = 64 * 1024;
 
 impl Default for Sysroot {
     fn default() -> Self {
@@ -101,6 +104,24 @@ impl Sysroot {
             }),
             Err(source) => Err(Error::io(path.clone(), "read", source)),
         }
+    }
+
+    /// Passes each line of a file to `each`, without keeping the file in memory.
+    ///
+    /// # Errors
+    /// [`Error::Io`] with the path.
+    pub fn for_each_line(&self, path: impl AsRef<Path>, mut each: impl FnMut(&str)) -> Result<()> {
+        let path = self.path(path);
+        let mut inner = || -> io::Result<()> {
+            let mut file = BufReader::with_capacity(LINES_BUFFER, File::open(&path)?);
+            let mut line = Vec::new();
+            while file.read_until(b'\n', &mut line)? > 0 {
+                each(String::from_utf8_lossy(&line).trim_end_matches('\n'));
+                line.clear();
+            }
+            Ok(())
+        };
+        inner().map_err(|source| Error::io(path.clone(), "read", source))
     }
 
     /// The names in a folder, sorted; numbers by their value (`2` before `10`).

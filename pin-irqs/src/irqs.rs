@@ -1,46 +1,23 @@
 //! The settings that pin-irqs changes: every IRQ's CPUs, and the mask that new IRQs start with.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use pinfold_core::{Knob, Object, Result, Sysroot, irq};
 
-/// The default mask and every IRQ, in this order: one that is born meanwhile starts where it
-/// should.
+/// The default mask and then every IRQ: an IRQ that appears in between starts with the new mask.
 ///
 /// # Errors
-/// Where /proc/irq cannot be read.
+/// If /proc/irq cannot be read.
 pub fn objects(root: &Sysroot) -> Result<Vec<Object>> {
-    named_objects(root, &irq::names(root)?)
-}
-
-pub(crate) fn named_objects(root: &Sysroot, names: &BTreeMap<u32, String>) -> Result<Vec<Object>> {
-    let irqs = irqs(root, names)?;
-    Ok(default_mask(root)?.into_iter().chain(irqs).collect())
-}
-
-/// Every IRQ with its CPUs, as objects to change; labels carry the device names, from [`irq::names`].
-///
-/// # Errors
-/// Where /proc/irq cannot be read. IRQs that go meanwhile are left out.
-fn irqs(root: &Sysroot, names: &BTreeMap<u32, String>) -> Result<Vec<Object>> {
-    let mut objects = Vec::new();
-    for number in root
-        .names("proc/irq")?
-        .iter()
-        .filter_map(|name| name.parse::<u32>().ok())
-    {
-        let knob = Knob::Irq(number);
-        if let Some(found) = knob.read(root)? {
-            objects.push(Object::new(knob, label(number, names.get(&number)), found));
-        }
-    }
+    let mut objects: Vec<Object> = default_mask(root)?.into_iter().collect();
+    objects.extend(Irqs::default().objects(root)?);
     Ok(objects)
 }
 
-/// The mask that new IRQs start with, as an object to change.
+/// The mask that new IRQs start with; `None` if this kernel has none.
 ///
 /// # Errors
-/// Where it cannot be read.
+/// If it cannot be read.
 pub fn default_mask(root: &Sysroot) -> Result<Option<Object>> {
     let knob = Knob::DefaultIrq;
     Ok(knob
@@ -48,9 +25,90 @@ pub fn default_mask(root: &Sysroot) -> Result<Option<Object>> {
         .map(|found| Object::new(knob.clone(), knob.to_string(), found)))
 }
 
-fn label(number: u32, name: Option<&String>) -> String {
-    match name {
-        Some(name) => format!("IRQ {number} ({name})"),
-        None => format!("IRQ {number}"),
+/// The IRQs of a host and the devices behind them.
+///
+/// The names come from /proc/interrupts, which is long on a large host. It is read again only if
+/// there is an IRQ that was not there the last time.
+#[derive(Debug, Default)]
+pub struct Irqs {
+    seen: BTreeSet<u32>,
+    names: BTreeMap<u32, String>,
+}
+
+impl Irqs {
+    /// Every IRQ with its CPUs. Labels carry the devices' names.
+    ///
+    /// # Errors
+    /// If /proc/irq or /proc/interrupts cannot be read. IRQs that go meanwhile are left out.
+    pub fn objects(&mut self, root: &Sysroot) -> Result<Vec<Object>> {
+        let mut objects = Vec::new();
+        for number in self.numbers(root)? {
+            let knob = Knob::Irq(number);
+            if let Some(found) = knob.read(root)? {
+                objects.push(Object::new(knob, self.label(number), found));
+            }
+        }
+        Ok(objects)
+    }
+
+    /// The devices behind an IRQ; empty if it has no handler.
+    pub(crate) fn name(&self, number: u32) -> &str {
+        self.names.get(&number).map_or("", String::as_str)
+    }
+
+    fn numbers(&mut self, root: &Sysroot) -> Result<BTreeSet<u32>> {
+        let numbers = numbers(root)?;
+        // The names are read after the numbers, so that an IRQ that has just appeared has its name.
+        if !numbers.is_subset(&self.seen) {
+            self.names = irq::names(root)?;
+            self.seen.clone_from(&numbers);
+        }
+        Ok(numbers)
+    }
+
+    fn label(&self, number: u32) -> String {
+        match self.names.get(&number) {
+            Some(name) => format!("IRQ {number} ({name})"),
+            None => format!("IRQ {number}"),
+        }
+    }
+}
+
+/// The numbers of all IRQs.
+pub(crate) fn numbers(root: &Sysroot) -> Result<BTreeSet<u32>> {
+    let names = root.names("proc/irq")?;
+    Ok(names.iter().filter_map(|name| name.parse().ok()).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn an_irq_that_appears_during_a_run_has_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Sysroot::new(dir.path());
+        let add = |number: u32, interrupts: &str| {
+            let folder = dir.path().join(format!("proc/irq/{number}"));
+            fs::create_dir_all(&folder).unwrap();
+            fs::write(folder.join("smp_affinity_list"), "0-3\n").unwrap();
+            fs::write(dir.path().join("proc/interrupts"), interrupts).unwrap();
+        };
+        let mut irqs = Irqs::default();
+        let mut labels = || -> Vec<String> {
+            let objects = irqs.objects(&root).unwrap();
+            objects.into_iter().map(|object| object.label).collect()
+        };
+        add(1, "CPU0\n 1: 0 IO-APIC 1-edge i8042\n");
+        assert_eq!(labels(), ["IRQ 1 (i8042)"]);
+        add(
+            24,
+            "CPU0\n 1: 0 IO-APIC 1-edge i8042\n24: 0 PCI-MSI 0-edge nvme0q0\n",
+        );
+        assert_eq!(labels(), ["IRQ 1 (i8042)", "IRQ 24 (nvme0q0)"]);
+        // Nothing new: the names are kept.
+        fs::remove_file(dir.path().join("proc/interrupts")).unwrap();
+        assert_eq!(labels(), ["IRQ 1 (i8042)", "IRQ 24 (nvme0q0)"]);
     }
 }

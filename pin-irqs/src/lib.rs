@@ -3,7 +3,7 @@
 //! Some the kernel never lets user space move: managed queues (NVMe, virtio-blk) and timers. They
 //! are no failures.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -15,7 +15,7 @@ use pinfold_core::{
 
 mod irqs;
 
-pub use irqs::{default_mask, objects};
+pub use irqs::{Irqs, default_mask, objects};
 
 const TOOL: &str = "pin-irqs";
 
@@ -68,7 +68,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         .transpose()?
         .unwrap_or_default();
     cpu::check_usable(&root, &cpus)?;
-    let mut changes = chosen(&root, &args.select, &irq::names(&root)?)?
+    let mut changes = chosen(&root, &args.select, &mut Irqs::default())?
         .into_iter()
         .map(|object| args.select.change(object, &cpus))
         .collect::<Result<Vec<_>>>()?;
@@ -96,11 +96,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
 /// Where /proc/irq cannot be listed.
 pub fn held(root: &Sysroot) -> Result<Option<BTreeSet<u32>>> {
     let mut held = BTreeSet::new();
-    for number in root
-        .names("proc/irq")?
-        .iter()
-        .filter_map(|name| name.parse().ok())
-    {
+    for number in irqs::numbers(root)? {
         if irq::is_held(root, number)? {
             held.insert(number);
         }
@@ -112,26 +108,23 @@ fn is_among(irqs: &BTreeSet<u32>, knob: &Knob) -> bool {
     matches!(knob, Knob::Irq(number) if irqs.contains(number))
 }
 
-/// The objects that the options choose.
-fn chosen(root: &Sysroot, select: &Select, names: &BTreeMap<u32, String>) -> Result<Vec<Object>> {
+/// The settings that the options choose.
+fn chosen(root: &Sysroot, select: &Select, irqs: &mut Irqs) -> Result<Vec<Object>> {
     let mut choice = select.choice();
-    let mut objects = irqs::named_objects(root, names)?;
+    let mut objects: Vec<Object> = default_mask(root)?.into_iter().collect();
+    objects.extend(irqs.objects(root)?);
     objects.retain(|object| match object.knob {
-        Knob::Irq(number) => choice.takes(number.into(), name(names, number)),
+        Knob::Irq(number) => choice.takes(number.into(), irqs.name(number)),
         _ => choice.takes_word(DEFAULT),
     });
     choice.check("interrupt")?;
     Ok(objects)
 }
 
-fn name(names: &BTreeMap<u32, String>, number: u32) -> &str {
-    names.get(&number).map_or("", String::as_str)
-}
-
 fn list(root: &Sysroot, select: &Select, held: Option<&BTreeSet<u32>>) -> Result<Table> {
-    let names = irq::names(root)?;
+    let mut irqs = Irqs::default();
     let mut table = Table::new(&["irq", "name", "cpus", "effective", "movable"]);
-    for object in chosen(root, select, &names)? {
+    for object in chosen(root, select, &mut irqs)? {
         let Knob::Irq(number) = object.knob else {
             table.row([
                 DEFAULT.into(),
@@ -150,7 +143,7 @@ fn list(root: &Sysroot, select: &Select, held: Option<&BTreeSet<u32>>) -> Result
         let effective = irq::effective(root, number)?.to_string();
         table.row([
             number.to_string(),
-            name(&names, number).into(),
+            irqs.name(number).into(),
             object.found,
             effective,
             movable.into(),

@@ -8,46 +8,110 @@ use crate::error::{Error, Result};
 
 use crate::sysroot::{Sysroot, cpu_list};
 
-/// The names of the devices behind each IRQ, from /proc/interrupts; those without a handler are not
+/// The names of the devices behind each IRQ, from /proc/interrupts. IRQs without a handler are not
 /// in it.
-pub fn parse_interrupts(text: &str) -> BTreeMap<u32, String> {
-    let mut lines = text.lines();
-    let cpus = lines
-        .next()
-        .map_or(0, |head| head.split_whitespace().count());
-    lines
-        .filter_map(|line| {
-            let (number, rest) = line.split_once(':')?;
-            let number = number.trim().parse().ok()?;
-            // Behind the counters: chip, hardware number with trigger (one or two words), actions.
-            let mut words = rest.split_whitespace().skip(cpus + 1);
-            let trigger = words.next()?;
-            let mut words: Vec<&str> = words.collect();
-            let trigger_stands_apart = words
-                .first()
-                .is_some_and(|word| matches!(*word, "edge" | "level" | "Edge" | "Level"));
-            if trigger_stands_apart
-                || (trigger.parse::<u64>().is_ok() && words.len() > 1 && is_trigger(words[0]))
+///
+/// # Errors
+/// If /proc/interrupts cannot be read.
+pub fn names(root: &Sysroot) -> Result<BTreeMap<u32, String>> {
+    let mut table = Interrupts::default();
+    // A line has a counter per CPU: the whole file may be hundreds of megabytes.
+    root.for_each_line("proc/interrupts", |line| table.add(line))?;
+    Ok(table.names)
+}
+
+/// The names in /proc/interrupts, as it is read line by line.
+#[derive(Default)]
+struct Interrupts {
+    head: Option<Head>,
+    names: BTreeMap<u32, String>,
+}
+
+/// The first line, which names the CPUs.
+struct Head {
+    cpus: usize,
+    /// Where the colon of each line is, if the columns are as wide as the kernel makes them.
+    colon: Option<usize>,
+}
+
+/// The width of a counter with the space before it (show_interrupts in kernel/irq/proc.c).
+const COUNTER: usize = 11;
+/// The number of characters between a line's colon and the name of the first CPU above it.
+const TO_FIRST_CPU: usize = 8;
+
+impl Head {
+    fn parse(line: &str) -> Self {
+        let cpus = line.split_ascii_whitespace().count();
+        let colon = line
+            .find("CPU")
+            .zip(line.rfind("CPU"))
+            .filter(|(first, last)| last - first == COUNTER * cpus.saturating_sub(1))
+            .and_then(|(first, _)| first.checked_sub(TO_FIRST_CPU));
+        Self { cpus, colon }
+    }
+
+    /// What follows the counters of a line.
+    fn after_counters<'a>(&self, line: &'a str, colon: usize) -> Option<&'a str> {
+        let rest = &line[colon + 1..];
+        if self.colon == Some(colon) {
+            let end = COUNTER * self.cpus;
+            let counters_end = end
+                .checked_sub(1)
+                .and_then(|last| rest.as_bytes().get(last))
+                .is_some_and(u8::is_ascii_digit);
+            if let Some(after) = rest
+                .get(end..)
+                .filter(|it| counters_end && it.starts_with(' '))
             {
-                words.remove(0);
+                return Some(after);
             }
-            (!words.is_empty()).then(|| (number, words.join(" ")))
-        })
-        .collect()
+        }
+        let mut rest = rest.trim_ascii_start();
+        for _ in 0..self.cpus {
+            rest = rest
+                .split_once(|c: char| c.is_ascii_whitespace())?
+                .1
+                .trim_ascii_start();
+        }
+        Some(rest)
+    }
+}
+
+impl Interrupts {
+    fn add(&mut self, line: &str) {
+        let Some(head) = &self.head else {
+            self.head = Some(Head::parse(line));
+            return;
+        };
+        if let Some((number, name)) = parse_line(head, line) {
+            self.names.insert(number, name);
+        }
+    }
+}
+
+/// The number and the device names of one IRQ; `None` if there are none.
+fn parse_line(head: &Head, line: &str) -> Option<(u32, String)> {
+    let colon = line.find(':')?;
+    let number = line[..colon].trim().parse().ok()?;
+    // After the counters: chip, hardware number with trigger (one or two words), actions.
+    let mut words = head.after_counters(line, colon)?.split_whitespace().skip(1);
+    let trigger = words.next()?;
+    let mut words: Vec<&str> = words.collect();
+    let trigger_is_apart = words
+        .first()
+        .is_some_and(|word| matches!(*word, "edge" | "level" | "Edge" | "Level"));
+    if trigger_is_apart
+        || (trigger.parse::<u64>().is_ok() && words.len() > 1 && is_trigger(words[0]))
+    {
+        words.remove(0);
+    }
+    (!words.is_empty()).then(|| (number, words.join(" ")))
 }
 
 fn is_trigger(word: &str) -> bool {
     word.eq_ignore_ascii_case("edge")
         || word.eq_ignore_ascii_case("level")
         || word.eq_ignore_ascii_case("fasteoi")
-}
-
-/// The devices behind each IRQ.
-///
-/// # Errors
-/// Where /proc/interrupts cannot be read.
-pub fn names(root: &Sysroot) -> Result<BTreeMap<u32, String>> {
-    Ok(parse_interrupts(&root.read("proc/interrupts")?))
 }
 
 /// Whether the kernel does not let user space move an IRQ, as far as it shows that: since Linux
@@ -82,8 +146,16 @@ pub fn effective(root: &Sysroot, number: u32) -> Result<CpuSet> {
 mod tests {
     use super::*;
 
+    fn parse_interrupts(text: &str) -> BTreeMap<u32, String> {
+        let mut table = Interrupts::default();
+        for line in text.lines() {
+            table.add(line);
+        }
+        table.names
+    }
+
     #[test]
-    fn names_behind_the_counters() {
+    fn names_after_the_counters() {
         let text = "\
            CPU0       CPU1
    0:         45          0   IO-APIC   2-edge      timer
@@ -103,6 +175,11 @@ mod tests {
         assert_eq!(named(25), Some("nvme0q0"));
         assert_eq!(named(26), Some("a b"));
         assert_eq!(names.len(), 6);
+        // With other widths the counters are counted.
+        let narrow = parse_interrupts(&text.replace("          0", " 0"));
+        assert_eq!(narrow, names);
+        let cut = "           CPU0       CPU1\n 16:          1          2\n 17:          1\n";
+        assert!(parse_interrupts(cut).is_empty());
     }
 
     #[test]

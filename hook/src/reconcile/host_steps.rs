@@ -15,7 +15,8 @@ impl Reconcile<'_> {
         let default: Vec<Object> = pin_irqs::default_mask(self.root)?.into_iter().collect();
         let wanted = self.narrowed();
         let mut changed = self.change("irqs", default, &wanted)?;
-        changed += self.change("irqs", pin_irqs::objects(self.root)?, &wanted)?;
+        let irqs = self.host_irqs.objects(self.root)?;
+        changed += self.change("irqs", irqs, &wanted)?;
         self.sum_up("irqs", changed);
         Ok(())
     }

@@ -17,6 +17,7 @@ pub(crate) struct Reconcile<'a> {
     pub(super) present: CpuSet,
     /// What partitions left to all others when this run began, where there were any.
     pub(super) unpartitioned: Option<String>,
+    pub(super) host_irqs: pin_irqs::Irqs,
 }
 
 impl<'a> Reconcile<'a> {
@@ -45,6 +46,7 @@ impl<'a> Reconcile<'a> {
             report,
             present,
             unpartitioned,
+            host_irqs: pin_irqs::Irqs::default(),
         })
     }
 
@@ -107,7 +109,8 @@ impl<'a> Reconcile<'a> {
         vmid: VmId,
         qemu: Option<&Qemu>,
     ) -> Result<()> {
-        objects.extend(pin_irqs::objects(self.root)?);
+        objects.extend(pin_irqs::default_mask(self.root)?);
+        objects.extend(self.host_irqs.objects(self.root)?);
         objects.extend(pin_kthreads::objects(self.root)?.movable);
         objects.extend(self.tuning_objects(isolated)?);
         if let Some(qemu) = qemu {
