@@ -48,7 +48,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         if policies.is_empty() {
             report.note(NO_DRIVER);
         }
-        return Ok(cli::listed(&mut report, &list(policies)));
+        return Ok(cli::listed(&mut report, &list(&root, policies)?));
     }
     if let Some(exit) = args.common.restore(&root, &mut report, TOOL)? {
         return Ok(exit);
@@ -93,19 +93,35 @@ fn label(policy: &Policy) -> String {
     format!("{} (CPU {})", policy.name, policy.cpus)
 }
 
-/// Checks that every policy of these CPUs offers the governor.
+/// A policy that does not offer a governor.
+#[derive(Debug, PartialEq, Eq)]
+pub struct NotOffered<'a> {
+    /// The policy.
+    pub policy: &'a Policy,
+    /// The governors that it offers.
+    pub available: Vec<String>,
+}
+
+/// The first policy of these CPUs that does not offer the governor, if there is one.
 ///
 /// # Errors
-/// The first policy that does not.
-pub fn check_offered<'a>(
+/// If cpufreq cannot be read.
+pub fn not_offered<'a>(
+    root: &Sysroot,
     policies: &'a [Policy],
     name: &str,
     cpus: &CpuSet,
-) -> std::result::Result<(), &'a Policy> {
-    let mut lacking = policies
+) -> Result<Option<NotOffered<'a>>> {
+    for policy in policies
         .iter()
-        .filter(|policy| policy.cpus.intersects(cpus) && !policy.offers(name));
-    lacking.next().map_or(Ok(()), Err)
+        .filter(|policy| policy.cpus.intersects(cpus))
+    {
+        let available = policy.available(root)?;
+        if !available.iter().any(|offered| offered == name) {
+            return Ok(Some(NotOffered { policy, available }));
+        }
+    }
+    Ok(None)
 }
 
 /// Checks that these CPUs can have the governor. Returns a note for each policy that other CPUs
@@ -141,11 +157,8 @@ fn check(root: &Sysroot, policies: &[Policy], name: &str, cpus: &CpuSet) -> Resu
             ));
         }
     }
-    if let Err(policy) = check_offered(policies, name, &online) {
-        let why = format!(
-            "no governor {name:?}; it offers {}",
-            policy.available.join(", ")
-        );
+    if let Some(NotOffered { policy, available }) = not_offered(root, policies, name, &online)? {
+        let why = format!("no governor {name:?}; it offers {}", available.join(", "));
         return Err(Error::unusable(label(policy), why));
     }
     offline = &offline | &(&without - &cpu::online(root)?);
@@ -164,18 +177,18 @@ fn check(root: &Sysroot, policies: &[Policy], name: &str, cpus: &CpuSet) -> Resu
     Ok(notes)
 }
 
-fn list(policies: Vec<Policy>) -> Table {
+fn list(root: &Sysroot, policies: Vec<Policy>) -> Result<Table> {
     let mut table = Table::new(&["policy", "cpus", "governor", "available"]);
-    for Policy {
-        name,
-        cpus,
-        governor,
-        available,
-    } in policies
-    {
-        table.row([name, cpus.to_string(), governor, available.join(" ")]);
+    for policy in policies {
+        let available = policy.available(root)?.join(" ");
+        table.row([
+            policy.name,
+            policy.cpus.to_string(),
+            policy.governor,
+            available,
+        ]);
     }
-    table
+    Ok(table)
 }
 
 #[cfg(test)]

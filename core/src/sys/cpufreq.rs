@@ -7,31 +7,34 @@ use crate::sysroot::{Sysroot, cpu_list};
 
 const POLICIES: &str = "sys/devices/system/cpu/cpufreq";
 
-/// One cpufreq policy: the CPUs that share a clock, and what governs it.
+/// One cpufreq policy: the CPUs that share a clock, and their governor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Policy {
     /// The folder's name, `policy6`.
     pub name: String,
-    /// The CPUs it sets the pace of, those offline included; while all are, just the one that it is
-    /// named after.
+    /// The CPUs it is for, offline ones included. While all of them are offline, only the one that
+    /// it is named after.
     pub cpus: CpuSet,
-    /// The governor in force; empty while all of its CPUs are offline.
+    /// The current governor; empty while all of its CPUs are offline.
     pub governor: String,
-    /// The governors it can have; none while all of its CPUs are offline.
-    pub available: Vec<String>,
 }
 
 impl Policy {
-    /// Whether its driver offers the governor.
-    pub fn offers(&self, governor: &str) -> bool {
-        self.available.iter().any(|offered| offered == governor)
+    /// The governors that can be set; none while all of its CPUs are offline, or if the policy is
+    /// gone.
+    ///
+    /// # Errors
+    /// If the file cannot be read.
+    pub fn available(&self, root: &Sysroot) -> Result<Vec<String>> {
+        let names = value(root, &self.name, "scaling_available_governors")?.unwrap_or_default();
+        Ok(names.split_whitespace().map(str::to_owned).collect())
     }
 }
 
-/// All policies by number; none where the machine has no cpufreq driver.
+/// All policies by number; none if the machine has no cpufreq driver.
 ///
 /// # Errors
-/// Where one of the files cannot be read or understood.
+/// If one of the files cannot be read or parsed.
 pub fn policies(root: &Sysroot) -> Result<Vec<Policy>> {
     let names = match root.names(POLICIES) {
         Ok(names) => names,
@@ -40,38 +43,38 @@ pub fn policies(root: &Sysroot) -> Result<Vec<Policy>> {
     };
     let mut policies = Vec::new();
     for name in names.into_iter().filter(|name| name.starts_with("policy")) {
-        let value = |file: &str| match root.read_value(format!("{POLICIES}/{name}/{file}")) {
-            // So the kernel answers for a policy whose CPUs are all offline, whatever is asked.
-            Err(Error::Io { source, .. }) if source.raw_os_error() == Some(nix::libc::EBUSY) => {
-                Ok(Some(String::new()))
-            }
-            other => other,
-        };
-        let (Some(cpus), Some(governor), Some(available)) = (
-            value("related_cpus")?,
-            value("scaling_governor")?,
-            value("scaling_available_governors")?,
+        let (Some(cpus), Some(governor)) = (
+            value(root, &name, "related_cpus")?,
+            value(root, &name, "scaling_governor")?,
         ) else {
             // The policy went while it was read: its last CPU was taken offline.
             continue;
         };
-        let cpus = match CpuSet::from_words(&name, &cpus)? {
-            none if none.is_empty() => name["policy".len()..]
+        let mut cpus = CpuSet::from_words(&name, &cpus)?;
+        if cpus.is_empty() {
+            cpus = name["policy".len()..]
                 .parse::<usize>()
                 .into_iter()
-                .collect(),
-            cpus => cpus,
-        };
-        let available = available.split_whitespace().map(str::to_owned).collect();
+                .collect();
+        }
         policies.push(Policy {
+            name,
             cpus,
             governor,
-            available,
-            name,
         });
     }
     policies.sort_by_key(|policy| policy.cpus.first());
     Ok(policies)
+}
+
+fn value(root: &Sysroot, policy: &str, file: &str) -> Result<Option<String>> {
+    match root.read_value(format!("{POLICIES}/{policy}/{file}")) {
+        // The kernel's answer for a policy whose CPUs are all offline, for any of its files.
+        Err(Error::Io { source, .. }) if source.raw_os_error() == Some(nix::libc::EBUSY) => {
+            Ok(Some(String::new()))
+        }
+        other => other,
+    }
 }
 
 impl CpuSet {
@@ -123,7 +126,7 @@ mod tests {
                     policy.name,
                     policy.cpus,
                     policy.governor,
-                    policy.available.join("|")
+                    policy.available(&root).unwrap().join("|")
                 )
             })
             .collect();

@@ -264,19 +264,22 @@ fn check_hotplug(root: &Sysroot, isolated: &CpuSet) -> Result<()> {
 
 fn check_governor(root: &Sysroot, isolated: &CpuSet, governor: &str) -> Result<Finding> {
     const CHECK: &str = "governor";
+    let failed = |error: Error| Ok(Finding::error(CHECK, error.to_string(), ""));
     let policies = match cpufreq::policies(root) {
-        Err(error) => return Ok(Finding::error(CHECK, error.to_string(), "")),
-        policies => policies?,
+        Ok(policies) => policies,
+        Err(error) => return failed(error),
     };
-    // A host without cpufreq (a VM, a BIOS that keeps it) has nothing to set, which is no reason to
-    // stay off.
-    if let Err(policy) = governor::check_offered(&policies, governor, isolated) {
-        let what = format!("no {governor:?} for CPU {}", policy.cpus);
-        return Ok(Finding::error(
-            CHECK,
-            what,
-            format!("there is {}", policy.available.join(", ")),
-        ));
+    // A host without cpufreq (a VM, or a BIOS that sets the clock) is not a reason to stop a start.
+    match governor::not_offered(root, &policies, governor, isolated) {
+        Ok(None) => {}
+        Ok(Some(lacking)) => {
+            return Ok(Finding::error(
+                CHECK,
+                format!("no {governor:?} for CPU {}", lacking.policy.cpus),
+                format!("there is {}", lacking.available.join(", ")),
+            ));
+        }
+        Err(error) => return failed(error),
     }
     Ok(Finding::ok(
         CHECK,
