@@ -114,8 +114,8 @@ fn run(args: Args) -> anyhow::Result<Exit> {
                 .common
                 .carry_out_saving(&root, &mut report, TOOL, changes, entries);
         }
-        Some(Verb::Decouple { vmid }) => plan_decouple(&root, vmid)?,
-        Some(Verb::Couple { vmid }) => plan_couple(&root, vmid)?,
+        Some(Verb::Decouple { vmid }) => plan_decouple(&root, vmid, &vm::running(&root, vmid)?)?,
+        Some(Verb::Couple { vmid }) => plan_couple(&root, vmid, &vm::running(&root, vmid)?)?,
         Some(Verb::Partition { verb }) => match verb {
             PartitionVerb::Make { cgroup, cpus } => {
                 let changes = partition::plan_make(&root, named(&cgroup)?, &cpus.resolve(&root)?)?;
@@ -296,13 +296,12 @@ pub fn scope(root: &Sysroot, vmid: VmId, qemu: &Qemu) -> pinfold_core::Result<St
 }
 
 /// The changes that take a VM out of its scope: two cgroups made, every process of the scope moved.
-/// None where the VM is out already.
+/// None if the VM is out already.
 ///
 /// # Errors
-/// Where the VM does not run or the tree cannot be read.
-pub fn plan_decouple(root: &Sysroot, vmid: VmId) -> pinfold_core::Result<Vec<Change>> {
+/// If QEMU has ended or the tree cannot be read.
+pub fn plan_decouple(root: &Sysroot, vmid: VmId, qemu: &Qemu) -> pinfold_core::Result<Vec<Change>> {
     cgroup::check_unified(root)?;
-    let qemu = vm::running(root, vmid)?;
     let from = cgroup::of_process(root, qemu.id.pid)?;
     let to = decoupled_cgroup(vmid);
     let mut changes: Vec<Change> = [DECOUPLED, &to]
@@ -313,13 +312,12 @@ pub fn plan_decouple(root: &Sysroot, vmid: VmId) -> pinfold_core::Result<Vec<Cha
     Ok(changes)
 }
 
-/// The changes that bring a decoupled VM back to qemu.slice/VMID.scope, which systemd is asked for
-/// where it has gone.
+/// The changes that bring a decoupled VM back to qemu.slice/VMID.scope, which systemd is asked to
+/// start if it is gone.
 ///
 /// # Errors
-/// Where the VM does not run or the tree cannot be read.
-pub fn plan_couple(root: &Sysroot, vmid: VmId) -> pinfold_core::Result<Vec<Change>> {
-    let qemu = vm::running(root, vmid)?;
+/// If QEMU has ended or the tree cannot be read.
+pub fn plan_couple(root: &Sysroot, vmid: VmId, qemu: &Qemu) -> pinfold_core::Result<Vec<Change>> {
     let from = cgroup::of_process(root, qemu.id.pid)?;
     let mut changes = moves(
         root,

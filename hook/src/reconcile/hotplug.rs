@@ -191,7 +191,7 @@ impl Reconcile<'_> {
             };
             changes.extend(self.kept_off_others(vmid, qemu)?.into_iter().map(asked));
         }
-        changes.extend(cg_slice::plan_decouple(self.root, vmid)?);
+        changes.extend(cg_slice::plan_decouple(self.root, vmid, qemu)?);
         let mut changed = 0;
         for change in changes {
             changed += usize::from(self.make(change));
@@ -206,7 +206,7 @@ impl Reconcile<'_> {
             == cg_slice::decoupled_cgroup(vmid);
         // A hook may have been killed when the cgroup was made and the VM not yet moved there.
         let changes = match decoupled {
-            true => cg_slice::plan_couple(self.root, vmid)?,
+            true => cg_slice::plan_couple(self.root, vmid, qemu)?,
             false => cg_slice::plan_remove(self.root, vmid),
         };
         for change in changes {
