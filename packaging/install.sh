@@ -2,7 +2,8 @@
 # Installs and uninstalls Pinfold: `make install` and `make uninstall` call this with the variables below.
 #
 # Everything that install makes, folders too, is listed in PREFIX/share/pinfold/installed; uninstall removes what that
-# file lists and nothing else.
+# file lists and nothing else. This script is installed beside it, for machines without the source tree:
+#     PREFIX=/usr/local sh /usr/local/share/pinfold/install.sh uninstall
 set -eu
 
 PREFIX=${PREFIX:-/usr/local}
@@ -17,7 +18,8 @@ case $PREFIX in
 esac
 UNITDIR=${UNITDIR:-$default_units}
 UNITS="pinfold-recover.path pinfold-recover.service"
-MANIFEST=$PREFIX/share/pinfold/installed
+SHARE=$PREFIX/share/pinfold
+MANIFEST=$SHARE/installed
 
 say() {
     printf '%s\n' "$*"
@@ -56,13 +58,14 @@ install_all() {
     for tool in $PRODUCT; do
         [ -f "$BINDIR/$tool" ] || fail "$BINDIR/$tool: not found; run make release first"
     done
-    folder "$(dirname "$MANIFEST")"
+    folder "$SHARE"
     record "$MANIFEST"
 
     folder "$PREFIX/sbin"
     for tool in $PRODUCT; do
         install_file 0755 "$BINDIR/$tool" "$PREFIX/sbin/$tool"
     done
+    install_file 0755 packaging/install.sh "$SHARE/install.sh"
     folder "$UNITDIR"
     for unit in $UNITS; do
         install_file 0644 "packaging/$unit" "$UNITDIR/$unit"

@@ -158,6 +158,21 @@ fn uninstall_removes_what_install_made_and_nothing_else() {
             assert_eq!(target.tree(), installed, "installed twice");
             target.succeed("uninstall", &[prefix]);
             assert_eq!(target.tree(), before, "{prefix}");
+            // The installed script does the same.
+            target.succeed("install", &[prefix]);
+            let prefix = prefix.trim_start_matches("PREFIX=");
+            let script = format!(
+                "{}{prefix}/share/pinfold/install.sh",
+                target.root().display()
+            );
+            let status = Command::new("sh")
+                .args([&script, "uninstall"])
+                .env("DESTDIR", target.root())
+                .env("PREFIX", prefix)
+                .status()
+                .unwrap();
+            assert!(status.success());
+            assert_eq!(target.tree(), before, "{prefix}");
         }
     }
 }

@@ -1,7 +1,9 @@
-//! The README against the workspace: its table names the tools there are, and its command lines are
-//! ones they take.
+//! The README against the workspace: its table lists all tools, they accept its command lines, and the links of all
+//! documents lead to files.
 
 use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
 
 use clap::Parser;
 
@@ -123,4 +125,39 @@ fn the_exit_codes_are_those_of_the_help() {
         .next()
         .unwrap();
     assert_eq!(codes(table), codes(pinfold_core::cli::EXIT_CODES));
+}
+
+#[test]
+fn links_lead_to_files() {
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let mut documents: Vec<PathBuf> = fs::read_dir(workspace.join("docs"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    for name in [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "SECURITY.md",
+    ] {
+        documents.push(workspace.join(name));
+    }
+    documents.retain(|path| path.extension().is_some_and(|extension| extension == "md"));
+    let mut links = 0;
+    for document in documents {
+        let text = fs::read_to_string(&document).unwrap();
+        for link in text
+            .split("](")
+            .skip(1)
+            .filter_map(|rest| rest.split(')').next())
+        {
+            let file = link.split('#').next().unwrap();
+            if !file.is_empty() && !file.contains("://") {
+                let target = document.parent().unwrap().join(file);
+                assert!(target.is_file(), "{}: {link}", document.display());
+                links += 1;
+            }
+        }
+    }
+    assert!(links > 10, "{links} links found");
 }

@@ -553,6 +553,8 @@ mod tests {
         for block in &blocks {
             resolve(&root, block, "README.md", 1).unwrap();
         }
+        let example = include_str!("../../../docs/example.toml");
+        resolve(&root, example, "docs/example.toml", 1).unwrap();
         let all = blocks[0];
         for key in known_keys() {
             let is_told = |line: &str| {
