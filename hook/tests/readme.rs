@@ -161,3 +161,33 @@ fn links_lead_to_files() {
     }
     assert!(links > 10, "{links} links found");
 }
+
+/// The tests in the second column of docs/reliability.md are functions of the stories.
+#[test]
+fn the_tests_of_the_promises_exist() {
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let mut stories = String::new();
+    for entry in fs::read_dir(workspace.join("lab/tests/stories")).unwrap() {
+        stories += &fs::read_to_string(entry.unwrap().path()).unwrap();
+    }
+    let page = fs::read_to_string(workspace.join("docs/reliability.md")).unwrap();
+    let (_, table) = page.split_once("| promise | tested by |").unwrap();
+    let (table, _) = table.split_once("\n\n").unwrap();
+    let mut tests = 0;
+    for row in table.lines().skip(2) {
+        let column = row.trim_end_matches([' ', '|']).rsplit('|').next().unwrap();
+        for name in column.split('`').skip(1).step_by(2) {
+            let function = name.rsplit("::").next().unwrap();
+            let is_module = name == function && !function.contains('_');
+            let is_command = name.contains(' ');
+            if !is_module && !is_command && name != "main_job" {
+                assert!(
+                    stories.contains(&format!("fn {function}(")),
+                    "{name}: no such story"
+                );
+                tests += 1;
+            }
+        }
+    }
+    assert!(tests > 40, "{tests} names found");
+}
