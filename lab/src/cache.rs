@@ -54,7 +54,7 @@ impl Cache {
     }
 
     /// Takes the lock of this name if it is free.
-    pub fn try_lock(&self, name: &str) -> Result<Option<Lock>> {
+    pub fn try_lock(&self, name: impl AsRef<Path>) -> Result<Option<Lock>> {
         let path = self.path(name);
         path.parent().map_or(Ok(()), make)?;
         // Rust opens with O_CLOEXEC: a QEMU started under the lock does not keep it.

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::lifeline::Lifeline;
 use crate::{Guest, Host, VmSpec, svg};
 
 const ISOLATED: &str = "6-11,18-23";
@@ -21,6 +22,8 @@ pub fn run(bins: &Path, out: &mut impl Write) -> Result<()> {
         out,
         "# a host of 24 CPUs, Debian 13, under QEMU (the first time its image is made and it boots: some minutes)"
     )?;
+    // Dropped after the host, whose lock is free by then.
+    let _lifeline = Lifeline::start()?;
     let host = Host::acquire(Guest::Trixie, bins)?;
     writeln!(
         out,

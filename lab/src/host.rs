@@ -7,6 +7,7 @@
 use crate::cache::{self, Cache, Lock};
 use crate::channel::{Channel, Pending};
 use crate::image::Image;
+use crate::progress::Progress;
 use crate::protocol::{Answer, Ask, Bytes, Run};
 use crate::qemu::{self, Slot, Threads};
 use crate::snapshot::HostState;
@@ -177,6 +178,7 @@ impl Host {
             threads: Threads::One,
             _lock: lock,
         };
+        let _progress = Progress::start(&format!("{guest}: resuming a host"));
         host.up(&booted, &payload, as_it_is)
             .with_context(|| format!("{guest}: no lab host"))?;
         Ok(host)
@@ -464,6 +466,7 @@ impl Booted {
         if !booted.disk.exists() {
             let _booter = cache.lock(&format!("booted/{guest}.lock"), SLOT_PATIENCE)?;
             if !booted.disk.exists() {
+                let _progress = Progress::start(&format!("{guest}: booting a host"));
                 booted
                     .boot(cache, guest)
                     .with_context(|| format!("{guest}: cannot boot"))?;
@@ -642,7 +645,7 @@ fn take_slot(cache: &Cache, guest: Guest, wanted: Option<usize>) -> Result<(Slot
     let deadline = Instant::now() + SLOT_PATIENCE;
     loop {
         for &number in &numbers {
-            if let Some(lock) = cache.try_lock(&lock_name(number))? {
+            if let Some(lock) = cache.try_lock(lock_name(number))? {
                 return Ok((slot(number), lock));
             }
         }
@@ -675,6 +678,11 @@ pub fn all_slots(cache: &Cache) -> Vec<(String, Slot)> {
         .collect();
     slots.sort_by(|a, b| a.0.cmp(&b.0));
     slots
+}
+
+/// The lock of a slot, if no other process holds it.
+pub(crate) fn lock_if_free(cache: &Cache, slot: &Slot) -> Result<Option<Lock>> {
+    cache.try_lock(slot.folder().with_extension("lock"))
 }
 
 fn told(output: &Output) -> String {

@@ -1,6 +1,7 @@
 //! The guests' root images: built once per recipe and kept.
 
 use crate::cache::{self, Cache};
+use crate::progress::Progress;
 use crate::{Guest, setup, tool};
 use anyhow::{Context, Result, bail};
 use std::fs;
@@ -76,6 +77,7 @@ impl Image {
             let _builder = cache.lock(&format!("images/{guest}.lock"), BUILD_PATIENCE)?;
             if !image.disk().exists() {
                 setup::ensure(cache)?;
+                let _progress = Progress::start(&format!("{guest}: building its image"));
                 image
                     .build(guest)
                     .with_context(|| format!("{guest}: cannot build its image"))?;

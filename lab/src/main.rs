@@ -5,7 +5,8 @@ use clap::{Parser, Subcommand};
 use pinfold_lab::cache::Cache;
 use pinfold_lab::image::Image;
 use pinfold_lab::scale::tree::{self, Counts};
-use pinfold_lab::{Guest, Host, all_slots, bench, console, demo, setup};
+use pinfold_lab::scale::{growth, measure, table};
+use pinfold_lab::{Guest, Host, all_slots, bench, console, demo, lifeline, setup};
 use std::fs;
 use std::io::Write;
 use std::path::PathBuf;
@@ -50,13 +51,34 @@ enum Cmd {
         #[arg(long, value_name = "DIR")]
         bins: Option<PathBuf>,
     },
-    /// Write a made-up host of any size for --sysroot
+    /// Count what the commands that read a host cost on made-up hosts, and how that grows
     Scale {
-        /// Folder to write it into
+        /// Folder with the programs; beside this one without
         #[arg(long, value_name = "DIR")]
-        tree: PathBuf,
+        bins: Option<PathBuf>,
+        /// Only the tables, or only the bounds
+        #[arg(long, value_name = "WHAT")]
+        only: Option<Scale>,
+        /// Only write a host into this folder, for --sysroot
+        #[arg(long, value_name = "DIR", conflicts_with = "only")]
+        tree: Option<PathBuf>,
         #[command(flatten)]
         counts: Counts,
+    },
+    /// End the hosts that were started since, when stdin ends
+    #[command(hide = true)]
+    EndHosts {
+        /// Hosts that stay
+        kept: Vec<String>,
+    },
+    /// Run a command and write its peak memory to a file, for `scale`
+    #[command(hide = true)]
+    Peak {
+        /// The file
+        file: PathBuf,
+        /// The command and its arguments
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
     },
     /// Run a command in a host, in the state the last one left
     Run {
@@ -74,6 +96,15 @@ enum Cmd {
     Down,
     /// End all hosts and remove all that is kept, images too
     Clean,
+}
+
+/// A part of `scale`.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Scale {
+    /// What each command costs on hosts of several sizes
+    Tables,
+    /// How the costs grow; fails if one grows faster than the host
+    Bounds,
 }
 
 #[derive(clap::Args)]
@@ -144,7 +175,28 @@ fn act(args: Args) -> Result<ExitCode> {
         Cmd::Demo { bins } => demo::run(&beside(bins)?, &mut out)?,
         Cmd::Picture { file, bins } => demo::picture(&beside(bins)?, &file)?,
         Cmd::Bench { bins } => bench::run(&beside(bins)?, &mut out)?,
-        Cmd::Scale { tree, counts } => tree::write(&tree, counts)?,
+        Cmd::Scale {
+            tree: Some(tree),
+            counts,
+            ..
+        } => {
+            tree::write(&tree, counts)?;
+        }
+        Cmd::Scale { bins, only, .. } => {
+            measure::check_tools()?;
+            let bins = beside(bins)?;
+            if only != Some(Scale::Bounds) {
+                table::print(&bins, &mut out)?;
+            }
+            if only != Some(Scale::Tables) {
+                growth::check(&bins, &mut out)?;
+            }
+        }
+        Cmd::EndHosts { kept } => lifeline::end_hosts(std::io::stdin(), &kept)?,
+        Cmd::Peak { file, command } => {
+            let code = measure::peak_of(&file, &command)?;
+            return Ok(u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from));
+        }
         Cmd::Run { place, command } => {
             let host = place.host()?;
             let words: Vec<&str> = command.iter().map(String::as_str).collect();

@@ -1,5 +1,13 @@
 //! `lab scale`: how the commands that read a host grow with it.
 //!
-//! Made-up hosts for `--sysroot`, and counts of what a command costs on them.
+//! [`tree`] writes made-up hosts for `--sysroot`, [`measure`] counts what a program costs,
+//! [`command`] lists the commands of the product, [`table`] prints their costs on hosts of three
+//! sizes with [`peers`] beside them, and [`growth`] fails if a cost grows faster than the host.
+//! Counts depend on the program and the host only; seconds would depend on the machine.
 
+pub mod command;
+pub mod growth;
+pub mod measure;
+pub mod peers;
+pub mod table;
 pub mod tree;

@@ -58,8 +58,8 @@ pub struct Counts {
     pub settled: bool,
 }
 
-/// Writes the host below `root`.
-pub fn write(root: &Path, counts: Counts) -> Result<()> {
+/// Writes the host below `root`; how long its files are in all.
+pub fn write(root: &Path, counts: Counts) -> Result<u64> {
     ensure!(
         counts.cpus >= 4 && counts.cpus.is_multiple_of(2),
         "{} CPUs: not an even number from 4 on",
@@ -77,7 +77,8 @@ pub fn write(root: &Path, counts: Counts) -> Result<()> {
     tree.threads()?;
     tree.irqs()?;
     tree.pci()?;
-    tree.vms()
+    tree.vms()?;
+    Ok(tree.bytes)
 }
 
 /// The CPUs that a VM's settings isolate: its share of the cores in the upper half of the host.
@@ -95,6 +96,8 @@ struct Tree<'a> {
     counts: Counts,
     /// The folder that was made last; most files have neighbours.
     folder: PathBuf,
+    /// The length of all files so far.
+    bytes: u64,
     all: String,
     all_mask: String,
 }
@@ -106,6 +109,7 @@ impl<'a> Tree<'a> {
             root,
             counts,
             folder: PathBuf::new(),
+            bytes: 0,
             all: list(&all),
             all_mask: mask(&all, counts.cpus),
         }
@@ -119,6 +123,7 @@ impl<'a> Tree<'a> {
             cache::make(parent)?;
             self.folder = parent.to_owned();
         }
+        self.bytes += text.len() as u64 + 1;
         cache::write(&path, format!("{text}\n"))
     }
 
@@ -487,7 +492,9 @@ impl<'a> Tree<'a> {
         }
         writeln!(file, "     NMI:  {counters} Non-maskable interrupts")?;
         file.flush()
-            .with_context(|| format!("{}: cannot write", path.display()))
+            .with_context(|| format!("{}: cannot write", path.display()))?;
+        self.bytes += path.metadata()?.len();
+        Ok(())
     }
 
     fn pci(&mut self) -> Result<()> {
@@ -553,9 +560,9 @@ impl<'a> Tree<'a> {
     }
 
     fn vms(&mut self) -> Result<()> {
-        let free = self.free();
+        let (count, settled) = (self.counts.cpus, self.counts.settled);
         self.cgroup("qemu.slice", "cpuset cpu memory", &[])?;
-        if self.counts.settled {
+        if settled {
             // A folder that is made in a tree has no files of a cgroup's.
             self.cgroup("qemu-decoupled.slice", "cpuset cpu memory", &[])?;
             self.cgroup("qemu-decoupled.slice/100.scope", "", &[])?;
@@ -598,15 +605,17 @@ impl<'a> Tree<'a> {
                 let vcpu = (tid - pid)
                     .checked_sub(3)
                     .and_then(|n| isolated.get(usize::try_from(n).ok()?));
-                let on = match vcpu {
-                    Some(cpu) if self.counts.settled => vec![*cpu],
-                    _ => free.clone(),
+                let on: Vec<u32> = match vcpu {
+                    Some(cpu) if settled => vec![*cpu],
+                    _ => (0..count)
+                        .filter(|cpu| !settled || !isolated.contains(cpu))
+                        .collect(),
                 };
                 let task = Task {
                     name: &name,
                     flags: 0,
                     cpus: &list(&on),
-                    mask: &mask(&on, self.counts.cpus),
+                    mask: &mask(&on, count),
                     cgroup: &format!("/{scope}"),
                     cmdline: &cmdline,
                 };
