@@ -7,7 +7,7 @@ PRODUCT = cg-slice cpu-hotplug governor hook pci-reset pin-irqs pin-kthreads pin
 export RUSTFLAGS ?=
 LAB = $(CARGO) run --locked --quiet --release -p pinfold-lab --bin lab --
 
-.PHONY: all demo test check lint spell docs unit msrv audit audit-advisories fuzz fuzz-short lab torture selftest bench picture setup release \
+.PHONY: all demo test check lint spell docs unit msrv audit audit-advisories fuzz fuzz-short lab torture selftest bench scale picture setup release \
 	install uninstall clean
 
 all: release
@@ -126,6 +126,11 @@ picture: setup release
 # Compares hook with the same steps in a shell script, in one boot.
 bench: setup release
 	$(LAB) bench
+
+# Counts system calls, instructions and peak memory on made-up hosts of up to 2,048 CPUs (docs/performance.md), and fails
+# if a cost grows faster than the host. Needs no lab; strace and valgrind.
+scale: release
+	$(LAB) scale
 
 # Copies the tools to PREFIX/sbin, hook also to the snippets folder of the storage `local`, and the units that call
 # `hook recover` to a folder that systemd reads. Builds, enables and starts nothing. With DESTDIR everything goes below
