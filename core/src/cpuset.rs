@@ -9,6 +9,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::text::excerpt;
+
 /// The largest CPU number accepted: the kernel's biggest NR_CPUS (x86 MAXSMP) is 8192.
 pub const MAX_CPU: usize = 8191;
 
@@ -19,7 +21,11 @@ pub enum CpuSetError {
     #[error("\"{0}\" is an empty CPU list; write CPUs as in 0-5,12")]
     Empty(String),
     /// A token that is neither a number nor a range.
-    #[error("\"{token}\" in \"{text}\" is no CPU number or range; write CPUs as in 0-5,12")]
+    #[error(
+        "\"{}\" in \"{}\" is no CPU number or range; write CPUs as in 0-5,12",
+        excerpt(token),
+        excerpt(text)
+    )]
     Token {
         /// The part that could not be read.
         token: String,
@@ -27,7 +33,11 @@ pub enum CpuSetError {
         text: String,
     },
     /// A range that runs down.
-    #[error("\"{token}\" in \"{text}\" runs backwards; did you mean {last}-{first}?")]
+    #[error(
+        "\"{}\" in \"{}\" runs backwards; did you mean {last}-{first}?",
+        excerpt(token),
+        excerpt(text)
+    )]
     Backwards {
         /// The range as written.
         token: String,
@@ -39,10 +49,13 @@ pub enum CpuSetError {
         last: usize,
     },
     /// A number beyond [`MAX_CPU`].
-    #[error("CPU {0} is beyond {MAX_CPU}, the largest CPU number the kernel knows")]
+    #[error("CPU {} is beyond {MAX_CPU}, the largest CPU number the kernel knows", excerpt(.0))]
     TooLarge(String),
     /// A mask that is not hexadecimal groups of at most 32 bits.
-    #[error("\"{0}\" is no CPU mask; the kernel writes them as in 00fff03f or ff,ffffffff")]
+    #[error(
+        "\"{}\" is no CPU mask; the kernel writes them as in 00fff03f or ff,ffffffff",
+        excerpt(.0)
+    )]
     Mask(String),
 }
 

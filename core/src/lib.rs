@@ -15,6 +15,7 @@ pub mod state;
 pub mod sys;
 mod sysroot;
 pub mod systemd;
+mod text;
 pub mod vm;
 
 // The paths that other crates use until they follow the folders.
@@ -39,3 +40,4 @@ pub use selector::CpuExpr;
 pub use host::Host as Sysroot;
 pub use host::Host;
 pub use sysroot::Sysroot as Files;
+pub use text::{excerpt, printable};

@@ -1,6 +1,10 @@
 //! hook's command line, and which command it runs.
 
-use clap::{Parser, Subcommand};
+use std::ffi::OsStr;
+
+use clap::builder::{StyledStr, TypedValueParser};
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{Arg, Command, CommandFactory, Parser, Subcommand};
 use pinfold_core::Exit;
 use pinfold_core::cli::{self, Output};
 use pinfold_core::vm::VmId;
@@ -9,18 +13,25 @@ use crate::commands::{check, init, layout, plan, recover, status, step};
 use crate::phases;
 use crate::steps::TOOL;
 
-/// Fence CPUs off for a VM when it starts and put the host back when it stops
+/// Isolate CPUs for a VM when it starts and return them to the host when it stops
 ///
-/// Proxmox VE calls it as `hook VMID PHASE`; name it with `qm set VMID --hookscript
+/// Proxmox VE runs `hook VMID PHASE`; register it with `qm set VMID --hookscript
 /// local:snippets/hook`.
 #[derive(Debug, Parser)]
-#[command(name = TOOL, version, after_help = cli::EXIT_CODES, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(
+    name = TOOL,
+    version,
+    after_help = cli::EXIT_CODES,
+    arg_required_else_help = true,
+    override_usage = "hook [OPTIONS] <VMID> <PHASE>\n       hook [OPTIONS] <COMMAND>",
+    subcommand_negates_reqs = true
+)]
 pub struct Args {
     #[command(subcommand)]
     verb: Option<Verb>,
 
     /// The VM's number
-    #[arg(required = true)]
+    #[arg(required = true, value_parser = VmIdParser)]
     vmid: Option<VmId>,
 
     /// pre-start, post-start, pre-stop or post-stop
@@ -33,32 +44,31 @@ pub struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Show which CPUs are whose, and what may still run on the isolated ones
+    /// Show which VM owns each CPU and what can still run on it, grouped by reason
     ///
-    /// Exit code 1 where something that could be elsewhere may run on an isolated CPU.
+    /// Exits with 1 if something movable can run on an isolated CPU.
     Status(status::Args),
     /// Show this host's CPUs: packages, dies, LLC domains, NUMA nodes and cores, and the selectors
     /// that name them
-    Layout(layout::Args),
-    /// Write settings for a VM on this host: which CPUs it has, chosen by LLC domain
+    Layout,
+    /// Choose CPUs for a VM on this host, by LLC domain, and write its settings file
     ///
-    /// They are written to /etc/pinfold/VMID.toml, and nowhere where the VM has some. Nothing else
-    /// is changed.
+    /// Writes /etc/pinfold/VMID.toml, unless the VM has a settings file of its own. Nothing else is
+    /// changed.
     Init(init::Args),
     /// Show every change that post-start would make now, in order, and how long each step took last
     /// time; changes nothing
     ///
-    /// Of a VM that does not run it is what is known without its threads.
+    /// If the VM does not run, the changes that need its threads are unknown.
     Plan(plan::Args),
-    /// Look for what would keep a VM from having its CPUs, or from making the most of them, each
-    /// with what to do
+    /// Check a VM's settings and this host, and suggest fixes
     ///
-    /// It is what pre-start checks, and more. Without a number: all VMs that have settings, or hook
-    /// as their hookscript. Exit code 1 where a line says error.
+    /// Runs the checks of pre-start and more. Without a number: all VMs that have settings or use
+    /// hook as their hookscript. Exits with 1 if a check reports an error.
     Check(check::Args),
-    /// Give back the CPUs of VMs that run no more, and mend what a killed hook left
+    /// Release the CPUs of VMs that have stopped, and complete what an interrupted hook left
     Recover(recover::Args),
-    /// Do one of the steps that have no tool of their own
+    /// Run one of the steps that have no tool of their own
     Step {
         #[command(subcommand)]
         step: step::Step,
@@ -67,28 +77,159 @@ enum Verb {
 
 /// The whole run.
 pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
-    match (args.verb, args.vmid, args.phase) {
-        (Some(Verb::Status(args)), ..) => status::run(&args),
-        (Some(Verb::Layout(args)), ..) => Ok(layout::run(&args)?),
-        (Some(Verb::Init(args)), ..) => init::run(&args),
-        (Some(Verb::Plan(args)), ..) => plan::run(&args),
-        (Some(Verb::Check(args)), ..) => check::run(&args),
-        (Some(Verb::Recover(args)), ..) => recover::run(&args),
-        (Some(Verb::Step { step }), ..) => step::run(step),
-        (None, Some(vmid), Some(phase)) => {
-            phases::run(args.output.root(), args.output.report(TOOL), vmid, &phase)
-        }
-        // clap asks for both.
-        (None, ..) => anyhow::bail!("VMID and PHASE are missing; see hook --help"),
+    let output = &args.output;
+    let Some(verb) = args.verb else {
+        let (Some(vmid), Some(phase)) = (args.vmid, args.phase) else {
+            return Err(usage(
+                ErrorKind::MissingRequiredArgument,
+                "VMID and PHASE are required",
+            ));
+        };
+        return phases::run(output.root(), output.report(TOOL), vmid, &phase);
+    };
+    if let Some(vmid) = args.vmid {
+        let what = format!("the number of a VM comes after the command, not before it: {vmid}");
+        return Err(usage(ErrorKind::ArgumentConflict, &what));
     }
+    match verb {
+        Verb::Status(args) => status::run(&args, output),
+        Verb::Layout => layout::run(output),
+        Verb::Init(args) if args.print && (output.json || output.quiet) => {
+            let what = "--print cannot be used with --json or --quiet";
+            Err(usage(ErrorKind::ArgumentConflict, what))
+        }
+        Verb::Init(args) => init::run(&args, output),
+        Verb::Plan(args) => plan::run(&args, output),
+        Verb::Check(args) => check::run(&args, output),
+        Verb::Recover(args) => recover::run(&args, output),
+        Verb::Step { step } => step::run(step, output),
+    }
+}
+
+fn usage(kind: ErrorKind, what: &str) -> anyhow::Error {
+    Args::command().error(kind, what).into()
+}
+
+/// Parses a VM's number. A word in its place is a misspelt command, and reported as that.
+#[derive(Debug, Clone)]
+struct VmIdParser;
+
+impl TypedValueParser for VmIdParser {
+    type Value = VmId;
+
+    fn parse_ref(
+        &self,
+        command: &Command,
+        arg: Option<&Arg>,
+        value: &OsStr,
+    ) -> Result<VmId, clap::Error> {
+        let text = value.to_string_lossy();
+        if text.starts_with(|c: char| c.is_ascii_alphabetic()) {
+            return Err(unknown_verb(command, &text));
+        }
+        let parse = |text: &str| text.parse::<VmId>();
+        parse.parse_ref(command, arg, value)
+    }
+}
+
+fn unknown_verb(command: &Command, word: &str) -> clap::Error {
+    let verbs: Vec<&str> = command
+        .get_subcommands()
+        .map(Command::get_name)
+        .filter(|name| *name != "help")
+        .collect();
+    let mut error = clap::Error::new(ErrorKind::InvalidSubcommand).with_cmd(command);
+    error.insert(
+        ContextKind::InvalidSubcommand,
+        ContextValue::String(word.to_owned()),
+    );
+    let nearest = verbs.iter().min_by_key(|verb| distance(word, verb));
+    if let Some(nearest) = nearest.filter(|verb| distance(word, verb) <= 2) {
+        error.insert(
+            ContextKind::SuggestedSubcommand,
+            ContextValue::Strings(vec![(*nearest).to_owned()]),
+        );
+    }
+    let all = StyledStr::from(format!("the commands are {}", verbs.join(", ")));
+    error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![all]));
+    error
+}
+
+/// How many letters have to be added, removed or replaced to make one word of the other
+/// (Levenshtein).
+fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, left) in a.bytes().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, right) in b.bytes().enumerate() {
+            let replaced = diagonal + usize::from(left != right);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
 }
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
+    use super::*;
 
     #[test]
     fn the_command_line_is_sound() {
-        super::Args::command().debug_assert();
+        Args::command().debug_assert();
+    }
+
+    fn refusal(line: &str) -> String {
+        Args::try_parse_from(line.split(' '))
+            .unwrap_err()
+            .to_string()
+    }
+
+    #[test]
+    fn an_unknown_command_lists_the_commands() {
+        let text = refusal("hook frobnicate");
+        assert!(
+            text.contains("unrecognized subcommand 'frobnicate'"),
+            "{text}"
+        );
+        assert!(
+            text.contains("the commands are status, layout, init, plan, check, recover, step"),
+            "{text}"
+        );
+        assert!(!text.contains("similar"), "{text}");
+        let text = refusal("hook --json statsu 100");
+        assert!(
+            text.contains("a similar subcommand exists: 'status'"),
+            "{text}"
+        );
+        assert!(refusal("hook 7x post-start").contains("invalid value '7x' for '<VMID>'"));
+    }
+
+    #[test]
+    fn options_may_come_before_the_command() {
+        for line in [
+            "hook --sysroot /d check 100",
+            "hook check --sysroot /d 100",
+            "hook --sysroot /d step stat-interval 10",
+            "hook step stat-interval 10 --sysroot /d",
+            "hook 100 post-start --sysroot /d",
+        ] {
+            let args = Args::try_parse_from(line.split(' ')).unwrap();
+            assert_eq!(args.output.sysroot.to_str(), Some("/d"), "{line}");
+        }
+    }
+
+    #[test]
+    fn letters_between_words() {
+        for (a, b, letters) in [
+            ("", "", 0),
+            ("plan", "plan", 0),
+            ("paln", "plan", 2),
+            ("chek", "check", 1),
+            ("step", "", 4),
+        ] {
+            assert_eq!(distance(a, b), letters, "{a} {b}");
+        }
     }
 }

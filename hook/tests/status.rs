@@ -1,22 +1,79 @@
-//! `hook status --watch` as a program: what becomes of it when nobody reads any more.
+//! hook as a program: stdout that cannot be written, and text that must not reach a terminal.
 
 #![allow(clippy::unwrap_used)]
 
+use std::fs;
 use std::io::{BufRead, BufReader};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 #[path = "../../core/tests/machine/mod.rs"]
 mod machine;
 
-#[test]
-fn watching_ends_with_its_reader() {
+/// A Ryzen 9 5900X with VM 100.
+fn host() -> tempfile::TempDir {
     let host = tempfile::tempdir().unwrap();
     let machines = machine::all();
-    machine::expand(
-        &machines.iter().find(|(name, _)| name == "5900x").unwrap().1,
-        host.path(),
-    );
+    let (_, text) = machines.iter().find(|(name, _)| name == "5900x").unwrap();
+    machine::expand(text, host.path());
+    let confs = host.path().join("etc/pve/qemu-server");
+    fs::create_dir_all(&confs).unwrap();
+    fs::write(
+        confs.join("100.conf"),
+        "cores: 4\nhookscript: \x1b[31mred\x1b[0m\n",
+    )
+    .unwrap();
+    host
+}
+
+fn hook(host: &Path, words: &str) -> Command {
+    let mut hook = Command::new(env!("CARGO_BIN_EXE_hook"));
+    hook.arg("--sysroot").arg(host).args(words.split(' '));
+    hook
+}
+
+#[test]
+fn a_full_disk_is_a_failure() {
+    let host = host();
+    for words in [
+        "status",
+        "status --json",
+        "layout",
+        "layout --json",
+        "init 100 --print",
+        "check 100",
+        "plan 100",
+    ] {
+        let full = fs::File::create("/dev/full").unwrap();
+        let output = hook(host.path(), words).stdout(full).output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{words}: {stderr}");
+        if words != "plan 100" {
+            assert!(
+                stderr.ends_with("stdout: write: No space left on device\n"),
+                "{words}: {stderr}"
+            );
+        }
+    }
+}
+
+#[test]
+fn control_characters_are_escaped() {
+    let host = host();
+    for words in ["check 100", "init 100"] {
+        let output = hook(host.path(), words).output().unwrap();
+        let text = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+        assert!(
+            text.contains("\\u{1b}[31mred") && !text.contains('\x1b'),
+            "{words}: {text}"
+        );
+    }
+}
+
+#[test]
+fn watching_ends_with_its_reader() {
+    let host = host();
     let mut hook = Command::new(env!("CARGO_BIN_EXE_hook"))
         .args(["status", "--watch", "1", "--sysroot"])
         .arg(host.path())

@@ -17,6 +17,7 @@ use self::terminal::err;
 use crate::host::Host;
 use crate::knob::{Change, Done, Outcome, apply_each};
 use crate::state::save::{self, Entry};
+use crate::text::printable;
 
 /// The options that every tool has.
 #[derive(Debug, Clone, clap::Args)]
@@ -47,19 +48,19 @@ pub struct Common {
 #[derive(Debug, Clone, clap::Args)]
 pub struct Output {
     /// Print JSON, for programs
-    #[arg(long)]
+    #[arg(long, global = true)]
     pub json: bool,
 
     /// Name also what is left alone, and why
-    #[arg(short, long)]
+    #[arg(short, long, global = true)]
     pub verbose: bool,
 
     /// Print nothing but errors
-    #[arg(short, long, conflicts_with = "verbose")]
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
     pub quiet: bool,
 
     /// Look for the host's files (sys, proc, etc, run) below this folder
-    #[arg(long, value_name = "DIR", default_value = "/")]
+    #[arg(long, global = true, value_name = "DIR", default_value = "/")]
     pub sysroot: PathBuf,
 }
 
@@ -218,26 +219,32 @@ pub fn listed(report: &mut Report, table: &Table) -> Exit {
 }
 
 /// A tool's run: reads the command line, does it, prints what went wrong once, and gives the exit
-/// code.
+/// code. A [`clap::Error`] that `run` returns is an error of the command line too.
 pub fn main<A: Parser>(tool: &str, run: impl FnOnce(A) -> anyhow::Result<Exit>) -> ExitCode {
     let args = match A::try_parse() {
         Ok(args) => args,
-        Err(error) => {
-            // Help and version come this way too; a closed pipe is no reason to fail.
-            let _ = error.print();
-            return if error.use_stderr() {
-                Exit::Usage.into()
-            } else {
-                Exit::Done.into()
-            };
-        }
+        Err(error) => return refused(&error),
     };
     match run(args) {
         Ok(exit) => exit.into(),
-        Err(error) => {
-            err(&format!("{tool}: {}\n", in_words(&error)));
-            Exit::Failed.into()
-        }
+        Err(error) => match error.downcast_ref::<clap::Error>() {
+            Some(usage) => refused(usage),
+            None => {
+                err(&format!("{tool}: {}\n", printable(&in_words(&error))));
+                Exit::Failed.into()
+            }
+        },
+    }
+}
+
+/// Prints what clap answers to a command line instead of running it: an error, help or the version.
+fn refused(answer: &clap::Error) -> ExitCode {
+    // A closed pipe is no reason to fail.
+    let _ = answer.print();
+    if answer.use_stderr() {
+        Exit::Usage.into()
+    } else {
+        Exit::Done.into()
     }
 }
 

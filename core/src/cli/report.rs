@@ -8,9 +8,10 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 pub use super::table::Table;
-pub use super::terminal::{coloured, err, out, terminal, try_out};
+pub use super::terminal::{coloured, err, out, print, terminal, try_out};
 
 use crate::knob::{Change, Done, Outcome};
+use crate::text::printable;
 
 /// The exit codes, the same in every tool (as util-linux's chcpu).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -113,7 +114,7 @@ impl Report {
         if self.json || self.verbosity == Verbosity::Quiet {
             return;
         }
-        let line = format!("{text}\n");
+        let line = format!("{}\n", printable(text));
         let Some(held) = &self.held else {
             self.flush();
             return out(&line);
@@ -164,7 +165,7 @@ impl Report {
     pub fn note(&mut self, text: &str) {
         if self.verbosity > Verbosity::Quiet {
             self.flush();
-            err(&format!("{}: {text}\n", self.tool));
+            err(&format!("{}: {}\n", self.tool, printable(text)));
         }
         self.notes.push(text.to_owned());
     }
@@ -172,7 +173,7 @@ impl Report {
     /// Something that failed, to stderr whatever was asked for; the exit code tells too.
     pub fn error(&mut self, text: &str) {
         self.flush();
-        err(&format!("{}: {text}\n", self.tool));
+        err(&format!("{}: {}\n", self.tool, printable(text)));
         self.notes.push(text.to_owned());
         self.failed += 1;
     }

@@ -2,6 +2,8 @@
 
 use serde_json::{Map, Value};
 
+use crate::text::printable;
+
 /// A list of what is, for `--list`: columns for people, an array of objects for programs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Table {
@@ -27,7 +29,10 @@ impl Table {
     /// The rows, aligned under upper-case heads, as lsirq and lscpu print them.
     pub fn to_text(&self) -> String {
         let width = |column: usize| {
-            let cells = self.rows.iter().map(|row| row[column].chars().count());
+            let cells = self
+                .rows
+                .iter()
+                .map(|row| printable(&row[column]).chars().count());
             cells.chain([self.columns[column].len()]).max().unwrap_or(0)
         };
         let widths: Vec<usize> = (0..self.columns.len()).map(width).collect();
@@ -41,7 +46,7 @@ impl Table {
             let cells: Vec<String> = row
                 .iter()
                 .zip(&widths)
-                .map(|(cell, width)| format!("{cell:<width$}"))
+                .map(|(cell, width)| format!("{:<width$}", printable(cell)))
                 .collect();
             text.push_str(cells.join("  ").trim_end());
             text.push('\n');

@@ -2,10 +2,25 @@
 
 use std::io::{self, Write};
 
+use crate::error::os_text;
+
 /// Writes to stdout. A reader that has gone (`| head`) is no reason to die half way through the
 /// host's changes.
 pub fn out(text: &str) {
     let _ = try_out(text);
+}
+
+/// Prints a result to stdout. A reader that has gone (`| head`) is not an error.
+///
+/// # Errors
+/// If stdout cannot be written, as on a full disk.
+pub fn print(text: &str) -> anyhow::Result<()> {
+    match try_out(text) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            anyhow::bail!("stdout: write: {}", os_text(&error))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Writes to stdout, for one that writes as long as somebody reads.

@@ -11,7 +11,7 @@ use crate::imports::{self, Imports};
 type Layers = &'static [&'static [&'static str]];
 
 const CORE: Layers = &[
-    &["error", "cpuset"],
+    &["error", "cpuset", "text"],
     &["sysroot"],
     &["sys"],
     &["systemd"],

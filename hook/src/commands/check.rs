@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 
 use anstyle::{AnsiColor, Style};
 use pinfold_core::cli::Output;
-use pinfold_core::report::{coloured, out};
+use pinfold_core::report::{coloured, print};
 use pinfold_core::store::Store;
 use pinfold_core::vm::{self, VmId};
 use pinfold_core::vmconf::VmConf;
-use pinfold_core::{Exit, Sysroot};
+use pinfold_core::{Exit, Sysroot, printable};
 use serde::Serialize;
 use serde_json::json;
 
@@ -22,8 +22,6 @@ use crate::state::reservation::Reservation;
 pub(crate) struct Args {
     /// The VM's number
     vmid: Option<VmId>,
-    #[command(flatten)]
-    output: Output,
 }
 
 /// Where settings are, the cluster's first.
@@ -52,8 +50,7 @@ impl Checked {
 ///
 /// # Errors
 /// Where /etc/pve cannot be listed.
-pub(crate) fn run(args: &Args) -> anyhow::Result<Exit> {
-    let output = &args.output;
+pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
     let root = output.root();
     let vmids = match args.vmid {
         Some(vmid) => vec![vmid],
@@ -70,22 +67,19 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<Exit> {
             .sum::<usize>()
     };
     let errors = count(Level::Error);
-    if output.json {
-        out(&format!(
-            "{:#}\n",
-            json!({"vms": checked, "errors": errors, "warnings": count(Level::Warn)})
-        ));
+    let text = if output.json {
+        let json = json!({"vms": checked, "errors": errors, "warnings": count(Level::Warn)});
+        format!("{json:#}\n")
     } else if checked.is_empty() {
-        out("no VM has settings, or hook as its hookscript\n");
+        "no VM has settings, or hook as its hookscript\n".to_owned()
     } else {
         let least = if output.quiet { Level::Warn } else { Level::Ok };
-        out(&coloured(
-            &checked
-                .iter()
-                .map(|(vmid, checked)| to_text(*vmid, checked, least))
-                .collect::<String>(),
-        ));
-    }
+        let texts = checked
+            .iter()
+            .map(|(vmid, checked)| to_text(*vmid, checked, least));
+        coloured(&texts.collect::<String>())
+    };
+    print(&text)?;
     Ok(if errors == 0 {
         Exit::Done
     } else {
@@ -216,7 +210,7 @@ fn to_text(vmid: u32, checked: &Checked, least: Level) -> String {
     let by = checked
         .source
         .as_ref()
-        .map(|source| format!(", by {source}"))
+        .map(|source| format!(", by {}", printable(source)))
         .unwrap_or_default();
     let mut text = format!("VM {vmid}{by}\n");
     let width = checked
@@ -241,9 +235,12 @@ fn to_text(vmid: u32, checked: &Checked, least: Level) -> String {
             Level::Error => ("error", AnsiColor::Red),
         };
         let style = Style::new().fg_color(Some(colour.into()));
-        text += &format!("  {style}{word:<5}{style:#}  {check:<width$}  {what}\n");
+        text += &format!(
+            "  {style}{word:<5}{style:#}  {check:<width$}  {}\n",
+            printable(what)
+        );
         if !fix.is_empty() {
-            text += &format!("         {:width$}  fix: {fix}\n", "");
+            text += &format!("         {:width$}  fix: {}\n", "", printable(fix));
         }
     }
     text

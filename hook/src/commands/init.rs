@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use pinfold_core::cli::Output;
-use pinfold_core::report::out;
+use pinfold_core::report::print;
 use pinfold_core::store::Store;
 use pinfold_core::topology::{Domain, Kind, Topology};
 use pinfold_core::vm::{self, VmId};
@@ -51,10 +51,8 @@ pub(crate) struct Args {
     #[arg(long)]
     pub vcache: bool,
     /// Print the settings and write nothing
-    #[arg(long, conflicts_with_all = ["json", "quiet"])]
+    #[arg(long)]
     pub print: bool,
-    #[command(flatten)]
-    pub output: Output,
 }
 
 /// What the VM needs.
@@ -80,8 +78,8 @@ struct Choice {
 /// # Errors
 /// Where there is no such VM, no domain has room for it, it has settings already, or they cannot be
 /// written.
-pub(crate) fn run(args: &Args) -> anyhow::Result<Exit> {
-    let (root, report) = (&args.output.root(), &mut args.output.report(TOOL));
+pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
+    let (root, report) = (&output.root(), &mut output.report(TOOL));
     let vmid = args.vmid;
     let conf = vm::conf(root, vmid)?;
     if !args.print {
@@ -114,7 +112,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<Exit> {
     let settings = settings::resolve(root, &text, &source, guest.threads)?;
     required::pins_suffice(&settings, guest.vcpus, guest.vcpus.checked_sub(1))?;
     if args.print {
-        out(&text);
+        print(&text)?;
         return Ok(Exit::Done);
     }
     let path = settings::create(root, vmid, &text)?;
@@ -124,10 +122,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<Exit> {
         .take(guest.vcpus)
         .map(ToString::to_string)
         .collect();
-    if args.output.json {
+    if output.json {
         let told =
             json!({"path": path, "isolated": choice.isolated, "cpus": choice.cpus, "pins": pins});
-        out(&format!("{told:#}\n"));
+        print(&format!("{told:#}\n"))?;
         return Ok(Exit::Done);
     }
     report.line(&format!(
@@ -521,9 +519,8 @@ mod tests {
             cpus: cpus.map(|text| text.parse().unwrap()),
             vcache: false,
             print: false,
-            output,
         };
-        run(&args).map_err(|error| error.to_string())?;
+        run(&args, &output).map_err(|error| error.to_string())?;
         Ok(settings::load(root, vmid, vm::conf(root, vmid).unwrap().threads_per_core()).unwrap())
     }
 

@@ -4,18 +4,11 @@
 use std::collections::BTreeSet;
 
 use pinfold_core::cli::Output;
-use pinfold_core::report::out;
+use pinfold_core::report::print;
 use pinfold_core::topology::{Domain, Kind, Topology};
-use pinfold_core::{CpuSet, Exit, Result, Table};
+use pinfold_core::{CpuSet, Exit, Table, printable};
 use serde::Serialize;
 use serde_json::json;
-
-/// The options of `hook layout`.
-#[derive(Debug, clap::Args)]
-pub(crate) struct Args {
-    #[command(flatten)]
-    output: Output,
-}
 
 /// How many cores a line of a map has at most.
 pub(crate) const CORES_PER_LINE: usize = 8;
@@ -50,12 +43,12 @@ pub(crate) struct Place {
 ///
 /// # Errors
 /// Where sysfs cannot be read.
-pub(crate) fn run(args: &Args) -> Result<Exit> {
-    let topology = Topology::read(&args.output.root())?;
-    if args.output.json {
-        out(&format!("{:#}\n", to_json(&topology)));
+pub(crate) fn run(output: &Output) -> anyhow::Result<Exit> {
+    let topology = Topology::read(&output.root())?;
+    if output.json {
+        print(&format!("{:#}\n", to_json(&topology)))?;
     } else {
-        out(&to_text(&topology));
+        print(&printable(&to_text(&topology)))?;
     }
     Ok(Exit::Done)
 }

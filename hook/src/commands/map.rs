@@ -70,9 +70,9 @@ impl Cpu {
         match self.owner {
             Owner::Housekeeping => "housekeeping".into(),
             Owner::Offline => "offline".into(),
-            Owner::Reserved => format!("for VM {vm}, which starts"),
-            Owner::Isolated if self.vcpus.is_empty() => format!("VM {vm}'s, no vCPU on it"),
-            Owner::Isolated => format!("a vCPU of VM {vm}"),
+            Owner::Reserved => format!("reserved for VM {vm}"),
+            Owner::Isolated if self.vcpus.is_empty() => format!("VM {vm}, no vCPU"),
+            Owner::Isolated => format!("vCPU of VM {vm}"),
         }
     }
 
@@ -239,7 +239,7 @@ fn legend(cpus: &BTreeMap<usize, Cpu>, vms: &[u32], columns: usize) -> String {
         })
         .collect();
     if let Some(stray) = cpus.values().find(|cpu| cpu.stray) {
-        let (style, meaning) = (stray.style(vms), "something strays there");
+        let (style, meaning) = (stray.style(vms), "a stray can run there");
         items.push((format!("{style}!{style:#} {meaning}"), 2 + meaning.len()));
     }
     wrapped("", &items, "   ", columns)

@@ -2,9 +2,9 @@
 //! changes are only planned.
 
 use pinfold_core::cli::Output;
-use pinfold_core::report::{self, Step, done_to_json, err, out};
+use pinfold_core::report::{Step, done_to_json, err, print};
 use pinfold_core::vm::{self, VmId};
-use pinfold_core::{CpuSet, Done, Exit, Outcome, Report, Sysroot, Verbosity};
+use pinfold_core::{CpuSet, Done, Exit, Outcome, Report, Sysroot, Verbosity, printable};
 use serde_json::json;
 
 use crate::phases::Run;
@@ -16,8 +16,6 @@ use crate::steps::TOOL;
 pub(crate) struct Args {
     /// The VM's number
     vmid: VmId,
-    #[command(flatten)]
-    output: Output,
 }
 
 /// What post-start would do, and how long it took last time.
@@ -43,8 +41,7 @@ struct PlannedStep {
 ///
 /// # Errors
 /// Where post-start would refuse to begin, or the host cannot be read.
-pub(crate) fn run(args: &Args) -> anyhow::Result<Exit> {
-    let output = &args.output;
+pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
     let plan = make(&output.root(), args.vmid)?;
     if !output.json && !output.quiet {
         plan.notes
@@ -52,9 +49,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<Exit> {
             .for_each(|note| err(&format!("{TOOL}: {note}\n")));
     }
     if output.json {
-        out(&format!("{:#}\n", plan.to_json()));
+        print(&format!("{:#}\n", plan.to_json()))?;
     } else {
-        out(&report::coloured(&plan.to_text(output.verbose)));
+        print(&printable(&plan.to_text(output.verbose)))?;
     }
     Ok(Exit::Done)
 }

@@ -12,18 +12,16 @@ pub(crate) struct Args {
     /// Remove a saved state that cannot be read; the host stays as it is now
     #[arg(long)]
     discard: bool,
-    #[command(flatten)]
-    output: Output,
 }
 
 /// The command's whole run.
 ///
 /// # Errors
 /// Where the state or the host cannot be read.
-pub(crate) fn run(args: &Args) -> anyhow::Result<Exit> {
-    let mut report = args.output.report(TOOL);
+pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
+    let mut report = output.report(TOOL);
     let mut run = Run {
-        root: args.output.root(),
+        root: output.root(),
         report: &mut report,
     };
     if args.discard {

@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use anyhow::Context;
 use pinfold_core::cli::Output;
-use pinfold_core::report::{coloured, err, out, terminal, try_out};
+use pinfold_core::report::{coloured, err, print, terminal, try_out};
 use pinfold_core::store::Store;
 use pinfold_core::topology::Topology;
 use pinfold_core::vm::{self, Role};
-use pinfold_core::{CpuSet, Exit, Knob, Result, Sysroot, process};
+use pinfold_core::{CpuSet, Exit, Knob, Result, Sysroot, printable, process};
 use serde_json::json;
 
 use super::map::{self, Cpu, Owner};
@@ -24,8 +24,6 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2")]
     #[arg(value_parser = clap::value_parser!(u64).range(1..=MAX_DEADLINE))]
     watch: Option<u64>,
-    #[command(flatten)]
-    output: Output,
 }
 
 /// What there is to see.
@@ -43,14 +41,14 @@ struct View {
 ///
 /// # Errors
 /// Where the state or the host cannot be read.
-pub(crate) fn run(args: &Args) -> anyhow::Result<Exit> {
-    let (root, json) = (&args.output.root(), args.output.json);
+pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
+    let (root, json) = (&output.root(), output.json);
     let interval = args.watch.map(Duration::from_secs);
     loop {
         let seen = match look(root) {
             Err(error) if error.is_denied() => {
                 err(&format!(
-                    "hook: {error}; the reservations are root's to see\n"
+                    "hook: {error}; only root can read the reservations\n"
                 ));
                 return Ok(Exit::Failed);
             }
@@ -67,7 +65,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<Exit> {
             coloured(&seen.to_text(root, map::columns()))
         };
         let Some(interval) = interval else {
-            out(&text);
+            print(&text)?;
             return Ok(exit);
         };
         let text = match terminal() {
@@ -140,9 +138,9 @@ fn look(root: &Sysroot) -> Result<View> {
             };
             let now = process::affinity(root, &task.id).unwrap_or_default();
             if let (Role::Vcpu(vcpu), true) = (vm::role_by_name(&task.name), now.is_subset(own)) {
-                cpus.values_mut()
-                    .filter(|cpu| now.contains(cpu.cpu))
-                    .for_each(|cpu| cpu.vcpus.insert(vcpu));
+                for cpu in cpus.values_mut().filter(|cpu| now.contains(cpu.cpu)) {
+                    cpu.vcpus.insert(vcpu);
+                }
             }
             pinned.insert(task.id, last);
         }
@@ -152,13 +150,14 @@ fn look(root: &Sysroot) -> Result<View> {
     } else {
         strays(root, &isolated, &pinned, &baseline)?
     };
-    let strayed = |cpu: usize| {
-        strays
-            .iter()
-            .any(|stray| stray.class == Class::Stray && stray.cpus.contains(cpu))
-    };
-    cpus.values_mut()
-        .for_each(|cpu| cpu.stray = strayed(cpu.cpu));
+    let strayed: CpuSet = strays
+        .iter()
+        .filter(|stray| stray.class == Class::Stray)
+        .flat_map(|stray| stray.cpus.iter())
+        .collect();
+    for cpu in cpus.values_mut() {
+        cpu.stray = strayed.contains(cpu.cpu);
+    }
     Ok(View {
         topology,
         reservations,
@@ -238,16 +237,16 @@ fn text(
     let mut text = String::new();
     for (id, reservation) in reservations {
         let phase = match reservation.phase {
-            Phase::Leaving => "is giving back",
-            Phase::Idle => "has its idle VM started and gave back",
-            Phase::Starting => "is starting, to have",
-            Phase::Isolating => "is being given",
+            Phase::Leaving => "is releasing",
+            Phase::Idle => "is starting its idle VM and has released",
+            Phase::Starting => "is starting and will have",
+            Phase::Isolating => "is getting",
             Phase::Isolated => "has",
         };
         let dead = if reservation.is_alive(root) {
             ""
         } else {
-            ", but runs no more: `hook recover` gives them back"
+            ", but it has stopped; `hook recover` releases them"
         };
         let by = if reservation.isolation == Isolation::Partition {
             ", by partition"
@@ -267,44 +266,35 @@ fn text(
             .deadlines
             .bounds(reservations.len() - 1);
         text += &format!(
-            "  whatever hangs, its pre-start ends within {pre_start} s, post-start {post_start} s, post-stop {post_stop} s\n"
+            "  time limits: pre-start {pre_start} s, post-start {post_start} s, post-stop {post_stop} s\n"
         );
     }
     for (class, title) in [
         (Class::Stray, "strays (could be elsewhere)"),
-        (Class::ManagedIrq, "IRQs the kernel does not let go"),
+        (
+            Class::ManagedIrq,
+            "managed IRQs (the kernel does not move them)",
+        ),
         (Class::MovingIrq, "IRQs that move with their next interrupt"),
-        (Class::KernelBound, "threads the kernel binds"),
+        (Class::KernelBound, "kernel-bound threads"),
     ] {
         let of_class: Vec<&Stray> = strays.iter().filter(|stray| stray.class == class).collect();
         if class == Class::MovingIrq && of_class.is_empty() {
             continue;
         }
         text += &format!("{title}: {}\n", of_class.len());
-        // CPUs with the same on them share a line.
-        let mut lines: Vec<(CpuSet, Vec<String>)> = Vec::new();
-        for cpu in isolated.iter() {
-            let on = || {
-                of_class
-                    .iter()
-                    .filter(|stray| stray.cpus.contains(cpu))
-                    .map(|stray| stray.object.as_str())
-            };
-            let on = if class == Class::KernelBound {
-                kinds(on())
-            } else {
-                on().map(str::to_owned).collect()
-            };
-            match lines.iter_mut().find(|(_, known)| *known == on) {
-                _ if on.is_empty() => {}
-                Some((cpus, _)) => cpus.insert(cpu),
-                None => lines.push(([cpu].into_iter().collect(), on)),
-            }
-        }
-        for (cpus, on) in lines {
-            let items: Vec<(String, usize)> = on
+        let lines = if class == Class::KernelBound {
+            by_kinds(&of_class, isolated)
+        } else {
+            by_cpus(&of_class)
+        };
+        for (cpus, items) in lines {
+            let items: Vec<(String, usize)> = items
                 .into_iter()
-                .map(|item| (item.clone(), item.chars().count()))
+                .map(|item| {
+                    let width = item.chars().count();
+                    (item, width)
+                })
                 .collect();
             text += &map::wrapped(&format!("  CPU {cpus}: "), &items, ", ", columns);
         }
@@ -312,26 +302,62 @@ fn text(
     text
 }
 
-/// What the kernel binds comes in a few kinds, the same on every CPU: `kthread 40
-/// (kworker/6:0-events)` is a kworker.
-fn kinds<'a>(objects: impl Iterator<Item = &'a str>) -> Vec<String> {
-    let mut counts = BTreeMap::new();
-    for object in objects {
-        let name = object
-            .split_once('(')
-            .map_or(object, |(_, name)| name.trim_end_matches(')'));
-        let kind = if name.starts_with("kworker/R-") {
-            "rescuer"
-        } else {
-            name.split('/').next().unwrap_or(name)
-        };
-        *counts.entry(kind).or_insert(0) += 1;
+/// CPUs and what can run on them.
+type Line = (CpuSet, Vec<String>);
+
+/// Each stray once; those with the same CPUs share a line.
+fn by_cpus(strays: &[&Stray]) -> Vec<Line> {
+    let mut lines: BTreeMap<(Option<usize>, &CpuSet), Vec<String>> = BTreeMap::new();
+    for stray in strays {
+        lines
+            .entry((stray.cpus.first(), &stray.cpus))
+            .or_default()
+            .push(printable(&stray.object).into_owned());
     }
-    let shown = counts.iter().map(|(kind, count)| match count {
-        1 => (*kind).to_owned(),
-        _ => format!("{kind} x{count}"),
-    });
-    shown.collect()
+    lines
+        .into_iter()
+        .map(|((_, cpus), items)| (cpus.clone(), items))
+        .collect()
+}
+
+/// How many of each kind there are on each CPU; CPUs with the same share a line.
+fn by_kinds(strays: &[&Stray], isolated: &CpuSet) -> Vec<Line> {
+    let mut counts: BTreeMap<usize, BTreeMap<&str, usize>> = BTreeMap::new();
+    for stray in strays {
+        let kind = kind(&stray.object);
+        for cpu in stray.cpus.iter().filter(|cpu| isolated.contains(*cpu)) {
+            *counts.entry(cpu).or_default().entry(kind).or_default() += 1;
+        }
+    }
+    let mut lines: Vec<Line> = Vec::new();
+    let mut known: BTreeMap<BTreeMap<&str, usize>, usize> = BTreeMap::new();
+    for (cpu, kinds) in counts {
+        match known.get(&kinds) {
+            Some(line) => lines[*line].0.insert(cpu),
+            None => {
+                let items = kinds.iter().map(|(kind, count)| match count {
+                    1 => printable(kind).into_owned(),
+                    _ => format!("{} x{count}", printable(kind)),
+                });
+                lines.push(([cpu].into_iter().collect(), items.collect()));
+                known.insert(kinds, lines.len() - 1);
+            }
+        }
+    }
+    lines
+}
+
+/// Kernel-bound threads come in a few kinds, the same on every CPU: `kthread 40
+/// (kworker/6:0-events)` is a kworker.
+fn kind(object: &str) -> &str {
+    let name = object
+        .split_once('(')
+        .map_or(object, |(_, name)| name.trim_end_matches(')'));
+    if name.starts_with("kworker/R-") {
+        "rescuer"
+    } else {
+        name.split('/').next().unwrap_or(name)
+    }
 }
 
 #[cfg(test)]
@@ -391,7 +417,7 @@ mod tests {
             [
                 "  llc:1   6 100:v0   7 100:v2   8 100      9 100     10 100     11 100",
                 "         18 100:v1  19 100:v3  20 100     21 100     22 100     23 100",
-                ". housekeeping   100:v0 a vCPU of VM 100   100 VM 100's, no vCPU on it",
+                ". housekeeping   100:v0 vCPU of VM 100   100 VM 100, no vCPU",
                 ""
             ],
             "{text}"
@@ -402,7 +428,7 @@ mod tests {
             "{text}"
         );
         assert!(
-            text.contains("\nthreads the kernel binds: 1\n  CPU 6: ksoftirqd\n"),
+            text.contains("\nkernel-bound threads: 1\n  CPU 6: ksoftirqd\n"),
             "{text}"
         );
         assert!(text.lines().all(|line| line.len() <= 100), "{text}");
@@ -419,9 +445,12 @@ mod tests {
         assert!(
             text.contains(" 7 100:v2!")
                 && text.contains("20 100! ")
-                && text.contains("! something strays there")
+                && text.contains("! a stray can run there")
         );
-        assert!(text.contains("\n  CPU 6: thread 901 (wide)\n  CPU 7: thread 901 (wide), thread 900 (stress)\n  CPU 20: thread 900 (stress)\n"), "{text}");
+        assert!(
+            text.contains("\n  CPU 6-7: thread 901 (wide)\n  CPU 7,20: thread 900 (stress)\n"),
+            "{text}"
+        );
         let json = seen.to_json(&host.root);
         assert_eq!(
             json["cpus"][7],
@@ -461,12 +490,12 @@ mod tests {
         host.reserve(100, Phase::Starting, "isolated = \"6,11\"\npins = [6]");
         let text = screen(&host, 100);
         assert!(
-            text.contains(" 6 (100)  ") && text.contains("(100) for VM 100, which starts"),
+            text.contains(" 6 (100)  ") && text.contains("(100) reserved for VM 100"),
             "{text}"
         );
         assert!(text.contains("\n  offline   2 off    11 off\n"), "{text}");
         assert!(
-            text.contains("\nVM 100 is starting, to have CPU 6,11\n"),
+            text.contains("\nVM 100 is starting and will have CPU 6,11\n"),
             "{text}"
         );
         assert_eq!(
@@ -509,7 +538,7 @@ mod tests {
             .split("elsewhere): 30\n")
             .nth(1)
             .unwrap()
-            .split("IRQs")
+            .split("managed IRQs")
             .next()
             .unwrap();
         assert!(

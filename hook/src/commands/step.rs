@@ -35,8 +35,6 @@ pub(crate) enum Step {
         /// How long it may take, in seconds
         #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(..=MAX_DEADLINE))]
         deadline: u64,
-        #[command(flatten)]
-        output: Output,
     },
 }
 
@@ -50,7 +48,7 @@ pub(crate) enum IdleAction {
 ///
 /// # Errors
 /// Where the step fails as a whole.
-pub(crate) fn run(step: Step) -> anyhow::Result<Exit> {
+pub(crate) fn run(step: Step, output: &Output) -> anyhow::Result<Exit> {
     match step {
         Step::TidyCaches { common } => {
             let (root, mut report) = (common.output.root(), common.output.report(TOOL));
@@ -84,7 +82,6 @@ pub(crate) fn run(step: Step) -> anyhow::Result<Exit> {
             action,
             vmid,
             deadline,
-            output,
         } => {
             let (root, mut report) = (output.root(), output.report(TOOL));
             let deadline = Duration::from_secs(deadline);

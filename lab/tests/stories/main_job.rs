@@ -49,7 +49,7 @@ fn start_and_stop_as_pve_does(host: &mut Host) {
     );
     // Linux 6.1 names rescuers after their queues, and has no idle_inject.
     let of_cpu_6 = status
-        .split("\nthreads the kernel binds: ")
+        .split("\nkernel-bound threads: ")
         .nth(1)
         .and_then(|list| list.split("\n  CPU ").nth(1))
         .unwrap();
