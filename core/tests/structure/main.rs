@@ -2,9 +2,8 @@
 
 #![allow(clippy::unwrap_used)]
 
-#[path = "structure/imports.rs"]
+mod guards;
 mod imports;
-#[path = "structure/rules.rs"]
 mod rules;
 
 use std::fs;
