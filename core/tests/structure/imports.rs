@@ -24,6 +24,8 @@ pub(crate) struct Imports {
     pub(crate) files: BTreeSet<PathBuf>,
     /// From a file, to a file: the line of the first use.
     pub(crate) uses: BTreeMap<(PathBuf, PathBuf), usize>,
+    /// String literals that name a kernel file by its absolute path: file and line.
+    pub(crate) kernel_paths: BTreeSet<(PathBuf, usize)>,
     /// Files that could not be read or parsed.
     pub(crate) errors: Vec<String>,
 }
@@ -56,6 +58,9 @@ pub(crate) fn read(workspace: &Path, root: &Path) -> Imports {
     for source in &sources {
         let mut found = Vec::new();
         references(&source.items, &source.module, &modules, &mut found);
+        for line in kernel_paths(&source.items) {
+            imports.kernel_paths.insert((source.path.clone(), line));
+        }
         for (target, line) in found {
             let file = &modules[longest_module(&target, &modules)];
             if *file != source.path {
@@ -235,6 +240,36 @@ fn references(
         if let Some((_, items)) = &item.content {
             let path = [module, &[item.ident.to_string()]].concat();
             references(items, &path, modules, found);
+        }
+    }
+}
+
+/// The lines of string literals that begin with /sys or /proc.
+fn kernel_paths(items: &[Item]) -> Vec<usize> {
+    let mut lines = Vec::new();
+    for item in items.iter().filter(|item| !is_module_or_test(item)) {
+        literals_in(without_tests(item).to_token_stream(), &mut lines);
+    }
+    for module in items.iter().filter_map(as_module) {
+        if let Some((_, items)) = &module.content {
+            lines.extend(kernel_paths(items));
+        }
+    }
+    lines
+}
+
+fn literals_in(tokens: TokenStream, lines: &mut Vec<usize>) {
+    for token in tokens {
+        match token {
+            TokenTree::Group(group) => literals_in(group.stream(), lines),
+            TokenTree::Literal(literal) => {
+                let text = literal.to_string();
+                let path = text.trim_start_matches(['b', 'c', 'r', '#', '"']);
+                if path.starts_with("/sys/") || path.starts_with("/proc/") {
+                    lines.push(literal.span().start().line);
+                }
+            }
+            _ => {}
         }
     }
 }

@@ -234,6 +234,22 @@ fn an_upward_import_is_reported() {
 }
 
 #[test]
+fn a_kernel_file_opened_by_absolute_path_is_reported() {
+    let text = "fn f() {\n    File::open(\"/proc/stat\")\n}\n";
+    for (file, expected) in [
+        (
+            "hook/src/settings.rs",
+            &["hook/src/settings.rs:2: absolute path of a kernel file"][..],
+        ),
+        ("lab/src/host.rs", &[]),
+    ] {
+        assert_eq!(violations_with(file, text), expected);
+    }
+    let quoted = "/// \"/proc/stat\"\nfn f() {\n    open(\"proc/stat\"); \"see /proc/stat\"\n}\n";
+    assert_eq!(violations_with("hook/src/settings.rs", quoted), [""; 0]);
+}
+
+#[test]
 fn a_module_without_a_layer_and_a_missing_file_are_reported() {
     assert_eq!(
         violations_with("core/src/lib.rs", "mod missing;\n"),

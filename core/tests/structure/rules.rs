@@ -46,6 +46,12 @@ const TOOLS: [&str; 7] = [
     "governor",
 ];
 
+/// Crates that may open kernel files without core's `Sysroot`.
+const NOT_SHIPPED: [&str; 2] = ["fuzz", "lab"];
+
+/// Files with absolute kernel paths that are printed, not opened.
+const PRINTS_KERNEL_PATHS: [&str; 1] = ["hook/src/checks/advice.rs"];
+
 /// Every violation of the rules in the tree at `workspace`, each a line with the file and what to do about it.
 pub(crate) fn violations(workspace: &Path) -> Vec<String> {
     let mut found = Vec::new();
@@ -55,6 +61,9 @@ pub(crate) fn violations(workspace: &Path) -> Vec<String> {
             let imports = imports::read(workspace, &root);
             found.extend(imports.errors.iter().cloned());
             found.extend(circles(&imports));
+            if !NOT_SHIPPED.contains(&crate_folder.as_str()) {
+                found.extend(absolute_kernel_paths(&imports));
+            }
             let source = Path::new(&crate_folder).join("src");
             match crate_folder.as_str() {
                 "core" if root == source.join("lib.rs") => {
@@ -68,6 +77,21 @@ pub(crate) fn violations(workspace: &Path) -> Vec<String> {
         }
     }
     found
+}
+
+/// Kernel files named by absolute path instead of relative to a `Sysroot`. Tests may contain them.
+fn absolute_kernel_paths(imports: &Imports) -> Vec<String> {
+    imports
+        .kernel_paths
+        .iter()
+        .filter(|(file, _)| file.iter().nth(1).is_some_and(|folder| folder == "src"))
+        .filter(|(file, _)| {
+            !PRINTS_KERNEL_PATHS
+                .iter()
+                .any(|known| file == Path::new(known))
+        })
+        .map(|(file, line)| format!("{}:{line}: absolute path of a kernel file", file.display()))
+        .collect()
 }
 
 /// The members of the workspace, and the fuzz targets.
