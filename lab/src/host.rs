@@ -6,6 +6,7 @@
 
 use crate::cache::{self, Cache, Lock};
 use crate::channel::{Channel, Pending};
+use crate::guest::Guest;
 use crate::image::Image;
 use crate::progress::Progress;
 use crate::protocol::{Answer, Ask, Bytes, Run};
@@ -13,7 +14,7 @@ use crate::qemu::{self, Slot, Threads};
 use crate::snapshot::HostState;
 use crate::strays::Strays;
 use crate::vm::VmSpec;
-use crate::{Guest, setup, tool};
+use crate::{setup, tool};
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::json;
 use std::ffi::OsStr;

@@ -1,8 +1,9 @@
 //! The guests' root images: built once per recipe and kept.
 
 use crate::cache::{self, Cache};
+use crate::guest::Guest;
 use crate::progress::Progress;
-use crate::{Guest, setup, tool};
+use crate::{setup, tool};
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::{Path, PathBuf};
