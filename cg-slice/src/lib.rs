@@ -10,11 +10,11 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use pinfold_core::cli::{self, Common};
 use pinfold_core::knob::{ABSENT, PRESENT};
-use pinfold_core::save::Entry;
+use pinfold_core::state::save::Entry;
+use pinfold_core::sys::{cgroup, cpu, task};
 use pinfold_core::vm::{Qemu, VmId};
 use pinfold_core::{
-    Change, CpuExpr, CpuSet, Error, Exit, Knob, Object, Sysroot, Table, cgroup, cpu, process,
-    systemd, vm,
+    Change, CpuSet, Error, Exit, Host, Knob, Selector, Setting, Table, systemd, vm,
 };
 
 pub mod partition;
@@ -46,7 +46,7 @@ enum Verb {
     /// Allow slices, scopes and other top cgroups these CPUs only
     Allow {
         /// CPUs by logical number, as in 0-5,12-17, or by selector, as in llc:0; see `hook layout`
-        cpus: CpuExpr,
+        cpus: Selector,
         /// Units or top cgroups; without any, all children of the root cgroup but the VMs'
         units: Vec<String>,
     },
@@ -74,7 +74,7 @@ enum PartitionVerb {
         /// Its path below the cgroup root, as in machine.slice/x.scope
         cgroup: String,
         /// CPUs by logical number, as in 6-11,18-23, or by selector, as in llc:1; see `hook layout`
-        cpus: CpuExpr,
+        cpus: Selector,
     },
     /// Show the partitions there are, and the cgroups that have CPUs exclusively
     Show {
@@ -114,8 +114,12 @@ fn run(args: Args) -> anyhow::Result<Exit> {
                 .common
                 .carry_out_saving(&root, &mut report, TOOL, changes, entries);
         }
-        Some(Verb::Decouple { vmid }) => plan_decouple(&root, vmid, &vm::running(&root, vmid)?)?,
-        Some(Verb::Couple { vmid }) => plan_couple(&root, vmid, &vm::running(&root, vmid)?)?,
+        Some(Verb::Decouple { vmid }) => {
+            plan_decouple(&root, vmid, &vm::require_running(&root, vmid)?)?
+        }
+        Some(Verb::Couple { vmid }) => {
+            plan_couple(&root, vmid, &vm::require_running(&root, vmid)?)?
+        }
         Some(Verb::Partition { verb }) => match verb {
             PartitionVerb::Make { cgroup, cpus } => {
                 let changes = partition::plan_make(&root, named(&cgroup)?, &cpus.resolve(&root)?)?;
@@ -152,7 +156,7 @@ fn named(cgroup: &str) -> pinfold_core::Result<&str> {
 /// # Errors
 /// Where the tree cannot be read, systemd does not answer, or one of `units` is neither a unit nor
 /// a top cgroup.
-pub fn objects(root: &Sysroot, units: Vec<String>) -> pinfold_core::Result<Vec<Object>> {
+pub fn settings(root: &Host, units: Vec<String>) -> pinfold_core::Result<Vec<Setting>> {
     cgroup::check_unified(root)?;
     let asked = !units.is_empty();
     let names = if asked {
@@ -174,7 +178,7 @@ pub fn objects(root: &Sysroot, units: Vec<String>) -> pinfold_core::Result<Vec<O
         // systemd makes up any slice that is asked for; one without a cgroup holds nothing.
         let made_up = name.ends_with(".slice") && !root.exists(cgroup::path(&slice_path(&name)));
         if let Some(cpus) = known.get(&name).filter(|_| !made_up) {
-            objects.push(Object::new(
+            objects.push(Setting::new(
                 Knob::UnitCpus(name.clone()),
                 name,
                 cpus.to_string(),
@@ -184,7 +188,7 @@ pub fn objects(root: &Sysroot, units: Vec<String>) -> pinfold_core::Result<Vec<O
         let knob = Knob::CgroupCpus(name.trim_start_matches('/').to_owned());
         knob.check()?;
         match knob.read(root)? {
-            Some(found) => raw.push(Object::new(knob.clone(), knob.to_string(), found)),
+            Some(found) => raw.push(Setting::new(knob.clone(), knob.to_string(), found)),
             None if asked => {
                 let why = "neither a unit that systemd has loaded nor a cgroup; see `systemctl list-units -t slice,scope`";
                 return Err(Error::unusable(name, why));
@@ -209,11 +213,7 @@ fn slice_path(slice: &str) -> String {
         .join("/")
 }
 
-fn plan_allow(
-    root: &Sysroot,
-    cpus: &CpuSet,
-    units: Vec<String>,
-) -> pinfold_core::Result<Vec<Change>> {
+fn plan_allow(root: &Host, cpus: &CpuSet, units: Vec<String>) -> pinfold_core::Result<Vec<Change>> {
     cpu::check_present(root, cpus)?;
     let online = &cpu::online(root)? & cpus;
     if online.is_empty() {
@@ -222,14 +222,14 @@ fn plan_allow(
             "all offline; nothing could run",
         ));
     }
-    Ok(objects(root, units)?
+    Ok(settings(root, units)?
         .into_iter()
         .map(|object| object.want(cpus.to_string()))
         .collect())
 }
 
 /// What `--save` keeps: the overrides first, which come back last.
-fn entries(root: &Sysroot, changes: &[Change]) -> pinfold_core::Result<Vec<Entry>> {
+fn entries(root: &Host, changes: &[Change]) -> pinfold_core::Result<Vec<Entry>> {
     let overrides = overrides(root)?;
     let mut set: Vec<&str> = overrides.found.split_whitespace().collect();
     let changed = || changes.iter().filter(|change| !change.is_noop());
@@ -252,15 +252,15 @@ fn entries(root: &Sysroot, changes: &[Change]) -> pinfold_core::Result<Vec<Entry
 ///
 /// # Errors
 /// Where /run/systemd cannot be listed.
-pub fn overrides(root: &Sysroot) -> pinfold_core::Result<Object> {
+pub fn overrides(root: &Host) -> pinfold_core::Result<Setting> {
     let knob = Knob::UnitOverrides;
     let found = knob.read(root)?.unwrap_or_default();
-    Ok(Object::new(knob.clone(), knob.to_string(), found))
+    Ok(Setting::new(knob.clone(), knob.to_string(), found))
 }
 
 /// The change that removes the overrides that were not there `before`, of these units only, and a
 /// folder that is left empty.
-pub fn plan_overrides(overrides: Object, before: &str, units: &[String]) -> Change {
+pub fn plan_overrides(overrides: Setting, before: &str, units: &[String]) -> Change {
     let before: Vec<&str> = before.split_whitespace().collect();
     let ours = |unit: &str| unit.ends_with('/') || units.iter().any(|ours| ours == unit);
     let stays = |unit: &&str| before.contains(unit) || !ours(unit);
@@ -284,7 +284,7 @@ pub fn usual_scope(vmid: VmId) -> String {
 /// # Errors
 /// [`Error::Unusable`] where it is in no scope of its own; one that [is gone](Error::is_gone) where
 /// QEMU has ended.
-pub fn scope(root: &Sysroot, vmid: VmId, qemu: &Qemu) -> pinfold_core::Result<String> {
+pub fn scope(root: &Host, vmid: VmId, qemu: &Qemu) -> pinfold_core::Result<String> {
     let cgroup = cgroup::of_process(root, qemu.id.pid)?;
     if !cgroup.ends_with(&format!("/{vmid}.scope"))
         || cgroup.trim_start_matches('/') == decoupled_cgroup(vmid)
@@ -300,7 +300,7 @@ pub fn scope(root: &Sysroot, vmid: VmId, qemu: &Qemu) -> pinfold_core::Result<St
 ///
 /// # Errors
 /// If QEMU has ended or the tree cannot be read.
-pub fn plan_decouple(root: &Sysroot, vmid: VmId, qemu: &Qemu) -> pinfold_core::Result<Vec<Change>> {
+pub fn plan_decouple(root: &Host, vmid: VmId, qemu: &Qemu) -> pinfold_core::Result<Vec<Change>> {
     cgroup::check_unified(root)?;
     let from = cgroup::of_process(root, qemu.id.pid)?;
     let to = decoupled_cgroup(vmid);
@@ -317,7 +317,7 @@ pub fn plan_decouple(root: &Sysroot, vmid: VmId, qemu: &Qemu) -> pinfold_core::R
 ///
 /// # Errors
 /// If QEMU has ended or the tree cannot be read.
-pub fn plan_couple(root: &Sysroot, vmid: VmId, qemu: &Qemu) -> pinfold_core::Result<Vec<Change>> {
+pub fn plan_couple(root: &Host, vmid: VmId, qemu: &Qemu) -> pinfold_core::Result<Vec<Change>> {
     let from = cgroup::of_process(root, qemu.id.pid)?;
     let mut changes = moves(
         root,
@@ -332,7 +332,7 @@ pub fn plan_couple(root: &Sysroot, vmid: VmId, qemu: &Qemu) -> pinfold_core::Res
 
 /// The changes that remove what is left of a decoupled VM: its cgroup, and the slice with the last
 /// one.
-pub fn plan_remove(root: &Sysroot, vmid: VmId) -> Vec<Change> {
+pub fn plan_remove(root: &Host, vmid: VmId) -> Vec<Change> {
     let own = decoupled_cgroup(vmid);
     let others = cgroup::children(root, DECOUPLED)
         .unwrap_or_default()
@@ -345,14 +345,14 @@ pub fn plan_remove(root: &Sysroot, vmid: VmId) -> Vec<Change> {
     changes
 }
 
-fn folder(root: &Sysroot, path: &str, wanted: &str) -> Change {
+fn folder(root: &Host, path: &str, wanted: &str) -> Change {
     let knob = Knob::Cgroup(path.to_owned());
     let found = if root.exists(cgroup::path(path)) {
         PRESENT
     } else {
         ABSENT
     };
-    Object::new(knob.clone(), knob.to_string(), found).want(wanted)
+    Setting::new(knob.clone(), knob.to_string(), found).want(wanted)
 }
 
 /// A VM's processes: QEMU first, then what else is in its scope (swtpm, virtiofsd). Where QEMU is
@@ -360,7 +360,7 @@ fn folder(root: &Sysroot, path: &str, wanted: &str) -> Change {
 ///
 /// # Errors
 /// One that [is gone](Error::is_gone) where QEMU has ended; where the tree cannot be read.
-pub fn processes(root: &Sysroot, vmid: VmId, qemu: &Qemu) -> pinfold_core::Result<Vec<i32>> {
+pub fn processes(root: &Host, vmid: VmId, qemu: &Qemu) -> pinfold_core::Result<Vec<i32>> {
     processes_in(
         root,
         vmid,
@@ -370,7 +370,7 @@ pub fn processes(root: &Sysroot, vmid: VmId, qemu: &Qemu) -> pinfold_core::Resul
 }
 
 fn processes_in(
-    root: &Sysroot,
+    root: &Host,
     vmid: VmId,
     qemu: i32,
     cgroup: &str,
@@ -387,7 +387,7 @@ fn processes_in(
 }
 
 fn moves(
-    root: &Sysroot,
+    root: &Host,
     vmid: VmId,
     qemu: i32,
     from: &str,
@@ -396,10 +396,10 @@ fn moves(
     let pids = processes_in(root, vmid, qemu, from)?;
     let mut changes = Vec::with_capacity(pids.len());
     for pid in pids {
-        match process::task(root, pid, pid) {
+        match task::task(root, pid, pid) {
             Ok(task) => {
                 let label = format!("process {pid} ({})", task.name);
-                changes.push(Object::new(Knob::CgroupOf(task.id), label, from).want(to));
+                changes.push(Setting::new(Knob::CgroupOf(task.id), label, from).want(to));
             }
             Err(error) if error.is_gone() => {}
             Err(error) => return Err(error),
@@ -408,7 +408,7 @@ fn moves(
     Ok(changes)
 }
 
-fn list(root: &Sysroot) -> anyhow::Result<Table> {
+fn list(root: &Host) -> anyhow::Result<Table> {
     let mut table = Table::new(&["cgroup", "kind", "allowed cpus", "effective cpus"]);
     let mut names = cgroup::children(root, "")?;
     names.extend([VM_SLICE, DECOUPLED].iter().flat_map(|slice| {

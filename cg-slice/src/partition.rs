@@ -5,13 +5,12 @@
 //! CPUs and balances no load on them; see cgroup-v2.rst, "cpuset.cpus.partition". It needs the
 //! cpuset controller down to the cgroup, and the CPUs *exclusive* to every cgroup on the way.
 
-use pinfold_core::cgroup::{self, THREADED};
 use pinfold_core::knob::{ABSENT, PRESENT};
-use pinfold_core::save::Entry;
+use pinfold_core::state::save::Entry;
+use pinfold_core::sys::cgroup::{self, THREADED};
+use pinfold_core::sys::{cpu, task};
 use pinfold_core::vm::VmId;
-use pinfold_core::{
-    Change, CpuSet, Error, Knob, Object, Result, Sysroot, Table, TaskId, cpu, process, systemd,
-};
+use pinfold_core::{Change, CpuSet, Error, Host, Knob, Result, Setting, Table, TaskId, systemd};
 
 /// cpuset.cpus.partition of a cgroup that is none.
 pub const MEMBER: &str = "member";
@@ -33,7 +32,7 @@ pub fn vcpu_cgroup(scope: &str) -> String {
 /// # Errors
 /// [`Error::Unusable`] that says what the kernel lacks, or names the cgroup whose CPUs are in the
 /// way: the kernel says EINVAL alone.
-pub fn check(root: &Sysroot, cgroup: &str, cpus: &CpuSet) -> Result<()> {
+pub fn check(root: &Host, cgroup: &str, cpus: &CpuSet) -> Result<()> {
     cgroup::check_unified(root)?;
     cpu::check_online(root, cpus)?;
     if cgroup::isolated(root)?.is_none() {
@@ -49,7 +48,7 @@ pub fn check(root: &Sysroot, cgroup: &str, cpus: &CpuSet) -> Result<()> {
 
 /// A cgroup that lives on these CPUs alone, or has some of them exclusively, beside the way to
 /// ours.
-fn check_siblings(root: &Sysroot, cgroup: &str, cpus: &CpuSet) -> Result<()> {
+fn check_siblings(root: &Host, cgroup: &str, cpus: &CpuSet) -> Result<()> {
     let mut parent = "";
     for step in cgroup::with_ancestors(cgroup) {
         let siblings = match cgroup::children(root, parent) {
@@ -101,7 +100,7 @@ fn cpus_of(list: &str) -> CpuSet {
 ///
 /// # Errors
 /// As [`check`]; that there is no such cgroup.
-pub fn plan_make(root: &Sysroot, cgroup: &str, cpus: &CpuSet) -> Result<Vec<Change>> {
+pub fn plan_make(root: &Host, cgroup: &str, cpus: &CpuSet) -> Result<Vec<Change>> {
     if !root.exists(cgroup::path(cgroup)) {
         return Err(Error::unusable(
             format!("cgroup /{cgroup}"),
@@ -114,7 +113,7 @@ pub fn plan_make(root: &Sysroot, cgroup: &str, cpus: &CpuSet) -> Result<Vec<Chan
     let parents = std::iter::once("").chain(way[..way.len().saturating_sub(1)].iter().copied());
     for parent in parents {
         changes.extend(
-            object(root, Knob::ChildCpusets(parent.to_owned()))?.map(|it| it.want(PRESENT)),
+            setting(root, Knob::ChildCpusets(parent.to_owned()))?.map(|it| it.want(PRESENT)),
         );
     }
     for step in way {
@@ -122,39 +121,37 @@ pub fn plan_make(root: &Sysroot, cgroup: &str, cpus: &CpuSet) -> Result<Vec<Chan
         let knob = Knob::ExclusiveCpus(step.to_owned());
         let found = knob.read(root)?.unwrap_or_default();
         let wanted = &cpus_of(&found) | cpus;
-        changes.push(Object::new(knob.clone(), knob.to_string(), found).want(wanted.to_string()));
+        changes.push(Setting::new(knob.clone(), knob.to_string(), found).want(wanted.to_string()));
     }
     changes.extend(own(root, cgroup, cpus)?);
     Ok(changes)
 }
 
 /// The changes to the cgroup itself, once its CPUs are exclusive.
-fn own(root: &Sysroot, cgroup: &str, cpus: &CpuSet) -> Result<[Change; 2]> {
+fn own(root: &Host, cgroup: &str, cpus: &CpuSet) -> Result<[Change; 2]> {
     let cpuset = Knob::CgroupCpus(cgroup.to_owned());
     let found = cpuset.read(root)?.unwrap_or_default();
     let partition = Knob::Partition(cgroup.to_owned());
     let state = partition.read(root)?.unwrap_or_else(|| MEMBER.into());
     Ok([
-        Object::new(cpuset.clone(), format!("cpuset.cpus of /{cgroup}"), found)
+        Setting::new(cpuset.clone(), format!("cpuset.cpus of /{cgroup}"), found)
             .want(cpus.to_string()),
-        Object::new(partition.clone(), partition.to_string(), state).want(ISOLATED),
+        Setting::new(partition.clone(), partition.to_string(), state).want(ISOLATED),
     ])
 }
 
 /// What `--save` keeps: the masks of kernel threads first, which come back last. Where nobody had
 /// set them by hand the kernel forgets them, as those of IRQs' threads, and leaves the threads on
 /// all CPUs when the partition has gone.
-pub(crate) fn entries(root: &Sysroot, changes: &[Change]) -> Result<Vec<Entry>> {
+pub(crate) fn entries(root: &Host, changes: &[Change]) -> Result<Vec<Entry>> {
     let all = cpu::present(root)?.to_string();
-    let kthreads = process::kthreads(root)?
-        .into_iter()
-        .filter(|task| !task.bound);
+    let kthreads = task::kthreads(root)?.into_iter().filter(|task| !task.bound);
     let mut entries = Vec::new();
     for task in kthreads {
         let knob = Knob::Kthread(task.id);
         if let Some(found) = knob.read(root)?.filter(|found| *found != all) {
             entries.push(Entry::from(
-                &Object::new(
+                &Setting::new(
                     knob,
                     format!("kthread {} ({})", task.id.pid, task.name),
                     found,
@@ -172,18 +169,18 @@ pub(crate) fn entries(root: &Sysroot, changes: &[Change]) -> Result<Vec<Entry>> 
     Ok(entries)
 }
 
-fn object(root: &Sysroot, knob: Knob) -> Result<Option<Object>> {
+fn setting(root: &Host, knob: Knob) -> Result<Option<Setting>> {
     Ok(knob
         .read(root)?
-        .map(|found| Object::new(knob.clone(), knob.to_string(), found)))
+        .map(|found| Setting::new(knob.clone(), knob.to_string(), found)))
 }
 
 /// The changes that make a partition an ordinary cgroup again, and its CPUs everybody's.
 ///
 /// # Errors
 /// Where the tree cannot be read; that the cgroup is no partition.
-pub fn plan_undo(root: &Sysroot, cgroup: &str) -> Result<Vec<Change>> {
-    let Some(partition) = object(root, Knob::Partition(cgroup.to_owned()))? else {
+pub fn plan_undo(root: &Host, cgroup: &str) -> Result<Vec<Change>> {
+    let Some(partition) = setting(root, Knob::Partition(cgroup.to_owned()))? else {
         return Err(Error::unusable(
             format!("cgroup /{cgroup}"),
             "it is no partition; see `cg-slice partition show`",
@@ -195,10 +192,10 @@ pub fn plan_undo(root: &Sysroot, cgroup: &str) -> Result<Vec<Change>> {
             .unwrap_or_default(),
     );
     let mut changes = vec![partition.want(MEMBER)];
-    changes.extend(object(root, Knob::CgroupCpus(cgroup.to_owned()))?.map(|it| it.want("")));
+    changes.extend(setting(root, Knob::CgroupCpus(cgroup.to_owned()))?.map(|it| it.want("")));
     let way: Vec<&str> = cgroup::with_ancestors(cgroup).collect();
     for step in way.into_iter().rev() {
-        let exclusive = object(root, Knob::ExclusiveCpus(step.to_owned()))?;
+        let exclusive = setting(root, Knob::ExclusiveCpus(step.to_owned()))?;
         changes.extend(exclusive.map(|it| {
             let rest = &cpus_of(&it.found) - &cpus;
             it.want(rest.to_string())
@@ -211,7 +208,7 @@ pub fn plan_undo(root: &Sysroot, cgroup: &str) -> Result<Vec<Change>> {
 ///
 /// # Errors
 /// [`Error::Unusable`] where it does not, or cannot be asked.
-pub fn check_delegated(root: &Sysroot, vmid: VmId) -> Result<()> {
+pub fn check_delegated(root: &Host, vmid: VmId) -> Result<()> {
     let scope = format!("{vmid}.scope");
     if systemd::is_delegated(root.systemd(), root, &scope)? {
         return Ok(());
@@ -226,8 +223,8 @@ pub fn check_delegated(root: &Sysroot, vmid: VmId) -> Result<()> {
 ///
 /// # Errors
 /// Where it cannot be told whether it does.
-pub fn delegation(root: &Sysroot, vmid: VmId, wanted: &str) -> Result<Option<Change>> {
-    Ok(object(root, Knob::Delegation(format!("{vmid}.scope")))?.map(|it| it.want(wanted)))
+pub fn delegation(root: &Host, vmid: VmId, wanted: &str) -> Result<Option<Change>> {
+    Ok(setting(root, Knob::Delegation(format!("{vmid}.scope")))?.map(|it| it.want(wanted)))
 }
 
 /// The changes that make a partition for vCPU threads within a VM's scope, whose parents have the
@@ -235,19 +232,19 @@ pub fn delegation(root: &Sysroot, vmid: VmId, wanted: &str) -> Result<Option<Cha
 ///
 /// # Errors
 /// Where the tree cannot be read.
-pub fn plan_vcpus(root: &Sysroot, scope: &str, cpus: &CpuSet) -> Result<Vec<Change>> {
+pub fn plan_vcpus(root: &Host, scope: &str, cpus: &CpuSet) -> Result<Vec<Change>> {
     let scope = scope.trim_start_matches('/');
     let vcpus = vcpu_cgroup(scope);
     let folder = Knob::ThreadedCgroup(vcpus.clone());
     let mut changes = Vec::new();
     // In this order: one that holds processes can have controllers for its children only when these
     // hold threads.
-    changes.extend(object(root, folder)?.map(|it| it.want(THREADED)));
-    changes.extend(object(root, Knob::ChildCpusets(scope.to_owned()))?.map(|it| it.want(PRESENT)));
+    changes.extend(setting(root, folder)?.map(|it| it.want(THREADED)));
+    changes.extend(setting(root, Knob::ChildCpusets(scope.to_owned()))?.map(|it| it.want(PRESENT)));
     for step in [scope, &vcpus] {
         let knob = Knob::ExclusiveCpus(step.to_owned());
         let found = knob.read(root)?.unwrap_or_default();
-        changes.push(Object::new(knob.clone(), knob.to_string(), found).want(cpus.to_string()));
+        changes.push(Setting::new(knob.clone(), knob.to_string(), found).want(cpus.to_string()));
     }
     changes.extend(own(root, &vcpus, cpus)?);
     Ok(changes)
@@ -258,15 +255,15 @@ pub fn plan_vcpus(root: &Sysroot, scope: &str, cpus: &CpuSet) -> Result<Vec<Chan
 ///
 /// # Errors
 /// Where the tree cannot be read.
-pub fn plan_undo_vcpus(root: &Sysroot, scope: &str, qemu: i32) -> Result<Vec<Change>> {
+pub fn plan_undo_vcpus(root: &Host, scope: &str, qemu: i32) -> Result<Vec<Change>> {
     let scope = scope.trim_start_matches('/');
     let vcpus = vcpu_cgroup(scope);
     let mut changes = Vec::new();
     if !root.exists(cgroup::path(&vcpus)) {
         return Ok(changes);
     }
-    changes.extend(object(root, Knob::Partition(vcpus.clone()))?.map(|it| it.want(MEMBER)));
-    for task in process::tasks(root, qemu)? {
+    changes.extend(setting(root, Knob::Partition(vcpus.clone()))?.map(|it| it.want(MEMBER)));
+    for task in task::tasks(root, qemu)? {
         changes.extend(to_cgroup(
             root,
             task.id,
@@ -274,9 +271,9 @@ pub fn plan_undo_vcpus(root: &Sysroot, scope: &str, qemu: i32) -> Result<Vec<Cha
             scope,
         )?);
     }
-    changes.extend(object(root, Knob::ThreadedCgroup(vcpus))?.map(|it| it.want(ABSENT)));
-    changes.extend(object(root, Knob::ExclusiveCpus(scope.to_owned()))?.map(|it| it.want("")));
-    changes.extend(object(root, Knob::ChildCpusets(scope.to_owned()))?.map(|it| it.want(ABSENT)));
+    changes.extend(setting(root, Knob::ThreadedCgroup(vcpus))?.map(|it| it.want(ABSENT)));
+    changes.extend(setting(root, Knob::ExclusiveCpus(scope.to_owned()))?.map(|it| it.want("")));
+    changes.extend(setting(root, Knob::ChildCpusets(scope.to_owned()))?.map(|it| it.want(ABSENT)));
     Ok(changes)
 }
 
@@ -285,22 +282,17 @@ pub fn plan_undo_vcpus(root: &Sysroot, scope: &str, qemu: i32) -> Result<Vec<Cha
 ///
 /// # Errors
 /// Where it cannot be told which it is in.
-pub fn to_cgroup(
-    root: &Sysroot,
-    task: TaskId,
-    label: String,
-    cgroup: &str,
-) -> Result<Option<Change>> {
+pub fn to_cgroup(root: &Host, task: TaskId, label: String, cgroup: &str) -> Result<Option<Change>> {
     let found = Knob::CgroupOfThread(task).read(root)?;
     let wanted = format!("/{}", cgroup.trim_start_matches('/'));
-    Ok(found.map(|found| Object::new(Knob::CgroupOfThread(task), label, found).want(wanted)))
+    Ok(found.map(|found| Setting::new(Knob::CgroupOfThread(task), label, found).want(wanted)))
 }
 
 /// Every cgroup that is a partition, or has CPUs for one, below `from`.
 ///
 /// # Errors
 /// Where the tree cannot be read.
-pub(crate) fn list(root: &Sysroot, from: &str) -> Result<Table> {
+pub(crate) fn list(root: &Host, from: &str) -> Result<Table> {
     let mut table = Table::new(&[
         "cgroup",
         "partition",
@@ -312,7 +304,7 @@ pub(crate) fn list(root: &Sysroot, from: &str) -> Result<Table> {
     Ok(table)
 }
 
-fn add_rows(root: &Sysroot, cgroup: &str, table: &mut Table) -> Result<()> {
+fn add_rows(root: &Host, cgroup: &str, table: &mut Table) -> Result<()> {
     let of = |knob: Knob| Ok::<_, Error>(knob.read(root)?.unwrap_or_default());
     if !cgroup.is_empty() {
         let (state, exclusive) = (
@@ -348,7 +340,7 @@ mod tests {
 
     /// A host with CPUs 0-7, cgroups without a cpuset, and what is written in these files of the
     /// tree.
-    fn host(files: &[(&str, &str)]) -> (tempfile::TempDir, Sysroot) {
+    fn host(files: &[(&str, &str)]) -> (tempfile::TempDir, Host) {
         let dir = tempfile::tempdir().unwrap();
         let common = [
             ("sys/devices/system/cpu/present", "0-7"),
@@ -364,7 +356,7 @@ mod tests {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, text).unwrap();
         }
-        let root = Sysroot::new(dir.path());
+        let root = Host::new(dir.path());
         (dir, root)
     }
 

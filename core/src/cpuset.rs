@@ -200,7 +200,7 @@ impl CpuSet {
     /// nothing.
     ///
     /// So a mask that somebody had narrowed before is never widened by it.
-    pub fn held_to(&self, fence: &Self) -> Self {
+    pub fn narrow_to(&self, fence: &Self) -> Self {
         let inside = self & fence;
         if inside.is_empty() {
             fence.clone()
@@ -447,9 +447,9 @@ mod tests {
     #[test]
     fn held_to_narrows_and_never_widens() {
         let housekeeping = set("0-5,12-17");
-        assert_eq!(set("0-23").held_to(&housekeeping), housekeeping);
-        assert_eq!(set("4-7").held_to(&housekeeping), set("4-5"));
-        assert_eq!(set("6-7").held_to(&housekeeping), housekeeping);
+        assert_eq!(set("0-23").narrow_to(&housekeeping), housekeeping);
+        assert_eq!(set("4-7").narrow_to(&housekeeping), set("4-5"));
+        assert_eq!(set("6-7").narrow_to(&housekeeping), housekeeping);
     }
 
     fn any_set() -> impl Strategy<Value = CpuSet> {

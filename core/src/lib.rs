@@ -5,7 +5,6 @@
 //! out, [`save`] and [`store`] keep what it replaces. Nothing else writes to the kernel.
 
 pub mod cli;
-pub mod command;
 mod cpuset;
 mod error;
 mod host;
@@ -18,26 +17,12 @@ pub mod systemd;
 mod text;
 pub mod vm;
 
-// The paths that other crates use until they follow the folders.
-pub use cli::{filter as select, report};
-pub use selector as cpuexpr;
-pub use state::{save, store};
-pub use sys::{cgroup, cpu, cpufreq, irq, pci, task as process, topology};
-/// Proxmox VE's files, by their old path.
-pub mod vmconf {
-    pub use crate::vm::proxmox::conf::*;
-    pub use crate::vm::proxmox::mapping::*;
-    pub use crate::vm::proxmox::reservations::*;
-}
-pub use vm::qmp;
-
-pub use cli::report::{Exit, Report, Table, Verbosity};
+pub use cli::Table;
+pub use cli::report::{Exit, Report, Verbosity};
 pub use cpuset::{CpuSet, CpuSetError, MAX_CPU};
 pub use error::{Error, Result, os_text};
-pub use knob::{Change, Done, Knob, Object, Outcome, TaskId, apply, apply_one};
-pub use selector::CpuExpr;
-// The name by which other crates still call the host.
-pub use host::Host as Sysroot;
 pub use host::Host;
-pub use sysroot::Sysroot as Files;
+pub use knob::{Applied, Change, Knob, Outcome, Setting, TaskId, apply, apply_one};
+pub use selector::Selector;
+pub use sysroot::Sysroot;
 pub use text::{excerpt, printable};

@@ -6,8 +6,9 @@ mod machine;
 
 use std::collections::BTreeMap;
 
-use pinfold_core::topology::{Domain, Kind, Topology};
-use pinfold_core::{CpuExpr, CpuSet, Sysroot, cpuexpr};
+use pinfold_core::selector;
+use pinfold_core::sys::topology::{Domain, Kind, Topology};
+use pinfold_core::{CpuSet, Host, Selector};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 
@@ -26,17 +27,17 @@ impl Machines {
     }
 
     /// A machine, expanded where it was not yet.
-    fn root(&self, name: &str) -> Sysroot {
+    fn root(&self, name: &str) -> Host {
         let root = self.folder.path().join(name);
         if !root.exists() {
             machine::expand(&self.machines[name], &root);
         }
-        Sysroot::new(root)
+        Host::new(root)
     }
 }
 
-fn resolved(root: &Sysroot, text: &str) -> Result<String, String> {
-    let expr: CpuExpr = text.parse().unwrap();
+fn resolved(root: &Host, text: &str) -> Result<String, String> {
+    let expr: Selector = text.parse().unwrap();
     expr.resolve(root)
         .map(|cpus| cpus.to_string())
         .map_err(|error| error.to_string())
@@ -424,14 +425,14 @@ fn any_text() -> impl Strategy<Value = String> {
 fn algebra_is_that_of_sets() {
     let machines = Machines::new();
     let root = machines.root("5900x");
-    let host = cpuexpr::Host::new(&root);
+    let host = selector::Resolver::new(&root);
     let check = |(text, cpus): (String, CpuSet)| {
-        let expr: CpuExpr = text.parse().unwrap();
+        let expr: Selector = text.parse().unwrap();
         match host.resolve(&expr) {
             Ok(resolved) => prop_assert_eq!(resolved, cpus, "{}", text),
             Err(error) => prop_assert!(cpus.is_empty(), "{}: {}", text, error),
         }
-        prop_assert_eq!(expr.to_string().parse::<CpuExpr>().unwrap(), expr);
+        prop_assert_eq!(expr.to_string().parse::<Selector>().unwrap(), expr);
         Ok(())
     };
     TestRunner::default().run(&any_expr(), check).unwrap();
@@ -440,13 +441,13 @@ fn algebra_is_that_of_sets() {
 proptest! {
     #[test]
     fn what_is_printed_reads_as_the_same(text in any_text()) {
-        if let Ok(expr) = text.parse::<CpuExpr>() {
-            prop_assert_eq!(expr.to_string().parse::<CpuExpr>().unwrap(), expr, "{}", text);
+        if let Ok(expr) = text.parse::<Selector>() {
+            prop_assert_eq!(expr.to_string().parse::<Selector>().unwrap(), expr, "{}", text);
         }
     }
 
     #[test]
     fn no_text_panics(text in "\\PC*") {
-        let _ = text.parse::<CpuExpr>();
+        let _ = text.parse::<Selector>();
     }
 }

@@ -1,14 +1,15 @@
 //! What is looked at before CPUs go offline.
 
 use pinfold_core::knob::TaskId;
-use pinfold_core::{CpuSet, Error, Knob, Result, Sysroot, cgroup, cpu, process};
+use pinfold_core::sys::{cgroup, cpu, task};
+use pinfold_core::{CpuSet, Error, Host, Knob, Result};
 
 /// All that is looked at before CPUs go offline: [`check_possible`], [`check_partitions`] without
 /// force, and [`bound_tasks`]; gives their notes.
 ///
 /// # Errors
 /// Where they should not go, with the reason.
-pub fn check_offline(root: &Sysroot, cpus: &CpuSet) -> Result<Vec<String>> {
+pub fn check_offline(root: &Host, cpus: &CpuSet) -> Result<Vec<String>> {
     check_possible(root, cpus)?;
     let mut notes = check_partitions(root, cpus, false)?;
     notes.extend(bound_tasks(root, cpus)?);
@@ -16,7 +17,7 @@ pub fn check_offline(root: &Sysroot, cpus: &CpuSet) -> Result<Vec<String>> {
 }
 
 /// Whether the kernel lets this CPU go offline; CPU 0 we never ask for, whatever the kernel says.
-pub(crate) fn can_go(root: &Sysroot, cpu: usize) -> bool {
+pub(crate) fn can_go(root: &Host, cpu: usize) -> bool {
     cpu != 0 && root.exists(format!("sys/devices/system/cpu/cpu{cpu}/online"))
 }
 
@@ -24,7 +25,7 @@ pub(crate) fn can_go(root: &Sysroot, cpu: usize) -> bool {
 ///
 /// # Errors
 /// [`Error::Unusable`] naming the CPUs that cannot.
-pub fn check_possible(root: &Sysroot, cpus: &CpuSet) -> Result<()> {
+pub fn check_possible(root: &Host, cpus: &CpuSet) -> Result<()> {
     cpu::check_present(root, cpus)?;
     if cpus.contains(0) {
         return Err(Error::unusable(
@@ -52,7 +53,7 @@ pub fn check_possible(root: &Sysroot, cpus: &CpuSet) -> Result<()> {
 ///
 /// # Errors
 /// [`Error::Unusable`] naming the first partition that would lose all of its CPUs, unless `force`.
-pub fn check_partitions(root: &Sysroot, cpus: &CpuSet, force: bool) -> Result<Vec<String>> {
+pub fn check_partitions(root: &Host, cpus: &CpuSet, force: bool) -> Result<Vec<String>> {
     let mut notes = Vec::new();
     // Since Linux 6.7 the root cgroup lists the CPUs of isolated partitions, which saves the walk.
     let isolated = root.read_value(cgroup::file("", "cpuset.cpus.isolated"))?;
@@ -85,7 +86,7 @@ pub fn check_partitions(root: &Sysroot, cpus: &CpuSet, force: bool) -> Result<Ve
 
 /// The valid cpuset partitions below the root cgroup, with their CPUs; see cpuset.cpus.partition in
 /// cgroup-v2.rst.
-fn partitions(root: &Sysroot) -> Result<Vec<(String, CpuSet)>> {
+fn partitions(root: &Host) -> Result<Vec<(String, CpuSet)>> {
     let mut partitions = Vec::new();
     let mut left = vec![String::new()];
     while let Some(path) = left.pop() {
@@ -123,11 +124,11 @@ fn partitions(root: &Sysroot) -> Result<Vec<(String, CpuSet)>> {
 ///
 /// # Errors
 /// Where /proc or the list of online CPUs cannot be read.
-pub fn bound_tasks(root: &Sysroot, cpus: &CpuSet) -> Result<Vec<String>> {
+pub fn bound_tasks(root: &Host, cpus: &CpuSet) -> Result<Vec<String>> {
     let online = cpu::online(root)?;
     let mut notes = Vec::new();
     let mut hidden = 0;
-    for pid in process::pids(root)? {
+    for pid in task::pids(root)? {
         let tids = match root.names(format!("proc/{pid}/task")) {
             Ok(tids) => tids,
             Err(error) if error.is_gone() => continue,
@@ -155,18 +156,18 @@ pub fn bound_tasks(root: &Sysroot, cpus: &CpuSet) -> Result<Vec<String>> {
 }
 
 fn bound_task(
-    root: &Sysroot,
+    root: &Host,
     pid: i32,
     tid: i32,
     cpus: &CpuSet,
     online: &CpuSet,
 ) -> Result<Option<String>> {
     // Its start time matters to nobody here, and one file less per thread does.
-    let allowed = &process::affinity(root, &TaskId { pid, tid, start: 0 })? & online;
+    let allowed = &task::affinity(root, &TaskId { pid, tid, start: 0 })? & online;
     if allowed.is_empty() || !allowed.is_subset(cpus) {
         return Ok(None);
     }
-    let task = process::task(root, pid, tid)?;
+    let task = task::task(root, pid, tid)?;
     // An IRQ's thread goes with its IRQ, which the kernel moves by itself.
     if task.kernel && (task.bound || task.name.starts_with("irq/")) {
         return Ok(None);

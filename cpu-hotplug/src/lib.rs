@@ -8,7 +8,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use pinfold_core::cli::{self, Common};
-use pinfold_core::{Change, CpuExpr, CpuSet, Exit, Knob, Object, Result, Sysroot, Table, cpu};
+use pinfold_core::sys::cpu;
+use pinfold_core::{Change, CpuSet, Exit, Host, Knob, Result, Selector, Setting, Table};
 
 pub use checks::{bound_tasks, check_offline, check_partitions, check_possible};
 
@@ -31,7 +32,7 @@ enum Verb {
     /// Take CPUs offline
     Offline {
         /// CPUs by logical number, as in 6-11,18-23, or by selector, as in llc:1; see `hook layout`
-        cpus: CpuExpr,
+        cpus: Selector,
 
         /// Go on where a cpuset partition loses all of its CPUs
         #[arg(long)]
@@ -40,7 +41,7 @@ enum Verb {
     /// Bring CPUs online
     Online {
         /// CPUs by logical number, as in 6-11,18-23, or by selector, as in llc:1; see `hook layout`
-        cpus: CpuExpr,
+        cpus: Selector,
     },
 }
 
@@ -82,7 +83,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         }
     };
     let wanted = if online { "1" } else { "0" };
-    let changes: Vec<Change> = objects(&root, &cpus)?
+    let changes: Vec<Change> = settings(&root, &cpus)?
         .into_iter()
         .map(|object| object.want(wanted))
         .collect();
@@ -115,20 +116,20 @@ fn in_between(cpus: &CpuSet, online_now: &CpuSet, wanted_online: bool) -> CpuSet
 ///
 /// # Errors
 /// Where a CPU does not exist, or sysfs cannot be read.
-pub fn objects(root: &Sysroot, cpus: &CpuSet) -> Result<Vec<Object>> {
+pub fn settings(root: &Host, cpus: &CpuSet) -> Result<Vec<Setting>> {
     cpu::check_present(root, cpus)?;
     cpus.iter()
         .map(Knob::CpuOnline)
         .filter_map(|knob| match knob.read(root) {
-            Ok(found) => found.map(|found| Ok(Object::new(knob.clone(), knob.to_string(), found))),
+            Ok(found) => found.map(|found| Ok(Setting::new(knob.clone(), knob.to_string(), found))),
             Err(error) => Some(Err(error)),
         })
         .collect()
 }
 
-fn list(root: &Sysroot) -> Result<Table> {
+fn list(root: &Host) -> Result<Table> {
     let present = cpu::present(root)?;
-    let states: BTreeMap<Knob, String> = objects(root, &present)?
+    let states: BTreeMap<Knob, String> = settings(root, &present)?
         .into_iter()
         .map(|object| (object.knob, object.found))
         .collect();

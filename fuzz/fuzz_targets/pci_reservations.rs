@@ -2,5 +2,5 @@
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
-    pinfold_fuzz::pci_reservations(data);
+    pinfold_fuzz::pci_claims(data);
 });

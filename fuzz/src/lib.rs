@@ -7,13 +7,15 @@
 use std::alloc::System;
 
 use cap::Cap;
-use pinfold_core::pci::PciSelector;
-use pinfold_core::save::{self, Entry};
-use pinfold_core::store::Store;
-use pinfold_core::vmconf::{
-    HostDevices, HostPci, PciHolder, VmConf, parse_pci_mapping, parse_pci_reservations,
+use pinfold_core::state::Store;
+use pinfold_core::state::save::{self, Entry};
+use pinfold_core::sys::pci::PciSelector;
+use pinfold_core::sys::task;
+use pinfold_core::vm::qmp;
+use pinfold_core::vm::{
+    HostDevices, HostPci, PciHolder, VmConf, parse_pci_claims, parse_pci_mapping,
 };
-use pinfold_core::{CpuSet, Knob, MAX_CPU, Sysroot, process, qmp};
+use pinfold_core::{CpuSet, Host, Knob, MAX_CPU};
 use serde_json::{Value, json};
 
 /// No parser needs more, whatever it is given. Of a process's memory this is Rust's part alone:
@@ -53,7 +55,7 @@ pub fn proc_stat(data: &[u8]) -> bool {
         "17 ({text}) S 2 0 0 0 -1 69238848 0 0 0 0 0 5 0 0 20 0 1 0 42{} 17 9 0 0\n",
         " 0".repeat(15)
     );
-    let task = process::parse_stat(17, &named).unwrap();
+    let task = task::parse_stat(17, &named).unwrap();
     assert_eq!(
         (
             task.name.as_str(),
@@ -64,7 +66,7 @@ pub fn proc_stat(data: &[u8]) -> bool {
         (&*text, 17, 42, 9)
     );
 
-    let Ok(task) = process::parse_stat(17, &text) else {
+    let Ok(task) = task::parse_stat(17, &text) else {
         return false;
     };
     // Told apart in another way: the name is what is between the outermost brackets.
@@ -127,9 +129,9 @@ pub fn pci_mapping(data: &[u8]) -> bool {
 }
 
 /// The file of reserved PCI devices.
-pub fn pci_reservations(data: &[u8]) -> bool {
+pub fn pci_claims(data: &[u8]) -> bool {
     let text = String::from_utf8_lossy(data);
-    let held = parse_pci_reservations(&text);
+    let held = parse_pci_claims(&text);
     assert!(held.len() <= text.lines().count());
     let mut rendered = String::new();
     for reservation in &held {
@@ -140,13 +142,13 @@ pub fn pci_reservations(data: &[u8]) -> bool {
         };
         rendered += &format!("{} {} {holder}\n", reservation.address, reservation.vmid);
     }
-    assert_eq!(parse_pci_reservations(&rendered), held);
+    assert_eq!(parse_pci_claims(&rendered), held);
     !held.is_empty()
 }
 
 /// What QEMU's monitor says in a whole conversation.
 pub fn qmp_reply(data: &[u8]) -> bool {
-    let Ok(facts) = qmp::Facts::parse(&String::from_utf8_lossy(data)) else {
+    let Ok(facts) = qmp::ThreadRoles::parse(&String::from_utf8_lossy(data)) else {
         return false;
     };
     // The numbers become a set, whose size is that of the largest.
@@ -169,13 +171,13 @@ pub fn qmp_reply(data: &[u8]) -> bool {
         .into_iter()
         .map(|reply| format!("{}\n", json!({"return": reply})))
         .collect();
-    assert_eq!(qmp::Facts::parse(&rendered).as_ref(), Ok(&facts));
+    assert_eq!(qmp::ThreadRoles::parse(&rendered).as_ref(), Ok(&facts));
     true
 }
 
 /// A settings file of hook's, on a host with CPUs 0 to 23.
 pub fn settings(data: &[u8]) -> bool {
-    let root = Sysroot::new(concat!(env!("CARGO_MANIFEST_DIR"), "/host"));
+    let root = Host::new(concat!(env!("CARGO_MANIFEST_DIR"), "/host"));
     let Ok(resolved) = hook::check_settings(&root, &String::from_utf8_lossy(data), "fuzz") else {
         return false;
     };
@@ -231,7 +233,7 @@ pub fn state(data: &[u8]) -> bool {
         check_knob(knob);
         check_value(knob, before);
         baseline
-            .set(knob)
+            .values_set(knob)
             .iter()
             .for_each(|value| check_value(knob, value));
     }

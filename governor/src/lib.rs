@@ -7,8 +7,9 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use pinfold_core::cli::{self, Common};
-use pinfold_core::cpufreq::{self, Policy};
-use pinfold_core::{CpuExpr, CpuSet, Error, Exit, Knob, Object, Result, Sysroot, Table, cpu};
+use pinfold_core::sys::cpu;
+use pinfold_core::sys::cpufreq::{self, Policy};
+use pinfold_core::{CpuSet, Error, Exit, Host, Knob, Result, Selector, Setting, Table};
 
 const TOOL: &str = "governor";
 
@@ -31,7 +32,7 @@ enum Verb {
         /// The governor's name, as in performance; --list shows those there are
         name: String,
         /// CPUs by logical number, as in 6-11,18-23, or by selector, as in llc:1; see `hook layout`
-        cpus: CpuExpr,
+        cpus: Selector,
     },
 }
 
@@ -62,7 +63,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     for note in check(&root, &policies, &name, &cpus)? {
         report.note(&note);
     }
-    let changes = objects(&policies, |policy| policy.cpus.intersects(&cpus))
+    let changes = settings(&policies, |policy| policy.cpus.intersects(&cpus))
         .into_iter()
         .map(|object| object.want(&*name))
         .collect();
@@ -73,16 +74,16 @@ const NO_DRIVER: &str =
     "this host has no cpufreq driver, as in a VM, or with the clock left to the firmware";
 
 /// The governors of the policies that `is_chosen` selects, as settings to change.
-pub fn objects(policies: &[Policy], is_chosen: impl Fn(&Policy) -> bool) -> Vec<Object> {
+pub fn settings(policies: &[Policy], is_chosen: impl Fn(&Policy) -> bool) -> Vec<Setting> {
     policies
         .iter()
         .filter(|policy| is_chosen(policy))
-        .map(object)
+        .map(setting)
         .collect()
 }
 
-fn object(policy: &Policy) -> Object {
-    Object::new(
+fn setting(policy: &Policy) -> Setting {
+    Setting::new(
         Knob::Governor(policy.name.clone()),
         label(policy),
         &*policy.governor,
@@ -107,7 +108,7 @@ pub struct NotOffered<'a> {
 /// # Errors
 /// If cpufreq cannot be read.
 pub fn not_offered<'a>(
-    root: &Sysroot,
+    root: &Host,
     policies: &'a [Policy],
     name: &str,
     cpus: &CpuSet,
@@ -130,7 +131,7 @@ pub fn not_offered<'a>(
 /// # Errors
 /// [`Error::Unusable`] if a CPU does not exist or has no policy, or if a policy does not offer the
 /// governor; nothing should be set then.
-fn check(root: &Sysroot, policies: &[Policy], name: &str, cpus: &CpuSet) -> Result<Vec<String>> {
+fn check(root: &Host, policies: &[Policy], name: &str, cpus: &CpuSet) -> Result<Vec<String>> {
     cpu::check_present(root, cpus)?;
     if policies.is_empty() {
         return Err(Error::unusable(format!("CPU {cpus}"), NO_DRIVER));
@@ -177,7 +178,7 @@ fn check(root: &Sysroot, policies: &[Policy], name: &str, cpus: &CpuSet) -> Resu
     Ok(notes)
 }
 
-fn list(root: &Sysroot, policies: Vec<Policy>) -> Result<Table> {
+fn list(root: &Host, policies: Vec<Policy>) -> Result<Table> {
     let mut table = Table::new(&["policy", "cpus", "governor", "available"]);
     for policy in policies {
         let available = policy.available(root)?.join(" ");

@@ -4,9 +4,10 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use pinfold_core::store::Store;
+use pinfold_core::state::Store;
+use pinfold_core::sys::{cpu, task};
 use pinfold_core::vm::{self, VmId};
-use pinfold_core::{Knob, Sysroot, cpu, process};
+use pinfold_core::{Host, Knob};
 
 use crate::machine;
 use crate::settings;
@@ -16,12 +17,12 @@ use crate::state::reservation::{Isolation, Phase, Reservation};
 const KTHREAD: u32 = 0x0020_0000;
 const BOUND: u32 = 0x0420_0000;
 
-pub(crate) struct Host {
+pub(crate) struct MadeUpHost {
     dir: tempfile::TempDir,
-    pub root: Sysroot,
+    pub root: Host,
 }
 
-impl Host {
+impl MadeUpHost {
     /// A host with a machine's CPUs and what every host has.
     pub(crate) fn new(machine: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
@@ -30,7 +31,7 @@ impl Host {
             .find(|(name, _)| name == machine)
             .unwrap();
         machine::expand(&text, dir.path());
-        let root = Sysroot::new(dir.path());
+        let root = Host::new(dir.path());
         let host = Self { dir, root };
         let present = cpu::present(&host.root).unwrap();
         let all = present.to_string();
@@ -145,10 +146,10 @@ impl Host {
         let settings = settings::resolve(&self.root, settings, "test", 1).unwrap();
         for task in qemu
             .iter()
-            .flat_map(|qemu| process::tasks(&self.root, qemu.pid).unwrap())
+            .flat_map(|qemu| task::tasks(&self.root, qemu.pid).unwrap())
         {
-            let found = process::affinity(&self.root, &task.id).unwrap().to_string();
-            let object = pinfold_core::Object::new(Knob::Thread(task.id), "", found.clone());
+            let found = task::affinity(&self.root, &task.id).unwrap().to_string();
+            let object = pinfold_core::Setting::new(Knob::Thread(task.id), "", found.clone());
             store.baseline.plan(vec![object], |_, _| found.clone());
         }
         let isolation = Isolation::Hotplug;

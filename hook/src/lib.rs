@@ -5,12 +5,13 @@
 
 use std::process::ExitCode;
 
-use pinfold_core::Sysroot;
-use pinfold_core::store::Store;
+use pinfold_core::Host;
+use pinfold_core::state::Store;
 
 mod checks;
 mod cli;
 mod commands;
+mod exec;
 #[cfg(test)]
 mod fixture;
 mod phases;
@@ -34,7 +35,7 @@ pub fn main() -> ExitCode {
 ///
 /// # Errors
 /// What the text says wrong, with the key; that a layout is not for this machine.
-pub fn check_settings(root: &Sysroot, text: &str, source: &str) -> anyhow::Result<String> {
+pub fn check_settings(root: &Host, text: &str, source: &str) -> anyhow::Result<String> {
     Ok(serde_json::to_string(&settings::resolve(
         root, text, source, 1,
     )?)?)

@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use nix::unistd::Pid;
 use pinfold_core::knob::PRESENT;
-use pinfold_core::store::{self, Store};
+use pinfold_core::state::store::{self, Store};
+use pinfold_core::sys::{cgroup, task};
 use pinfold_core::vm::{self, Qemu, VmId};
-use pinfold_core::{CpuSet, Exit, Report, Sysroot, TaskId, cgroup, process};
+use pinfold_core::{CpuSet, Exit, Host, Report, TaskId};
 
 use crate::checks::required;
 use crate::reconcile::Reconcile;
@@ -26,7 +27,7 @@ const NEVER_RUNS: &str = "prelaunch";
 /// One call of hook.
 pub(crate) struct Run<'a> {
     /// The host.
-    pub root: Sysroot,
+    pub root: Host,
     /// What is said.
     pub report: &'a mut Report,
 }
@@ -36,12 +37,7 @@ pub(crate) struct Run<'a> {
 ///
 /// # Errors
 /// What keeps the phase from doing its work.
-pub(crate) fn run(
-    root: Sysroot,
-    mut report: Report,
-    vmid: VmId,
-    phase: &str,
-) -> anyhow::Result<Exit> {
+pub(crate) fn run(root: Host, mut report: Report, vmid: VmId, phase: &str) -> anyhow::Result<Exit> {
     if vm::is_container(&root, vmid) {
         report.note(&format!(
             "{vmid} is a container; only VMs have vCPUs to fence off, nothing is done"
@@ -184,7 +180,7 @@ impl Run<'_> {
     /// When QEMU runs: its CPUs are fenced off. Once more on a VM that is fenced already, it mends
     /// and pins newcomers.
     pub(crate) fn post_start(&mut self, vmid: VmId) -> anyhow::Result<Exit> {
-        let qemu = vm::running(&self.root, vmid)?;
+        let qemu = vm::require_running(&self.root, vmid)?;
         self.fence_vm(vmid, Some(&qemu))?;
         Ok(self.report.finish())
     }
@@ -319,7 +315,7 @@ impl Run<'_> {
         let own = cg_slice::decoupled_cgroup(vmid);
         // QEMU's helpers (swtpm) end a moment after it.
         let running = || {
-            process::check_start(&self.root, task).is_ok()
+            task::check_start(&self.root, task).is_ok()
                 || cgroup::processes(&self.root, &own).is_ok_and(|pids| !pids.is_empty())
         };
         while running() {
@@ -530,13 +526,13 @@ fn idle_vm_to_restart(store: &Store<Reservation>, vmid: VmId) -> bool {
 /// A reservation as it was, with its VM.
 type Dropped = (VmId, Reservation);
 
-fn own_task(root: &Sysroot) -> Option<TaskId> {
+fn own_task(root: &Host) -> Option<TaskId> {
     task(root, Pid::this())
 }
 
 /// A process, for good.
-fn task(root: &Sysroot, pid: Pid) -> Option<TaskId> {
-    process::task(root, pid.as_raw(), pid.as_raw())
+fn task(root: &Host, pid: Pid) -> Option<TaskId> {
+    task::task(root, pid.as_raw(), pid.as_raw())
         .ok()
         .map(|task| task.id)
 }

@@ -2,15 +2,16 @@
 
 use std::time::Duration;
 
+use crate::exec;
 use pinfold_core::vm::VmId;
-use pinfold_core::{Error, Knob, Object, Report, Result, Sysroot, apply, command, vm};
+use pinfold_core::{Error, Host, Knob, Report, Result, Setting, apply, vm};
 
 /// The name under which hook reports and saves values.
 pub(crate) const TOOL: &str = "hook";
 
 /// Drops clean caches and compacts memory, so that hugepages can be had. What it cannot do is told
 /// and stops nothing.
-pub(crate) fn tidy_caches(root: &Sysroot, report: &mut Report) {
+pub(crate) fn tidy_caches(root: &Host, report: &mut Report) {
     report.step("caches");
     report.changes(&apply(root, tidy_caches_plan()));
     report.summary("caches: dropped, memory compacted");
@@ -23,7 +24,7 @@ pub(crate) fn tidy_caches_plan() -> Vec<pinfold_core::Change> {
         .into_iter()
         .map(|(name, value)| {
             let knob = Knob::Trigger(name.into());
-            Object::new(knob.clone(), knob.to_string(), "").want(value)
+            Setting::new(knob.clone(), knob.to_string(), "").want(value)
         })
         .collect()
 }
@@ -35,18 +36,18 @@ const STAT_INTERVAL: &str = "vm/stat_interval";
 ///
 /// # Errors
 /// Where it cannot be read.
-pub(crate) fn stat_interval(root: &Sysroot) -> Result<Option<Object>> {
+pub(crate) fn stat_interval(root: &Host) -> Result<Option<Setting>> {
     let knob = Knob::Sysctl(STAT_INTERVAL.into());
     Ok(knob
         .read(root)?
-        .map(|found| Object::new(knob.clone(), knob.to_string(), found)))
+        .map(|found| Setting::new(knob.clone(), knob.to_string(), found)))
 }
 
 /// Whether the idle VM runs.
 ///
 /// # Errors
 /// Where its pid file cannot be read.
-pub(crate) fn idle_vm_runs(root: &Sysroot, idle: u32) -> Result<bool> {
+pub(crate) fn idle_vm_runs(root: &Host, idle: u32) -> Result<bool> {
     Ok(vm::find(root, VmId::try_from(idle)?)?.is_some())
 }
 
@@ -55,7 +56,7 @@ pub(crate) fn idle_vm_runs(root: &Sysroot, idle: u32) -> Result<bool> {
 /// # Errors
 /// Where `qm` fails, or the VM does not stop in time.
 pub(crate) fn stop_idle_vm(
-    root: &Sysroot,
+    root: &Host,
     report: &mut Report,
     idle: u32,
     deadline: Duration,
@@ -66,7 +67,7 @@ pub(crate) fn stop_idle_vm(
     check_live(root)?;
     // qm waits itself; a little longer here, so that its own words are the ones told.
     let seconds = deadline.as_secs().to_string();
-    command::run(
+    exec::run(
         "qm",
         &["shutdown", &idle.to_string(), "--timeout", &seconds],
         deadline + Duration::from_secs(5),
@@ -80,7 +81,7 @@ pub(crate) fn stop_idle_vm(
 /// # Errors
 /// Where `qm` fails, or is not done in time.
 pub(crate) fn start_idle_vm(
-    root: &Sysroot,
+    root: &Host,
     report: &mut Report,
     idle: u32,
     deadline: Duration,
@@ -89,12 +90,12 @@ pub(crate) fn start_idle_vm(
         return Ok(());
     }
     check_live(root)?;
-    command::run("qm", &["start", &idle.to_string()], deadline)?;
+    exec::run("qm", &["start", &idle.to_string()], deadline)?;
     report.did(&format!("idle VM {idle} started"));
     Ok(())
 }
 
-fn check_live(root: &Sysroot) -> Result<()> {
+fn check_live(root: &Host) -> Result<()> {
     let why = "VMs can be started and stopped on the running host only, not under --sysroot";
     if root.is_live() {
         Ok(())

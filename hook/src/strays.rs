@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use pinfold_core::state::Baseline;
-use pinfold_core::{CpuSet, Knob, Object, Result, Sysroot, TaskId, irq, process};
+use pinfold_core::sys::{irq, task};
+use pinfold_core::{CpuSet, Host, Knob, Result, Setting, TaskId};
 use serde::Serialize;
 
 /// Why something may run on an isolated CPU.
@@ -38,7 +39,7 @@ pub(crate) struct Stray {
 /// # Errors
 /// Where /proc cannot be read. Things that go meanwhile are left out.
 pub(crate) fn strays(
-    root: &Sysroot,
+    root: &Host,
     isolated: &CpuSet,
     pinned: &BTreeMap<TaskId, CpuSet>,
     baseline: &Baseline,
@@ -54,13 +55,13 @@ pub(crate) fn strays(
             });
         }
     };
-    for pid in process::pids(root)? {
-        let tasks = match process::tasks(root, pid) {
+    for pid in task::pids(root)? {
+        let tasks = match task::tasks(root, pid) {
             Err(error) if error.is_gone() => continue,
             tasks => tasks?,
         };
         for task in tasks {
-            let cpus = match process::affinity(root, &task.id) {
+            let cpus = match task::affinity(root, &task.id) {
                 Err(error) if error.is_gone() => continue,
                 cpus => cpus?,
             };
@@ -81,7 +82,7 @@ pub(crate) fn strays(
             );
         }
     }
-    for Object { knob, label, found } in pin_irqs::objects(root)? {
+    for Setting { knob, label, found } in pin_irqs::settings(root)? {
         // One that the kernel refused to move has a value from before and none that was set.
         let refused = baseline.has(&knob) && baseline.last(&knob).is_none();
         let class = if refused {

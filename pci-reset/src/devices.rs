@@ -2,16 +2,16 @@
 
 use std::collections::BTreeSet;
 
-use pinfold_core::pci::{self, PciAddress, PciSelector};
+use pinfold_core::sys::pci::{self, PciAddress, PciSelector};
 use pinfold_core::vm::{self, VmId};
-use pinfold_core::vmconf::{HostDevices, PciReservation};
-use pinfold_core::{Error, Result, Sysroot};
+use pinfold_core::vm::{HostDevices, PciClaim};
+use pinfold_core::{Error, Host, Result};
 
 /// The functions that selectors mean on this host, ascending, each once.
 ///
 /// # Errors
 /// [`Error::Unusable`] naming a selector that means none.
-pub fn expand(root: &Sysroot, selectors: &[PciSelector]) -> Result<Vec<PciAddress>> {
+pub fn expand(root: &Host, selectors: &[PciSelector]) -> Result<Vec<PciAddress>> {
     let mut functions = BTreeSet::new();
     for selector in selectors {
         functions.extend(selector.functions(root)?);
@@ -30,9 +30,9 @@ pub fn expand(root: &Sysroot, selectors: &[PciSelector]) -> Result<Vec<PciAddres
 ///
 /// # Errors
 /// Where the VM's settings cannot be read, or no device of a mapping is free.
-pub fn functions_of_vm(root: &Sysroot, vmid: VmId) -> Result<Vec<PciAddress>> {
+pub fn functions_of_vm(root: &Host, vmid: VmId) -> Result<Vec<PciAddress>> {
     let entries = vm::conf(root, vmid)?.hostpci;
-    let reservations = vm::pci_reservations(root)?;
+    let reservations = vm::pci_claims(root)?;
     let mut functions = BTreeSet::new();
     for entry in entries.iter().filter(|entry| !entry.shared) {
         functions.extend(match &entry.devices {
@@ -48,7 +48,7 @@ pub fn functions_of_vm(root: &Sysroot, vmid: VmId) -> Result<Vec<PciAddress>> {
 ///
 /// # Errors
 /// Where sysfs cannot be read.
-pub fn functions_of(root: &Sysroot, selectors: &[PciSelector]) -> Result<Vec<PciAddress>> {
+pub fn functions_of(root: &Host, selectors: &[PciSelector]) -> Result<Vec<PciAddress>> {
     let there = pci::addresses(root)?;
     let of_selector = |selector: &PciSelector| {
         let mut found: Vec<_> = there
@@ -65,10 +65,10 @@ pub fn functions_of(root: &Sysroot, selectors: &[PciSelector]) -> Result<Vec<Pci
 }
 
 fn mapped(
-    root: &Sysroot,
+    root: &Host,
     vmid: VmId,
     id: &str,
-    reservations: &[PciReservation],
+    reservations: &[PciClaim],
     used: &BTreeSet<PciAddress>,
 ) -> Result<Vec<PciAddress>> {
     let mut devices = Vec::new();
@@ -140,7 +140,7 @@ mod tests {
         write("etc/pve/qemu-server/100.conf", conf);
         write("etc/pve/mapping/pci.cfg", mappings);
         write("run/qemu-server/pci-id-reservations", reservations);
-        let found = functions_of_vm(&Sysroot::new(dir.path()), "100".parse().unwrap());
+        let found = functions_of_vm(&Host::new(dir.path()), "100".parse().unwrap());
         let shown = |error: Error| {
             error
                 .to_string()

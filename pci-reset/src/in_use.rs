@@ -8,10 +8,10 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 
-use pinfold_core::pci::{self, PciAddress};
+use pinfold_core::sys::pci::{self, PciAddress};
 use pinfold_core::vm;
-use pinfold_core::vmconf::PciHolder;
-use pinfold_core::{Result, Sysroot};
+use pinfold_core::vm::PciHolder;
+use pinfold_core::{Host, Result};
 
 /// Has a link for each PCI function.
 const DEVICES: &str = "sys/bus/pci/devices";
@@ -35,7 +35,7 @@ impl InUse {
     ///
     /// # Errors
     /// [`Error::Io`](pinfold_core::Error::Io) if /proc or sysfs cannot be read.
-    pub(crate) fn read(root: &Sysroot, functions: &[PciAddress]) -> Result<Self> {
+    pub(crate) fn read(root: &Host, functions: &[PciAddress]) -> Result<Self> {
         let mut in_use = Self(functions.iter().map(|it| (*it, Vec::new())).collect());
         in_use.add_disks(root)?;
         in_use.add_interfaces(root)?;
@@ -58,7 +58,7 @@ impl InUse {
 
     /// All functions of the host, each with those asked for whose removal takes it along: itself,
     /// and the bridges it is behind.
-    fn removed_with(&self, root: &Sysroot) -> Result<BTreeMap<PciAddress, BTreeSet<PciAddress>>> {
+    fn removed_with(&self, root: &Host) -> Result<BTreeMap<PciAddress, BTreeSet<PciAddress>>> {
         let mut removed_with = BTreeMap::new();
         for address in pci::addresses(root)? {
             let path = link(root, &format!("{DEVICES}/{address}")).unwrap_or_default();
@@ -74,7 +74,7 @@ impl InUse {
     /// The boot display, and virtual functions.
     fn add_functions(
         &mut self,
-        root: &Sysroot,
+        root: &Host,
         removed_with: &BTreeMap<PciAddress, BTreeSet<PciAddress>>,
     ) -> Result<()> {
         for (function, removed) in removed_with {
@@ -90,10 +90,10 @@ impl InUse {
     /// Removing a function from a running guest blocks in the kernel until the guest has ended.
     fn add_vms(
         &mut self,
-        root: &Sysroot,
+        root: &Host,
         removed_with: &BTreeMap<PciAddress, BTreeSet<PciAddress>>,
     ) -> Result<()> {
-        let mut claims = vm::pci_reservations(root)?;
+        let mut claims = vm::pci_claims(root)?;
         claims.retain(|claim| matches!(claim.holder, PciHolder::Pid(_)));
         for claim in claims {
             for address in removed_with.get(&claim.address).into_iter().flatten() {
@@ -105,7 +105,7 @@ impl InUse {
     }
 
     /// Network interfaces that are up. The kernel keeps the ports of a bridge or bond up too.
-    fn add_interfaces(&mut self, root: &Sysroot) -> Result<()> {
+    fn add_interfaces(&mut self, root: &Host) -> Result<()> {
         for name in names(root, NET)? {
             let path = link(root, &format!("{NET}/{name}")).unwrap_or_default();
             let above: Vec<_> = functions_in(&path)
@@ -124,7 +124,7 @@ impl InUse {
         Ok(())
     }
 
-    fn add_disks(&mut self, root: &Sysroot) -> Result<()> {
+    fn add_disks(&mut self, root: &Host) -> Result<()> {
         let disks = Disks::read(root, &self.0)?;
         if disks.list.is_empty() {
             return Ok(());
@@ -160,7 +160,7 @@ impl InUse {
     }
 
     /// A btrfs of several disks has only one of them as its mount source.
-    fn add_btrfs(&mut self, root: &Sysroot, disks: &Disks) -> Result<()> {
+    fn add_btrfs(&mut self, root: &Host, disks: &Disks) -> Result<()> {
         for id in names(root, "sys/fs/btrfs")? {
             for name in names(root, &format!("sys/fs/btrfs/{id}/devices"))? {
                 let Some(disk) = disks.by_name(&name) else {
@@ -178,7 +178,7 @@ impl InUse {
     }
 
     /// Disks that are opened exclusively, on functions without a reason so far.
-    fn add_claims(&mut self, root: &Sysroot, disks: &Disks) {
+    fn add_claims(&mut self, root: &Host, disks: &Disks) {
         let unused = |address: &&PciAddress| self.reasons(address).is_empty();
         let asked: Vec<(&Disk, Vec<PciAddress>)> = disks
             .list
@@ -216,7 +216,7 @@ fn name(function: &PciAddress, removed: &PciAddress) -> String {
 }
 
 /// What would be lost with a single function, as the end of a sentence.
-fn reasons_of_function(root: &Sysroot, address: &PciAddress) -> Result<Vec<&'static str>> {
+fn reasons_of_function(root: &Host, address: &PciAddress) -> Result<Vec<&'static str>> {
     let path = |name: &str| format!("{DEVICES}/{address}/{name}");
     let is_set = |name: &str| {
         root.read_value(path(name))
@@ -248,7 +248,7 @@ fn is_up(flags: &str) -> bool {
 
 /// The disks and partitions on a set of PCI functions, by the names that /proc uses for them.
 struct Disks {
-    /// Sorted as [`Sysroot::names`] sorts.
+    /// Sorted as [`Host::names`] sorts.
     list: Vec<Disk>,
     /// Indices into `list`.
     by_name: BTreeMap<String, usize>,
@@ -265,7 +265,7 @@ struct Disk {
 }
 
 impl Disks {
-    fn read(root: &Sysroot, functions: &BTreeMap<PciAddress, Vec<String>>) -> Result<Self> {
+    fn read(root: &Host, functions: &BTreeMap<PciAddress, Vec<String>>) -> Result<Self> {
         let names = names(root, BLOCK)?;
         let mut stack = Stack::default();
         for name in &names {
@@ -352,7 +352,7 @@ struct Layer {
 
 impl Stack {
     /// Reads one disk and all that it is made of.
-    fn read(&mut self, root: &Sysroot, name: &str) -> Result<()> {
+    fn read(&mut self, root: &Host, name: &str) -> Result<()> {
         if self.layers.contains_key(name) {
             return Ok(());
         }
@@ -365,7 +365,7 @@ impl Stack {
         Ok(())
     }
 
-    fn layer(&mut self, root: &Sysroot, name: &str) -> Result<Layer> {
+    fn layer(&mut self, root: &Host, name: &str) -> Result<Layer> {
         let Some(path) = link(root, &format!("{BLOCK}/{name}")) else {
             return Ok(Layer::default());
         };
@@ -386,7 +386,7 @@ impl Stack {
 
     /// With NVMe multipath the disk is virtual, and the subsystem's folder has links to its
     /// controllers.
-    fn nvme(&mut self, root: &Sysroot, subsystem: &str) -> Result<Vec<PciAddress>> {
+    fn nvme(&mut self, root: &Host, subsystem: &str) -> Result<Vec<PciAddress>> {
         if let Some(known) = self.nvme.get(subsystem) {
             return Ok(known.clone());
         }
@@ -422,7 +422,7 @@ impl Stack {
 }
 
 /// Whether another user has the disk open exclusively: O_EXCL on a block device, see open(2).
-fn is_claimed(root: &Sysroot, name: &str) -> bool {
+fn is_claimed(root: &Host, name: &str) -> bool {
     let flags = nix::libc::O_EXCL | nix::libc::O_NONBLOCK;
     let open = fs::OpenOptions::new()
         .read(true)
@@ -501,13 +501,13 @@ fn functions_in(path: &str) -> impl Iterator<Item = PciAddress> {
 }
 
 /// The target of a link in sysfs, as it is stored.
-fn link(root: &Sysroot, path: &str) -> Option<String> {
+fn link(root: &Host, path: &str) -> Option<String> {
     let target = fs::read_link(root.path(path)).ok()?;
     Some(target.to_string_lossy().into_owned())
 }
 
 /// The names in a folder that a host need not have.
-fn names(root: &Sysroot, path: &str) -> Result<Vec<String>> {
+fn names(root: &Host, path: &str) -> Result<Vec<String>> {
     match root.names(path) {
         Err(error) if error.is_gone() => Ok(Vec::new()),
         other => other,
@@ -565,13 +565,13 @@ mod tests {
         }
     }
 
-    fn guards(root: &Sysroot, address: &PciAddress) -> Result<Vec<String>> {
+    fn guards(root: &Host, address: &PciAddress) -> Result<Vec<String>> {
         Ok(InUse::read(root, &[*address])?.reasons(address).to_vec())
     }
 
     /// A host with a bridge, behind it a disk that carries LVM; a NIC; a VGA; an idle USB
     /// controller.
-    fn host() -> (tempfile::TempDir, Sysroot) {
+    fn host() -> (tempfile::TempDir, Host) {
         let dir = tempfile::tempdir().unwrap();
         let base = dir.path();
         let write = |path: &str, text: &str| {
@@ -638,7 +638,7 @@ mod tests {
             "proc/swaps",
             "Filename Type Size Used Priority\n/dev/dm-1 partition 8 0 -2\n",
         );
-        let root = Sysroot::new(base);
+        let root = Host::new(base);
         (dir, root)
     }
 

@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use clap::{ArgGroup, Parser};
 use pinfold_core::cli::{self, Common};
-use pinfold_core::pci::{self, PciAddress, PciSelector};
-use pinfold_core::save::{self, Entry};
+use pinfold_core::state::save::{self, Entry};
+use pinfold_core::sys::pci::{self, PciAddress, PciSelector};
 use pinfold_core::vm::VmId;
-use pinfold_core::{Done, Exit, Outcome, Report, Result, Sysroot, Table};
+use pinfold_core::{Applied, Exit, Host, Outcome, Report, Result, Table};
 
 mod devices;
 mod in_use;
@@ -123,8 +123,8 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     }
 }
 
-fn dry_run(root: &Sysroot, functions: &[PciAddress], report: &mut Report) -> Exit {
-    let planned = |change| Done {
+fn dry_run(root: &Host, functions: &[PciAddress], report: &mut Report) -> Exit {
+    let planned = |change| Applied {
         change,
         outcome: Outcome::Planned,
     };
@@ -139,7 +139,7 @@ fn dry_run(root: &Sysroot, functions: &[PciAddress], report: &mut Report) -> Exi
     report.finish()
 }
 
-fn list(root: &Sysroot, functions: &[PciAddress]) -> Result<Table> {
+fn list(root: &Host, functions: &[PciAddress]) -> Result<Table> {
     let mut table = Table::new(&["address", "class", "id", "driver", "guarded by"]);
     let in_use = InUse::read(root, functions)?;
     for address in functions {

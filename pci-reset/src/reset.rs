@@ -4,9 +4,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pinfold_core::knob::{ABSENT, NO_DRIVER, PRESENT};
-use pinfold_core::pci::{self, PciAddress};
+use pinfold_core::sys::pci::{self, PciAddress};
 use pinfold_core::{
-    Change, Done, Error, Knob, Object, Outcome, Report, Result, Sysroot, apply_one,
+    Applied, Change, Error, Host, Knob, Outcome, Report, Result, Setting, apply_one,
 };
 
 use crate::in_use::InUse;
@@ -25,7 +25,7 @@ const VFIO: &str = "vfio-pci";
 ///
 /// # Errors
 /// [`Error::Unusable`] naming the function and all reasons against it.
-pub fn check(root: &Sysroot, functions: &[PciAddress]) -> Result<()> {
+pub fn check(root: &Host, functions: &[PciAddress]) -> Result<()> {
     let in_use = InUse::read(root, functions)?;
     for address in functions {
         let reasons = in_use.reasons(address);
@@ -41,7 +41,7 @@ pub fn check(root: &Sysroot, functions: &[PciAddress]) -> Result<()> {
 }
 
 /// The removals, the last function first: so the ones behind a bridge go before it.
-pub fn plan(root: &Sysroot, functions: &[PciAddress]) -> Vec<Change> {
+pub fn plan(root: &Host, functions: &[PciAddress]) -> Vec<Change> {
     let mut functions: Vec<_> = functions
         .iter()
         .filter(|address| pci::is_present(root, address))
@@ -51,7 +51,7 @@ pub fn plan(root: &Sysroot, functions: &[PciAddress]) -> Vec<Change> {
     functions
         .into_iter()
         .rev()
-        .map(|address| object(root, address).want(ABSENT))
+        .map(|address| setting(root, address).want(ABSENT))
         .collect()
 }
 
@@ -71,26 +71,26 @@ pub(crate) fn back(removal: &Change) -> Change {
     }
 }
 
-fn object(root: &Sysroot, address: &PciAddress) -> Object {
+fn setting(root: &Host, address: &PciAddress) -> Setting {
     let knob = Knob::PciFunction(address.to_string());
     let label = match driver(root, address).as_str() {
         NO_DRIVER => knob.to_string(),
         driver => format!("{knob} ({driver})"),
     };
-    Object::new(knob, label, PRESENT)
+    Setting::new(knob, label, PRESENT)
 }
 
 /// A function as it was before.
 struct Before {
     address: PciAddress,
-    object: Object,
+    object: Setting,
     /// Not known of a function that was not there.
     driver: Option<String>,
 }
 
 impl Before {
     fn to_be_back(&self) -> Change {
-        Object {
+        Setting {
             found: ABSENT.into(),
             ..self.object.clone()
         }
@@ -118,7 +118,7 @@ impl Before {
 /// As [`check`], unless `force`: nothing has been changed then. [`Error::Unusable`] with the count
 /// where functions could not be removed or are not back, which has been reported one by one.
 pub fn reset(
-    root: &Sysroot,
+    root: &Host,
     functions: &[PciAddress],
     force: bool,
     deadline: Duration,
@@ -138,7 +138,7 @@ pub fn reset(
         .into_iter()
         .map(|address| Before {
             address,
-            object: object(root, &address),
+            object: setting(root, &address),
             driver: pci::is_present(root, &address).then(|| driver(root, &address)),
         })
         .collect();
@@ -157,7 +157,7 @@ pub fn reset(
 
 /// Removes one function after the other. When one does not go in time, the rest stays: the kernel
 /// is still at it.
-fn remove(root: &Sysroot, removals: Vec<Change>, deadline: Duration, report: &mut Report) {
+fn remove(root: &Host, removals: Vec<Change>, deadline: Duration, report: &mut Report) {
     let until = Instant::now() + deadline;
     let all = removals.len();
     for (number, removal) in removals.into_iter().enumerate() {
@@ -181,7 +181,7 @@ fn remove(root: &Sysroot, removals: Vec<Change>, deadline: Duration, report: &mu
 
 /// One rescan finds them all. Those that it was for are handed back.
 fn bring_back<'a>(
-    root: &Sysroot,
+    root: &Host,
     all: &'a [Before],
     deadline: Duration,
     report: &mut Report,
@@ -214,7 +214,7 @@ fn bring_back<'a>(
             Outcome::Failed(why) => Outcome::Failed(why.clone()),
             _ => Outcome::Failed(before.lost(deadline)),
         };
-        report.changes(&[Done {
+        report.changes(&[Applied {
             change: before.to_be_back(),
             outcome,
         }]);
@@ -223,7 +223,7 @@ fn bring_back<'a>(
 }
 
 /// Gives functions that are back the drivers they had.
-fn bind(root: &Sysroot, functions: &[&Before], report: &mut Report) {
+fn bind(root: &Host, functions: &[&Before], report: &mut Report) {
     let had: Vec<(&PciAddress, &str)> = functions
         .iter()
         .filter(|before| pci::is_present(root, &before.address))
@@ -240,7 +240,7 @@ fn bind(root: &Sysroot, functions: &[&Before], report: &mut Report) {
                 "PCI {address}: it had {VFIO} and has {found} now; a VM's start binds it"
             ));
         } else if found != had {
-            let object = Object::new(
+            let object = Setting::new(
                 Knob::PciDriver(address.to_string()),
                 format!("driver of PCI {address}"),
                 found,
@@ -250,7 +250,7 @@ fn bind(root: &Sysroot, functions: &[&Before], report: &mut Report) {
     }
 }
 
-fn driver(root: &Sysroot, address: &PciAddress) -> String {
+fn driver(root: &Host, address: &PciAddress) -> String {
     Knob::PciDriver(address.to_string())
         .read(root)
         .ok()
@@ -355,7 +355,7 @@ mod tests {
                 .collect();
             let mut report = Report::new("test", Verbosity::Quiet, false);
             let done = reset(
-                &Sysroot::new(self.dir.path()),
+                &Host::new(self.dir.path()),
                 &functions,
                 false,
                 deadline,
@@ -383,7 +383,7 @@ mod tests {
             DEADLINE,
         );
         done.unwrap();
-        assert_eq!(exit, Exit::Done);
+        assert_eq!(exit, Exit::Success);
         assert!(device(kernel.dir.path(), "0000:01:00.1").exists());
         assert_eq!(
             kernel.log(),
@@ -423,7 +423,7 @@ mod tests {
         std::os::unix::fs::symlink("../../../bus/pci/drivers/vfio-pci", link).unwrap();
         let (done, exit) = kernel.reset(&["0000:02:00.0"], DEADLINE);
         done.unwrap();
-        assert_eq!(exit, Exit::Done);
+        assert_eq!(exit, Exit::Success);
     }
 
     #[test]
@@ -434,7 +434,7 @@ mod tests {
             done.unwrap_err().to_string(),
             "PCI reset: one function was not reset"
         );
-        assert_eq!(exit, Exit::Some);
+        assert_eq!(exit, Exit::Partial);
         assert!(device(kernel.dir.path(), "0000:03:00.0").exists());
     }
 

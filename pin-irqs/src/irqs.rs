@@ -2,15 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use pinfold_core::{Knob, Object, Result, Sysroot, irq};
+use pinfold_core::sys::irq;
+use pinfold_core::{Host, Knob, Result, Setting};
 
 /// The default mask and then every IRQ: an IRQ that appears in between starts with the new mask.
 ///
 /// # Errors
 /// If /proc/irq cannot be read.
-pub fn objects(root: &Sysroot) -> Result<Vec<Object>> {
-    let mut objects: Vec<Object> = default_mask(root)?.into_iter().collect();
-    objects.extend(Irqs::default().objects(root)?);
+pub fn settings(root: &Host) -> Result<Vec<Setting>> {
+    let mut objects: Vec<Setting> = default_mask(root)?.into_iter().collect();
+    objects.extend(Irqs::default().settings(root)?);
     Ok(objects)
 }
 
@@ -18,11 +19,11 @@ pub fn objects(root: &Sysroot) -> Result<Vec<Object>> {
 ///
 /// # Errors
 /// If it cannot be read.
-pub fn default_mask(root: &Sysroot) -> Result<Option<Object>> {
+pub fn default_mask(root: &Host) -> Result<Option<Setting>> {
     let knob = Knob::DefaultIrq;
     Ok(knob
         .read(root)?
-        .map(|found| Object::new(knob.clone(), knob.to_string(), found)))
+        .map(|found| Setting::new(knob.clone(), knob.to_string(), found)))
 }
 
 /// The IRQs of a host and the devices behind them.
@@ -40,12 +41,12 @@ impl Irqs {
     ///
     /// # Errors
     /// If /proc/irq or /proc/interrupts cannot be read. IRQs that go meanwhile are left out.
-    pub fn objects(&mut self, root: &Sysroot) -> Result<Vec<Object>> {
+    pub fn settings(&mut self, root: &Host) -> Result<Vec<Setting>> {
         let mut objects = Vec::new();
         for number in self.numbers(root)? {
             let knob = Knob::Irq(number);
             if let Some(found) = knob.read(root)? {
-                objects.push(Object::new(knob, self.label(number), found));
+                objects.push(Setting::new(knob, self.label(number), found));
             }
         }
         Ok(objects)
@@ -56,7 +57,7 @@ impl Irqs {
         self.names.get(&number).map_or("", String::as_str)
     }
 
-    fn numbers(&mut self, root: &Sysroot) -> Result<BTreeSet<u32>> {
+    fn numbers(&mut self, root: &Host) -> Result<BTreeSet<u32>> {
         let numbers = numbers(root)?;
         // The names are read after the numbers, so that an IRQ that has just appeared has its name.
         if !numbers.is_subset(&self.seen) {
@@ -75,7 +76,7 @@ impl Irqs {
 }
 
 /// The numbers of all IRQs.
-pub(crate) fn numbers(root: &Sysroot) -> Result<BTreeSet<u32>> {
+pub(crate) fn numbers(root: &Host) -> Result<BTreeSet<u32>> {
     let names = root.names("proc/irq")?;
     Ok(names.iter().filter_map(|name| name.parse().ok()).collect())
 }
@@ -88,7 +89,7 @@ mod tests {
     #[test]
     fn an_irq_that_appears_during_a_run_has_its_name() {
         let dir = tempfile::tempdir().unwrap();
-        let root = Sysroot::new(dir.path());
+        let root = Host::new(dir.path());
         let add = |number: u32, interrupts: &str| {
             let folder = dir.path().join(format!("proc/irq/{number}"));
             fs::create_dir_all(&folder).unwrap();
@@ -97,7 +98,7 @@ mod tests {
         };
         let mut irqs = Irqs::default();
         let mut labels = || -> Vec<String> {
-            let objects = irqs.objects(&root).unwrap();
+            let objects = irqs.settings(&root).unwrap();
             objects.into_iter().map(|object| object.label).collect()
         };
         add(1, "CPU0\n 1: 0 IO-APIC 1-edge i8042\n");

@@ -7,15 +7,14 @@ use std::collections::BTreeSet;
 use std::process::ExitCode;
 
 use clap::Parser;
+use pinfold_core::cli::filter::FilterArgs;
 use pinfold_core::cli::{self, Common};
-use pinfold_core::select::Select;
-use pinfold_core::{
-    Change, CpuExpr, Done, Exit, Knob, Object, Outcome, Result, Sysroot, Table, cpu, irq,
-};
+use pinfold_core::sys::{cpu, irq};
+use pinfold_core::{Applied, Change, Exit, Host, Knob, Outcome, Result, Selector, Setting, Table};
 
 mod irqs;
 
-pub use irqs::{Irqs, default_mask, objects};
+pub use irqs::{Irqs, default_mask, settings};
 
 const TOOL: &str = "pin-irqs";
 
@@ -32,10 +31,10 @@ const DEFAULT: &str = "default";
 pub struct Args {
     /// CPUs by logical number, as in 0-5,12-17, or by selector, as in llc:0; see `hook layout`
     #[arg(required_unless_present_any = ["list", "restore"], conflicts_with_all = ["list", "restore"])]
-    cpus: Option<CpuExpr>,
+    cpus: Option<Selector>,
 
     #[command(flatten)]
-    select: Select,
+    filter: FilterArgs,
 
     #[command(flatten)]
     common: Common,
@@ -56,7 +55,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         }
         return Ok(cli::listed(
             &mut report,
-            &list(&root, &args.select, held.as_ref())?,
+            &list(&root, &args.filter, held.as_ref())?,
         ));
     }
     if let Some(exit) = args.common.restore(&root, &mut report, TOOL)? {
@@ -68,16 +67,16 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         .transpose()?
         .unwrap_or_default();
     cpu::check_usable(&root, &cpus)?;
-    let mut changes = chosen(&root, &args.select, &mut Irqs::default())?
+    let mut changes = chosen(&root, &args.filter, &mut Irqs::default())?
         .into_iter()
-        .map(|object| args.select.change(object, &cpus))
+        .map(|object| args.filter.change(object, &cpus))
         .collect::<Result<Vec<_>>>()?;
     if args.common.dry_run {
         // Trying tells, and a dry run does not try.
         let held = held(&root)?.unwrap_or_default();
         let is_held = |change: &mut Change| !change.is_noop() && is_among(&held, &change.knob);
         for change in changes.extract_if(.., is_held) {
-            report.changes(&[Done {
+            report.changes(&[Applied {
                 change,
                 outcome: Outcome::Refused("its smp_affinity is read-only".into()),
             }]);
@@ -89,15 +88,15 @@ fn run(args: Args) -> anyhow::Result<Exit> {
 /// The IRQs that the kernel does not let user space move, known without trying; `None` where it
 /// does not show them.
 ///
-/// Nothing else tells than what [`irq::is_held`] looks at, and where none is held this kernel may
+/// Nothing else tells than what [`irq::is_unmovable`] looks at, and where none is held this kernel may
 /// be an older one.
 ///
 /// # Errors
 /// Where /proc/irq cannot be listed.
-pub fn held(root: &Sysroot) -> Result<Option<BTreeSet<u32>>> {
+pub fn held(root: &Host) -> Result<Option<BTreeSet<u32>>> {
     let mut held = BTreeSet::new();
     for number in irqs::numbers(root)? {
-        if irq::is_held(root, number)? {
+        if irq::is_unmovable(root, number)? {
             held.insert(number);
         }
     }
@@ -109,22 +108,22 @@ fn is_among(irqs: &BTreeSet<u32>, knob: &Knob) -> bool {
 }
 
 /// The settings that the options choose.
-fn chosen(root: &Sysroot, select: &Select, irqs: &mut Irqs) -> Result<Vec<Object>> {
-    let mut choice = select.choice();
-    let mut objects: Vec<Object> = default_mask(root)?.into_iter().collect();
-    objects.extend(irqs.objects(root)?);
+fn chosen(root: &Host, filter: &FilterArgs, irqs: &mut Irqs) -> Result<Vec<Setting>> {
+    let mut matcher = filter.filter();
+    let mut objects: Vec<Setting> = default_mask(root)?.into_iter().collect();
+    objects.extend(irqs.settings(root)?);
     objects.retain(|object| match object.knob {
-        Knob::Irq(number) => choice.takes(number.into(), irqs.name(number)),
-        _ => choice.takes_word(DEFAULT),
+        Knob::Irq(number) => matcher.takes(number.into(), irqs.name(number)),
+        _ => matcher.takes_word(DEFAULT),
     });
-    choice.check("interrupt")?;
+    matcher.check("interrupt")?;
     Ok(objects)
 }
 
-fn list(root: &Sysroot, select: &Select, held: Option<&BTreeSet<u32>>) -> Result<Table> {
+fn list(root: &Host, filter: &FilterArgs, held: Option<&BTreeSet<u32>>) -> Result<Table> {
     let mut irqs = Irqs::default();
     let mut table = Table::new(&["irq", "name", "cpus", "effective", "movable"]);
-    for object in chosen(root, select, &mut irqs)? {
+    for object in chosen(root, filter, &mut irqs)? {
         let Knob::Irq(number) = object.knob else {
             table.row([
                 DEFAULT.into(),
@@ -167,7 +166,7 @@ mod tests {
     #[test]
     fn a_read_only_file_tells_who_is_held() {
         let dir = tempfile::tempdir().unwrap();
-        let root = Sysroot::new(dir.path());
+        let root = Host::new(dir.path());
         for number in [1, 24] {
             let irq = dir.path().join(format!("proc/irq/{number}"));
             fs::create_dir_all(&irq).unwrap();
@@ -176,7 +175,7 @@ mod tests {
         fs::write(dir.path().join("proc/interrupts"), "CPU0\n").unwrap();
         fs::write(dir.path().join("proc/irq/default_smp_affinity"), "f\n").unwrap();
         let movable = || -> Vec<String> {
-            let table = list(&root, &Select::default(), held(&root).unwrap().as_ref())
+            let table = list(&root, &FilterArgs::default(), held(&root).unwrap().as_ref())
                 .unwrap()
                 .to_json();
             table

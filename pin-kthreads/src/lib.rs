@@ -7,11 +7,12 @@
 use std::process::ExitCode;
 
 use clap::Parser;
+use pinfold_core::cli::filter::{Filter, FilterArgs};
 use pinfold_core::cli::{self, Common};
-use pinfold_core::process::{self, KTHREADD, Task};
-use pinfold_core::select::{Choice, Select};
+use pinfold_core::sys::cpu;
+use pinfold_core::sys::task::{self, KTHREADD, Task};
 use pinfold_core::{
-    CpuExpr, CpuSet, Done, Error, Exit, Knob, Object, Outcome, Result, Sysroot, Table, cpu,
+    Applied, CpuSet, Error, Exit, Host, Knob, Outcome, Result, Selector, Setting, Table,
 };
 
 const TOOL: &str = "pin-kthreads";
@@ -29,10 +30,10 @@ const WORKQUEUES: &str = "workqueues";
 pub struct Args {
     /// CPUs by logical number, as in 0-5,12-17, or by selector, as in llc:0; see `hook layout`
     #[arg(required_unless_present_any = ["list", "restore"], conflicts_with_all = ["list", "restore"])]
-    cpus: Option<CpuExpr>,
+    cpus: Option<Selector>,
 
     #[command(flatten)]
-    select: Select,
+    filter: FilterArgs,
 
     #[command(flatten)]
     common: Common,
@@ -42,7 +43,7 @@ pub struct Args {
 #[derive(Debug, Default)]
 pub struct Kthreads {
     /// Those that may be moved, kthreadd first; behind them the unbound workqueues' mask.
-    pub movable: Vec<Object>,
+    pub movable: Vec<Setting>,
     /// Those that the kernel binds itself.
     pub bound: Vec<Task>,
 }
@@ -56,7 +57,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     let root = args.common.output.root();
     let mut report = args.common.output.report(TOOL);
     if args.common.list {
-        return Ok(cli::listed(&mut report, &list(&root, &args.select)?));
+        return Ok(cli::listed(&mut report, &list(&root, &args.filter)?));
     }
     if let Some(exit) = args.common.restore(&root, &mut report, TOOL)? {
         return Ok(exit);
@@ -75,14 +76,14 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     }
     // Older kernels leave them out by themselves, so what was set would not be what reads back.
     let cpus = &cpus - &offline;
-    let Kthreads { movable, bound } = chosen(&root, &args.select)?;
+    let Kthreads { movable, bound } = chosen(&root, &args.filter)?;
     let changes = movable
         .into_iter()
-        .map(|object| args.select.change(object, &cpus))
+        .map(|object| args.filter.change(object, &cpus))
         .collect::<Result<_>>()?;
     for task in bound {
-        let change = Object::new(Knob::Kthread(task.id), label(&task), "").want(cpus.to_string());
-        report.changes(&[Done {
+        let change = Setting::new(Knob::Kthread(task.id), label(&task), "").want(cpus.to_string());
+        report.changes(&[Applied {
             change,
             outcome: Outcome::Refused("the kernel binds this thread itself".into()),
         }]);
@@ -94,32 +95,32 @@ fn run(args: Args) -> anyhow::Result<Exit> {
 ///
 /// # Errors
 /// Where /proc cannot be read, or shows no kernel threads.
-pub fn objects(root: &Sysroot) -> Result<Kthreads> {
-    chosen(root, &Select::default())
+pub fn settings(root: &Host) -> Result<Kthreads> {
+    chosen(root, &FilterArgs::default())
 }
 
 /// The kernel threads that the options choose.
-fn chosen(root: &Sysroot, select: &Select) -> Result<Kthreads> {
-    let mut choice = select.choice();
+fn chosen(root: &Host, filter: &FilterArgs) -> Result<Kthreads> {
+    let mut matcher = filter.filter();
     let mut kthreads = Kthreads::default();
-    for task in tasks(root, &mut choice)? {
+    for task in tasks(root, &mut matcher)? {
         if task.bound {
             kthreads.bound.push(task);
         } else if let Some(cpus) = affinity(root, &task)? {
-            kthreads.movable.push(Object::new(
+            kthreads.movable.push(Setting::new(
                 Knob::Kthread(task.id),
                 label(&task),
                 cpus.to_string(),
             ));
         }
     }
-    kthreads.movable.extend(workqueues(root, &mut choice)?);
-    choice.check("kernel thread")?;
+    kthreads.movable.extend(workqueues(root, &mut matcher)?);
+    matcher.check("kernel thread")?;
     Ok(kthreads)
 }
 
-fn tasks(root: &Sysroot, choice: &mut Choice<'_>) -> Result<Vec<Task>> {
-    let mut tasks = match process::kthreads(root) {
+fn tasks(root: &Host, matcher: &mut Filter<'_>) -> Result<Vec<Task>> {
+    let mut tasks = match task::kthreads(root) {
         // With hidepid=1 an ordinary user is told that they are there, with hidepid=2 not even
         // that.
         Err(error) if error.is_denied() => Vec::new(),
@@ -133,13 +134,13 @@ fn tasks(root: &Sysroot, choice: &mut Choice<'_>) -> Result<Vec<Task>> {
             why,
         ));
     }
-    tasks.retain(|task| choice.takes(task.id.pid.unsigned_abs().into(), &task.name));
+    tasks.retain(|task| matcher.takes(task.id.pid.unsigned_abs().into(), &task.name));
     Ok(tasks)
 }
 
 /// The CPUs of a thread; `None` where it has ended.
-fn affinity(root: &Sysroot, task: &Task) -> Result<Option<CpuSet>> {
-    match process::affinity(root, &task.id) {
+fn affinity(root: &Host, task: &Task) -> Result<Option<CpuSet>> {
+    match task::affinity(root, &task.id) {
         Ok(cpus) => Ok(Some(cpus)),
         Err(error) if error.is_gone() => Ok(None),
         Err(error) => Err(error),
@@ -147,24 +148,24 @@ fn affinity(root: &Sysroot, task: &Task) -> Result<Option<CpuSet>> {
 }
 
 /// The unbound workqueues' mask; `None` where it was not chosen, or this kernel has none.
-fn workqueues(root: &Sysroot, choice: &mut Choice<'_>) -> Result<Option<Object>> {
+fn workqueues(root: &Host, matcher: &mut Filter<'_>) -> Result<Option<Setting>> {
     let knob = Knob::Workqueues;
-    if !choice.takes_word(WORKQUEUES) {
+    if !matcher.takes_word(WORKQUEUES) {
         return Ok(None);
     }
     Ok(knob
         .read(root)?
-        .map(|found| Object::new(knob.clone(), knob.to_string(), found)))
+        .map(|found| Setting::new(knob.clone(), knob.to_string(), found)))
 }
 
 fn label(task: &Task) -> String {
     format!("kthread {} ({})", task.id.pid, task.name)
 }
 
-fn list(root: &Sysroot, select: &Select) -> Result<Table> {
-    let mut choice = select.choice();
+fn list(root: &Host, filter: &FilterArgs) -> Result<Table> {
+    let mut matcher = filter.filter();
     let mut table = Table::new(&["pid", "name", "cpus", "last cpu", "movable"]);
-    for task in tasks(root, &mut choice)? {
+    for task in tasks(root, &mut matcher)? {
         let Some(cpus) = affinity(root, &task)? else {
             continue;
         };
@@ -177,7 +178,7 @@ fn list(root: &Sysroot, select: &Select) -> Result<Table> {
             movable.into(),
         ]);
     }
-    if let Some(mask) = workqueues(root, &mut choice)? {
+    if let Some(mask) = workqueues(root, &mut matcher)? {
         table.row([
             WORKQUEUES.into(),
             mask.label,
@@ -186,7 +187,7 @@ fn list(root: &Sysroot, select: &Select) -> Result<Table> {
             "movable".into(),
         ]);
     }
-    choice.check("kernel thread")?;
+    matcher.check("kernel thread")?;
     Ok(table)
 }
 

@@ -9,12 +9,13 @@ use std::time::Duration;
 
 use clap::{ArgGroup, Parser};
 use pinfold_core::cli::{self, Common};
+use pinfold_core::sys::cpu;
 use pinfold_core::vm::{self, Qemu, VmId};
-use pinfold_core::{CpuExpr, Exit, Sysroot, Table, cpu};
+use pinfold_core::{Exit, Host, Selector, Table};
 
 mod pins;
 
-pub use pins::{Asked, IothreadPin, Pins, VcpuPin, object, plan};
+pub use pins::{Asked, IothreadPin, Pins, VcpuPin, plan, setting};
 
 const TOOL: &str = "pin-vcpu";
 
@@ -48,7 +49,7 @@ pub struct Args {
 
     /// Pin all other threads to CPUs
     #[arg(long, value_name = "CPUS")]
-    emulator: Option<CpuExpr>,
+    emulator: Option<Selector>,
 
     #[command(flatten)]
     common: Common,
@@ -96,9 +97,9 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     common.carry_out(&root, &mut report, TOOL, changes)
 }
 
-fn find(root: &Sysroot, vmid: Option<VmId>, pid: Option<i32>) -> anyhow::Result<Qemu> {
+fn find(root: &Host, vmid: Option<VmId>, pid: Option<i32>) -> anyhow::Result<Qemu> {
     Ok(match (vmid, pid) {
-        (Some(vmid), _) => vm::running(root, vmid)?,
+        (Some(vmid), _) => vm::require_running(root, vmid)?,
         (None, Some(pid)) => vm::by_pid(root, pid)?,
         (None, None) => anyhow::bail!("no VM: give its number, or --pid"),
     })

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::str::FromStr;
 
-use pinfold_core::cpuexpr::{CpuExprError, Host};
+use pinfold_core::selector::{Resolver, SelectorError};
 use pinfold_core::vm::{QemuThread, Role};
-use pinfold_core::{Change, CpuExpr, CpuSet, Error, Knob, Object, Result, Sysroot};
+use pinfold_core::{Change, CpuSet, Error, Host, Knob, Result, Selector, Setting};
 
 /// `N=CPUS`: a vCPU and where it may run.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,7 +13,7 @@ pub struct VcpuPin {
     /// The vCPU's number.
     pub vcpu: usize,
     /// CPUs by logical number or selector.
-    pub cpus: CpuExpr,
+    pub cpus: Selector,
 }
 
 impl FromStr for VcpuPin {
@@ -29,7 +29,7 @@ impl FromStr for VcpuPin {
             vcpu: vcpu.ok_or_else(|| format!("{number:?} is no vCPU's number; write as in 0=6"))?,
             cpus: cpus
                 .parse()
-                .map_err(|error: CpuExprError| error.to_string())?,
+                .map_err(|error: SelectorError| error.to_string())?,
         })
     }
 }
@@ -40,7 +40,7 @@ pub struct IothreadPin {
     /// The iothread's id; `None` stands for all that no other pin names.
     pub id: Option<String>,
     /// CPUs by logical number or selector.
-    pub cpus: CpuExpr,
+    pub cpus: Selector,
 }
 
 impl FromStr for IothreadPin {
@@ -56,7 +56,7 @@ impl FromStr for IothreadPin {
             id,
             cpus: cpus
                 .parse()
-                .map_err(|error: CpuExprError| error.to_string())?,
+                .map_err(|error: SelectorError| error.to_string())?,
         })
     }
 }
@@ -64,9 +64,9 @@ impl FromStr for IothreadPin {
 /// Where a VM's threads shall run, as it was typed: each thread at most once.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Asked {
-    vcpus: BTreeMap<usize, CpuExpr>,
-    iothreads: BTreeMap<Option<String>, CpuExpr>,
-    emulator: Option<CpuExpr>,
+    vcpus: BTreeMap<usize, Selector>,
+    iothreads: BTreeMap<Option<String>, Selector>,
+    emulator: Option<Selector>,
 }
 
 impl Asked {
@@ -77,7 +77,7 @@ impl Asked {
     pub fn new(
         vcpus: Vec<VcpuPin>,
         iothreads: Vec<IothreadPin>,
-        emulator: Option<CpuExpr>,
+        emulator: Option<Selector>,
     ) -> std::result::Result<Self, String> {
         let mut asked = Self {
             emulator,
@@ -104,9 +104,9 @@ impl Asked {
     /// The pins on this host.
     ///
     /// # Errors
-    /// As [`Host::resolve`].
-    pub fn resolve(self, root: &Sysroot) -> Result<Pins> {
-        let host = Host::new(root);
+    /// As [`Resolver::resolve`].
+    pub fn resolve(self, root: &Host) -> Result<Pins> {
+        let host = Resolver::new(root);
         let mut pins = Pins::default();
         for (vcpu, cpus) in self.vcpus {
             pins.vcpus.insert(vcpu, host.resolve(&cpus)?);
@@ -153,13 +153,13 @@ impl Pins {
 }
 
 /// A thread as something that can be set.
-pub fn object(thread: &QemuThread) -> Object {
+pub fn setting(thread: &QemuThread) -> Setting {
     let tid = thread.id.tid;
     let label = match &thread.role {
         Role::Emulator => format!("emulator thread {tid} ({})", thread.name),
         role => format!("{role} (thread {tid})"),
     };
-    Object::new(Knob::Thread(thread.id), label, thread.allowed.to_string())
+    Setting::new(Knob::Thread(thread.id), label, thread.allowed.to_string())
 }
 
 /// The changes that pin threads: vCPUs by number, iothreads, then the emulator's, its first thread
@@ -204,7 +204,7 @@ pub fn plan(threads: &[QemuThread], pins: &Pins) -> Result<Vec<Change>> {
     pinned.sort_by_key(|(thread, _)| (&thread.role, thread.id.tid != thread.id.pid, thread.id.tid));
     Ok(pinned
         .into_iter()
-        .map(|(thread, cpus)| object(thread).want(cpus.to_string()))
+        .map(|(thread, cpus)| setting(thread).want(cpus.to_string()))
         .collect())
 }
 
@@ -269,7 +269,7 @@ mod tests {
             iothreads.iter().map(|text| text.parse().unwrap()).collect(),
             emulator.map(|text| text.parse().unwrap()),
         )?;
-        Ok(asked.resolve(&Sysroot::new("/nonexistent")).unwrap())
+        Ok(asked.resolve(&Host::new("/nonexistent")).unwrap())
     }
 
     fn planned(pins: &Pins) -> Vec<String> {

@@ -6,13 +6,13 @@ use regex::Regex;
 
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
-use crate::knob::{Change, Object};
+use crate::knob::{Change, Setting};
 use crate::sysroot::cpu_list;
 
 /// The options that choose among a tool's objects; without any of them all are taken, and go to all
 /// of the CPUs.
 #[derive(Debug, Clone, Default, clap::Args)]
-pub struct Select {
+pub struct FilterArgs {
     /// Only what has this number, or a name that this regular expression matches; may be repeated
     #[arg(long, value_name = "PATTERN")]
     only: Vec<Pattern>,
@@ -83,10 +83,10 @@ impl Pattern {
     }
 }
 
-impl Select {
+impl FilterArgs {
     /// Starts to choose.
-    pub fn choice(&self) -> Choice<'_> {
-        Choice {
+    pub fn filter(&self) -> Filter<'_> {
+        Filter {
             select: self,
             used: vec![false; self.only.len()],
         }
@@ -96,10 +96,10 @@ impl Select {
     ///
     /// # Errors
     /// Where what it holds is no CPU list.
-    pub fn change(&self, object: Object, cpus: &CpuSet) -> Result<Change> {
+    pub fn change(&self, object: Setting, cpus: &CpuSet) -> Result<Change> {
         let wanted = match self.narrow {
             true => cpu_list(&object.label, &object.found)?
-                .held_to(cpus)
+                .narrow_to(cpus)
                 .to_string(),
             false => cpus.to_string(),
         };
@@ -109,12 +109,12 @@ impl Select {
 
 /// A choice under way, which knows the patterns of `--only` that have matched something.
 #[derive(Debug)]
-pub struct Choice<'a> {
-    select: &'a Select,
+pub struct Filter<'a> {
+    select: &'a FilterArgs,
     used: Vec<bool>,
 }
 
-impl Choice<'_> {
+impl Filter<'_> {
     /// Whether to take the object with this number (IRQ, pid) and name.
     pub fn takes(&mut self, number: u64, name: &str) -> bool {
         self.decide(|pattern| pattern.matches(number, name))
@@ -174,12 +174,12 @@ mod tests {
                 .map(|text| text.parse())
                 .collect::<std::result::Result<_, _>>()
         };
-        let select = Select {
+        let select = FilterArgs {
             only: patterns(only)?,
             except: patterns(except)?,
             narrow: false,
         };
-        let mut choice = select.choice();
+        let mut choice = select.filter();
         let mut taken: Vec<String> = IRQS
             .iter()
             .filter(|(number, name)| choice.takes(*number, name))
@@ -216,11 +216,11 @@ mod tests {
     #[test]
     fn to_all_or_within() {
         let wanted = |narrow, found: &str| {
-            let select = Select {
+            let select = FilterArgs {
                 narrow,
-                ..Select::default()
+                ..FilterArgs::default()
             };
-            let object = Object::new(crate::Knob::Irq(24), "IRQ 24", found);
+            let object = Setting::new(crate::Knob::Irq(24), "IRQ 24", found);
             select.change(object, &CpuSet::range(0, 5)).unwrap().wanted
         };
         assert_eq!(wanted(false, "4-7"), "0-5");

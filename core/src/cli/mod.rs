@@ -3,7 +3,7 @@
 pub mod filter;
 pub mod report;
 mod table;
-mod terminal;
+pub mod terminal;
 
 pub use table::Table;
 
@@ -14,8 +14,9 @@ use clap::Parser;
 
 use self::report::{Exit, Report, Verbosity};
 use self::terminal::err;
+use crate::error::Error;
 use crate::host::Host;
-use crate::knob::{Change, Done, Outcome, apply_each};
+use crate::knob::{Applied, Change, Outcome, apply_each};
 use crate::state::save::{self, Entry};
 use crate::text::printable;
 
@@ -161,7 +162,7 @@ impl Common {
                 }
             };
             changes.into_iter().for_each(|change| {
-                report.changes(&[Done {
+                report.changes(&[Applied {
                     outcome: outcome(&change),
                     change,
                 }])
@@ -192,8 +193,7 @@ impl Common {
         let dones = save::restore(root, entries, self.dry_run);
         report.changes(&dones);
         if report.failures() == 0 && !self.dry_run {
-            std::fs::remove_file(path)
-                .map_err(|source| crate::Error::io(path, "remove", source))?;
+            std::fs::remove_file(path).map_err(|source| Error::io(path, "remove", source))?;
         }
         Ok(Some(report.finish()))
     }
@@ -215,7 +215,7 @@ pub fn check_root(root: &Host) -> anyhow::Result<()> {
 /// Prints a `--list` and what could not be seen.
 pub fn listed(report: &mut Report, table: &Table) -> Exit {
     report.table(table);
-    Exit::Done
+    Exit::Success
 }
 
 /// A tool's run: reads the command line, does it, prints what went wrong once, and gives the exit
@@ -244,7 +244,7 @@ fn refused(answer: &clap::Error) -> ExitCode {
     if answer.use_stderr() {
         Exit::Usage.into()
     } else {
-        Exit::Done.into()
+        Exit::Success.into()
     }
 }
 
@@ -253,7 +253,7 @@ fn in_words(error: &anyhow::Error) -> String {
     let mut words = Vec::new();
     for cause in error.chain() {
         words.push(cause.to_string());
-        if cause.is::<crate::Error>() {
+        if cause.is::<Error>() {
             break;
         }
     }
@@ -275,7 +275,7 @@ mod tests {
 
     #[test]
     fn the_systems_words_are_said_once() {
-        let gone = crate::Error::io(
+        let gone = Error::io(
             "/x",
             "read",
             std::io::Error::from_raw_os_error(nix::libc::ENOENT),

@@ -7,24 +7,24 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
-pub use super::table::Table;
-pub use super::terminal::{coloured, err, out, print, terminal, try_out};
+use super::table::Table;
+use super::terminal::{err, out};
 
-use crate::knob::{Change, Done, Outcome};
+use crate::knob::{Applied, Change, Outcome};
 use crate::text::printable;
 
 /// The exit codes, the same in every tool (as util-linux's chcpu).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Exit {
-    /// Done, or nothing to do.
-    Done = 0,
+    /// Applied, or nothing to do.
+    Success = 0,
     /// Nothing was done, or what was done was taken back.
     Failed = 1,
     /// The command line is wrong.
     Usage = 2,
     /// Some items failed and some were done.
-    Some = 64,
+    Partial = 64,
 }
 
 impl From<Exit> for ExitCode {
@@ -52,7 +52,7 @@ pub struct Step {
     /// Why its changes are not known, where changes are planned only.
     pub unknown: Option<String>,
     /// What became of its changes.
-    pub changes: Vec<Done>,
+    pub changes: Vec<Applied>,
     /// When it began.
     began: Instant,
 }
@@ -66,7 +66,7 @@ pub struct Report {
     /// The steps so far, in order.
     steps: Vec<Step>,
     /// What became of changes before the first step; kept for JSON, as are those of the steps.
-    changes: Vec<Done>,
+    changes: Vec<Applied>,
     notes: Vec<String>,
     done: usize,
     failed: usize,
@@ -247,20 +247,20 @@ impl Report {
     }
 
     /// What became of changes: a line each, failures to stderr.
-    pub fn changes(&mut self, dones: &[Done]) {
+    pub fn changes(&mut self, dones: &[Applied]) {
         for done in dones {
             self.change(done);
         }
     }
 
     /// What became of a change, with the step it belongs to.
-    fn placed(&self, done: &Done) -> String {
+    fn placed(&self, done: &Applied) -> String {
         self.steps
             .last()
             .map_or_else(|| done.to_string(), |step| format!("{}: {done}", step.name))
     }
 
-    fn change(&mut self, done: &Done) {
+    fn change(&mut self, done: &Applied) {
         match &done.outcome {
             Outcome::Planned | Outcome::Changed => {
                 self.done += 1;
@@ -278,7 +278,7 @@ impl Report {
                 self.refused += 1;
                 self.detail(&self.placed(done));
             }
-            Outcome::Left(_) => {
+            Outcome::Foreign(_) => {
                 self.done += 1;
                 self.note(&done.to_string());
             }
@@ -302,9 +302,9 @@ impl Report {
             ));
         }
         let exit = match (self.failed, self.done) {
-            (0, _) => Exit::Done,
+            (0, _) => Exit::Success,
             (_, 0) => Exit::Failed,
-            _ => Exit::Some,
+            _ => Exit::Partial,
         };
         if self.json {
             let steps: Vec<Value> = (self.seconds().into_iter())
@@ -316,7 +316,7 @@ impl Report {
                 .flat_map(|step| step.changes.iter().map(|done| (Some(step.name), done)));
             let changes = self.changes.iter().map(|done| (None, done)).chain(of_steps);
             let changes: Vec<Value> = changes
-                .map(|(step, done)| done_to_json(step, done))
+                .map(|(step, done)| applied_to_json(step, done))
                 .collect();
             let report = json!({
                 "tool": self.tool, "steps": steps, "changes": changes, "notes": self.notes,
@@ -334,7 +334,7 @@ impl Report {
 }
 
 /// A change and what became of it, for programs.
-pub fn done_to_json(step: Option<&str>, done: &Done) -> Value {
+pub fn applied_to_json(step: Option<&str>, done: &Applied) -> Value {
     let Change {
         label,
         knob,
@@ -355,11 +355,11 @@ pub fn done_to_json(step: Option<&str>, done: &Done) -> Value {
 mod tests {
     use super::*;
     use crate::knob::Knob;
-    use crate::knob::Object;
+    use crate::knob::Setting;
 
-    fn done(outcome: Outcome) -> Done {
-        Done {
-            change: Object::new(Knob::Irq(1), "IRQ 1", "0").want("1"),
+    fn done(outcome: Outcome) -> Applied {
+        Applied {
+            change: Setting::new(Knob::Irq(1), "IRQ 1", "0").want("1"),
             outcome,
         }
     }
@@ -367,19 +367,19 @@ mod tests {
     #[test]
     fn exit_codes() {
         for (outcomes, exit) in [
-            (vec![], Exit::Done),
+            (vec![], Exit::Success),
             (
                 vec![Outcome::Refused(String::new()), Outcome::Gone],
-                Exit::Done,
+                Exit::Success,
             ),
             (
-                vec![Outcome::Changed, Outcome::Left(String::new())],
-                Exit::Done,
+                vec![Outcome::Changed, Outcome::Foreign(String::new())],
+                Exit::Success,
             ),
             (vec![Outcome::Failed("EIO".into())], Exit::Failed),
             (
                 vec![Outcome::Failed("EIO".into()), Outcome::Changed],
-                Exit::Some,
+                Exit::Partial,
             ),
         ] {
             let mut report = Report::new("test", Verbosity::Quiet, false);

@@ -43,7 +43,7 @@ pub fn coloured(text: &str) -> String {
 }
 
 /// The columns and rows of the terminal that stdout is; `None` where it is none.
-pub fn terminal() -> Option<(usize, usize)> {
+pub fn size() -> Option<(usize, usize)> {
     let (columns, rows) = terminal_size::terminal_size_of(io::stdout())?;
     Some((columns.0.into(), rows.0.into()))
 }

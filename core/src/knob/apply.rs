@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::change::{Change, Done, Outcome};
+use super::change::{Applied, Change, Outcome};
 use super::knobs::{ABSENT, Knob};
 use super::write::{self, Answer};
 use crate::error::{is_gone, os_text};
@@ -13,7 +13,7 @@ use crate::sys::irq;
 /// [dry run](Host::dry_run) nothing is written, and the change is planned.
 ///
 /// The caller must have saved the values to restore ([`crate::state`]).
-pub fn apply_one(host: &Host, change: Change) -> Done {
+pub fn apply_one(host: &Host, change: Change) -> Applied {
     let outcome = if change.is_noop() {
         Outcome::Already
     } else if host.dry_run() {
@@ -33,11 +33,11 @@ pub fn apply_one(host: &Host, change: Change) -> Done {
             Err(error) => Outcome::Failed(why(&change.knob, &error)),
         }
     };
-    Done { change, outcome }
+    Applied { change, outcome }
 }
 
 /// Applies changes in order; one that fails does not stop the others.
-pub fn apply(host: &Host, changes: Vec<Change>) -> Vec<Done> {
+pub fn apply(host: &Host, changes: Vec<Change>) -> Vec<Applied> {
     let mut dones = Vec::with_capacity(changes.len());
     apply_each(host, changes, |done| dones.push(done));
     dones
@@ -45,7 +45,7 @@ pub fn apply(host: &Host, changes: Vec<Change>) -> Vec<Done> {
 
 /// As [`apply()`]; calls `on_done` after each. Neighbouring changes that mostly wait for the kernel
 /// ([`Knob::waits`]) are made at the same time and reported in order.
-pub(crate) fn apply_each(host: &Host, changes: Vec<Change>, mut on_done: impl FnMut(Done)) {
+pub(crate) fn apply_each(host: &Host, changes: Vec<Change>, mut on_done: impl FnMut(Applied)) {
     let waits = |change: &Change| change.knob.waits() && !change.is_noop() && !host.dry_run();
     for group in changes.chunk_by(|a, b| waits(a) && waits(b)) {
         match group {
@@ -65,7 +65,7 @@ impl Knob {
     /// Why the kernel would refuse a write, if that is known without trying.
     fn known_refusal(&self, host: &Host) -> Option<String> {
         if let Self::Irq(number) = self
-            && irq::is_held(host, *number).unwrap_or(false)
+            && irq::is_unmovable(host, *number).unwrap_or(false)
         {
             return Some(write::UNMOVABLE_IRQ.into());
         }
@@ -106,7 +106,7 @@ impl Knob {
 /// How many changes are made at the same time.
 const SIDE_BY_SIDE: usize = 64;
 
-fn apply_together(host: &Host, changes: &[Change]) -> Vec<Done> {
+fn apply_together(host: &Host, changes: &[Change]) -> Vec<Applied> {
     std::thread::scope(|scope| {
         let start = |change: &Change| {
             let own = change.clone();
@@ -194,7 +194,7 @@ fn why(knob: &Knob, error: &io::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::knob::Object;
+    use crate::knob::Setting;
     use std::fs;
 
     fn tree() -> (tempfile::TempDir, Host) {
@@ -208,7 +208,7 @@ mod tests {
 
     fn change(knob: Knob, found: &str, wanted: &str) -> Change {
         let label = knob.to_string();
-        Object::new(knob, label, found).want(wanted)
+        Setting::new(knob, label, found).want(wanted)
     }
 
     #[test]
@@ -251,7 +251,7 @@ mod tests {
                 .collect::<Vec<_>>(),
             changes
         );
-        let changed = |done: &Done| done.outcome == Outcome::Changed;
+        let changed = |done: &Applied| done.outcome == Outcome::Changed;
         assert!(
             done.iter()
                 .enumerate()

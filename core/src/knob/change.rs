@@ -8,7 +8,7 @@ use super::knobs::Knob;
 
 /// A knob as it was found on the host: what a tool lists, and what a change is made from.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Object {
+pub struct Setting {
     /// What would be set.
     pub knob: Knob,
     /// Its name for people: `IRQ 24 (nvme0q1)`.
@@ -17,7 +17,7 @@ pub struct Object {
     pub found: String,
 }
 
-impl Object {
+impl Setting {
     /// A knob with its label and value.
     pub fn new(knob: Knob, label: impl Into<String>, found: impl Into<String>) -> Self {
         Self {
@@ -99,21 +99,22 @@ pub enum Outcome {
     /// Never allowed by the kernel, which is no failure: a managed IRQ, a per-CPU kthread.
     Refused(String),
     /// It belongs to somebody else by now, and was left as it is.
-    Left(String),
+    #[serde(rename = "left")]
+    Foreign(String),
     /// Tried and failed, in the system's words.
     Failed(String),
 }
 
 /// A change and what became of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Done {
+pub struct Applied {
     /// The change.
     pub change: Change,
     /// What became of it.
     pub outcome: Outcome,
 }
 
-impl fmt::Display for Done {
+impl fmt::Display for Applied {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Change {
             label,
@@ -126,7 +127,7 @@ impl fmt::Display for Done {
             Outcome::Already => write!(f, "{label}: already {}", shown(knob, found)),
             Outcome::Gone => write!(f, "{label}: gone"),
             Outcome::Refused(why) => write!(f, "{label}: refused: {why}"),
-            Outcome::Left(why) => write!(f, "{label}: left as it is: {why}"),
+            Outcome::Foreign(why) => write!(f, "{label}: left as it is: {why}"),
             Outcome::Failed(why) => write!(f, "{label}: set to {}: {why}", shown(knob, wanted)),
         }
     }

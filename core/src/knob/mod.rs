@@ -17,7 +17,7 @@ mod write;
 
 pub(crate) use apply::apply_each;
 pub use apply::{apply, apply_one};
-pub use change::{Change, Done, Object, Outcome};
+pub use change::{Applied, Change, Outcome, Setting};
 pub use knobs::{ABSENT, Knob, NO_DRIVER, PRESENT};
 
 pub use crate::sys::task::TaskId;

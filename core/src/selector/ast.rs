@@ -9,7 +9,7 @@ use crate::vm::VmId;
 
 /// Why a text names no CPUs. The message has the offending token and where it is.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum CpuExprError {
+pub enum SelectorError {
     /// A plain list that cannot be read.
     #[error(transparent)]
     List(#[from] CpuSetError),
@@ -31,7 +31,7 @@ pub enum CpuExprError {
 ///
 /// `Display` prints what `FromStr` reads as the same.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CpuExpr {
+pub struct Selector {
     pub(super) node: Node,
 }
 
@@ -140,7 +140,7 @@ impl Node {
     }
 }
 
-impl From<CpuSet> for CpuExpr {
+impl From<CpuSet> for Selector {
     fn from(cpus: CpuSet) -> Self {
         Self {
             node: Node::Cpus(cpus),
@@ -148,7 +148,7 @@ impl From<CpuSet> for CpuExpr {
     }
 }
 
-impl fmt::Display for CpuExpr {
+impl fmt::Display for Selector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.node.fmt(f)
     }
@@ -193,13 +193,13 @@ fn joined<T: fmt::Display>(items: &[T], by: &str) -> String {
         .join(by)
 }
 
-impl Serialize for CpuExpr {
+impl Serialize for Selector {
     fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
         serializer.collect_str(self)
     }
 }
 
-impl CpuExpr {
+impl Selector {
     /// Whether it names the CPUs of VMs (`vm:100`), which stand for others from one moment to the
     /// next.
     pub fn names_vms(&self) -> bool {

@@ -5,14 +5,14 @@
 //! threads.
 //!
 //! Reading the text and looking at the host are apart: `FromStr` knows the grammar alone,
-//! [`CpuExpr::resolve`] asks the host what the names stand for. A plain list asks nothing.
+//! [`Selector::resolve`] asks the host what the names stand for. A plain list asks nothing.
 
 mod ast;
 mod parse;
 mod resolve;
 
-pub use ast::{CpuExpr, CpuExprError};
-pub use resolve::Host;
+pub use ast::{Selector, SelectorError};
+pub use resolve::Resolver;
 
 #[cfg(test)]
 mod tests;

@@ -13,7 +13,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer};
 
-use super::ast::{CpuExpr, CpuExprError, NAMES, Node, PARTS, WORDS};
+use super::ast::{NAMES, Node, PARTS, Selector, SelectorError, WORDS};
 use crate::cpuset::{CpuSet, CpuSetError, MAX_CPU};
 use crate::vm::VmId;
 
@@ -23,7 +23,7 @@ const MAX_DEPTH: usize = 32;
 /// What ends a number or a range.
 const SIGNS: [char; 6] = [',', '&', '!', '(', ')', ':'];
 
-type Result<T> = std::result::Result<T, CpuExprError>;
+type Result<T> = std::result::Result<T, SelectorError>;
 
 fn parse(text: &str) -> Result<Node> {
     let text = text.trim();
@@ -60,9 +60,9 @@ impl<'a> Parser<'a> {
         &self.text[self.at..]
     }
 
-    fn wrong(&self, at: usize, token: &str, why: impl Into<String>) -> CpuExprError {
+    fn wrong(&self, at: usize, token: &str, why: impl Into<String>) -> SelectorError {
         let at = self.text[..at].chars().count() + 1;
-        CpuExprError::Token {
+        SelectorError::Token {
             token: token.trim_end().to_owned(),
             text: self.text.to_owned(),
             at,
@@ -248,10 +248,10 @@ fn single_or(mut nodes: Vec<Node>, many: impl Fn(Vec<Node>) -> Node) -> Node {
     }
 }
 
-impl FromStr for CpuExpr {
-    type Err = CpuExprError;
+impl FromStr for Selector {
+    type Err = SelectorError;
 
-    fn from_str(text: &str) -> std::result::Result<Self, CpuExprError> {
+    fn from_str(text: &str) -> std::result::Result<Self, SelectorError> {
         let node = match text.parse() {
             Ok(cpus) => Node::Cpus(cpus),
             Err(error) if is_meant_as_list(text) => return Err(error.into()),
@@ -271,7 +271,7 @@ fn is_meant_as_list(text: &str) -> bool {
 }
 
 /// As for a [`CpuSet`], the empty text is the empty set.
-impl<'de> Deserialize<'de> for CpuExpr {
+impl<'de> Deserialize<'de> for Selector {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
         match text.trim() {

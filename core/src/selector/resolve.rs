@@ -3,7 +3,7 @@
 use std::cell::OnceCell;
 use std::time::Duration;
 
-use super::ast::{CpuExpr, Node, Part, Word};
+use super::ast::{Node, Part, Selector, Word};
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
 use crate::sys::cpu;
@@ -19,12 +19,12 @@ const TOLD: usize = 8;
 
 /// A host that expressions are resolved on: what was read of it once is kept.
 #[derive(Debug)]
-pub struct Host<'a> {
+pub struct Resolver<'a> {
     root: &'a Sysroot,
     topology: OnceCell<Topology>,
 }
 
-impl<'a> Host<'a> {
+impl<'a> Resolver<'a> {
     /// Nothing is read before it is needed.
     pub fn new(root: &'a Sysroot) -> Self {
         Self {
@@ -39,7 +39,7 @@ impl<'a> Host<'a> {
     /// # Errors
     /// [`Error::Unusable`] where the host lacks something named, with what it has, where a VM does
     /// not run, or where no CPU is left.
-    pub fn resolve(&self, expr: &CpuExpr) -> Result<CpuSet> {
+    pub fn resolve(&self, expr: &Selector) -> Result<CpuSet> {
         if let Node::Cpus(cpus) = &expr.node {
             return Ok(cpus.clone());
         }
@@ -203,7 +203,11 @@ impl<'a> Host<'a> {
     /// Where a VM's vCPU threads may run now: their masks have CPUs, too, that are offline or could
     /// be plugged in.
     fn vcpus(&self, vmid: VmId) -> Result<CpuSet> {
-        let threads = vm::threads(self.root, &vm::running(self.root, vmid)?, MONITOR_BUDGET)?;
+        let threads = vm::threads(
+            self.root,
+            &vm::require_running(self.root, vmid)?,
+            MONITOR_BUDGET,
+        )?;
         let vcpus = threads
             .threads
             .iter()
@@ -267,12 +271,12 @@ fn but_offline(topology: &Topology) -> String {
     format!("; CPU {offline} offline, and the kernel does not tell where they belong")
 }
 
-impl CpuExpr {
-    /// The CPUs on this host. For several expressions [`Host::resolve`] saves looking again.
+impl Selector {
+    /// The CPUs on this host. For several expressions [`Resolver::resolve`] saves looking again.
     ///
     /// # Errors
-    /// As [`Host::resolve`].
+    /// As [`Resolver::resolve`].
     pub fn resolve(&self, root: &Sysroot) -> Result<CpuSet> {
-        Host::new(root).resolve(self)
+        Resolver::new(root).resolve(self)
     }
 }

@@ -4,7 +4,7 @@ use crate::sysroot::Sysroot;
 use super::*;
 
 fn read(text: &str) -> std::result::Result<String, String> {
-    text.parse::<CpuExpr>()
+    text.parse::<Selector>()
         .map(|expr| expr.to_string())
         .map_err(|error| error.to_string())
 }
@@ -197,7 +197,7 @@ fn no_nesting_exhausts_the_stack() {
 #[test]
 fn settings_take_them_as_text() {
     let read =
-        |json: &str| serde_json::from_str::<CpuExpr>(json).map_err(|error| error.to_string());
+        |json: &str| serde_json::from_str::<Selector>(json).map_err(|error| error.to_string());
     let expr = read("\"llc:1&!6\"").unwrap();
     assert_eq!(serde_json::to_string(&expr).unwrap(), "\"llc:1&!6\"");
     assert!(
@@ -218,7 +218,7 @@ fn vms_are_seen_wherever_they_are_named() {
         ("!llc:1,0", false),
     ] {
         assert_eq!(
-            text.parse::<CpuExpr>().unwrap().names_vms(),
+            text.parse::<Selector>().unwrap().names_vms(),
             names,
             "{text}"
         );
@@ -229,7 +229,7 @@ fn vms_are_seen_wherever_they_are_named() {
 fn a_plain_list_asks_the_host_nothing() {
     let nowhere = Sysroot::new("/nonexistent");
     let resolve = |text: &str| {
-        text.parse::<CpuExpr>()
+        text.parse::<Selector>()
             .unwrap()
             .resolve(&nowhere)
             .map(|cpus| cpus.to_string())

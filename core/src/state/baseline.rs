@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::host::Host;
-use crate::knob::{Change, Done, Knob, Object, Outcome};
+use crate::knob::{Applied, Change, Knob, Outcome, Setting};
 
 /// One knob of the baseline.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,7 +56,7 @@ impl Baseline {
 
     /// Puts an object in, with the value it had before the first touch, or would have had: what it
     /// holds instead is ours then. One that is in already stays as it is.
-    pub fn adopt(&mut self, object: &Object, before: &str) {
+    pub fn adopt(&mut self, object: &Setting, before: &str) {
         self.entries
             .entry(object.knob.clone())
             .or_insert_with(|| Entry {
@@ -83,11 +83,11 @@ impl Baseline {
 
     /// The value a knob was last set to.
     pub fn last(&self, knob: &Knob) -> Option<&str> {
-        self.set(knob).last().map(String::as_str)
+        self.values_set(knob).last().map(String::as_str)
     }
 
     /// The values a knob has had by us since, the one that was set last at the end.
-    pub fn set(&self, knob: &Knob) -> &[String] {
+    pub fn values_set(&self, knob: &Knob) -> &[String] {
         self.entries.get(knob).map_or(&[], |entry| &entry.set)
     }
 
@@ -104,7 +104,11 @@ impl Baseline {
     /// have ended are dropped. To be called once, before a run changes anything. Says whether
     /// something of the kernel's was learned, to be saved before the run does what would hide why
     /// it is.
-    pub fn look(&mut self, root: &Host, is_kernels: impl Fn(&Knob, &str, &str) -> bool) -> bool {
+    pub fn detect_foreign(
+        &mut self,
+        root: &Host,
+        is_kernels: impl Fn(&Knob, &str, &str) -> bool,
+    ) -> bool {
         let mut learned = false;
         self.foreign.clear();
         self.entries.retain(|knob, entry| {
@@ -134,7 +138,7 @@ impl Baseline {
         learned
     }
 
-    /// Whether a knob was found to be somebody else's by [`look`](Self::look).
+    /// Whether a knob was found to be somebody else's by [`detect_foreign`](Self::detect_foreign).
     pub fn is_foreign(&self, knob: &Knob) -> bool {
         self.foreign.contains_key(knob)
     }
@@ -144,7 +148,7 @@ impl Baseline {
     /// value found. What is to be set is noted: save the state before applying.
     pub fn plan(
         &mut self,
-        objects: Vec<Object>,
+        objects: Vec<Setting>,
         wanted: impl Fn(&Knob, &str) -> String,
     ) -> Vec<Planned> {
         let mut plan = Vec::with_capacity(objects.len());
@@ -160,20 +164,23 @@ impl Baseline {
             if let Some(now) = self.foreign.get(&object.knob) {
                 let why = format!("somebody else has set it to {now}");
                 plan.push(Planned {
-                    left: Some(why),
+                    skip_reason: Some(why),
                     change: object.want(wanted),
                 });
                 continue;
             }
             let change = object.want(wanted);
             entry.note(&change.wanted);
-            plan.push(Planned { left: None, change });
+            plan.push(Planned {
+                skip_reason: None,
+                change,
+            });
         }
         plan
     }
 
     /// Notes what became of a change.
-    pub(super) fn settle(&mut self, done: &Done) {
+    pub(super) fn settle(&mut self, done: &Applied) {
         let Some(entry) = self.entries.get_mut(&done.change.knob) else {
             return;
         };
@@ -201,5 +208,5 @@ pub struct Planned {
     /// The change.
     pub change: Change,
     /// Why it is not to be made: the object is somebody else's now.
-    pub left: Option<String>,
+    pub skip_reason: Option<String>,
 }

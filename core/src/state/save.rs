@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::knob::Knob;
-use crate::knob::{Change, Done, Outcome, apply_one};
+use crate::knob::{Applied, Change, Outcome, apply_one};
 
 /// The layout of the file; another number is refused.
 const VERSION: u32 = 1;
@@ -127,7 +127,7 @@ pub fn parse(text: &str, tool: &str) -> std::result::Result<Vec<Entry>, String> 
 }
 
 /// Puts the values back, last change first. One that was set by somebody else meanwhile is left.
-pub fn restore(root: &Host, entries: Vec<Entry>, dry_run: bool) -> Vec<Done> {
+pub fn restore(root: &Host, entries: Vec<Entry>, dry_run: bool) -> Vec<Applied> {
     entries
         .into_iter()
         .rev()
@@ -135,7 +135,7 @@ pub fn restore(root: &Host, entries: Vec<Entry>, dry_run: bool) -> Vec<Done> {
         .collect()
 }
 
-fn restore_one(root: &Host, entry: Entry, dry_run: bool) -> Done {
+fn restore_one(root: &Host, entry: Entry, dry_run: bool) -> Applied {
     let Entry {
         knob,
         label,
@@ -150,24 +150,24 @@ fn restore_one(root: &Host, entry: Entry, dry_run: bool) -> Done {
         wanted: before,
     };
     match found {
-        Err(error) => Done {
+        Err(error) => Applied {
             change: change(String::new()),
             outcome: Outcome::Failed(error.to_string()),
         },
-        Ok(None) => Done {
+        Ok(None) => Applied {
             change: change(String::new()),
             outcome: Outcome::Gone,
         },
         Ok(Some(found)) => {
             let change = change(found);
             if change.found != set && !change.is_noop() {
-                let outcome = Outcome::Left(format!(
+                let outcome = Outcome::Foreign(format!(
                     "it was set to {set} and holds {} now",
                     change.found
                 ));
-                Done { change, outcome }
+                Applied { change, outcome }
             } else if dry_run && !change.is_noop() {
-                Done {
+                Applied {
                     change,
                     outcome: Outcome::Planned,
                 }

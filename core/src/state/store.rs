@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::host::Host;
-use crate::knob::{Done, Outcome, apply_each};
+use crate::knob::{Applied, Outcome, apply_each};
 use crate::sysroot::Sysroot;
 
 use super::baseline::{Baseline, Entry, Planned};
@@ -205,30 +205,37 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
     ///
     /// # Errors
     /// Where the state cannot be saved; nothing has been changed then.
-    pub fn carry_out(&mut self, plan: Vec<Planned>, mut progress: impl FnMut(&Done)) -> Result<()> {
-        let is_new = |Planned { change, left }: &Planned| {
-            left.is_none()
+    pub fn carry_out(
+        &mut self,
+        plan: Vec<Planned>,
+        mut progress: impl FnMut(&Applied),
+    ) -> Result<()> {
+        let is_new = |Planned {
+                          change,
+                          skip_reason,
+                      }: &Planned| {
+            skip_reason.is_none()
                 && !change.is_noop()
                 && self.baseline.before(&change.knob) != Some(&change.wanted)
         };
         if plan.iter().any(is_new) {
             self.save()?;
         }
-        let mut settle = |done: Done| {
+        let mut settle = |done: Applied| {
             self.baseline.settle(&done);
             progress(&done);
         };
-        for group in plan.chunk_by(|a, b| a.left.is_none() && b.left.is_none()) {
+        for group in plan.chunk_by(|a, b| a.skip_reason.is_none() && b.skip_reason.is_none()) {
             match group {
                 [
                     Planned {
                         change,
-                        left: Some(why),
+                        skip_reason: Some(why),
                     },
                 ] => {
-                    settle(Done {
+                    settle(Applied {
                         change: change.clone(),
-                        outcome: Outcome::Left(why.clone()),
+                        outcome: Outcome::Foreign(why.clone()),
                     });
                 }
                 group => {
@@ -391,7 +398,7 @@ fn read_own(path: &Path) -> Result<Option<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::knob::{Knob, Object, apply_one};
+    use crate::knob::{Knob, Setting, apply_one};
     use proptest::prelude::*;
 
     const SOON: Duration = Duration::from_secs(5);
@@ -408,10 +415,10 @@ mod tests {
         (dir, root)
     }
 
-    fn objects(root: &Host) -> Vec<Object> {
+    fn objects(root: &Host) -> Vec<Setting> {
         [1, 2]
             .map(|irq| {
-                Object::new(
+                Setting::new(
                     Knob::Irq(irq),
                     format!("IRQ {irq}"),
                     Knob::Irq(irq).read(root).unwrap().unwrap(),
@@ -421,7 +428,7 @@ mod tests {
     }
 
     fn set(store: &mut Store<String>, root: &Host, value: Option<&str>) -> Vec<String> {
-        let _ = store.baseline.look(root, |_, _, _| false);
+        let _ = store.baseline.detect_foreign(root, |_, _, _| false);
         let plan = store.baseline.plan(objects(root), |_, before| {
             value.unwrap_or(before).to_owned()
         });
@@ -517,7 +524,7 @@ mod tests {
         set(&mut store, &root, Some("0"));
         fs::write(dir.path().join("proc/irq/1/smp_affinity_list"), "1-3").unwrap();
         for (made_of, kernels) in [("2", false), ("0-3", true)] {
-            let learned = store.baseline.look(&root, |_, given, found| {
+            let learned = store.baseline.detect_foreign(&root, |_, given, found| {
                 assert!(["0-3", "0"].contains(&given) && found == "1-3");
                 given == made_of
             });
@@ -526,7 +533,7 @@ mod tests {
         }
         assert_eq!(store.baseline.last(&Knob::Irq(1)), Some("0"));
         // That is known from now on, whatever the kernel would do next.
-        assert!(!store.baseline.look(&root, |_, _, _| false));
+        assert!(!store.baseline.detect_foreign(&root, |_, _, _| false));
         assert!(!store.baseline.is_foreign(&Knob::Irq(1)));
     }
 
@@ -535,7 +542,7 @@ mod tests {
         let (_dir, root) = host();
         for (value, writes) in [("0", 1), ("1", 0), ("2", 0)] {
             let mut store: Store<String> = Store::open(&root, SOON).unwrap();
-            let _ = store.baseline.look(&root, |_, _, _| false);
+            let _ = store.baseline.detect_foreign(&root, |_, _, _| false);
             let plan = store.baseline.plan(objects(&root), |_, _| value.into());
             store.save().unwrap();
             // Killed after so many writes.
@@ -664,15 +671,15 @@ mod tests {
         ) {
             let mut baseline = Baseline::default();
             for (irq, (label, before)) in irqs {
-                baseline.adopt(&Object::new(Knob::Irq(irq), label, before.clone()), &before);
+                baseline.adopt(&Setting::new(Knob::Irq(irq), label, before.clone()), &before);
             }
             let cgroups = cgroups.into_iter().map(|(cgroup, before)| (Knob::CgroupCpus(cgroup), before));
             for (cgroup, before) in cgroups.filter(|(cgroup, _)| cgroup.check().is_ok()) {
-                baseline.adopt(&Object::new(cgroup, "", before.clone()), &before);
+                baseline.adopt(&Setting::new(cgroup, "", before.clone()), &before);
             }
             for ((pid, tid, start), before) in tasks {
                 let knob = Knob::Thread(crate::TaskId { pid, tid, start });
-                baseline.adopt(&Object::new(knob, "", before.clone()), &before);
+                baseline.adopt(&Setting::new(knob, "", before.clone()), &before);
             }
             for entry in baseline.entries.values_mut() {
                 entry.note(&entry.before.clone());

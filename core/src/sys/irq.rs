@@ -119,7 +119,7 @@ fn is_trigger(word: &str) -> bool {
 ///
 /// # Errors
 /// Where the file cannot be looked at. An IRQ that has gone is not held.
-pub fn is_held(root: &Sysroot, number: u32) -> Result<bool> {
+pub fn is_unmovable(root: &Sysroot, number: u32) -> Result<bool> {
     const OWNER_MAY_WRITE: u32 = 0o200;
     let path = root.path(format!("proc/irq/{number}/smp_affinity_list"));
     match path

@@ -22,8 +22,8 @@ pub struct Qemu {
     pub monitor: Option<String>,
     /// The threads of each core of its guest.
     pub threads_per_core: usize,
-    /// What it said when it was first asked; an answer takes it a while.
-    pub(super) said: OnceCell<qmp::Facts>,
+    /// What it qmp_info when it was first asked; an answer takes it a while.
+    pub(super) qmp_info: OnceCell<qmp::ThreadRoles>,
 }
 
 impl fmt::Display for Qemu {
@@ -37,7 +37,7 @@ impl fmt::Display for Qemu {
 
 /// Whether a VM runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Lookup {
+pub enum Status {
     /// It does.
     Running(Qemu),
     /// It does not, for this reason: there is no pid file, or a stale one.
@@ -49,10 +49,10 @@ pub enum Lookup {
 ///
 /// # Errors
 /// Where /run or /proc cannot be read.
-pub fn look_up(root: &Sysroot, vmid: VmId) -> Result<Lookup> {
+pub fn status(root: &Sysroot, vmid: VmId) -> Result<Status> {
     let file = run::pid_file(vmid);
     let shown = root.path(&file).display().to_string();
-    let stale = |why: String| Ok(Lookup::Stopped(format!("{shown} is stale: {why}")));
+    let stale = |why: String| Ok(Status::Stopped(format!("{shown} is stale: {why}")));
     let text = match root.read_value(&file) {
         // QEMU makes it for root alone; other users can find the process by what it was started
         // with.
@@ -60,7 +60,7 @@ pub fn look_up(root: &Sysroot, vmid: VmId) -> Result<Lookup> {
         other => other?,
     };
     let Some(text) = text else {
-        return Ok(Lookup::Stopped(format!("there is no {shown}")));
+        return Ok(Status::Stopped(format!("there is no {shown}")));
     };
     let Some(pid) = text.parse::<i32>().ok().filter(|pid| *pid > 0) else {
         return stale(format!("{text:?} is no process id"));
@@ -75,20 +75,20 @@ pub fn look_up(root: &Sysroot, vmid: VmId) -> Result<Lookup> {
     if !cmdline::options(&args, "pidfile").any(|path| cmdline::in_run(path) == file) {
         return stale(format!("process {pid} is another QEMU"));
     }
-    Ok(Lookup::Running(of_vm(vmid, id, &args)))
+    Ok(Status::Running(of_vm(vmid, id, &args)))
 }
 
 /// Looks through all processes for the QEMU that was started with this pid file.
-fn by_pid_file(root: &Sysroot, vmid: VmId, file: &str, denied: Error) -> Result<Lookup> {
+fn by_pid_file(root: &Sysroot, vmid: VmId, file: &str, denied: Error) -> Result<Status> {
     for pid in task::pids(root)? {
         if let Some((id, args)) = process_with_args(root, pid)?
             && cmdline::is_qemu(&args)
             && cmdline::options(&args, "pidfile").any(|path| cmdline::in_run(path) == file)
         {
-            return Ok(Lookup::Running(of_vm(vmid, id, &args)));
+            return Ok(Status::Running(of_vm(vmid, id, &args)));
         }
     }
-    Ok(Lookup::Stopped(denied.to_string()))
+    Ok(Status::Stopped(denied.to_string()))
 }
 
 fn of_vm(vmid: VmId, id: TaskId, args: &[String]) -> Qemu {
@@ -99,18 +99,18 @@ fn of_vm(vmid: VmId, id: TaskId, args: &[String]) -> Qemu {
         vmid: Some(vmid),
         monitor: Some(monitor),
         threads_per_core,
-        said: OnceCell::new(),
+        qmp_info: OnceCell::new(),
     }
 }
 
 /// A VM's QEMU; `None` where it does not run.
 ///
 /// # Errors
-/// As [`look_up`].
+/// As [`status`].
 pub fn find(root: &Sysroot, vmid: VmId) -> Result<Option<Qemu>> {
-    Ok(match look_up(root, vmid)? {
-        Lookup::Running(qemu) => Some(qemu),
-        Lookup::Stopped(_) => None,
+    Ok(match status(root, vmid)? {
+        Status::Running(qemu) => Some(qemu),
+        Status::Stopped(_) => None,
     })
 }
 
@@ -119,10 +119,10 @@ pub fn find(root: &Sysroot, vmid: VmId) -> Result<Option<Qemu>> {
 /// # Errors
 /// [`Error::Unusable`] that says why it does not: a container, no such VM, no pid file, a stale
 /// one.
-pub fn running(root: &Sysroot, vmid: VmId) -> Result<Qemu> {
-    match look_up(root, vmid)? {
-        Lookup::Running(qemu) => Ok(qemu),
-        Lookup::Stopped(why) => {
+pub fn require_running(root: &Sysroot, vmid: VmId) -> Result<Qemu> {
+    match status(root, vmid)? {
+        Status::Running(qemu) => Ok(qemu),
+        Status::Stopped(why) => {
             check_exists(root, vmid)?;
             let why = format!("it does not run: {why}; qm start {vmid} starts it");
             Err(Error::unusable(format!("VM {vmid}"), why))
@@ -151,7 +151,7 @@ pub fn by_pid(root: &Sysroot, pid: i32) -> Result<Qemu> {
         vmid: None,
         monitor: cmdline::monitor(&args),
         threads_per_core,
-        said: OnceCell::new(),
+        qmp_info: OnceCell::new(),
     })
 }
 
@@ -186,7 +186,7 @@ mod tests {
     #[test]
     fn a_vm_is_found_and_its_threads_have_roles() {
         let (_dir, root) = host();
-        let qemu = running(&root, id(100)).unwrap();
+        let qemu = require_running(&root, id(100)).unwrap();
         assert_eq!(
             (qemu.id.pid, qemu.id.start, qemu.threads_per_core),
             (4711, 42, 2)
@@ -224,7 +224,7 @@ mod tests {
         let why = |pid_file: &str| {
             fs::write(run.join("102.pid"), pid_file).unwrap();
             assert_eq!(find(&root, id(102)).unwrap(), None);
-            running(&root, id(102)).unwrap_err().to_string()
+            require_running(&root, id(102)).unwrap_err().to_string()
         };
         for (text, reason) in [
             ("900\n", "process 900 is /bin/bash, no QEMU"),
@@ -243,15 +243,15 @@ mod tests {
         }
         fs::remove_file(run.join("102.pid")).unwrap();
         assert_eq!(
-            running(&root, id(102)).unwrap_err().to_string(),
+            require_running(&root, id(102)).unwrap_err().to_string(),
             format!("VM 102: it does not run: there is no {shown}; qm start 102 starts it")
         );
         assert_eq!(
-            running(&root, id(101)).unwrap_err().to_string(),
+            require_running(&root, id(101)).unwrap_err().to_string(),
             "101: it is a container; only VMs have a QEMU"
         );
         assert_eq!(
-            running(&root, id(103)).unwrap_err().to_string(),
+            require_running(&root, id(103)).unwrap_err().to_string(),
             format!(
                 "VM 103: no such VM on this node: there is no {}",
                 dir.path().join("etc/pve/qemu-server/103.conf").display()
@@ -278,11 +278,11 @@ mod tests {
             )
         };
         let found = by_pid_file(&root, id(100), &run::pid_file(id(100)), denied()).unwrap();
-        assert_eq!(found, look_up(&root, id(100)).unwrap());
+        assert_eq!(found, status(&root, id(100)).unwrap());
         let none = by_pid_file(&root, id(102), &run::pid_file(id(102)), denied()).unwrap();
         assert_eq!(
             none,
-            Lookup::Stopped("/run/qemu-server/100.pid: read: permission denied".into())
+            Status::Stopped("/run/qemu-server/100.pid: read: permission denied".into())
         );
     }
 }

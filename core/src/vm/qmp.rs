@@ -38,7 +38,7 @@ const COMMANDS: [&str; 4] = [
 
 /// What QEMU says of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Facts {
+pub struct ThreadRoles {
     /// vCPU numbers by thread id.
     pub vcpus: BTreeMap<i32, usize>,
     /// Iothreads' ids by thread id.
@@ -80,11 +80,11 @@ pub enum QmpError {
 ///
 /// # Errors
 /// Why it could not be asked, from the last try.
-pub fn ask(socket: &Path, budget: Duration) -> Result<Facts, QmpError> {
+pub fn query(socket: &Path, budget: Duration) -> Result<ThreadRoles, QmpError> {
     let end = Instant::now() + budget;
     loop {
         let until = end.min(Instant::now() + TRY);
-        match ask_once(socket, until) {
+        match query_once(socket, until) {
             Err(error @ (QmpError::Busy | QmpError::Silent(_) | QmpError::Closed(_))) => {
                 let pause = random(2 * PAUSE);
                 if Instant::now() + pause >= end {
@@ -97,9 +97,9 @@ pub fn ask(socket: &Path, budget: Duration) -> Result<Facts, QmpError> {
     }
 }
 
-fn ask_once(path: &Path, until: Instant) -> Result<Facts, QmpError> {
+fn query_once(path: &Path, until: Instant) -> Result<ThreadRoles, QmpError> {
     let stream = open(path)?;
-    let mut facts = Facts::default();
+    let mut facts = ThreadRoles::default();
     let mut lines = Lines {
         stream,
         until,
@@ -323,7 +323,7 @@ struct Status {
     status: String,
 }
 
-impl Facts {
+impl ThreadRoles {
     /// Takes in what QEMU returned for a command.
     ///
     /// # Errors
@@ -442,10 +442,10 @@ mod tests {
         greeting: &str,
         replies: &[String],
         budget: Duration,
-    ) -> Result<Facts, String> {
+    ) -> Result<ThreadRoles, String> {
         let replies = replies.iter().map(|reply| leak(reply)).collect();
         let (dir, server) = monitor(clients, leak(greeting), replies);
-        let facts = ask(&dir.path().join("qmp"), budget).map_err(|error| error.to_string());
+        let facts = query(&dir.path().join("qmp"), budget).map_err(|error| error.to_string());
         server.join().unwrap();
         facts
     }
@@ -553,7 +553,7 @@ mod tests {
         let (dir, _server) = monitor(1, "", vec!["x"]);
         let budget = Duration::from_millis(300);
         assert!(matches!(
-            ask(&dir.path().join("qmp"), budget),
+            query(&dir.path().join("qmp"), budget),
             Err(QmpError::Busy)
         ));
         assert!(begin.elapsed() < budget + TRY);
@@ -563,7 +563,7 @@ mod tests {
     fn no_socket() {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("qmp");
-        let error = |path: &Path| ask(path, BUDGET).unwrap_err().to_string();
+        let error = |path: &Path| query(path, BUDGET).unwrap_err().to_string();
         assert_eq!(
             error(&socket),
             "its monitor cannot be reached: No such file or directory"
@@ -582,8 +582,8 @@ mod tests {
     #[test]
     fn recorded_conversations() {
         let text = [GREETING, "{\"return\": {}}", EVENT, CPUS, IOTHREADS, STATUS].join("\n");
-        assert_eq!(Facts::parse(&text).unwrap().vcpus.len(), 2);
-        assert_eq!(Facts::parse("").unwrap(), Facts::default());
+        assert_eq!(ThreadRoles::parse(&text).unwrap().vcpus.len(), 2);
+        assert_eq!(ThreadRoles::parse("").unwrap(), ThreadRoles::default());
         for text in [
             "garbage",
             "[]",
@@ -592,11 +592,11 @@ mod tests {
             &"[".repeat(100_000),
             &format!("{text}\n{STATUS}"),
         ] {
-            assert!(Facts::parse(text).is_err());
+            assert!(ThreadRoles::parse(text).is_err());
         }
         let huge = text.replace("\"cpu-index\": 1", "\"cpu-index\": 18446744073709551615");
         assert_eq!(
-            Facts::parse(&huge).unwrap_err(),
+            ThreadRoles::parse(&huge).unwrap_err(),
             "query-cpus-fast: vCPU 18446744073709551615 is beyond 8191"
         );
     }
@@ -604,7 +604,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_reply_panics(text in "\\PC*|\\{\"return\": *[\\[{\"a-z0-9:,}\\]-]*\\}") {
-            let _ = Facts::parse(&text);
+            let _ = ThreadRoles::parse(&text);
         }
     }
 }

@@ -80,10 +80,10 @@ impl Threads {
 /// # Errors
 /// One that [is gone](crate::Error::is_gone) if QEMU has ended.
 pub fn threads(root: &Sysroot, qemu: &Qemu, budget: Duration) -> Result<Threads> {
-    let facts = match (qemu.said.get(), &qemu.monitor) {
+    let facts = match (qemu.qmp_info.get(), &qemu.monitor) {
         (Some(facts), _) => Ok(facts),
-        (None, Some(path)) if root.is_live() => qmp::ask(&root.path(path), budget)
-            .map(|facts| qemu.said.get_or_init(|| facts))
+        (None, Some(path)) if root.is_live() => qmp::query(&root.path(path), budget)
+            .map(|facts| qemu.qmp_info.get_or_init(|| facts))
             .map_err(|error| error.to_string()),
         (None, Some(_)) => Err("its monitor is not asked under --sysroot".into()),
         (None, None) => Err("it has no QMP monitor".into()),
@@ -139,7 +139,7 @@ pub fn threads(root: &Sysroot, qemu: &Qemu, budget: Duration) -> Result<Threads>
     })
 }
 
-fn role_by_facts(facts: &qmp::Facts, tid: i32) -> Role {
+fn role_by_facts(facts: &qmp::ThreadRoles, tid: i32) -> Role {
     match (facts.vcpus.get(&tid), facts.iothreads.get(&tid)) {
         (Some(number), _) => Role::Vcpu(*number),
         (None, Some(id)) => Role::Iothread(id.clone()),

@@ -3,10 +3,11 @@
 
 use std::os::unix::fs::PermissionsExt;
 
-use pinfold_core::topology::{Kind, Topology};
+use pinfold_core::sys::cpu;
+use pinfold_core::sys::topology::{Kind, Topology};
+use pinfold_core::vm::VmConf;
 use pinfold_core::vm::VmId;
-use pinfold_core::vmconf::VmConf;
-use pinfold_core::{CpuSet, Result, Sysroot, cpu};
+use pinfold_core::{CpuSet, Host, Result};
 
 use super::finding::Finding;
 use crate::settings::Settings;
@@ -19,7 +20,7 @@ const SNIPPETS: &str = "var/lib/vz/snippets";
 /// # Errors
 /// Where the host cannot be read.
 pub(crate) fn findings(
-    root: &Sysroot,
+    root: &Host,
     vmid: VmId,
     conf: &VmConf,
     settings: &Settings,
@@ -35,7 +36,7 @@ pub(crate) fn findings(
 }
 
 /// Whether Proxmox VE will run hook for the VM, and can.
-pub(crate) fn hookscript(root: &Sysroot, vmid: VmId, conf: &VmConf) -> Finding {
+pub(crate) fn hookscript(root: &Host, vmid: VmId, conf: &VmConf) -> Finding {
     const CHECK: &str = "hookscript";
     let Some(volume) = &conf.hookscript else {
         let fix = format!("qm set {vmid} --hookscript local:snippets/hook");
@@ -188,7 +189,7 @@ fn spare_pins(conf: &VmConf, settings: &Settings) -> Finding {
 }
 
 /// Whether the guest knows which of its vCPUs are threads of one core.
-fn guest_cores(root: &Sysroot, vmid: VmId, conf: &VmConf, settings: &Settings) -> Result<Finding> {
+fn guest_cores(root: &Host, vmid: VmId, conf: &VmConf, settings: &Settings) -> Result<Finding> {
     const CHECK: &str = "guest cores";
     let vcpus = conf.vcpus() as usize;
     let single = |pin: &CpuSet| pin.first().filter(|_| pin.len() == 1);
@@ -244,7 +245,7 @@ fn cores_first(cores: &[CpuSet], cpu: usize) -> usize {
 
 /// Whether huge pages are where the isolated CPUs are (admin-guide/mm/hugetlbpage.rst).
 fn hugepages(
-    root: &Sysroot,
+    root: &Host,
     topology: &Topology,
     conf: &VmConf,
     isolated: &CpuSet,

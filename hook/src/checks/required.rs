@@ -3,9 +3,10 @@
 
 use std::collections::BTreeMap;
 
+use pinfold_core::sys::{cgroup, cpu, cpufreq, task};
+use pinfold_core::vm::VmConf;
 use pinfold_core::vm::{self, Qemu, VmId};
-use pinfold_core::vmconf::VmConf;
-use pinfold_core::{CpuSet, Error, Result, Sysroot, cgroup, cpu, cpufreq, process};
+use pinfold_core::{CpuSet, Error, Host, Result};
 
 use super::finding::{Finding, Level};
 use crate::settings::{Method, Settings};
@@ -17,7 +18,7 @@ use crate::state::reservation::{Isolation, Reservation};
 /// # Errors
 /// [`Error::Unusable`] that names the setting, the host's side of it, and the next step.
 pub(crate) fn before_start(
-    root: &Sysroot,
+    root: &Host,
     vmid: VmId,
     conf: &VmConf,
     settings: &Settings,
@@ -49,7 +50,7 @@ fn refuse(findings: &[Finding], settings: &Settings) -> Result<()> {
 /// # Errors
 /// Where the host cannot be read.
 pub(crate) fn findings(
-    root: &Sysroot,
+    root: &Host,
     vmid: VmId,
     conf: &VmConf,
     settings: &Settings,
@@ -77,7 +78,7 @@ pub(crate) fn findings(
 }
 
 /// Whether the isolated CPUs are there, and leave enough of the others.
-fn isolated_cpus(root: &Sysroot, settings: &Settings) -> Result<Finding> {
+fn isolated_cpus(root: &Host, settings: &Settings) -> Result<Finding> {
     const CHECK: &str = "isolated";
     let isolated = &settings.isolated;
     if let Err(error) = cpu::check_online(root, isolated) {
@@ -188,7 +189,7 @@ pub(crate) fn overlap(
 /// # Errors
 /// [`Error::Unusable`] that says why the method of the settings cannot be had.
 pub(crate) fn isolation(
-    root: &Sysroot,
+    root: &Host,
     reservations: &BTreeMap<u32, Reservation>,
     vmid: VmId,
     settings: &Settings,
@@ -232,12 +233,7 @@ pub(crate) fn isolation(
     })
 }
 
-fn check_partition(
-    root: &Sysroot,
-    vmid: VmId,
-    isolated: &CpuSet,
-    qemu: Option<&Qemu>,
-) -> Result<()> {
+fn check_partition(root: &Host, vmid: VmId, isolated: &CpuSet, qemu: Option<&Qemu>) -> Result<()> {
     let scope = match qemu {
         Some(qemu) => cg_slice::scope(root, vmid, qemu)?,
         None => cg_slice::usual_scope(vmid),
@@ -250,9 +246,9 @@ fn check_partition(
     }
 }
 
-fn check_hotplug(root: &Sysroot, isolated: &CpuSet) -> Result<()> {
+fn check_hotplug(root: &Host, isolated: &CpuSet) -> Result<()> {
     cgroup::check_unified(root)?;
-    match cpu_hotplug::objects(root, isolated) {
+    match cpu_hotplug::settings(root, isolated) {
         Ok(objects) if objects.len() == isolated.len() => Ok(()),
         Ok(_) => Err(Error::unusable(
             format!("CPU {isolated}"),
@@ -262,7 +258,7 @@ fn check_hotplug(root: &Sysroot, isolated: &CpuSet) -> Result<()> {
     }
 }
 
-fn check_governor(root: &Sysroot, isolated: &CpuSet, governor: &str) -> Result<Finding> {
+fn check_governor(root: &Host, isolated: &CpuSet, governor: &str) -> Result<Finding> {
     const CHECK: &str = "governor";
     let failed = |error: Error| Ok(Finding::error(CHECK, error.to_string(), ""));
     let policies = match cpufreq::policies(root) {
@@ -292,7 +288,7 @@ fn check_governor(root: &Sysroot, isolated: &CpuSet, governor: &str) -> Result<F
 }
 
 /// What may go wrong with others meanwhile.
-fn others(root: &Sysroot, vmid: VmId, conf: &VmConf, isolated: &CpuSet) -> Result<Vec<Finding>> {
+fn others(root: &Host, vmid: VmId, conf: &VmConf, isolated: &CpuSet) -> Result<Vec<Finding>> {
     let mut findings = vec![match &conf.affinity {
         None => Finding::ok("affinity", "not set, so that nothing vies with the pins"),
         Some(affinity) => Finding::warn(
@@ -327,7 +323,7 @@ fn others(root: &Sysroot, vmid: VmId, conf: &VmConf, isolated: &CpuSet) -> Resul
     }
     findings.append(&mut shut_out);
     let mut balancers = Vec::new();
-    for pid in process::user_pids(root)? {
+    for pid in task::user_pids(root)? {
         // Those that have ended have no business here.
         if root
             .read_value(format!("proc/{pid}/comm"))
@@ -368,7 +364,7 @@ fn others(root: &Sysroot, vmid: VmId, conf: &VmConf, isolated: &CpuSet) -> Resul
 /// The CPUs that an irqbalance leaves alone, as the variables it was started with say; none where
 /// they cannot be read. See irqbalance(1) and its cputree.c, `setup_banned_cpus`: the list comes
 /// first.
-fn banned(root: &Sysroot, pid: i32) -> CpuSet {
+fn banned(root: &Host, pid: i32) -> CpuSet {
     let environ = root.read(format!("proc/{pid}/environ")).unwrap_or_default();
     let value = |name: &str| {
         environ
@@ -380,7 +376,7 @@ fn banned(root: &Sysroot, pid: i32) -> CpuSet {
     list.or_else(mask).flatten().unwrap_or_default()
 }
 
-fn siblings_inside(root: &Sysroot, isolated: &CpuSet) -> Result<bool> {
+fn siblings_inside(root: &Host, isolated: &CpuSet) -> Result<bool> {
     for cpu in isolated.iter() {
         if !cpu::siblings(root, cpu)?.is_subset(isolated) {
             return Ok(false);
@@ -392,12 +388,12 @@ fn siblings_inside(root: &Sysroot, isolated: &CpuSet) -> Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fixture::Host;
+    use crate::fixture::MadeUpHost;
     use crate::settings;
 
     #[test]
     fn pre_start_refuses_with_the_first_error_and_notes_the_warnings() {
-        let host = Host::new("5900x");
+        let host = MadeUpHost::new("5900x");
         let vmid = "100".parse().unwrap();
         let told = |conf: &str, text: &str| {
             let settings = settings::resolve(&host.root, text, "test", 1).unwrap();

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 
 use anstyle::{AnsiColor, Style};
 use pinfold_core::cli::Output;
-use pinfold_core::report::{coloured, print};
-use pinfold_core::store::Store;
+use pinfold_core::cli::terminal::{coloured, print};
+use pinfold_core::state::Store;
+use pinfold_core::vm::VmConf;
 use pinfold_core::vm::{self, VmId};
-use pinfold_core::vmconf::VmConf;
-use pinfold_core::{Exit, Sysroot, printable};
+use pinfold_core::{Exit, Host, printable};
 use serde::Serialize;
 use serde_json::json;
 
@@ -81,14 +81,14 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
     };
     print(&text)?;
     Ok(if errors == 0 {
-        Exit::Done
+        Exit::Success
     } else {
         Exit::Failed
     })
 }
 
 /// The VMs with settings of their own, or with hook as their hookscript.
-fn managed_vms(root: &Sysroot) -> pinfold_core::Result<Vec<VmId>> {
+fn managed_vms(root: &Host) -> pinfold_core::Result<Vec<VmId>> {
     let mut vmids = Vec::new();
     for (folder, end) in SETTINGS
         .map(|folder| (folder, ".toml"))
@@ -122,7 +122,7 @@ fn calls_hook(conf: &VmConf) -> bool {
 }
 
 /// Whether another node of the cluster has the VM.
-fn is_elsewhere(root: &Sysroot, vmid: VmId) -> bool {
+fn is_elsewhere(root: &Host, vmid: VmId) -> bool {
     let nodes = root.names("etc/pve/nodes").unwrap_or_default();
     nodes
         .iter()
@@ -130,7 +130,7 @@ fn is_elsewhere(root: &Sysroot, vmid: VmId) -> bool {
 }
 
 /// Everything about a VM. What cannot be looked at is a finding too.
-fn check(root: &Sysroot, vmid: VmId) -> Checked {
+fn check(root: &Host, vmid: VmId) -> Checked {
     let told = |check, error: &dyn std::fmt::Display| Finding::error(check, error.to_string(), "");
     let conf = match vm::conf(root, vmid) {
         Ok(conf) => conf,
@@ -249,7 +249,7 @@ fn to_text(vmid: u32, checked: &Checked, least: Level) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fixture::Host;
+    use crate::fixture::MadeUpHost;
     use crate::state::reservation::Phase;
     use std::os::unix::fs::PermissionsExt;
 
@@ -260,14 +260,14 @@ mod tests {
         "100".parse().unwrap()
     }
 
-    fn mode(host: &Host, path: &str, mode: u32) {
+    fn mode(host: &MadeUpHost, path: &str, mode: u32) {
         std::fs::set_permissions(host.root.path(path), std::fs::Permissions::from_mode(mode))
             .unwrap();
     }
 
     /// A host and VM 100 that nothing is wrong with.
-    fn host_of(machine: &str, settings: &str) -> Host {
-        let host = Host::new(machine);
+    fn host_of(machine: &str, settings: &str) -> MadeUpHost {
+        let host = MadeUpHost::new(machine);
         host.conf(100, CONF);
         host.settings(100, settings);
         host.file(HOOK, "");
@@ -275,12 +275,12 @@ mod tests {
         host
     }
 
-    fn host() -> Host {
+    fn host() -> MadeUpHost {
         host_of("5900x", "layout = \"5900x\"")
     }
 
     /// What is not as it should be: `warn affinity: what => fix`.
-    fn faults(host: &Host) -> Vec<String> {
+    fn faults(host: &MadeUpHost) -> Vec<String> {
         let findings = check(&host.root, vmid())
             .findings
             .into_iter()
@@ -374,7 +374,7 @@ mod tests {
     /// A host that is as it should be but for one thing, and what is found.
     #[test]
     fn each_fault_is_found_with_its_fix() {
-        type Arrange = fn(&Host);
+        type Arrange = fn(&MadeUpHost);
         let cases: [(Arrange, &str); 24] = [
             (
                 |h| h.conf(100, &CONF.replace("hookscript", "#")),
@@ -542,7 +542,7 @@ mod tests {
                     "4",
                 )
             },
-        ] as [fn(&Host); 5])
+        ] as [fn(&MadeUpHost); 5])
             .into_iter()
             .enumerate()
         {

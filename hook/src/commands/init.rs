@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 
 use pinfold_core::cli::Output;
-use pinfold_core::report::print;
-use pinfold_core::store::Store;
-use pinfold_core::topology::{Domain, Kind, Topology};
+use pinfold_core::cli::terminal::print;
+use pinfold_core::state::Store;
+use pinfold_core::sys::cpu;
+use pinfold_core::sys::topology::{Domain, Kind, Topology};
 use pinfold_core::vm::{self, VmId};
-use pinfold_core::{CpuExpr, CpuSet, Error, Exit, Report, Result, Sysroot, cpu};
+use pinfold_core::{CpuSet, Error, Exit, Host, Report, Result, Selector};
 use serde_json::json;
 
 use crate::checks::required;
@@ -46,7 +47,7 @@ pub(crate) struct Args {
     /// The CPUs to isolate, by logical number or selector, as in 6-11,18-23 or llc:1 [default: an
     /// LLC domain that fits]
     #[arg(long, conflicts_with = "vcache")]
-    pub cpus: Option<CpuExpr>,
+    pub cpus: Option<Selector>,
     /// Choose among the LLC domains with a larger L3 (3D V-Cache)
     #[arg(long)]
     pub vcache: bool,
@@ -65,7 +66,7 @@ struct Guest {
 
 /// The CPUs chosen.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Choice {
+struct Filter {
     /// As they are written.
     isolated: String,
     cpus: CpuSet,
@@ -96,7 +97,7 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
         None => {
             if args.vcache {
                 // It says what there is where there is none.
-                "vcache".parse::<CpuExpr>()?.resolve(root)?;
+                "vcache".parse::<Selector>()?.resolve(root)?;
             }
             choose(&topology, guest, args.vcache, &others)
                 .map_err(|why| Error::unusable(format!("VM {vmid}"), why))?
@@ -113,7 +114,7 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
     required::pins_suffice(&settings, guest.vcpus, guest.vcpus.checked_sub(1))?;
     if args.print {
         print(&text)?;
-        return Ok(Exit::Done);
+        return Ok(Exit::Success);
     }
     let path = settings::create(root, vmid, &text)?;
     let pins: Vec<String> = settings
@@ -126,7 +127,7 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
         let told =
             json!({"path": path, "isolated": choice.isolated, "cpus": choice.cpus, "pins": pins});
         print(&format!("{told:#}\n"))?;
-        return Ok(Exit::Done);
+        return Ok(Exit::Success);
     }
     report.line(&format!(
         "{} is written: VM {vmid} gets {}",
@@ -148,8 +149,8 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
     Ok(report.finish())
 }
 
-fn in_words(choice: &Choice) -> String {
-    let Choice { isolated, cpus, .. } = choice;
+fn in_words(choice: &Filter) -> String {
+    let Filter { isolated, cpus, .. } = choice;
     if *isolated == cpus.to_string() {
         format!("CPU {cpus}")
     } else {
@@ -158,7 +159,7 @@ fn in_words(choice: &Choice) -> String {
 }
 
 /// The CPUs that other VMs have now, or will have when they start.
-fn others(root: &Sysroot, report: &mut Report, vmid: VmId) -> BTreeMap<VmId, CpuSet> {
+fn others(root: &Host, report: &mut Report, vmid: VmId) -> BTreeMap<VmId, CpuSet> {
     let mut others: BTreeMap<VmId, CpuSet> = BTreeMap::new();
     let mut add = |other: VmId, cpus: &CpuSet| {
         let all = others.entry(other).or_default();
@@ -201,7 +202,7 @@ fn others(root: &Sysroot, report: &mut Report, vmid: VmId) -> BTreeMap<VmId, Cpu
 }
 
 /// The CPUs that were asked for.
-fn from_option(root: &Sysroot, expr: &CpuExpr, guest: Guest) -> Result<Choice> {
+fn from_option(root: &Host, expr: &Selector, guest: Guest) -> Result<Filter> {
     let cpus = expr.resolve(root)?;
     let unusable = |why: String| Error::unusable(format!("CPU {cpus}"), why);
     cpu::check_online(root, &cpus)?;
@@ -223,7 +224,7 @@ fn from_option(root: &Sysroot, expr: &CpuExpr, guest: Guest) -> Result<Choice> {
     } else {
         vec![format!("{isolated} is CPU {cpus}.")]
     };
-    Ok(Choice {
+    Ok(Filter {
         isolated,
         cpus,
         why,
@@ -252,7 +253,7 @@ fn choose(
     guest: Guest,
     vcache: bool,
     others: &BTreeMap<VmId, CpuSet>,
-) -> std::result::Result<Choice, String> {
+) -> std::result::Result<Filter, String> {
     let taken = others.values().fold(CpuSet::new(), |all, cpus| &all | cpus);
     let domains = if vcache {
         topology.vcache()
@@ -358,7 +359,7 @@ fn choose(
         };
         why.push(format!("  {which}: {verdict}"));
     }
-    Ok(Choice {
+    Ok(Filter {
         isolated,
         cpus: cpus.clone(),
         why,
@@ -458,7 +459,7 @@ fn candidate<'a>(
 }
 
 /// The text of the settings file.
-fn text(vmid: VmId, guest: Guest, choice: &Choice, housekeeping: &CpuSet) -> String {
+fn text(vmid: VmId, guest: Guest, choice: &Filter, housekeeping: &CpuSet) -> String {
     let cores = match guest.threads {
         1 => String::new(),
         threads => format!(", {threads} threads per core"),
@@ -490,7 +491,7 @@ mod tests {
     use crate::settings::Settings;
 
     /// A captured machine with VMs.
-    fn host(name: &str, vms: &[(u32, &str)]) -> (tempfile::TempDir, Sysroot) {
+    fn host(name: &str, vms: &[(u32, &str)]) -> (tempfile::TempDir, Host) {
         let dir = tempfile::tempdir().unwrap();
         let (_, text) = machine::all()
             .into_iter()
@@ -502,11 +503,11 @@ mod tests {
         for (id, conf) in vms {
             std::fs::write(confs.join(format!("{id}.conf")), conf).unwrap();
         }
-        let root = Sysroot::new(dir.path());
+        let root = Host::new(dir.path());
         (dir, root)
     }
 
-    fn init(root: &Sysroot, id: u32, cpus: Option<&str>) -> std::result::Result<Settings, String> {
+    fn init(root: &Host, id: u32, cpus: Option<&str>) -> std::result::Result<Settings, String> {
         let vmid = VmId::try_from(id).unwrap();
         let output = Output {
             json: false,

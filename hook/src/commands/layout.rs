@@ -4,8 +4,8 @@
 use std::collections::BTreeSet;
 
 use pinfold_core::cli::Output;
-use pinfold_core::report::print;
-use pinfold_core::topology::{Domain, Kind, Topology};
+use pinfold_core::cli::terminal::print;
+use pinfold_core::sys::topology::{Domain, Kind, Topology};
 use pinfold_core::{CpuSet, Exit, Table, printable};
 use serde::Serialize;
 use serde_json::json;
@@ -50,7 +50,7 @@ pub(crate) fn run(output: &Output) -> anyhow::Result<Exit> {
     } else {
         print(&printable(&to_text(&topology)))?;
     }
-    Ok(Exit::Done)
+    Ok(Exit::Success)
 }
 
 fn to_json(topology: &Topology) -> serde_json::Value {

@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 
 use anstyle::{AnsiColor, Style};
-use pinfold_core::topology::Topology;
-use pinfold_core::{CpuSet, report};
+use pinfold_core::CpuSet;
+use pinfold_core::cli::terminal;
+use pinfold_core::sys::topology::Topology;
 use serde::Serialize;
 
 use super::layout::{self, CORES_PER_LINE};
@@ -97,7 +98,7 @@ impl Cpu {
 
 /// How many columns a screen has.
 pub(crate) fn columns() -> usize {
-    report::terminal().map_or(COLUMNS, |(columns, _)| columns)
+    terminal::size().map_or(COLUMNS, |(columns, _)| columns)
 }
 
 /// Draws the host, with a legend of the marks in use. `cpus` are all there are, by number.

@@ -2,9 +2,10 @@
 //! changes are only planned.
 
 use pinfold_core::cli::Output;
-use pinfold_core::report::{Step, done_to_json, err, print};
+use pinfold_core::cli::report::{Step, applied_to_json};
+use pinfold_core::cli::terminal::{err, print};
 use pinfold_core::vm::{self, VmId};
-use pinfold_core::{CpuSet, Done, Exit, Outcome, Report, Sysroot, Verbosity, printable};
+use pinfold_core::{Applied, CpuSet, Exit, Host, Outcome, Report, Verbosity, printable};
 use serde_json::json;
 
 use crate::phases::Run;
@@ -32,7 +33,7 @@ struct Plan {
 struct PlannedStep {
     name: &'static str,
     unknown: Option<String>,
-    changes: Vec<Done>,
+    changes: Vec<Applied>,
     /// How long it took last time in seconds, where that is known.
     seconds: Option<f64>,
 }
@@ -53,11 +54,11 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
     } else {
         print(&printable(&plan.to_text(output.verbose)))?;
     }
-    Ok(Exit::Done)
+    Ok(Exit::Success)
 }
 
 /// Goes through post-start. Nothing is written, locked or saved.
-fn make(root: &Sysroot, vmid: VmId) -> anyhow::Result<Plan> {
+fn make(root: &Host, vmid: VmId) -> anyhow::Result<Plan> {
     vm::check_exists(root, vmid)?;
     let root = root.clone().for_dry_run();
     let qemu = vm::find(&root, vmid)?;
@@ -154,7 +155,7 @@ impl PlannedStep {
         let mut text = format!("{}: {what}{held}; last time {seconds}\n", self.name);
         for done in &self.changes {
             let told = match done.outcome {
-                Outcome::Planned | Outcome::Left(_) | Outcome::Failed(_) => true,
+                Outcome::Planned | Outcome::Foreign(_) | Outcome::Failed(_) => true,
                 Outcome::Changed | Outcome::Already | Outcome::Gone | Outcome::Refused(_) => {
                     verbose
                 }
@@ -190,7 +191,7 @@ impl Plan {
             let changes: Vec<_> = step
                 .changes
                 .iter()
-                .map(|done| done_to_json(Some(step.name), done))
+                .map(|done| applied_to_json(Some(step.name), done))
                 .collect();
             json!({"step": step.name, "last_seconds": step.seconds, "unknown": step.unknown, "changes": changes})
         };
@@ -204,9 +205,9 @@ impl Plan {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fixture::Host;
+    use crate::fixture::MadeUpHost;
     use crate::state::reservation::{Phase, Reservation};
-    use pinfold_core::store::Store;
+    use pinfold_core::state::Store;
 
     fn vmid() -> VmId {
         "100".parse().unwrap()
@@ -216,8 +217,8 @@ mod tests {
         "6-11,18-23".parse().unwrap()
     }
 
-    fn host() -> Host {
-        let host = Host::new("5900x");
+    fn host() -> MadeUpHost {
+        let host = MadeUpHost::new("5900x");
         host.settings(100, "layout = \"5900x\"");
         host
     }

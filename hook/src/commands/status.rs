@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use anyhow::Context;
 use pinfold_core::cli::Output;
-use pinfold_core::report::{coloured, err, print, terminal, try_out};
-use pinfold_core::store::Store;
-use pinfold_core::topology::Topology;
+use pinfold_core::cli::terminal::{self, coloured, err, print, try_out};
+use pinfold_core::state::Store;
+use pinfold_core::sys::task;
+use pinfold_core::sys::topology::Topology;
 use pinfold_core::vm::{self, Role};
-use pinfold_core::{CpuSet, Exit, Knob, Result, Sysroot, printable, process};
+use pinfold_core::{CpuSet, Exit, Host, Knob, Result, printable};
 use serde_json::json;
 
 use super::map::{self, Cpu, Owner};
@@ -55,7 +56,7 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
             seen => seen?,
         };
         let exit = if seen.missed() == 0 {
-            Exit::Done
+            Exit::Success
         } else {
             Exit::Failed
         };
@@ -68,7 +69,7 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
             print(&text)?;
             return Ok(exit);
         };
-        let text = match terminal() {
+        let text = match terminal::size() {
             Some((_, rows)) if !json => redrawn(&text, rows),
             _ => text + "\n",
         };
@@ -81,7 +82,7 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
 }
 
 /// Looks at the host and the state, without the lock.
-fn look(root: &Sysroot) -> Result<View> {
+fn look(root: &Host) -> Result<View> {
     let (reservations, baseline) = Store::<Reservation>::peek(root)?.unwrap_or_default();
     let topology = Topology::read(root)?;
     let mut cpus: BTreeMap<usize, Cpu> = (topology.present.iter())
@@ -127,7 +128,7 @@ fn look(root: &Sysroot) -> Result<View> {
         for task in reservation
             .qemu
             .iter()
-            .flat_map(|qemu| process::tasks(root, qemu.pid).unwrap_or_default())
+            .flat_map(|qemu| task::tasks(root, qemu.pid).unwrap_or_default())
         {
             // What hook pinned inside the fence is where it belongs: the vCPU threads.
             let last = baseline
@@ -136,7 +137,7 @@ fn look(root: &Sysroot) -> Result<View> {
             let Some(last) = last.filter(|last| last.is_subset(own)) else {
                 continue;
             };
-            let now = process::affinity(root, &task.id).unwrap_or_default();
+            let now = task::affinity(root, &task.id).unwrap_or_default();
             if let (Role::Vcpu(vcpu), true) = (vm::role_by_name(&task.name), now.is_subset(own)) {
                 for cpu in cpus.values_mut().filter(|cpu| now.contains(cpu.cpu)) {
                     cpu.vcpus.insert(vcpu);
@@ -176,7 +177,7 @@ impl View {
             .count()
     }
 
-    fn to_json(&self, root: &Sysroot) -> serde_json::Value {
+    fn to_json(&self, root: &Host) -> serde_json::Value {
         let bounds = |r: &Reservation| r.settings.deadlines.bounds(self.reservations.len() - 1);
         let vms: BTreeMap<String, serde_json::Value> = (self.reservations.iter())
             .map(|(id, r)| (id.to_string(), json!({"phase": r.phase, "isolation": r.isolation, "isolated": r.settings.isolated, "alive": r.is_alive(root), "bounds": bounds(r), "settings": r.settings})))
@@ -185,7 +186,7 @@ impl View {
         json!({"vms": vms, "isolated": self.isolated, "cpus": cpus, "strays": self.strays, "missed": self.missed()})
     }
 
-    fn to_text(&self, root: &Sysroot, columns: usize) -> String {
+    fn to_text(&self, root: &Host, columns: usize) -> String {
         let picture = map::draw(&self.topology, &self.cpus, columns);
         format!(
             "{picture}\n{}",
@@ -225,7 +226,7 @@ fn redrawn(text: &str, rows: usize) -> String {
 }
 
 fn text(
-    root: &Sysroot,
+    root: &Host,
     reservations: &BTreeMap<u32, Reservation>,
     isolated: &CpuSet,
     strays: &[Stray],
@@ -363,17 +364,17 @@ fn kind(object: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fixture::Host;
+    use crate::fixture::MadeUpHost;
 
     const LAYOUT: &str = "layout = \"5900x\"";
 
-    fn screen(host: &Host, columns: usize) -> String {
+    fn screen(host: &MadeUpHost, columns: usize) -> String {
         let text = look(&host.root).unwrap().to_text(&host.root, columns);
         anstream::adapter::strip_str(&text).to_string()
     }
 
-    fn fenced() -> Host {
-        let host = Host::new("5900x");
+    fn fenced() -> MadeUpHost {
+        let host = MadeUpHost::new("5900x");
         host.vm(100, &[6, 18, 7, 19]);
         host.file("proc/irq/24/smp_affinity_list", "0-5");
         host.file("sys/devices/virtual/workqueue/cpumask", "03f03f");
@@ -393,7 +394,7 @@ mod tests {
 
     #[test]
     fn a_host_without_a_fence_is_drawn_all_the_same() {
-        let host = Host::new("5900x");
+        let host = MadeUpHost::new("5900x");
         assert_eq!(
             screen(&host, 100),
             "package:0\n\
@@ -485,7 +486,7 @@ mod tests {
 
     #[test]
     fn what_is_reserved_or_offline_has_marks_of_its_own() {
-        let host = Host::new("5900x-offline");
+        let host = MadeUpHost::new("5900x-offline");
         host.vm(100, &[6]);
         host.reserve(100, Phase::Starting, "isolated = \"6,11\"\npins = [6]");
         let text = screen(&host, 100);
@@ -506,7 +507,7 @@ mod tests {
 
     #[test]
     fn a_large_host_folds_what_is_all_alike() {
-        let host = Host::new("512-cpus");
+        let host = MadeUpHost::new("512-cpus");
         host.vm(100, &[]);
         host.reserve(100, Phase::Isolated, "isolated = \"8-11,264\"\npins = [8]");
         let text = screen(&host, 80);

@@ -1,6 +1,7 @@
 //! The steps of both methods that change the host: IRQs, kthreads, governor and statistics interval.
 
-use pinfold_core::{CpuSet, Knob, Object, Result, cpufreq, process};
+use pinfold_core::sys::{cpufreq, task};
+use pinfold_core::{CpuSet, Knob, Result, Setting};
 
 use super::run::Reconcile;
 use crate::state::reservation::Reservation;
@@ -12,10 +13,10 @@ impl Reconcile<'_> {
         self.report.step("irqs");
         // The default first, then all: what is born between starts with the one or is seen with the
         // others.
-        let default: Vec<Object> = pin_irqs::default_mask(self.root)?.into_iter().collect();
+        let default: Vec<Setting> = pin_irqs::default_mask(self.root)?.into_iter().collect();
         let wanted = self.narrowed();
         let mut changed = self.change("irqs", default, &wanted)?;
-        let irqs = self.host_irqs.objects(self.root)?;
+        let irqs = self.host_irqs.settings(self.root)?;
         changed += self.change("irqs", irqs, &wanted)?;
         self.sum_up("irqs", changed);
         Ok(())
@@ -27,7 +28,7 @@ impl Reconcile<'_> {
         let mut changed = self.kthreadd()?;
         changed += self.change(
             "kthreads",
-            pin_kthreads::objects(self.root)?.movable,
+            pin_kthreads::settings(self.root)?.movable,
             self.narrowed(),
         )?;
         self.sum_up("kthreads", changed);
@@ -36,11 +37,11 @@ impl Reconcile<'_> {
 
     pub(super) fn kthreadd(&mut self) -> Result<usize> {
         self.report.step("kthreads");
-        let kthreadd = process::task(self.root, process::KTHREADD, process::KTHREADD)?.id;
-        let found = process::affinity(self.root, &kthreadd)?.to_string();
+        let kthreadd = task::task(self.root, task::KTHREADD, task::KTHREADD)?.id;
+        let found = task::affinity(self.root, &kthreadd)?.to_string();
         self.change(
             "kthreads",
-            vec![Object::new(
+            vec![Setting::new(
                 Knob::Kthread(kthreadd),
                 "kthread 2 (kthreadd)",
                 found,
@@ -82,11 +83,11 @@ impl Reconcile<'_> {
         })
     }
 
-    pub(super) fn tuning_objects(&self, isolated: &CpuSet) -> Result<Vec<Object>> {
+    pub(super) fn tuning_objects(&self, isolated: &CpuSet) -> Result<Vec<Setting>> {
         let baseline = &self.store.baseline;
         let governed = |name: &str| baseline.has(&Knob::Governor(name.to_owned()));
         let policies = cpufreq::policies(self.root)?;
-        let mut objects = governor::objects(&policies, |policy| {
+        let mut objects = governor::settings(&policies, |policy| {
             policy.cpus.intersects(isolated) || governed(&policy.name)
         });
         objects.extend(steps::stat_interval(self.root)?);

@@ -1,14 +1,15 @@
 //! The steps of the method `hotplug`: slices, tasks, CPUs offline and online, the VM out of its
 //! slice and back.
 
+use pinfold_core::sys::{cgroup, cpu, task};
 use pinfold_core::vm::{Qemu, VmId};
-use pinfold_core::{CpuSet, Knob, Object, Result, Sysroot, cgroup, cpu, process, vm};
+use pinfold_core::{CpuSet, Host, Knob, Result, Setting, vm};
 
 use super::run::Reconcile;
 
 impl Reconcile<'_> {
     /// Step 1: everything but the fenced VMs off their CPUs, as far as cgroups reach.
-    pub(super) fn slices(&mut self, mut objects: Vec<Object>) -> Result<()> {
+    pub(super) fn slices(&mut self, mut objects: Vec<Setting>) -> Result<()> {
         self.report.step("slices");
         let wanted = self.narrowed();
         if self.isolated().is_empty() {
@@ -44,10 +45,10 @@ impl Reconcile<'_> {
         Ok(())
     }
 
-    pub(super) fn slice_objects(&self) -> Result<Vec<Object>> {
-        let mut objects = cg_slice::objects(self.root, Vec::new())?;
+    pub(super) fn slice_objects(&self) -> Result<Vec<Setting>> {
+        let mut objects = cg_slice::settings(self.root, Vec::new())?;
         if self.root.exists(cgroup::path(cg_slice::VM_SLICE)) {
-            objects.extend(cg_slice::objects(
+            objects.extend(cg_slice::settings(
                 self.root,
                 vec![cg_slice::VM_SLICE.to_owned()],
             )?);
@@ -67,7 +68,7 @@ impl Reconcile<'_> {
     }
 
     /// Threads of the baseline, but for those of fenced VMs.
-    pub(super) fn freed_objects(&self) -> Result<Vec<Object>> {
+    pub(super) fn freed_objects(&self) -> Result<Vec<Setting>> {
         let mut fenced = Vec::new();
         for (id, _) in self.fenced() {
             let vmid = VmId::try_from(*id)?;
@@ -83,14 +84,14 @@ impl Reconcile<'_> {
             if matches!(knob, Knob::Thread(task) if !fenced.contains(&task.pid))
                 && let Some(found) = knob.read(self.root)?
             {
-                objects.push(Object::new(knob.clone(), label, found));
+                objects.push(Setting::new(knob.clone(), label, found));
             }
         }
         Ok(objects)
     }
 
-    pub(super) fn task_objects(&self) -> Result<Vec<Object>> {
-        if process::keeps_requested_cpus(self.root)? {
+    pub(super) fn task_objects(&self) -> Result<Vec<Setting>> {
+        if task::keeps_requested_cpus(self.root)? {
             return self.freed_objects();
         }
         let fenced: Vec<i32> = self
@@ -99,7 +100,7 @@ impl Reconcile<'_> {
             .collect();
         let online = cpu::online(self.root)?;
         let mut objects = Vec::new();
-        for pid in process::user_pids(self.root)? {
+        for pid in task::user_pids(self.root)? {
             let beside_qemu = || {
                 cgroup::of_process(self.root, pid)
                     .is_ok_and(|path| path.contains(cg_slice::DECOUPLED))
@@ -107,7 +108,7 @@ impl Reconcile<'_> {
             if fenced.contains(&pid) || (!fenced.is_empty() && beside_qemu()) {
                 continue;
             }
-            let tasks = match process::tasks(self.root, pid) {
+            let tasks = match task::tasks(self.root, pid) {
                 Err(error) if error.is_gone() => continue,
                 tasks => tasks?,
             };
@@ -118,7 +119,7 @@ impl Reconcile<'_> {
             for task in tasks {
                 let knob = Knob::Thread(task.id);
                 let known = self.store.baseline.has(&knob);
-                let cpus = match process::affinity(self.root, &task.id) {
+                let cpus = match task::affinity(self.root, &task.id) {
                     Err(error) if error.is_gone() => continue,
                     cpus => cpus?,
                 };
@@ -133,7 +134,7 @@ impl Reconcile<'_> {
                 {
                     continue;
                 }
-                objects.push(Object::new(
+                objects.push(Setting::new(
                     knob,
                     format!("thread {} ({})", task.id.tid, task.name),
                     cpus.to_string(),
@@ -154,7 +155,7 @@ impl Reconcile<'_> {
                 self.report.detail(&note);
             }
         }
-        let objects = cpu_hotplug::objects(self.root, cpus)?;
+        let objects = cpu_hotplug::settings(self.root, cpus)?;
         // A CPU that the admin had taken offline stays so.
         self.set(step, objects, |_, before| {
             if before == "0" {
@@ -182,8 +183,8 @@ impl Reconcile<'_> {
             // Outside the slice nothing else holds a thread off the others' CPUs until it is
             // pinned. What CPUs it has asked for itself cannot be read, and since Linux 6.2 is kept
             // wherever it goes.
-            let asked = |(object, cpus): (Object, String)| {
-                Object {
+            let asked = |(object, cpus): (Setting, String)| {
+                Setting {
                     found: String::new(),
                     ..object
                 }
@@ -228,7 +229,7 @@ impl Reconcile<'_> {
 }
 
 /// The CPUs that a process's cgroup allows.
-fn effective_cpus(root: &Sysroot, pid: i32) -> Option<CpuSet> {
+fn effective_cpus(root: &Host, pid: i32) -> Option<CpuSet> {
     let mut cgroup = cgroup::of_process(root, pid).ok()?;
     loop {
         // A cgroup without the controller has its parent's CPUs.

@@ -6,8 +6,9 @@
 
 use std::collections::BTreeSet;
 
-use pinfold_core::store::Store;
-use pinfold_core::{CpuSet, Knob, Result, Sysroot, cpu};
+use pinfold_core::state::Store;
+use pinfold_core::sys::cpu;
+use pinfold_core::{CpuSet, Host, Knob, Result};
 
 use crate::state::reservation::{Isolation, Reservation};
 
@@ -29,7 +30,7 @@ impl KernelMasks {
     /// # Errors
     /// Where the host's CPUs cannot be read.
     pub(crate) fn on(
-        root: &Sysroot,
+        root: &Host,
         store: &Store<Reservation>,
         unpartitioned: &CpuSet,
     ) -> Result<Self> {
@@ -45,8 +46,9 @@ impl KernelMasks {
             .map(|(knob, ..)| knob)
             .filter(|knob| is_cgroup(knob));
         // Nearly all of them are the same.
-        let narrowed: BTreeSet<&String> =
-            cgroups.flat_map(|knob| store.baseline.set(knob)).collect();
+        let narrowed: BTreeSet<&String> = cgroups
+            .flat_map(|knob| store.baseline.values_set(knob))
+            .collect();
         let narrowed = narrowed
             .into_iter()
             .filter_map(|list| CpuSet::from_kernel_list(list).ok());
@@ -71,8 +73,8 @@ impl KernelMasks {
         ) else {
             return false;
         };
-        let is_left_of = |cpus: &CpuSet| found == *cpus || found == cpus.held_to(&self.online);
-        let share_of = |cpus: &CpuSet| is_left_of(&given.held_to(cpus)) || is_left_of(cpus);
+        let is_left_of = |cpus: &CpuSet| found == *cpus || found == cpus.narrow_to(&self.online);
+        let share_of = |cpus: &CpuSet| is_left_of(&given.narrow_to(cpus)) || is_left_of(cpus);
         let left = self.left_at_last(&found);
         match knob {
             Knob::Workqueues => left.iter().any(share_of),
@@ -87,7 +89,7 @@ impl KernelMasks {
                 true
             }
             Knob::Irq(_) | Knob::Kthread(_) | Knob::Thread(_) => {
-                found == given.held_to(&self.online)
+                found == given.narrow_to(&self.online)
             }
             _ => false,
         }

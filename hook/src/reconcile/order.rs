@@ -29,7 +29,7 @@ impl Reconcile<'_> {
         let slices = self.slice_objects()?;
         let mut objects = slices.clone();
         objects.push(cg_slice::overrides(self.root)?);
-        objects.extend(cpu_hotplug::objects(self.root, &isolated)?);
+        objects.extend(cpu_hotplug::settings(self.root, &isolated)?);
         objects.extend(self.task_objects()?);
         self.remember(objects, &isolated, vmid, qemu)?;
         if !first_time {

@@ -2,8 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use pinfold_core::sys::cgroup;
 use pinfold_core::vm::{Qemu, VmId};
-use pinfold_core::{CpuSet, Error, Knob, Object, Result, cgroup, vm};
+use pinfold_core::{CpuSet, Error, Knob, Result, Setting, vm};
 
 use super::run::Reconcile;
 use crate::state::reservation::{Isolation, Phase, Reservation};
@@ -39,7 +40,7 @@ impl Reconcile<'_> {
         for knob in knobs {
             objects.extend(
                 knob.read(self.root)?
-                    .map(|found| Object::new(knob.clone(), knob.to_string(), found)),
+                    .map(|found| Setting::new(knob.clone(), knob.to_string(), found)),
             );
         }
         self.set("exclusive", objects, |knob, before| {

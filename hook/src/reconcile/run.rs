@@ -1,17 +1,16 @@
 //! One run over the host: what is known to all steps, the baseline, and how a change is made.
 
-use pinfold_core::store::Store;
+use pinfold_core::state::Store;
+use pinfold_core::sys::{cgroup, cpu, task};
 use pinfold_core::vm::{Qemu, VmId};
-use pinfold_core::{
-    Change, CpuSet, Knob, Object, Outcome, Report, Result, Sysroot, TaskId, cgroup, cpu, process,
-};
+use pinfold_core::{Change, CpuSet, Host, Knob, Outcome, Report, Result, Setting, TaskId};
 
 use super::kernel_masks::KernelMasks;
 use crate::state::reservation::{Isolation, Phase, Reservation};
 
 /// One run over the host, under the store's lock.
 pub(crate) struct Reconcile<'a> {
-    pub(super) root: &'a Sysroot,
+    pub(super) root: &'a Host,
     pub(super) store: &'a mut Store<Reservation>,
     pub(super) report: &'a mut Report,
     pub(super) present: CpuSet,
@@ -26,7 +25,7 @@ impl<'a> Reconcile<'a> {
     /// # Errors
     /// Where the host's CPUs cannot be read.
     pub(crate) fn new(
-        root: &'a Sysroot,
+        root: &'a Host,
         store: &'a mut Store<Reservation>,
         report: &'a mut Report,
     ) -> Result<Self> {
@@ -34,7 +33,7 @@ impl<'a> Reconcile<'a> {
         let partitioned = cgroup::isolated(root)?.unwrap_or_default();
         let unpartitioned = &present - &partitioned;
         let kernel_masks = KernelMasks::on(root, store, &unpartitioned)?;
-        if store.baseline.look(root, |knob, given, found| {
+        if store.baseline.detect_foreign(root, |knob, given, found| {
             kernel_masks.explains(knob, given, found)
         }) {
             store.save()?;
@@ -72,7 +71,7 @@ impl<'a> Reconcile<'a> {
     pub(super) fn narrowed(&self) -> impl Fn(&Knob, &str) -> String + use<> {
         let fence = (!self.isolated().is_empty()).then(|| self.housekeeping());
         move |_, before| match (&fence, CpuSet::from_kernel_list(before)) {
-            (Some(fence), Ok(cpus)) => cpus.held_to(fence).to_string(),
+            (Some(fence), Ok(cpus)) => cpus.narrow_to(fence).to_string(),
             _ => before.to_owned(),
         }
     }
@@ -104,14 +103,14 @@ impl<'a> Reconcile<'a> {
     /// `objects`, and those that are touched whatever the method.
     pub(super) fn remember(
         &mut self,
-        mut objects: Vec<Object>,
+        mut objects: Vec<Setting>,
         isolated: &CpuSet,
         vmid: VmId,
         qemu: Option<&Qemu>,
     ) -> Result<()> {
         objects.extend(pin_irqs::default_mask(self.root)?);
-        objects.extend(self.host_irqs.objects(self.root)?);
-        objects.extend(pin_kthreads::objects(self.root)?.movable);
+        objects.extend(self.host_irqs.settings(self.root)?);
+        objects.extend(pin_kthreads::settings(self.root)?.movable);
         objects.extend(self.tuning_objects(isolated)?);
         if let Some(qemu) = qemu {
             objects.extend(self.vm_threads(vmid, qemu)?);
@@ -124,7 +123,7 @@ impl<'a> Reconcile<'a> {
 
     /// Takes an object into the baseline. One born while the fence stood has what its kind's
     /// default was narrowed to when it was born: it gets what the default was before.
-    pub(super) fn adopt(&mut self, object: &Object) {
+    pub(super) fn adopt(&mut self, object: &Setting) {
         let baseline = &mut self.store.baseline;
         let default = match &object.knob {
             Knob::Irq(_) => Some(Knob::DefaultIrq),
@@ -144,7 +143,7 @@ impl<'a> Reconcile<'a> {
             return baseline.adopt(object, &self.present.to_string());
         }
         let inherited = default
-            .filter(|default| baseline.set(default).contains(&object.found))
+            .filter(|default| baseline.values_set(default).contains(&object.found))
             .and_then(|default| baseline.before(&default).map(str::to_owned))
             .map(|before| {
                 if before.is_empty() {
@@ -160,7 +159,7 @@ impl<'a> Reconcile<'a> {
     pub(super) fn set(
         &mut self,
         step: &'static str,
-        objects: Vec<Object>,
+        objects: Vec<Setting>,
         wanted: impl Fn(&Knob, &str) -> String,
     ) -> Result<()> {
         let changed = self.change(step, objects, wanted)?;
@@ -178,7 +177,7 @@ impl<'a> Reconcile<'a> {
     pub(super) fn change(
         &mut self,
         step: &'static str,
-        objects: Vec<Object>,
+        objects: Vec<Setting>,
         wanted: impl Fn(&Knob, &str) -> String,
     ) -> Result<usize> {
         for object in &objects {
@@ -189,7 +188,7 @@ impl<'a> Reconcile<'a> {
         let report = &mut *self.report;
         let all = plan
             .iter()
-            .filter(|planned| planned.left.is_none() && !planned.change.is_noop())
+            .filter(|planned| planned.skip_reason.is_none() && !planned.change.is_noop())
             .count();
         self.store.carry_out(plan, |done| {
             changed += usize::from(done.outcome == Outcome::Changed);
@@ -252,5 +251,5 @@ impl<'a> Reconcile<'a> {
 }
 
 fn is_kthreadd(knob: &Knob) -> bool {
-    matches!(knob, Knob::Kthread(task) if task.pid == process::KTHREADD)
+    matches!(knob, Knob::Kthread(task) if task.pid == task::KTHREADD)
 }

@@ -3,22 +3,27 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use pinfold_core::sys::task;
 use pinfold_core::vm::{self, Qemu, VmId};
-use pinfold_core::{CpuSet, Error, Knob, Object, Result, process};
+use pinfold_core::{CpuSet, Error, Knob, Result, Setting};
 
 use super::run::Reconcile;
 use crate::state::reservation::{Isolation, Phase, Reservation};
 
 impl Reconcile<'_> {
     /// A VM's threads, each with the CPUs it has less those of other VMs.
-    pub(super) fn kept_off_others(&self, vmid: VmId, qemu: &Qemu) -> Result<Vec<(Object, String)>> {
+    pub(super) fn kept_off_others(
+        &self,
+        vmid: VmId,
+        qemu: &Qemu,
+    ) -> Result<Vec<(Setting, String)>> {
         let mut fence = self.housekeeping();
         if let Some(own) = self.store.reservations.get(&vmid.into()) {
             fence = &fence | &own.settings.isolated;
         }
-        let kept = |object: Object| {
+        let kept = |object: Setting| {
             let cpus = CpuSet::from_kernel_list(&object.found)
-                .map_or_else(|_| fence.clone(), |it| it.held_to(&fence));
+                .map_or_else(|_| fence.clone(), |it| it.narrow_to(&fence));
             (object, cpus.to_string())
         };
         Ok(self.vm_threads(vmid, qemu)?.into_iter().map(kept).collect())
@@ -46,7 +51,7 @@ impl Reconcile<'_> {
         let mut objects = Vec::new();
         for thread in threads {
             let cpus = self.cpus_for(&reservation, &thread.role, &housekeeping)?;
-            let object = pin_vcpu::object(&thread);
+            let object = pin_vcpu::setting(&thread);
             wanted.insert(object.knob.clone(), cpus.to_string());
             objects.push(object);
         }
@@ -77,7 +82,7 @@ impl Reconcile<'_> {
     /// Sets threads to the CPUs listed for each.
     pub(super) fn pin(
         &mut self,
-        objects: Vec<Object>,
+        objects: Vec<Setting>,
         wanted: BTreeMap<Knob, String>,
     ) -> Result<()> {
         self.set("pins", objects, move |knob, before| {
@@ -93,11 +98,11 @@ impl Reconcile<'_> {
         &mut self,
         scope: &str,
         reservation: &Reservation,
-        threads: &[Object],
+        threads: &[Setting],
         wanted: &BTreeMap<Knob, String>,
     ) -> Result<()> {
         let vcpus = cg_slice::partition::vcpu_cgroup(scope);
-        for Object { knob, label, .. } in threads {
+        for Setting { knob, label, .. } in threads {
             let Knob::Thread(task) = knob else { continue };
             let inside = (wanted
                 .get(knob)
@@ -115,7 +120,7 @@ impl Reconcile<'_> {
     }
 
     /// The threads of all processes of a VM.
-    pub(super) fn vm_threads(&self, vmid: VmId, qemu: &Qemu) -> Result<Vec<Object>> {
+    pub(super) fn vm_threads(&self, vmid: VmId, qemu: &Qemu) -> Result<Vec<Setting>> {
         let mut objects = Vec::new();
         for pid in cg_slice::processes(self.root, vmid, qemu)? {
             objects.extend(self.thread_objects(pid)?);
@@ -126,15 +131,15 @@ impl Reconcile<'_> {
     /// A process's threads with the CPUs they may run on; those that end meanwhile are left out.
     /// None of a kernel thread, which may be in a VM's cgroup too (kvm-nx-lpage-recovery on Linux
     /// 6.1): it has a step of its own.
-    pub(super) fn thread_objects(&self, pid: i32) -> Result<Vec<Object>> {
-        let tasks = match process::tasks(self.root, pid) {
+    pub(super) fn thread_objects(&self, pid: i32) -> Result<Vec<Setting>> {
+        let tasks = match task::tasks(self.root, pid) {
             Err(error) if error.is_gone() => return Ok(Vec::new()),
             tasks => tasks?,
         };
         let mut objects = Vec::with_capacity(tasks.len());
         for task in tasks.into_iter().filter(|task| !task.kernel) {
-            match process::affinity(self.root, &task.id) {
-                Ok(cpus) => objects.push(Object::new(
+            match task::affinity(self.root, &task.id) {
+                Ok(cpus) => objects.push(Setting::new(
                     Knob::Thread(task.id),
                     format!("thread {} ({})", task.id.tid, task.name),
                     cpus.to_string(),
@@ -154,7 +159,7 @@ impl Reconcile<'_> {
     ) -> Result<CpuSet> {
         let settings = &reservation.settings;
         // What the settings say, less what another VM has fenced off since.
-        let aside = |cpus: &CpuSet| cpus.held_to(housekeeping);
+        let aside = |cpus: &CpuSet| cpus.narrow_to(housekeeping);
         let emulator = || {
             settings
                 .emulator

@@ -6,7 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 
 use pinfold_core::vm::VmId;
-use pinfold_core::{Error, Result, Sysroot};
+use pinfold_core::{Error, Host, Result};
 
 /// Where a VM's settings may be, below the sysroot; the first that is there counts.
 pub(super) fn candidates(vmid: VmId) -> [String; 3] {
@@ -18,7 +18,7 @@ pub(super) fn candidates(vmid: VmId) -> [String; 3] {
 }
 
 /// A VM's own settings file: where it is, if there is one. What is for all VMs is none.
-pub(crate) fn own_file(root: &Sysroot, vmid: VmId) -> Option<PathBuf> {
+pub(crate) fn own_file(root: &Host, vmid: VmId) -> Option<PathBuf> {
     let [cluster, node, _] = candidates(vmid).map(|path| root.path(path));
     [cluster, node]
         .into_iter()
@@ -26,7 +26,7 @@ pub(crate) fn own_file(root: &Sysroot, vmid: VmId) -> Option<PathBuf> {
 }
 
 /// Where a VM's settings for this node are, or would be.
-pub(crate) fn node_file(root: &Sysroot, vmid: VmId) -> PathBuf {
+pub(crate) fn node_file(root: &Host, vmid: VmId) -> PathBuf {
     let [_, node, _] = candidates(vmid);
     root.path(node)
 }
@@ -35,7 +35,7 @@ pub(crate) fn node_file(root: &Sysroot, vmid: VmId) -> PathBuf {
 ///
 /// # Errors
 /// [`Error::Unusable`] that names a file that is there already, [`Error::Io`] with the path.
-pub(crate) fn create(root: &Sysroot, vmid: VmId, text: &str) -> Result<PathBuf> {
+pub(crate) fn create(root: &Host, vmid: VmId, text: &str) -> Result<PathBuf> {
     no_own_file(root, vmid)?;
     let path = node_file(root, vmid);
     if let Some(folder) = path.parent() {
@@ -60,7 +60,7 @@ pub(crate) fn create(root: &Sysroot, vmid: VmId, text: &str) -> Result<PathBuf> 
 ///
 /// # Errors
 /// [`Error::Unusable`] that names it.
-pub(crate) fn no_own_file(root: &Sysroot, vmid: VmId) -> Result<()> {
+pub(crate) fn no_own_file(root: &Host, vmid: VmId) -> Result<()> {
     match own_file(root, vmid) {
         None => Ok(()),
         Some(path) => {
@@ -73,7 +73,7 @@ pub(crate) fn no_own_file(root: &Sysroot, vmid: VmId) -> Result<()> {
 }
 
 /// A VM's settings file: its full path and its text.
-pub(super) fn find(root: &Sysroot, vmid: VmId) -> Result<Option<(String, String)>> {
+pub(super) fn find(root: &Host, vmid: VmId) -> Result<Option<(String, String)>> {
     for candidate in candidates(vmid) {
         let path = root.path(&candidate);
         match fs::symlink_metadata(&path) {

@@ -1,7 +1,8 @@
 //! The settings' `pins`: which CPUs each vCPU may run on.
 
-use pinfold_core::topology::{Kind, Topology};
-use pinfold_core::{CpuExpr, CpuSet, CpuSetError, MAX_CPU, cpuexpr};
+use pinfold_core::selector;
+use pinfold_core::sys::topology::{Kind, Topology};
+use pinfold_core::{CpuSet, CpuSetError, MAX_CPU, Selector};
 use serde::Deserialize;
 
 /// More pins than the kernel has CPUs are no layout. A pin's set is as large as its CPU's number,
@@ -42,7 +43,7 @@ impl Pins {
     ///
     /// # Errors
     /// What is wrong, with the vCPU or the token.
-    pub(super) fn resolve(self, host: &cpuexpr::Host<'_>) -> Result<Vec<CpuSet>, String> {
+    pub(super) fn resolve(self, host: &selector::Resolver<'_>) -> Result<Vec<CpuSet>, String> {
         let pins = match self {
             Self::PerVcpu(lists) => {
                 not_too_many(lists.len())?;
@@ -72,13 +73,16 @@ impl Pins {
 }
 
 /// The CPUs that a text stands for on the host; none for an empty one.
-pub(super) fn cpus(host: &cpuexpr::Host<'_>, text: &str) -> std::result::Result<CpuSet, String> {
+pub(super) fn cpus(
+    host: &selector::Resolver<'_>,
+    text: &str,
+) -> std::result::Result<CpuSet, String> {
     if text.trim().is_empty() {
         return Ok(CpuSet::new());
     }
-    let expr: CpuExpr = text
+    let expr: Selector = text
         .parse()
-        .map_err(|error: cpuexpr::CpuExprError| error.to_string())?;
+        .map_err(|error: selector::SelectorError| error.to_string())?;
     if expr.names_vms() {
         // QEMU's monitor would be waited for as well, beyond the deadlines.
         let why = "where a VM's vCPUs may run changes as VMs come and go, settings do not; write the CPUs themselves";
@@ -93,7 +97,7 @@ pub(super) fn cpus(host: &cpuexpr::Host<'_>, text: &str) -> std::result::Result<
 fn in_order(text: &str) -> Result<Vec<CpuSet>, String> {
     let mut pins = Vec::new();
     for token in text.split(',') {
-        let cpus: CpuSet = token.parse().map_err(|error: CpuSetError| match text.parse::<CpuExpr>() {
+        let cpus: CpuSet = token.parse().map_err(|error: CpuSetError| match text.parse::<Selector>() {
             Ok(_) => format!(
                 "{:?} in {text:?} has no order; write \"auto\", CPUs in vCPU order, as in \"6,18,7,19\", or a list per vCPU, as in \
                  [\"core:6\", \"core:6\"]",
@@ -161,14 +165,14 @@ mod tests {
 
     use super::*;
     use crate::machine;
-    use pinfold_core::Sysroot;
+    use pinfold_core::Host;
     use proptest::prelude::*;
     use proptest::test_runner::TestRunner;
 
     fn topology(text: &str) -> Topology {
         let dir = tempfile::tempdir().unwrap();
         machine::expand(text, dir.path());
-        Topology::read(&Sysroot::new(dir.path())).unwrap()
+        Topology::read(&Host::new(dir.path())).unwrap()
     }
 
     fn numbers(pins: &[CpuSet]) -> Vec<usize> {

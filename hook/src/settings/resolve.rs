@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use pinfold_core::topology::Topology;
+use pinfold_core::selector;
+use pinfold_core::sys::topology::Topology;
 use pinfold_core::vm::VmId;
-use pinfold_core::{Error, Result, Sysroot, cpuexpr};
+use pinfold_core::{Error, Host, Result};
 
 use super::deadlines::Deadlines;
 use super::file::{candidates, find};
@@ -17,7 +18,7 @@ use super::schema::{DEFAULT_LAYOUT, File, Iothreads, KEEP, Method, ResetPci, Set
 /// # Errors
 /// Where a file is not root's alone, cannot be read or says something wrong, or the layout is not
 /// for this machine.
-pub(crate) fn load(root: &Sysroot, vmid: VmId, threads_per_core: usize) -> Result<Settings> {
+pub(crate) fn load(root: &Host, vmid: VmId, threads_per_core: usize) -> Result<Settings> {
     if let Some((path, text)) = find(root, vmid)? {
         return resolve(root, &text, &path, threads_per_core);
     }
@@ -40,7 +41,7 @@ pub(crate) fn load(root: &Sysroot, vmid: VmId, threads_per_core: usize) -> Resul
 
 /// A VM's deadlines, without a look at the host. Settings with a fault have the usual ones:
 /// [`load`] tells the fault.
-pub(crate) fn deadlines(root: &Sysroot, vmid: VmId) -> Deadlines {
+pub(crate) fn deadlines(root: &Host, vmid: VmId) -> Deadlines {
     let file = find(root, vmid)
         .ok()
         .flatten()
@@ -50,7 +51,7 @@ pub(crate) fn deadlines(root: &Sysroot, vmid: VmId) -> Deadlines {
 
 /// Resolves the text of a settings file, for a guest with so many threads per core.
 pub(crate) fn resolve(
-    root: &Sysroot,
+    root: &Host,
     text: &str,
     source: &str,
     threads_per_core: usize,
@@ -58,7 +59,7 @@ pub(crate) fn resolve(
     let file: File = toml::from_str(text)
         .map_err(|error| Error::malformed(source, error.to_string().trim_end().to_owned()))?;
     let wrong = |why: String| Error::malformed(source, why);
-    let host = cpuexpr::Host::new(root);
+    let host = selector::Resolver::new(root);
     let read =
         |key: &str, text: &str| cpus(&host, text).map_err(|why| wrong(format!("{key}: {why}")));
     let mut isolated = file
@@ -68,7 +69,7 @@ pub(crate) fn resolve(
     let mut pins = file.pins;
     if let Some(name) = &file.layout {
         let layout = layout(name).map_err(&wrong)?;
-        let present = pinfold_core::cpu::present(root)?;
+        let present = pinfold_core::sys::cpu::present(root)?;
         if present != layout.present {
             let why = format!(
                 "layout {name} is for a host with CPUs {}; this one has {present}",
@@ -160,24 +161,24 @@ mod tests {
     use proptest::prelude::*;
     use std::fs;
 
-    fn host(present: &str) -> (tempfile::TempDir, Sysroot) {
+    fn host(present: &str) -> (tempfile::TempDir, Host) {
         let dir = tempfile::tempdir().unwrap();
         let cpus = dir.path().join("sys/devices/system/cpu");
         fs::create_dir_all(&cpus).unwrap();
         fs::write(cpus.join("present"), present).unwrap();
-        let root = Sysroot::new(dir.path());
+        let root = Host::new(dir.path());
         (dir, root)
     }
 
     /// A captured machine.
-    fn machine(name: &str) -> (tempfile::TempDir, Sysroot) {
+    fn machine(name: &str) -> (tempfile::TempDir, Host) {
         let dir = tempfile::tempdir().unwrap();
         let (_, text) = machine::all()
             .into_iter()
             .find(|(known, _)| known == name)
             .unwrap();
         machine::expand(&text, dir.path());
-        let root = Sysroot::new(dir.path());
+        let root = Host::new(dir.path());
         (dir, root)
     }
 
@@ -321,9 +322,7 @@ mod tests {
         assert_eq!(settings, resolve(&root, text, "test", 2).unwrap());
         assert_eq!(pins(&settings), paired);
         // Nothing is looked at where nothing is to be done.
-        settings
-            .fit_guest(&Sysroot::new("/nonexistent"), 2)
-            .unwrap();
+        settings.fit_guest(&Host::new("/nonexistent"), 2).unwrap();
         let mut written = resolve(
             &root,
             &format!("isolated = \"llc:1\"\npins = \"{alone}\""),
@@ -429,7 +428,7 @@ mod tests {
     fn deadlines_need_no_host() {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir_all(dir.path().join("etc/pinfold")).unwrap();
-        let root = Sysroot::new(dir.path());
+        let root = Host::new(dir.path());
         let lock = || deadlines(&root, vm()).lock;
         assert_eq!(lock(), 120, "no file");
         let file = dir.path().join("etc/pinfold/100.toml");
@@ -534,7 +533,7 @@ mod tests {
         #[test]
         fn no_settings_panic(key in "isolated|pins|emulator|iothreads|stat_interval|reset_pci|idle_vm", value in "\\PC*|-?[0-9]{1,20}|\\[\\PC*\\]|\"[0-9,-]*\"|\"auto\"|\"(llc:|core:|vm:10|all|!|&|[0-9,()-]){0,8}\"") {
             let _ = toml::from_str::<File>(&format!("{key} = {value}"));
-            let _ = resolve(&Sysroot::new("/nonexistent"), &format!("{key} = {value}\nisolated = \"6\""), "test", 1);
+            let _ = resolve(&Host::new("/nonexistent"), &format!("{key} = {value}\nisolated = \"6\""), "test", 1);
         }
     }
 

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use pinfold_core::pci::PciSelector;
-use pinfold_core::topology::Topology;
-use pinfold_core::{CpuSet, Result, Sysroot};
+use pinfold_core::sys::pci::PciSelector;
+use pinfold_core::sys::topology::Topology;
+use pinfold_core::{CpuSet, Host, Result};
 use serde::{Deserialize, Serialize};
 
 use super::deadlines::Deadlines;
@@ -127,7 +127,7 @@ impl Settings {
     ///
     /// # Errors
     /// Where the host's topology cannot be read.
-    pub(crate) fn fit_guest(&mut self, root: &Sysroot, threads_per_core: usize) -> Result<()> {
+    pub(crate) fn fit_guest(&mut self, root: &Host, threads_per_core: usize) -> Result<()> {
         if self
             .auto_pins
             .is_some_and(|threads| threads != threads_per_core)

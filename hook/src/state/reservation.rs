@@ -1,6 +1,7 @@
 //! What hook keeps per VM.
 
-use pinfold_core::{CpuSet, Sysroot, TaskId, process};
+use pinfold_core::sys::task;
+use pinfold_core::{CpuSet, Host, TaskId};
 use serde::{Deserialize, Serialize};
 
 use crate::settings::Settings;
@@ -68,14 +69,14 @@ impl Reservation {
 
     /// Whether the VM still runs, or still starts; of one that is idle, whether its hook still
     /// does.
-    pub(crate) fn is_alive(&self, root: &Sysroot) -> bool {
+    pub(crate) fn is_alive(&self, root: &Host) -> bool {
         let task = match self.phase {
             Phase::Leaving => None,
             Phase::Idle => self.starter.as_ref(),
             Phase::Starting => self.qemu.as_ref().or(self.starter.as_ref()),
             Phase::Isolating | Phase::Isolated => self.qemu.as_ref(),
         };
-        task.is_some_and(|task| process::check_start(root, task).is_ok())
+        task.is_some_and(|task| task::check_start(root, task).is_ok())
     }
 
     /// The CPUs of a vCPU; none where it has no pin.

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use pinfold_core::store::{self, Store};
+use pinfold_core::state::store::{self, Store};
 use pinfold_core::vm::VmId;
-use pinfold_core::{Error, Result, Sysroot};
+use pinfold_core::{Error, Host, Result};
 
 use super::reservation::Reservation;
 
@@ -37,11 +37,11 @@ pub(crate) fn keep(
 ///
 /// # Errors
 /// Where the file is there and says nothing that can be read.
-pub(crate) fn last(root: &Sysroot, vmid: VmId) -> Result<Times> {
+pub(crate) fn last(root: &Host, vmid: VmId) -> Result<Times> {
     Ok(all(root)?.remove(&vmid.into()).unwrap_or_default())
 }
 
-fn all(root: &Sysroot) -> Result<BTreeMap<u32, Times>> {
+fn all(root: &Host) -> Result<BTreeMap<u32, Times>> {
     let Some(text) = store::kept(root, FILE)? else {
         return Ok(BTreeMap::new());
     };

@@ -5,7 +5,7 @@ use std::io;
 use nix::errno::Errno;
 use nix::unistd::Pid;
 
-use super::Answer;
+use super::answer::Answer;
 use crate::cpuset::CpuSet;
 use crate::error::into_io;
 use crate::sys::cpu;

@@ -3,6 +3,7 @@
 //! rest of the workspace from writing.
 
 mod affinity;
+mod answer;
 mod cgroup;
 mod file;
 mod scope;
@@ -10,21 +11,14 @@ mod systemd;
 
 use std::io;
 
+pub(super) use answer::Answer;
+
 use super::knobs::{ABSENT, Knob, NO_DRIVER, PRESENT};
 use super::names::pci_path;
 use crate::cpuset::CpuSet;
 use crate::error::into_io;
 use crate::host::Host;
 use crate::sys::task;
-
-/// How the kernel or systemd replied to a write.
-#[derive(Debug)]
-pub(super) enum Answer {
-    /// Accepted; with what reads back, if it was read.
-    Taken(Option<String>),
-    /// Never allowed for this object, for the reason given.
-    Refused(String),
-}
 
 /// Why an IRQ is not moved.
 pub(super) const UNMOVABLE_IRQ: &str = "the kernel does not let user space move this IRQ";

@@ -1,6 +1,6 @@
 //! Proxmox VE's own files about VMs.
 
-pub mod conf;
-pub mod mapping;
-pub mod reservations;
-pub mod run;
+pub(super) mod conf;
+pub(super) mod mapping;
+pub(super) mod reservations;
+pub(super) mod run;

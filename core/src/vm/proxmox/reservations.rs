@@ -10,7 +10,7 @@ use crate::vm::id::VmId;
 
 /// A line of /run/qemu-server/pci-id-reservations: a PCI function that a VM holds or is about to.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PciReservation {
+pub struct PciClaim {
     /// The function.
     pub address: PciAddress,
     /// Whose it is.
@@ -31,7 +31,7 @@ pub enum PciHolder {
 /// Parses /run/qemu-server/pci-id-reservations (`ADDRESS VMID pid:N` or `ADDRESS VMID time:N`).
 ///
 /// Lines of another form are passed over, as Proxmox VE does.
-pub fn parse_pci_reservations(text: &str) -> Vec<PciReservation> {
+pub fn parse_pci_claims(text: &str) -> Vec<PciClaim> {
     let reservation = |line: &str| {
         let [address, vmid, holder] = line
             .split_whitespace()
@@ -43,7 +43,7 @@ pub fn parse_pci_reservations(text: &str) -> Vec<PciReservation> {
             ("time", time) => PciHolder::Until(time.parse().ok()?),
             _ => return None,
         };
-        Some(PciReservation {
+        Some(PciClaim {
             address: address.parse().ok()?,
             vmid: vmid.parse().ok()?,
             holder,
@@ -57,10 +57,10 @@ pub fn parse_pci_reservations(text: &str) -> Vec<PciReservation> {
 ///
 /// # Errors
 /// Where the file cannot be read. None there is fine.
-pub fn pci_reservations(root: &Sysroot) -> Result<Vec<PciReservation>> {
-    let path = run::pci_reservations();
+pub fn pci_claims(root: &Sysroot) -> Result<Vec<PciClaim>> {
+    let path = run::pci_claims();
     let mut reservations = match root.read(&path) {
-        Ok(text) => parse_pci_reservations(&text),
+        Ok(text) => parse_pci_claims(&text),
         Err(error) if error.is_gone() => Vec::new(),
         Err(error) => return Err(error),
     };
@@ -84,13 +84,13 @@ mod tests {
     #[test]
     fn reservations_of_this_node() {
         let (dir, root) = host();
-        assert!(pci_reservations(&root).unwrap().is_empty());
+        assert!(pci_claims(&root).unwrap().is_empty());
         write(
             dir.path(),
             "run/qemu-server/pci-id-reservations",
             "0000:01:00.0 100 pid:4711\n0000:02:00.0 102 pid:5555\n0000:03:00.0 102 time:1\n0000:04:00.0 102 time:99999999999\n",
         );
-        let held: Vec<_> = pci_reservations(&root)
+        let held: Vec<_> = pci_claims(&root)
             .unwrap()
             .iter()
             .map(|held| held.address.to_string())
@@ -102,7 +102,7 @@ mod tests {
     fn reservations_are_read() {
         let text = "0000:01:00.0 100 pid:4711\n0000:01:00.1 101 time:1700000000\n\
                     garbage\n0000:02:00.0 100 pid:x\n0000:02:00.0 ../x pid:1\n0000:02:00.0 100\n0000:02:00.0 100 pid:1 x\n\n";
-        let found = parse_pci_reservations(text);
+        let found = parse_pci_claims(text);
         assert_eq!(found.len(), 2, "{found:?}");
         assert_eq!(found[0].holder, PciHolder::Pid(4711));
         assert_eq!(found[1].holder, PciHolder::Until(1_700_000_000));
@@ -113,13 +113,13 @@ mod tests {
             ),
             ("0000:01:00.1", "101")
         );
-        assert!(parse_pci_reservations("").is_empty());
+        assert!(parse_pci_claims("").is_empty());
     }
 
     proptest! {
         #[test]
         fn no_text_panics(text in "(hostpci[0-9]*|cores|gpu|\tmap|\\PC)[:= ]\\PC*\n?\\PC*") {
-            let _ = parse_pci_reservations(&text);
+            let _ = parse_pci_claims(&text);
         }
     }
 }

@@ -16,6 +16,6 @@ pub(in crate::vm) fn monitor(vmid: VmId) -> String {
 }
 
 /// The path of the file with reserved PCI devices, below the root.
-pub(super) fn pci_reservations() -> String {
+pub(super) fn pci_claims() -> String {
     format!("{RUN}/pci-id-reservations")
 }

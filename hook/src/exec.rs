@@ -16,7 +16,7 @@ const ENDED_INTERVAL: Duration = Duration::from_millis(2);
 /// An error in words (`systemctl set-property …: exit code 1: Unit x.slice not found.`) where it
 /// cannot be started, does not end before the deadline (it is killed then) or ends with anything
 /// but success.
-pub fn run(program: &str, args: &[&str], deadline: Duration) -> io::Result<String> {
+pub(crate) fn run(program: &str, args: &[&str], deadline: Duration) -> io::Result<String> {
     let until = Instant::now() + deadline;
     let named = |why: String| io::Error::other(format!("{program} {}: {why}", args.join(" ")));
     let mut child = Command::new(program)
@@ -25,7 +25,7 @@ pub fn run(program: &str, args: &[&str], deadline: Duration) -> io::Result<Strin
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
-        .map_err(|error| named(crate::error::os_text(&error)))?;
+        .map_err(|error| named(pinfold_core::os_text(&error)))?;
     match collect(&mut child, until) {
         Ok(Some((status, stdout, _))) if status.success() => Ok(stdout),
         Ok(Some((status, _, stderr))) => {
@@ -42,7 +42,7 @@ pub fn run(program: &str, args: &[&str], deadline: Duration) -> io::Result<Strin
             let _ = child.kill();
             let _ = child.wait();
             match ended {
-                Err(error) => Err(named(crate::error::os_text(&error))),
+                Err(error) => Err(named(pinfold_core::os_text(&error))),
                 _ => Err(named(format!(
                     "no answer within {} s; it was killed",
                     deadline.as_secs_f64()
