@@ -5,6 +5,8 @@
 //! is *decoupled*: moved, with every process of its scope, to a cgroup of its own at the top of the
 //! tree, which allows all CPUs.
 
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
+
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};

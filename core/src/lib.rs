@@ -4,6 +4,8 @@
 //! computes a list of [`Change`]s, and hands it over: a dry run prints it, [`apply`] carries it
 //! out, [`save`] and [`store`] keep what it replaces. Nothing else writes to the kernel.
 
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
+
 pub mod cli;
 mod cpuset;
 mod error;

@@ -1,5 +1,6 @@
 //! Topology and CPU expressions on captured machines of many shapes.
 
+#![allow(clippy::disallowed_methods)]
 #![allow(clippy::unwrap_used)]
 
 mod machine;

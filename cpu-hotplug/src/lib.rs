@@ -1,6 +1,8 @@
 //! cpu-hotplug: takes CPUs offline, which throws every task, timer and unbound worker off them, and
 //! online again.
 
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
+
 mod checks;
 
 use std::collections::BTreeMap;

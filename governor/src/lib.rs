@@ -3,6 +3,8 @@
 //! A governor belongs to a policy: the CPUs that share a clock. Setting it for one of them sets it
 //! for all.
 
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
+
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};

@@ -3,6 +3,8 @@
 //! It composes the other tools' libraries in the documented order (docs/design.md) and keeps, under
 //! /run/pinfold, what is needed to take everything back.
 
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
+
 use std::process::ExitCode;
 
 use pinfold_core::Host;

@@ -1,6 +1,7 @@
 //! hook's verbs that look at the machine, on the captured machines of core's tests. A case is a
 //! file; the machines are folders beside one another, each with VMs.
 
+#![allow(clippy::disallowed_methods)]
 #![allow(clippy::unwrap_used)]
 
 #[path = "../../core/tests/machine/mod.rs"]

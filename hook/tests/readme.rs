@@ -1,6 +1,8 @@
 //! The README against the workspace: its table lists all tools, they accept its command lines, and the links of all
 //! documents lead to files.
 
+#![allow(clippy::disallowed_methods)]
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,10 @@
 //! `lab`: the lab by hand and for make.
 
+#![allow(
+    clippy::disallowed_methods,
+    reason = "the lab writes files and drives hosts of its own"
+)]
+
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use pinfold_lab::cache::Cache;

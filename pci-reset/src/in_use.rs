@@ -422,6 +422,7 @@ impl Stack {
 }
 
 /// Whether another user has the disk open exclusively: O_EXCL on a block device, see open(2).
+#[expect(clippy::disallowed_methods, reason = "opens for reading only")]
 fn is_claimed(root: &Host, name: &str) -> bool {
     let flags = nix::libc::O_EXCL | nix::libc::O_NONBLOCK;
     let open = fs::OpenOptions::new()

@@ -4,6 +4,8 @@
 //! Some devices, graphics cards above all, are not fit for a second guest until the host has found
 //! them anew.
 
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
+
 use std::process::ExitCode;
 use std::time::Duration;
 

@@ -3,6 +3,8 @@
 //! Some the kernel never lets user space move: managed queues (NVMe, virtio-blk) and timers. They
 //! are no failures.
 
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
+
 use std::collections::BTreeSet;
 use std::process::ExitCode;
 

@@ -4,6 +4,8 @@
 //! tried. Workers of unbound workqueues carry that flag too and obey the workqueues' mask alone,
 //! which is why it is moved along.
 
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
+
 use std::process::ExitCode;
 
 use clap::Parser;

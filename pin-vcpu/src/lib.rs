@@ -4,6 +4,8 @@
 //! the host's, its scheduler's choices hold. Iothreads and emulator threads go elsewhere, so that
 //! they never stand in a vCPU's way.
 
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
+
 use std::process::ExitCode;
 use std::time::Duration;
 

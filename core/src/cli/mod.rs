@@ -193,7 +193,7 @@ impl Common {
         let dones = save::restore(root, entries, self.dry_run);
         report.changes(&dones);
         if report.failures() == 0 && !self.dry_run {
-            std::fs::remove_file(path).map_err(|source| Error::io(path, "remove", source))?;
+            save::remove(path)?;
         }
         Ok(Some(report.finish()))
     }

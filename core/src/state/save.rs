@@ -75,6 +75,14 @@ pub fn write(path: &Path, tool: &str, entries: Vec<Entry>) -> Result<()> {
         .map_err(|source| io("save", source))
 }
 
+/// Removes the file after everything in it was restored.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be removed.
+pub fn remove(path: &Path) -> Result<()> {
+    fs::remove_file(path).map_err(|source| Error::io(path, "remove", source))
+}
+
 /// Reads the file that `tool` wrote.
 ///
 /// # Errors

@@ -97,7 +97,6 @@ fn assert_rejected(copy: &Copy, file: &str, call: &str, method: &str) {
 }
 
 #[test]
-#[ignore = "until core has its list of disallowed methods"]
 fn lint_rejects_writes_outside_of_the_writers() {
     let copy = Copy::new("lint");
     let call = "std::fs::write(\"/proc/sys/vm/stat_interval\", \"1\")";

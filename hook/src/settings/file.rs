@@ -1,5 +1,10 @@
 //! Where settings files are, and that they are root's alone.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "writes the settings file of hook init"
+)]
+
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};

@@ -5,6 +5,7 @@
 //! with its own kernel and with that of its backports, the rest on Debian 13. `PINFOLD_LAB_GUESTS`
 //! (`trixie`, `bookworm`, `trixie-backports`, comma between) leaves guests out, and says so.
 
+#![allow(clippy::disallowed_methods)]
 // A story that cannot go on says where.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout)]
 

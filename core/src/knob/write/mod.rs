@@ -2,6 +2,11 @@
 //! units. [`apply`](mod@super::apply) is its only caller; clippy's `disallowed-methods` keeps the
 //! rest of the workspace from writing.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "the writers of the kernel's values"
+)]
+
 mod affinity;
 mod answer;
 mod cgroup;
