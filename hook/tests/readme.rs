@@ -1,7 +1,7 @@
 //! The README against the workspace: its table lists all tools, they accept its command lines, and the links of all
 //! documents lead to files.
 
-#![allow(clippy::disallowed_methods)]
+#![allow(clippy::disallowed_methods, clippy::unwrap_used)]
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -129,10 +129,9 @@ fn the_exit_codes_are_those_of_the_help() {
     assert_eq!(codes(table), codes(pinfold_core::cli::EXIT_CODES));
 }
 
-#[test]
-fn links_lead_to_files() {
-    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let mut documents: Vec<PathBuf> = fs::read_dir(workspace.join("docs"))
+/// The documents with their text.
+fn documents() -> Vec<(PathBuf, String)> {
+    let mut paths: Vec<PathBuf> = fs::read_dir(workspace().join("docs"))
         .unwrap()
         .map(|entry| entry.unwrap().path())
         .collect();
@@ -142,12 +141,24 @@ fn links_lead_to_files() {
         "CHANGELOG.md",
         "SECURITY.md",
     ] {
-        documents.push(workspace.join(name));
+        paths.push(workspace().join(name));
     }
-    documents.retain(|path| path.extension().is_some_and(|extension| extension == "md"));
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == "md"));
+    let read = |path: PathBuf| {
+        let text = fs::read_to_string(&path).unwrap();
+        (path, text)
+    };
+    paths.into_iter().map(read).collect()
+}
+
+fn workspace() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
+}
+
+#[test]
+fn links_lead_to_files() {
     let mut links = 0;
-    for document in documents {
-        let text = fs::read_to_string(&document).unwrap();
+    for (document, text) in documents() {
         for link in text
             .split("](")
             .skip(1)
@@ -164,15 +175,38 @@ fn links_lead_to_files() {
     assert!(links > 10, "{links} links found");
 }
 
+/// Paths such as core/src/host.rs, from the root of the workspace.
+#[test]
+fn source_files_in_the_documents_exist() {
+    let is_path = |c: char| c.is_ascii_alphanumeric() || "/._-".contains(c);
+    let mut paths = 0;
+    for (document, text) in documents() {
+        for word in text.split(|c: char| !is_path(c)) {
+            let word = word.trim_end_matches(['.', '/']);
+            let is_source = word
+                .split_once('/')
+                .is_some_and(|(_, rest)| rest.starts_with("src/") || rest.starts_with("tests/"));
+            if is_source {
+                assert!(
+                    workspace().join(word).exists(),
+                    "{}: {word}",
+                    document.display()
+                );
+                paths += 1;
+            }
+        }
+    }
+    assert!(paths > 20, "{paths} paths found");
+}
+
 /// The tests in the second column of docs/reliability.md are functions of the stories.
 #[test]
 fn the_tests_of_the_promises_exist() {
-    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
     let mut stories = String::new();
-    for entry in fs::read_dir(workspace.join("lab/tests/stories")).unwrap() {
+    for entry in fs::read_dir(workspace().join("lab/tests/stories")).unwrap() {
         stories += &fs::read_to_string(entry.unwrap().path()).unwrap();
     }
-    let page = fs::read_to_string(workspace.join("docs/reliability.md")).unwrap();
+    let page = fs::read_to_string(workspace().join("docs/reliability.md")).unwrap();
     let (_, table) = page.split_once("| promise | tested by |").unwrap();
     let (table, _) = table.split_once("\n\n").unwrap();
     let mut tests = 0;
