@@ -287,7 +287,14 @@ pub fn usual_scope(vmid: VmId) -> String {
 /// [`Error::Unusable`] where it is in no scope of its own; one that [is gone](Error::is_gone) where
 /// QEMU has ended.
 pub fn scope(root: &Host, vmid: VmId, qemu: &Qemu) -> pinfold_core::Result<String> {
-    let cgroup = cgroup::of_process(root, qemu.id.pid)?;
+    scope_of(vmid, &cgroup::of_process(root, qemu.id.pid)?)
+}
+
+/// As [`scope`], by the cgroup that the VM's QEMU is in.
+///
+/// # Errors
+/// [`Error::Unusable`] if that is not a scope of its own.
+pub fn scope_of(vmid: VmId, cgroup: &str) -> pinfold_core::Result<String> {
     if !cgroup.ends_with(&format!("/{vmid}.scope"))
         || cgroup.trim_start_matches('/') == decoupled_cgroup(vmid)
     {

@@ -47,8 +47,10 @@ pub enum Verbosity {
 /// A step, as a report has it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Step {
-    /// Its name.
+    /// Its name, for programs.
     pub name: &'static str,
+    /// Its name in text.
+    pub label: &'static str,
     /// Why its changes are not known, where changes are planned only.
     pub unknown: Option<String>,
     /// What became of its changes.
@@ -181,8 +183,14 @@ impl Report {
     /// Names the step that the changes to come belong to. One line per step is told then, by
     /// [`summary`](Self::summary), and one per change with `-v` only.
     pub fn step(&mut self, step: &'static str) {
+        self.labelled_step(step, step);
+    }
+
+    /// As [`step`](Self::step), with another name in text than programs read.
+    pub fn labelled_step(&mut self, step: &'static str, label: &'static str) {
         self.steps.push(Step {
             name: step,
+            label,
             unknown: None,
             changes: Vec::new(),
             began: Instant::now(),
@@ -255,9 +263,10 @@ impl Report {
 
     /// What became of a change, with the step it belongs to.
     fn placed(&self, done: &Applied) -> String {
-        self.steps
-            .last()
-            .map_or_else(|| done.to_string(), |step| format!("{}: {done}", step.name))
+        self.steps.last().map_or_else(
+            || done.to_string(),
+            |step| format!("{}: {done}", step.label),
+        )
     }
 
     fn change(&mut self, done: &Applied) {

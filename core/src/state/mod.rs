@@ -7,4 +7,4 @@ pub mod save;
 pub mod store;
 
 pub use baseline::{Baseline, Planned};
-pub use store::Store;
+pub use store::{Pending, Store};

@@ -10,6 +10,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
@@ -198,18 +199,58 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
         }
     }
 
-    /// Saves the state, then makes the planned changes one by one, each told to `progress`.
-    ///
-    /// What only goes back to its value from before is in the saved state already, so that a full
-    /// disk does not stop it.
+    /// Saves the state, then makes the planned changes one by one and calls `on_done` after each.
     ///
     /// # Errors
-    /// Where the state cannot be saved; nothing has been changed then.
+    /// If the state cannot be saved; nothing has been changed then.
     pub fn carry_out(
         &mut self,
         plan: Vec<Planned>,
-        mut progress: impl FnMut(&Applied),
+        mut on_done: impl FnMut(&Applied),
     ) -> Result<()> {
+        self.save_before(&plan)?;
+        make(&self.root, &plan, |done| {
+            self.baseline.settle(&done);
+            on_done(&done);
+        });
+        Ok(())
+    }
+
+    /// Saves the state, then makes the planned changes while the caller goes on, which has to
+    /// [finish](Self::finish) them. In a dry run they are planned at once.
+    ///
+    /// # Errors
+    /// If the state cannot be saved; nothing has been changed then.
+    pub fn start(&mut self, plan: Vec<Planned>) -> Result<Pending> {
+        self.save_before(&plan)?;
+        if !self.root.dry_run() {
+            let (host, own) = (self.root.clone(), plan.clone());
+            let thread = std::thread::Builder::new().spawn(move || made(&host, &own));
+            if let Ok(thread) = thread {
+                return Ok(Pending(Progress::Running(thread)));
+            }
+        }
+        Ok(Pending(Progress::Ended(made(&self.root, &plan))))
+    }
+
+    /// Waits for changes that were [started](Self::start) and calls `on_done` for each, in order.
+    pub fn finish(&mut self, pending: Pending, mut on_done: impl FnMut(&Applied)) {
+        let dones = match pending.0 {
+            Progress::Ended(dones) => dones,
+            Progress::Running(thread) => match thread.join() {
+                Ok(dones) => dones,
+                Err(panic) => std::panic::resume_unwind(panic),
+            },
+        };
+        for done in dones {
+            self.baseline.settle(&done);
+            on_done(&done);
+        }
+    }
+
+    /// Saves the state if a change sets a value that is not in it yet. What only goes back to its
+    /// value from before is there already, so that a full disk does not stop it.
+    fn save_before(&self, plan: &[Planned]) -> Result<()> {
         let is_new = |Planned {
                           change,
                           skip_reason,
@@ -221,30 +262,45 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
         if plan.iter().any(is_new) {
             self.save()?;
         }
-        let mut settle = |done: Applied| {
-            self.baseline.settle(&done);
-            progress(&done);
-        };
-        for group in plan.chunk_by(|a, b| a.skip_reason.is_none() && b.skip_reason.is_none()) {
-            match group {
-                [
-                    Planned {
-                        change,
-                        skip_reason: Some(why),
-                    },
-                ] => {
-                    settle(Applied {
-                        change: change.clone(),
-                        outcome: Outcome::Foreign(why.clone()),
-                    });
-                }
-                group => {
-                    let changes = group.iter().map(|planned| planned.change.clone()).collect();
-                    apply_each(&self.root, changes, &mut settle);
-                }
+        Ok(())
+    }
+}
+
+/// Changes that are being made ([`Store::start`]).
+#[derive(Debug)]
+#[must_use = "changes that were started have to be finished"]
+pub struct Pending(Progress);
+
+#[derive(Debug)]
+enum Progress {
+    Running(JoinHandle<Vec<Applied>>),
+    Ended(Vec<Applied>),
+}
+
+fn made(host: &Host, plan: &[Planned]) -> Vec<Applied> {
+    let mut dones = Vec::with_capacity(plan.len());
+    make(host, plan, |done| dones.push(done));
+    dones
+}
+
+/// Makes planned changes in order; those that are not ours to change are only reported.
+fn make(host: &Host, plan: &[Planned], mut on_done: impl FnMut(Applied)) {
+    for group in plan.chunk_by(|a, b| a.skip_reason.is_none() && b.skip_reason.is_none()) {
+        match group {
+            [
+                Planned {
+                    change,
+                    skip_reason: Some(why),
+                },
+            ] => on_done(Applied {
+                change: change.clone(),
+                outcome: Outcome::Foreign(why.clone()),
+            }),
+            group => {
+                let changes = group.iter().map(|planned| planned.change.clone()).collect();
+                apply_each(host, changes, &mut on_done);
             }
         }
-        Ok(())
     }
 }
 
@@ -438,6 +494,33 @@ mod tests {
             .unwrap();
         store.save().unwrap();
         told
+    }
+
+    #[test]
+    fn started_changes_are_on_disk_before_and_reported_when_finished() {
+        let (dir, root) = host();
+        let mut store: Store<String> = Store::open(&root, SOON).unwrap();
+        store.reservations.insert(100, "a".into());
+        let plan = store.baseline.plan(objects(&root), |_, _| "0".into());
+        let pending = store.start(plan).unwrap();
+        let on_disk = fs::read_to_string(dir.path().join("run/pinfold/state.json")).unwrap();
+        let (_, saved) = Store::<String>::parse(&on_disk).unwrap();
+        assert_eq!(saved.before(&Knob::Irq(1)), Some("0-3"));
+        let mut reported = Vec::new();
+        store.finish(pending, |done| reported.push(done.to_string()));
+        assert_eq!(reported, ["IRQ 1: 0-3 -> 0", "IRQ 2: 0-3 -> 0"]);
+        assert_eq!(Knob::Irq(2).read(&root).unwrap().unwrap(), "0");
+
+        // A failed write is reported too, with its object.
+        fs::remove_dir_all(dir.path().join("proc/irq/2")).unwrap();
+        let missing = Setting::new(Knob::DefaultIrq, "default IRQ mask", "f");
+        let plan = store.baseline.plan(vec![missing], |_, _| "0".into());
+        let pending = store.start(plan).unwrap();
+        let mut failed = 0;
+        store.finish(pending, |done| {
+            failed += usize::from(matches!(done.outcome, Outcome::Failed(_)));
+        });
+        assert_eq!(failed, 1);
     }
 
     #[test]

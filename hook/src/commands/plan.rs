@@ -32,6 +32,7 @@ struct Plan {
 /// A step of it.
 struct PlannedStep {
     name: &'static str,
+    label: &'static str,
     unknown: Option<String>,
     changes: Vec<Applied>,
     /// How long it took last time in seconds, where that is known.
@@ -99,6 +100,7 @@ fn join(steps: &[Step], last: Times) -> Vec<PlannedStep> {
     let mut joined: Vec<PlannedStep> = Vec::new();
     for Step {
         name,
+        label,
         unknown,
         changes,
         ..
@@ -108,6 +110,7 @@ fn join(steps: &[Step], last: Times) -> Vec<PlannedStep> {
             Some(before) => before.changes.extend_from_slice(changes),
             None => joined.push(PlannedStep {
                 name,
+                label,
                 unknown: unknown.clone(),
                 changes: changes.clone(),
                 seconds: None,
@@ -152,7 +155,7 @@ impl PlannedStep {
         let seconds = self
             .seconds
             .map_or_else(|| "-".into(), |seconds| format!("{seconds:.1} s"));
-        let mut text = format!("{}: {what}{held}; last time {seconds}\n", self.name);
+        let mut text = format!("{}: {what}{held}; last time {seconds}\n", self.label);
         for done in &self.changes {
             let told = match done.outcome {
                 Outcome::Planned | Outcome::Foreign(_) | Outcome::Failed(_) => true,
@@ -262,7 +265,7 @@ mod tests {
                  \x20 unbound workqueues: 0-23 -> 0-5,12-17\n\
                  online: 12 changes; last time -\n\
                  {}\
-                 pace: 1 change; last time -\n\
+                 tuning: 1 change; last time -\n\
                  \x20 vm.stat_interval: 1 -> 120\n\
                  decouple: 3 changes; last time -\n\
                  \x20 cgroup /qemu-decoupled.slice: absent -> present\n\

@@ -5,35 +5,50 @@ use pinfold_core::sys::{cgroup, cpu, task};
 use pinfold_core::vm::{Qemu, VmId};
 use pinfold_core::{CpuSet, Host, Knob, Result, Setting, vm};
 
+use super::guest::Guest;
 use super::run::Reconcile;
 
 impl Reconcile<'_> {
-    /// Step 1: everything but the fenced VMs off their CPUs, as far as cgroups reach.
-    pub(super) fn slices(&mut self, mut objects: Vec<Setting>) -> Result<()> {
+    /// Step 0 of this method, see [`remember`](Self::remember).
+    pub(super) fn remember_for_hotplug(
+        &mut self,
+        isolated: &CpuSet,
+        guest: Option<&Guest>,
+    ) -> Result<()> {
+        let mut objects = self.slice_objects()?;
+        objects.push(cg_slice::overrides(self.root)?);
+        objects.extend(cpu_hotplug::settings(self.root, isolated)?);
+        objects.extend(self.task_objects()?);
+        self.remember(objects, isolated, guest)
+    }
+
+    /// Step 1: keeps everything but the fenced VMs off their CPUs, as far as cgroups reach.
+    pub(super) fn slices(&mut self) -> Result<()> {
+        let mut objects = self.slice_objects()?;
         self.report.step("slices");
         let wanted = self.narrowed();
-        if self.isolated().is_empty() {
-            // Back in the other order: with its last unit the controller goes, and all must be wide
-            // by then.
-            objects.reverse();
-        }
-        self.set("slices", objects, wanted)?;
         if !self.isolated().is_empty() {
-            return Ok(());
+            return self.set("slices", objects, wanted);
         }
-        // All units that are ours have their old values back; what set-property has left behind
-        // goes.
+        // Back in the other order: with its last unit the controller goes, and all must be wide by
+        // then.
+        objects.reverse();
+        self.set("slices", objects, wanted)?;
+        self.remove_overrides()
+    }
+
+    /// Removes what set-property has left behind, when all units that hook changed have their old
+    /// values back.
+    fn remove_overrides(&mut self) -> Result<()> {
         let baseline = &self.store.baseline;
-        let units: Vec<String> = (baseline.knobs())
-            .filter(|(knob, ..)| !baseline.is_foreign(knob))
-            .filter_map(|(knob, ..)| {
-                if let Knob::UnitCpus(unit) = knob {
-                    Some(unit.clone())
-                } else {
-                    None
-                }
-            })
-            .collect();
+        let mut units = Vec::new();
+        for (knob, ..) in baseline.knobs() {
+            if let Knob::UnitCpus(unit) = knob
+                && !baseline.is_foreign(knob)
+            {
+                units.push(unit.clone());
+            }
+        }
         let before = baseline
             .before(&Knob::UnitOverrides)
             .unwrap_or_default()
@@ -45,21 +60,23 @@ impl Reconcile<'_> {
         Ok(())
     }
 
-    pub(super) fn slice_objects(&self) -> Result<Vec<Setting>> {
+    fn slice_objects(&mut self) -> Result<Vec<Setting>> {
+        if let Some(objects) = &self.readings.slices {
+            return Ok(objects.clone());
+        }
         let mut objects = cg_slice::settings(self.root, Vec::new())?;
         if self.root.exists(cgroup::path(cg_slice::VM_SLICE)) {
-            objects.extend(cg_slice::settings(
-                self.root,
-                vec![cg_slice::VM_SLICE.to_owned()],
-            )?);
+            let vms = vec![cg_slice::VM_SLICE.to_owned()];
+            objects.extend(cg_slice::settings(self.root, vms)?);
         }
+        self.readings.slices = Some(objects.clone());
         Ok(objects)
     }
 
-    /// User threads with a mask of their own (taskset, `affinity:`), where the kernel forgets it in
-    /// step 1. Where it keeps it, what a thread has asked for while CPUs were fenced cannot be
-    /// read: it is the kernel's to give back. There the threads of VMs that ended their fence and
-    /// run on are left, whose masks are ours.
+    /// User threads with a mask of their own (taskset, `affinity:`), if the kernel forgets it in
+    /// step 1. If it keeps it (Linux 6.2), what a thread asks for while CPUs are fenced cannot be
+    /// read, and the kernel gives it back; then only the threads of VMs that ended their fence and
+    /// keep running are set, whose masks are hook's.
     pub(super) fn tasks(&mut self) -> Result<()> {
         self.report.step("tasks");
         let objects = self.task_objects()?;
@@ -67,21 +84,35 @@ impl Reconcile<'_> {
         self.set("tasks", objects, wanted)
     }
 
-    /// Threads of the baseline, but for those of fenced VMs.
-    pub(super) fn freed_objects(&self) -> Result<Vec<Setting>> {
-        let mut fenced = Vec::new();
-        for (id, _) in self.fenced() {
-            let vmid = VmId::try_from(*id)?;
-            match vm::find(self.root, vmid)?.map(|qemu| cg_slice::processes(self.root, vmid, &qemu))
-            {
-                Some(Err(error)) if error.is_gone() => {}
-                Some(processes) => fenced.extend(processes?),
-                None => {}
+    fn task_objects(&mut self) -> Result<Vec<Setting>> {
+        if let Some(objects) = &self.readings.tasks {
+            return Ok(objects.clone());
+        }
+        let objects = if task::keeps_requested_cpus(self.root)? {
+            self.freed_threads()?
+        } else {
+            self.threads_with_masks()?
+        };
+        self.readings.tasks = Some(objects.clone());
+        Ok(objects)
+    }
+
+    /// Threads of the baseline, except those of fenced VMs.
+    fn freed_threads(&mut self) -> Result<Vec<Setting>> {
+        let fenced: Vec<u32> = self.fenced().map(|(id, _)| *id).collect();
+        let mut in_vms = Vec::new();
+        for id in fenced {
+            let Some(guest) = self.guest(VmId::try_from(id)?)? else {
+                continue;
+            };
+            match cg_slice::processes(self.root, guest.vmid, &guest.qemu) {
+                Err(error) if error.is_gone() => {}
+                processes => in_vms.extend(processes?),
             }
         }
         let mut objects = Vec::new();
         for (knob, label, _) in self.store.baseline.knobs() {
-            if matches!(knob, Knob::Thread(task) if !fenced.contains(&task.pid))
+            if matches!(knob, Knob::Thread(task) if !in_vms.contains(&task.pid))
                 && let Some(found) = knob.read(self.root)?
             {
                 objects.push(Setting::new(knob.clone(), label, found));
@@ -90,10 +121,8 @@ impl Reconcile<'_> {
         Ok(objects)
     }
 
-    pub(super) fn task_objects(&self) -> Result<Vec<Setting>> {
-        if task::keeps_requested_cpus(self.root)? {
-            return self.freed_objects();
-        }
+    /// User threads whose mask is not simply that of their cgroup.
+    fn threads_with_masks(&self) -> Result<Vec<Setting>> {
         let fenced: Vec<i32> = self
             .fenced()
             .filter_map(|(_, reservation)| Some(reservation.qemu?.pid))
@@ -144,8 +173,17 @@ impl Reconcile<'_> {
         Ok(objects)
     }
 
-    /// Steps 2 and 4.
-    pub(super) fn online(&mut self, step: &'static str, cpus: &CpuSet, state: &str) -> Result<()> {
+    /// Step 2.
+    pub(super) fn offline(&mut self, cpus: &CpuSet) -> Result<()> {
+        self.set_online("offline", cpus, "0")
+    }
+
+    /// Step 4: all CPUs of the baseline that were online before.
+    pub(super) fn online(&mut self) -> Result<()> {
+        self.set_online("online", &self.online_before(), "1")
+    }
+
+    fn set_online(&mut self, step: &'static str, cpus: &CpuSet, state: &str) -> Result<()> {
         if cpus.is_empty() {
             return Ok(());
         }
@@ -156,43 +194,42 @@ impl Reconcile<'_> {
             }
         }
         let objects = cpu_hotplug::settings(self.root, cpus)?;
-        // A CPU that the admin had taken offline stays so.
+        // A CPU that the admin had taken offline stays offline.
         self.set(step, objects, |_, before| {
-            if before == "0" {
-                before.to_owned()
-            } else {
-                state.to_owned()
-            }
+            let wanted = if before == "0" { before } else { state };
+            wanted.to_owned()
         })
     }
 
-    /// The CPUs of the baseline that were online before.
-    pub(super) fn online_before(&self) -> CpuSet {
-        let online = |(knob, _, before): (&Knob, &str, &str)| match knob {
-            Knob::CpuOnline(cpu) if before == "1" => Some(*cpu),
-            _ => None,
-        };
-        self.store.baseline.knobs().filter_map(online).collect()
+    fn online_before(&self) -> CpuSet {
+        let mut cpus = CpuSet::new();
+        for (knob, _, before) in self.store.baseline.knobs() {
+            if let Knob::CpuOnline(cpu) = knob
+                && before == "1"
+            {
+                cpus.insert(*cpu);
+            }
+        }
+        cpus
     }
 
     /// Step 6.
-    pub(super) fn decouple(&mut self, vmid: VmId, qemu: &Qemu) -> Result<()> {
+    pub(super) fn decouple(&mut self, guest: &Guest) -> Result<()> {
         self.report.step("decouple");
         let mut changes = Vec::new();
         if self.fenced().count() > 1 {
-            // Outside the slice nothing else holds a thread off the others' CPUs until it is
-            // pinned. What CPUs it has asked for itself cannot be read, and since Linux 6.2 is kept
+            // Outside the slice nothing else keeps a thread off the others' CPUs until it is
+            // pinned. The CPUs it asked for cannot be read, and since Linux 6.2 they are kept
             // wherever it goes.
-            let asked = |(object, cpus): (Setting, String)| {
-                Setting {
+            for (object, cpus) in self.kept_off_others(guest)? {
+                let unknown = Setting {
                     found: String::new(),
                     ..object
-                }
-                .want(cpus)
-            };
-            changes.extend(self.kept_off_others(vmid, qemu)?.into_iter().map(asked));
+                };
+                changes.push(unknown.want(cpus));
+            }
         }
-        changes.extend(cg_slice::plan_decouple(self.root, vmid, qemu)?);
+        changes.extend(cg_slice::plan_decouple(self.root, guest.vmid, &guest.qemu)?);
         let mut changed = 0;
         for change in changes {
             changed += usize::from(self.make(change));
@@ -201,30 +238,44 @@ impl Reconcile<'_> {
         Ok(())
     }
 
-    pub(super) fn couple(&mut self, vmid: VmId, qemu: &Qemu) -> Result<()> {
+    /// Undoes step 6; of a VM that has stopped the empty cgroup is removed.
+    pub(super) fn couple_or_remove(&mut self, vmid: VmId) -> Result<()> {
+        let qemu = match self.guest(vmid)? {
+            Some(guest) => Some(guest.qemu),
+            // It may run without a reservation.
+            None => vm::find(self.root, vmid)?,
+        };
+        if let Some(qemu) = qemu {
+            match self.couple(vmid, &qemu) {
+                // It has ended meanwhile.
+                Err(error) if error.is_gone() => {}
+                coupled => return coupled,
+            }
+        }
+        self.report.step("cgroup");
+        for change in cg_slice::plan_remove(self.root, vmid) {
+            self.make(change);
+        }
+        Ok(())
+    }
+
+    fn couple(&mut self, vmid: VmId, qemu: &Qemu) -> Result<()> {
         self.report.step("couple");
-        let decoupled = cgroup::of_process(self.root, qemu.id.pid)?.trim_start_matches('/')
-            == cg_slice::decoupled_cgroup(vmid);
-        // A hook may have been killed when the cgroup was made and the VM not yet moved there.
-        let changes = match decoupled {
-            true => cg_slice::plan_couple(self.root, vmid, qemu)?,
-            false => cg_slice::plan_remove(self.root, vmid),
+        let cgroup = cgroup::of_process(self.root, qemu.id.pid)?;
+        // A hook may have been killed after it made the cgroup and before it moved the VM there.
+        let changes = if cgroup.trim_start_matches('/') == cg_slice::decoupled_cgroup(vmid) {
+            cg_slice::plan_couple(self.root, vmid, qemu)?
+        } else {
+            cg_slice::plan_remove(self.root, vmid)
         };
         for change in changes {
             self.make(change);
         }
         let mut objects = self.vm_threads(vmid, qemu)?;
         objects.retain(|object| self.store.baseline.has(&object.knob));
-        // While another VM is fenced, this one is held off its CPUs as everybody is.
+        // While another VM is fenced, this one is kept off its CPUs like everything else.
         let wanted = self.narrowed();
         self.set("pins", objects, wanted)
-    }
-
-    pub(super) fn remove_cgroup(&mut self, vmid: VmId) {
-        self.report.step("cgroup");
-        for change in cg_slice::plan_remove(self.root, vmid) {
-            self.make(change);
-        }
     }
 }
 

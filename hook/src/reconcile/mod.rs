@@ -5,6 +5,7 @@
 //! is fenced, the old value when none is. So isolating, releasing, mending after a crash and a
 //! second VM are one computation.
 
+mod guest;
 mod host_steps;
 mod hotplug;
 mod kernel_masks;

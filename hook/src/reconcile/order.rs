@@ -1,106 +1,112 @@
-//! The documented order (docs/design.md, "The order"), to be read top to bottom.
+//! The documented order (docs/design.md, "The order"), to be read top to bottom: isolate, settle,
+//! undo.
 
 use pinfold_core::knob::ABSENT;
 use pinfold_core::vm::{Qemu, VmId};
-use pinfold_core::{CpuSet, Knob, Result, vm};
+use pinfold_core::{Knob, Result};
 
+use super::guest::Guest;
 use super::run::Reconcile;
-use crate::state::reservation::{Isolation, Phase};
+use crate::state::reservation::{Isolation, Phase, Reservation};
 
 impl Reconcile<'_> {
-    /// Fences a VM's CPUs in the documented order (docs/design.md, "The order"). The reservation is
-    /// in the store, with its QEMU; without one, which only a plan may be, what its threads need is
-    /// left open. Afterwards the caller looks at the report: any failure means that the VM is to be
-    /// released.
+    /// Isolates a VM's CPUs. Its reservation is in the store with its QEMU; only a plan may be made
+    /// without a QEMU, and leaves open what needs the VM's threads. The caller checks the report
+    /// afterwards: after any failure the VM has to be released.
     ///
     /// # Errors
-    /// Where the host cannot be read or the state cannot be saved; what was done so far is in the
+    /// If the host cannot be read or the state cannot be saved; what was done so far is in the
     /// baseline.
     pub(crate) fn isolate(&mut self, vmid: VmId, qemu: Option<&Qemu>) -> Result<()> {
         let Some(reservation) = self.store.reservations.get(&vmid.into()).cloned() else {
             return Ok(());
         };
-        let isolated = reservation.settings.isolated.clone();
-        let first_time = reservation.phase == Phase::Isolating;
+        let guest = self.introduce(vmid, qemu, &reservation)?;
         self.report.step("baseline");
-        if reservation.isolation == Isolation::Partition {
-            return self.isolate_by_partition(&isolated, vmid, qemu);
+        match reservation.isolation {
+            Isolation::Hotplug => self.isolate_by_hotplug(vmid, &reservation, guest.as_ref()),
+            Isolation::Partition => {
+                let isolated = self.isolate_by_partition(vmid, &reservation, guest.as_ref());
+                // Whether it failed or not: nothing may be undone while something is being changed.
+                self.finish_tuning();
+                isolated
+            }
         }
-        let slices = self.slice_objects()?;
-        let mut objects = slices.clone();
-        objects.push(cg_slice::overrides(self.root)?);
-        objects.extend(cpu_hotplug::settings(self.root, &isolated)?);
-        objects.extend(self.task_objects()?);
-        self.remember(objects, &isolated, vmid, qemu)?;
-        if !first_time {
+    }
+
+    fn isolate_by_hotplug(
+        &mut self,
+        vmid: VmId,
+        reservation: &Reservation,
+        guest: Option<&Guest>,
+    ) -> Result<()> {
+        let isolated = &reservation.settings.isolated;
+        self.remember_for_hotplug(isolated, guest)?;
+        if reservation.phase != Phase::Isolating {
             // Its vCPUs run there: taking the CPUs offline now would break their pins.
             self.settle();
             return Ok(());
         }
-        self.slices(slices)?;
+        self.slices()?;
         self.tasks()?;
-        self.online("offline", &isolated, "0")?;
+        self.offline(isolated)?;
         self.irqs()?;
         self.kthreads()?;
-        // Those too that a killed run of another VM's hook left offline.
-        self.online("online", &self.online_before(), "1")?;
+        // Also those that an interrupted run of another VM's hook left offline.
+        self.online()?;
         self.tuning()?;
-        match qemu {
-            Some(qemu) => {
-                self.decouple(vmid, qemu)?;
-                self.pins(vmid, qemu)?;
+        match guest {
+            Some(guest) => {
+                self.decouple(guest)?;
+                self.pins(guest)?;
             }
             None => self.leave_open(&["decouple", "pins"]),
         }
         self.all_pins(Some(vmid))?;
-        // Coming online, CPUs have got back some of what was thrown off them.
+        // When a CPU comes online, some masks include it again.
         self.irqs()?;
         self.kthreads()
     }
 
-    /// The same by a cpuset partition: one write keeps tasks, kernel threads and unbound workqueues
-    /// off.
-    pub(super) fn isolate_by_partition(
+    /// One write to a cpuset partition keeps tasks, kernel threads and unbound workqueues off.
+    fn isolate_by_partition(
         &mut self,
-        isolated: &CpuSet,
         vmid: VmId,
-        qemu: Option<&Qemu>,
+        reservation: &Reservation,
+        guest: Option<&Guest>,
     ) -> Result<()> {
-        self.remember(Vec::new(), isolated, vmid, qemu)?;
-        // Before the kernel does it: only what is set by hand is handed on to new kernel threads
-        // (Linux 6.12; 7.0 needs it no more).
-        let changed = self.kthreadd()?;
-        self.sum_up("kthreads", changed);
-        match qemu {
-            Some(qemu) => {
+        let isolated = &reservation.settings.isolated;
+        self.remember(Vec::new(), isolated, guest)?;
+        // The governors wait for the kernel while the other steps run; `isolate` joins them.
+        self.start_tuning()?;
+        // Before the kernel does it: only what is set by hand is inherited by new kernel threads
+        // (Linux 6.12; 7.0 no longer needs it).
+        self.kthreadd_first()?;
+        match guest {
+            Some(guest) => {
                 self.exclusive()?;
-                self.partition(vmid, qemu)?;
-                self.pins(vmid, qemu)?;
+                self.partition(guest)?;
+                self.pins(guest)?;
             }
             None => self.leave_open(&["exclusive", "partition", "pins"]),
         }
         self.all_pins(Some(vmid))?;
         self.irqs()?;
-        self.kthreads()?;
-        self.tuning()
+        self.kthreads()
     }
 
-    /// Brings everything to what the reservations ask for, CPUs that a killed run left offline
-    /// first; after the last reservation that is what was before the first. What fails is told and
-    /// stops nothing else.
+    /// Brings everything to what the reservations ask for, CPUs that an interrupted run left
+    /// offline first; after the last reservation that is the state before the first. A failure is
+    /// reported and does not stop the other steps.
     pub(crate) fn settle(&mut self) {
-        if self.uses(Isolation::Partition, |knob| {
-            matches!(knob, Knob::ExclusiveCpus(_))
-        }) {
+        if self.uses(Isolation::Partition, is_exclusive) {
             self.attempt(Self::undo_partitions);
             self.attempt(Self::exclusive);
             self.attempt(Self::tasks);
         }
-        if self.uses(Isolation::Hotplug, |knob| {
-            matches!(knob, Knob::UnitCpus(_) | Knob::CpuOnline(_))
-        }) {
-            self.attempt(|this| this.online("online", &this.online_before(), "1"));
-            self.attempt(|this| this.slice_objects().and_then(|slices| this.slices(slices)));
+        if self.uses(Isolation::Hotplug, is_slice_or_cpu) {
+            self.attempt(Self::online);
+            self.attempt(Self::slices);
             self.attempt(Self::tasks);
         }
         self.attempt(Self::irqs);
@@ -109,21 +115,19 @@ impl Reconcile<'_> {
         self.attempt(|this| this.all_pins(None));
     }
 
-    /// Takes what a VM has outside its slice back: one that runs to its scope, with its threads on
-    /// the CPUs they had; of one that is gone the empty cgroup. What fails is told.
+    /// Takes back what a VM has outside its slice. A VM that runs goes back to its scope, its
+    /// threads to the CPUs they had; of a VM that has stopped the empty cgroup is removed. A failure
+    /// is reported.
     pub(crate) fn undo_vm(&mut self, vmid: VmId) {
-        self.attempt(|this| {
-            match vm::find(this.root, vmid)? {
-                Some(qemu) => this.couple(vmid, &qemu)?,
-                None => this.remove_cgroup(vmid),
-            }
-            if let Some(change) =
-                cg_slice::partition::delegation(this.root, vmid, ABSENT)?.filter(|it| !it.is_noop())
-            {
-                this.report.step("delegation");
-                this.make(change);
-            }
-            Ok(())
-        });
+        self.attempt(|this| this.couple_or_remove(vmid));
+        self.attempt(|this| this.delegate(vmid, ABSENT));
     }
+}
+
+fn is_exclusive(knob: &Knob) -> bool {
+    matches!(knob, Knob::ExclusiveCpus(_))
+}
+
+fn is_slice_or_cpu(knob: &Knob) -> bool {
+    matches!(knob, Knob::UnitCpus(_) | Knob::CpuOnline(_))
 }

@@ -3,31 +3,25 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use pinfold_core::sys::cgroup;
-use pinfold_core::vm::{Qemu, VmId};
-use pinfold_core::{CpuSet, Error, Knob, Result, Setting, vm};
+use pinfold_core::vm::VmId;
+use pinfold_core::{CpuSet, Error, Knob, Result, Setting};
 
+use super::guest::Guest;
 use super::run::Reconcile;
 use crate::state::reservation::{Isolation, Phase, Reservation};
 
 impl Reconcile<'_> {
-    /// The way down to partitions: what is over the scopes of these VMs has their CPUs exclusively.
+    /// Gives every cgroup above a scope with a partition the exclusive CPUs of its VMs.
     pub(super) fn exclusive(&mut self) -> Result<()> {
         self.report.step("exclusive");
         let mut given: BTreeMap<Knob, CpuSet> = BTreeMap::new();
-        for (id, reservation) in self
-            .fenced()
-            .filter(|(_, fenced)| fenced.isolation == Isolation::Partition)
-        {
-            let vmid = VmId::try_from(*id)?;
-            let Some(qemu) = vm::find(self.root, vmid)? else {
-                continue;
-            };
-            let scope = cg_slice::scope(self.root, vmid, &qemu)?;
+        for guest in self.guests_by_partition()? {
+            let scope = guest.scope()?;
             for above in cgroup::with_ancestors(&scope).filter(|above| *above != scope) {
                 let cpus = given
                     .entry(Knob::ExclusiveCpus(above.to_owned()))
                     .or_default();
-                *cpus = &*cpus | &reservation.settings.isolated;
+                *cpus = &*cpus | &guest.reservation.settings.isolated;
             }
         }
         let known = self.store.baseline.knobs().map(|(knob, ..)| knob);
@@ -51,17 +45,28 @@ impl Reconcile<'_> {
         })
     }
 
-    /// A VM's partition, made and looked at.
-    pub(super) fn partition(&mut self, vmid: VmId, qemu: &Qemu) -> Result<()> {
+    /// The running VMs that are fenced by partition.
+    fn guests_by_partition(&mut self) -> Result<Vec<Guest>> {
+        let fenced: Vec<u32> = self
+            .fenced()
+            .filter(|(_, fenced)| fenced.isolation == Isolation::Partition)
+            .map(|(id, _)| *id)
+            .collect();
+        let mut guests = Vec::with_capacity(fenced.len());
+        for id in fenced {
+            guests.extend(self.guest(VmId::try_from(id)?)?);
+        }
+        Ok(guests)
+    }
+
+    /// Makes a VM's partition and checks it.
+    pub(super) fn partition(&mut self, guest: &Guest) -> Result<()> {
         self.report.step("partition");
-        let Some(reservation) = self.store.reservations.get(&vmid.into()) else {
-            return Ok(());
-        };
-        let isolated = reservation.settings.isolated.clone();
-        let scope = cg_slice::scope(self.root, vmid, qemu)?;
-        cg_slice::partition::check_delegated(self.root, vmid)?;
+        let isolated = &guest.reservation.settings.isolated;
+        let scope = guest.scope()?;
+        cg_slice::partition::check_delegated(self.root, guest.vmid)?;
         let mut made = 0;
-        for change in cg_slice::partition::plan_vcpus(self.root, &scope, &isolated)? {
+        for change in cg_slice::partition::plan_vcpus(self.root, &scope, isolated)? {
             made += usize::from(self.make(change));
             if self.report.failures() > 0 {
                 return Ok(());
@@ -76,7 +81,7 @@ impl Reconcile<'_> {
         Ok(())
     }
 
-    /// Takes their partitions from VMs that leave and run on, as after a step that failed.
+    /// Undoes the partitions of VMs that leave but keep running, as after a step that failed.
     pub(super) fn undo_partitions(&mut self) -> Result<()> {
         self.report.step("partition");
         let leaving = |(_, reservation): &(&u32, &Reservation)| {
@@ -90,13 +95,27 @@ impl Reconcile<'_> {
             .map(|(id, _)| *id)
             .collect();
         for id in ids {
-            let Some(qemu) = vm::find(self.root, VmId::try_from(id)?)? else {
+            let Some(guest) = self.guest(VmId::try_from(id)?)? else {
                 continue;
             };
-            let scope = cgroup::of_process(self.root, qemu.id.pid)?;
-            for change in cg_slice::partition::plan_undo_vcpus(self.root, &scope, qemu.id.pid)? {
+            let pid = guest.qemu.id.pid;
+            for change in cg_slice::partition::plan_undo_vcpus(self.root, &guest.cgroup, pid)? {
                 self.make(change);
             }
+        }
+        Ok(())
+    }
+
+    /// Whether systemd delegates the cpuset controller to a VM's scope: [`PRESENT`] or [`ABSENT`].
+    ///
+    /// [`PRESENT`]: pinfold_core::knob::PRESENT
+    /// [`ABSENT`]: pinfold_core::knob::ABSENT
+    pub(super) fn delegate(&mut self, vmid: VmId, wanted: &str) -> Result<()> {
+        if let Some(change) = cg_slice::partition::delegation(self.root, vmid, wanted)?
+            && !change.is_noop()
+        {
+            self.report.step("delegation");
+            self.make(change);
         }
         Ok(())
     }

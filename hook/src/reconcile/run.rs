@@ -1,10 +1,14 @@
-//! One run over the host: what is known to all steps, the baseline, and how a change is made.
+//! One run over the host: what all steps know, the baseline, and how a change is made.
 
-use pinfold_core::state::Store;
+use std::collections::BTreeMap;
+
+use pinfold_core::state::{Pending, Store};
+use pinfold_core::sys::cpufreq::Policy;
 use pinfold_core::sys::{cgroup, cpu, task};
-use pinfold_core::vm::{Qemu, VmId};
+use pinfold_core::vm::{self, Qemu, VmId};
 use pinfold_core::{Change, CpuSet, Host, Knob, Outcome, Report, Result, Setting, TaskId};
 
+use super::guest::Guest;
 use super::kernel_masks::KernelMasks;
 use crate::state::reservation::{Isolation, Phase, Reservation};
 
@@ -14,16 +18,31 @@ pub(crate) struct Reconcile<'a> {
     pub(super) store: &'a mut Store<Reservation>,
     pub(super) report: &'a mut Report,
     pub(super) present: CpuSet,
-    /// What partitions left to all others when this run began, where there were any.
+    /// The CPUs that partitions left to everything else when this run began, if there were any.
     pub(super) unpartitioned: Option<String>,
     pub(super) host_irqs: pin_irqs::Irqs,
+    /// VMs that were looked up in this run; none for one that does not run.
+    guests: BTreeMap<VmId, Option<Guest>>,
+    pub(super) readings: Readings,
+    /// Governors and the statistics interval while they are being set.
+    pub(super) pending: Option<Pending>,
+}
+
+/// What was read of the host. It is valid until something is changed.
+#[derive(Debug, Default)]
+pub(super) struct Readings {
+    pub irqs: Option<Vec<Setting>>,
+    pub kthreads: Option<Vec<Setting>>,
+    pub slices: Option<Vec<Setting>>,
+    pub tasks: Option<Vec<Setting>>,
+    pub policies: Option<Vec<Policy>>,
 }
 
 impl<'a> Reconcile<'a> {
-    /// A run; looks first which knobs somebody else has set since ours.
+    /// A run. Detects first which knobs another process has set since hook did.
     ///
     /// # Errors
-    /// Where the host's CPUs cannot be read.
+    /// If the host's CPUs cannot be read.
     pub(crate) fn new(
         root: &'a Host,
         store: &'a mut Store<Reservation>,
@@ -46,6 +65,9 @@ impl<'a> Reconcile<'a> {
             present,
             unpartitioned,
             host_irqs: pin_irqs::Irqs::default(),
+            guests: BTreeMap::new(),
+            readings: Readings::default(),
+            pending: None,
         })
     }
 
@@ -85,7 +107,43 @@ impl<'a> Reconcile<'a> {
             || self.store.baseline.knobs().any(|(knob, ..)| leaves(knob))
     }
 
-    /// A step whose failure is told and stops nothing else.
+    /// A VM that this run is for, with the QEMU that the caller has found.
+    ///
+    /// # Errors
+    /// If QEMU has ended.
+    pub(super) fn introduce(
+        &mut self,
+        vmid: VmId,
+        qemu: Option<&Qemu>,
+        reservation: &Reservation,
+    ) -> Result<Option<Guest>> {
+        let Some(qemu) = qemu else {
+            return Ok(None);
+        };
+        let guest = Guest::new(self.root, vmid, qemu.clone(), reservation.clone())?;
+        self.guests.insert(vmid, Some(guest.clone()));
+        Ok(Some(guest))
+    }
+
+    /// A VM with a reservation, looked up once per run; none if it does not run.
+    pub(super) fn guest(&mut self, vmid: VmId) -> Result<Option<Guest>> {
+        if let Some(known) = self.guests.get(&vmid) {
+            return Ok(known.clone());
+        }
+        let mut guest = None;
+        if let Some(reservation) = self.store.reservations.get(&vmid.into())
+            && let Some(qemu) = vm::find(self.root, vmid)?
+        {
+            guest = match Guest::new(self.root, vmid, qemu, reservation.clone()) {
+                Err(error) if error.is_gone() => None,
+                found => Some(found?),
+            };
+        }
+        self.guests.insert(vmid, guest.clone());
+        Ok(guest)
+    }
+
+    /// A step whose failure is reported and does not stop the others.
     pub(super) fn attempt(&mut self, step: impl FnOnce(&mut Self) -> Result<()>) {
         if let Err(error) = step(self) {
             self.report.error(&error.to_string());
@@ -94,68 +152,78 @@ impl<'a> Reconcile<'a> {
 
     /// Steps of a plan that need the VM's threads, without a QEMU.
     pub(super) fn leave_open(&mut self, steps: &[&'static str]) {
-        steps
-            .iter()
-            .for_each(|step| self.report.unknown_step(step, "its QEMU is needed"));
+        for step in steps {
+            self.report.unknown_step(step, "its QEMU is needed");
+        }
     }
 
-    /// Step 0: the value of every knob that will be touched, on disk before the first touch: these
-    /// `objects`, and those that are touched whatever the method.
+    /// Step 0: the value of every knob that will be changed, on disk before the first change: these
+    /// `objects`, and those that both methods change.
     pub(super) fn remember(
         &mut self,
         mut objects: Vec<Setting>,
         isolated: &CpuSet,
-        vmid: VmId,
-        qemu: Option<&Qemu>,
+        guest: Option<&Guest>,
     ) -> Result<()> {
         objects.extend(pin_irqs::default_mask(self.root)?);
-        objects.extend(self.host_irqs.settings(self.root)?);
-        objects.extend(pin_kthreads::settings(self.root)?.movable);
+        objects.extend(self.irq_objects()?);
+        objects.extend(self.kthread_objects()?);
         objects.extend(self.tuning_objects(isolated)?);
-        if let Some(qemu) = qemu {
-            objects.extend(self.vm_threads(vmid, qemu)?);
+        if let Some(guest) = guest {
+            objects.extend(self.vm_threads(guest.vmid, &guest.qemu)?);
         }
-        for object in objects {
-            self.adopt(&object);
-        }
+        self.adopt(&objects);
         self.store.save()
     }
 
-    /// Takes an object into the baseline. One born while the fence stood has what its kind's
-    /// default was narrowed to when it was born: it gets what the default was before.
-    pub(super) fn adopt(&mut self, object: &Setting) {
-        let baseline = &mut self.store.baseline;
-        let default = match &object.knob {
-            Knob::Irq(_) => Some(Knob::DefaultIrq),
-            Knob::Kthread(_) => baseline
-                .knobs()
-                .map(|(knob, ..)| knob)
-                .find(|knob| is_kthreadd(knob))
-                .cloned(),
-            // A VM that starts while another is fenced.
-            Knob::Thread(_) => Some(Knob::UnitCpus(cg_slice::VM_SLICE.to_owned())),
-            _ => None,
-        };
+    /// Takes objects into the baseline.
+    pub(super) fn adopt(&mut self, objects: &[Setting]) {
+        let kthreadd = self
+            .store
+            .baseline
+            .knobs()
+            .map(|(knob, ..)| knob)
+            .find(|knob| is_kthreadd(knob))
+            .cloned();
+        for object in objects {
+            let before = self.value_before(object, kthreadd.as_ref());
+            self.store.baseline.adopt(object, &before);
+        }
+    }
+
+    /// What an object held before the first fence. One that was created while a fence stood
+    /// inherited the default of its kind, which was narrowed then: it gets that default's earlier
+    /// value.
+    fn value_before(&self, object: &Setting, kthreadd: Option<&Knob>) -> String {
         // A partition narrows what is in the VM's slice by itself.
         if matches!(object.knob, Knob::Thread(_))
             && self.unpartitioned.as_ref() == Some(&object.found)
         {
-            return baseline.adopt(object, &self.present.to_string());
+            return self.present.to_string();
         }
+        let vm_slice;
+        let default = match &object.knob {
+            Knob::Irq(_) => Some(&Knob::DefaultIrq),
+            Knob::Kthread(_) => kthreadd,
+            // A VM that starts while another is fenced.
+            Knob::Thread(_) => {
+                vm_slice = Knob::UnitCpus(cg_slice::VM_SLICE.to_owned());
+                Some(&vm_slice)
+            }
+            _ => None,
+        };
+        let baseline = &self.store.baseline;
         let inherited = default
             .filter(|default| baseline.values_set(default).contains(&object.found))
-            .and_then(|default| baseline.before(&default).map(str::to_owned))
-            .map(|before| {
-                if before.is_empty() {
-                    self.present.to_string()
-                } else {
-                    before
-                }
-            });
-        baseline.adopt(object, inherited.as_deref().unwrap_or(&object.found));
+            .and_then(|default| baseline.before(default));
+        match inherited {
+            Some("") => self.present.to_string(),
+            Some(before) => before.to_owned(),
+            None => object.found.clone(),
+        }
     }
 
-    /// Sets objects to what `wanted` makes of their values from before, and says how many.
+    /// Sets objects to what `wanted` makes of their earlier values, and reports how many.
     pub(super) fn set(
         &mut self,
         step: &'static str,
@@ -169,20 +237,18 @@ impl<'a> Reconcile<'a> {
 
     pub(super) fn sum_up(&mut self, step: &'static str, changed: usize) {
         if changed > 0 {
-            self.report.summary(&format!("{step}: {changed} set"));
+            self.report.summary(&format!("{step}: {changed} changed"));
         }
     }
 
-    /// As [`set`](Self::set), but for saying how many.
+    /// As [`set`](Self::set), but returns how many instead of reporting it.
     pub(super) fn change(
         &mut self,
         step: &'static str,
         objects: Vec<Setting>,
         wanted: impl Fn(&Knob, &str) -> String,
     ) -> Result<usize> {
-        for object in &objects {
-            self.adopt(object);
-        }
+        self.adopt(&objects);
         let plan = self.store.baseline.plan(objects, wanted);
         let mut changed = 0;
         let report = &mut *self.report;
@@ -193,29 +259,35 @@ impl<'a> Reconcile<'a> {
         self.store.carry_out(plan, |done| {
             changed += usize::from(done.outcome == Outcome::Changed);
             if matches!(done.change.knob, Knob::CpuOnline(_)) && done.outcome == Outcome::Changed {
-                // Each takes the kernel a while.
+                // Each takes the kernel some time.
                 report.progress(step, changed, all);
             }
             report.changes(std::slice::from_ref(done));
         })?;
+        if changed > 0 {
+            self.readings = Readings::default();
+        }
         Ok(changed)
     }
 
-    /// Makes a change whose way back does not lie in the baseline, and tells it; says whether it
-    /// was made.
+    /// Makes and reports a change that the baseline is not needed to undo. Returns whether it was
+    /// made.
     pub(super) fn make(&mut self, change: Change) -> bool {
         let done = pinfold_core::apply_one(self.root, change);
         let made = done.outcome == Outcome::Changed;
         self.report.changes(&[done]);
+        if made {
+            self.readings = Readings::default();
+        }
         made
     }
 
-    /// After [`settle`](Self::settle): drops the reservations that are leaving, but those whose
-    /// idle VM is yet to be started, which is nobody else's to do while the process `until` lives;
-    /// and with no fence left the baseline, but for what could not be put back.
+    /// After [`settle`](Self::settle): drops the reservations that are leaving. One whose idle VM
+    /// has yet to be started stays, for the process `until` or, once that has ended, for any hook.
+    /// With the last fence the baseline is dropped, except values that could not be restored.
     ///
     /// # Errors
-    /// Where the state cannot be saved.
+    /// If the state cannot be saved.
     pub(crate) fn forget(&mut self, until: Option<TaskId>) -> Result<()> {
         self.store
             .reservations

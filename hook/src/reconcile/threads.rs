@@ -7,39 +7,31 @@ use pinfold_core::sys::task;
 use pinfold_core::vm::{self, Qemu, VmId};
 use pinfold_core::{CpuSet, Error, Knob, Result, Setting};
 
+use super::guest::Guest;
 use super::run::Reconcile;
 use crate::state::reservation::{Isolation, Phase, Reservation};
 
 impl Reconcile<'_> {
-    /// A VM's threads, each with the CPUs it has less those of other VMs.
-    pub(super) fn kept_off_others(
-        &self,
-        vmid: VmId,
-        qemu: &Qemu,
-    ) -> Result<Vec<(Setting, String)>> {
-        let mut fence = self.housekeeping();
-        if let Some(own) = self.store.reservations.get(&vmid.into()) {
-            fence = &fence | &own.settings.isolated;
+    /// A VM's threads, each with the CPUs it has except those of other VMs.
+    pub(super) fn kept_off_others(&self, guest: &Guest) -> Result<Vec<(Setting, String)>> {
+        let fence = &self.housekeeping() | &guest.reservation.settings.isolated;
+        let mut threads = Vec::new();
+        for object in self.vm_threads(guest.vmid, &guest.qemu)? {
+            let cpus = match CpuSet::from_kernel_list(&object.found) {
+                Ok(cpus) => cpus.narrow_to(&fence),
+                Err(_) => fence.clone(),
+            };
+            threads.push((object, cpus.to_string()));
         }
-        let kept = |object: Setting| {
-            let cpus = CpuSet::from_kernel_list(&object.found)
-                .map_or_else(|_| fence.clone(), |it| it.narrow_to(&fence));
-            (object, cpus.to_string())
-        };
-        Ok(self.vm_threads(vmid, qemu)?.into_iter().map(kept).collect())
+        Ok(threads)
     }
 
     /// Step 7: the VM's own threads.
-    pub(super) fn pins(&mut self, vmid: VmId, qemu: &Qemu) -> Result<()> {
+    pub(super) fn pins(&mut self, guest: &Guest) -> Result<()> {
         self.report.step("pins");
-        let Some(reservation) = self.store.reservations.get(&vmid.into()).cloned() else {
-            return Ok(());
-        };
-        let threads = vm::threads(
-            self.root,
-            qemu,
-            Duration::from_secs(reservation.settings.deadlines.qmp),
-        )?;
+        let reservation = &guest.reservation;
+        let deadline = Duration::from_secs(reservation.settings.deadlines.qmp);
+        let threads = vm::threads(self.root, &guest.qemu, deadline)?;
         for note in &threads.notes {
             self.report.note(note);
         }
@@ -50,27 +42,18 @@ impl Reconcile<'_> {
         let mut wanted = BTreeMap::new();
         let mut objects = Vec::new();
         for thread in threads {
-            let cpus = self.cpus_for(&reservation, &thread.role, &housekeeping)?;
+            let cpus = cpus_for(reservation, &thread.role, &housekeeping)?;
             let object = pin_vcpu::setting(&thread);
             wanted.insert(object.knob.clone(), cpus.to_string());
             objects.push(object);
         }
         if reservation.isolation == Isolation::Partition {
-            self.place(
-                &cg_slice::scope(self.root, vmid, qemu)?,
-                &reservation,
-                &objects,
-                &wanted,
-            )?;
+            self.place(guest, &objects, &wanted)?;
         }
-        // Its helpers (swtpm, virtiofsd) came along out of the slice, and belong with the emulator.
-        let beside = self
-            .cpus_for(&reservation, &vm::Role::Emulator, &housekeeping)?
-            .to_string();
-        for pid in cg_slice::processes(self.root, vmid, qemu)?
-            .into_iter()
-            .skip(1)
-        {
+        // Its helpers (swtpm, virtiofsd) left the slice with it and go with the emulator threads.
+        let beside = cpus_for(reservation, &vm::Role::Emulator, &housekeeping)?.to_string();
+        let processes = cg_slice::processes(self.root, guest.vmid, &guest.qemu)?;
+        for pid in processes.into_iter().skip(1) {
             for object in self.thread_objects(pid)? {
                 wanted.insert(object.knob.clone(), beside.clone());
                 objects.push(object);
@@ -93,22 +76,23 @@ impl Reconcile<'_> {
         })
     }
 
-    /// Threads to the side of the partition that has the CPUs they are to have.
-    pub(super) fn place(
+    /// Moves threads into or out of the partition, by the CPUs they are to have.
+    fn place(
         &mut self,
-        scope: &str,
-        reservation: &Reservation,
+        guest: &Guest,
         threads: &[Setting],
         wanted: &BTreeMap<Knob, String>,
     ) -> Result<()> {
-        let vcpus = cg_slice::partition::vcpu_cgroup(scope);
+        let scope = guest.scope()?;
+        let vcpus = cg_slice::partition::vcpu_cgroup(&scope);
+        let isolated = &guest.reservation.settings.isolated;
         for Setting { knob, label, .. } in threads {
             let Knob::Thread(task) = knob else { continue };
             let inside = (wanted
                 .get(knob)
                 .and_then(|list| CpuSet::from_kernel_list(list).ok()))
-            .is_some_and(|cpus| cpus.is_subset(&reservation.settings.isolated));
-            let cgroup = if inside { &vcpus } else { scope };
+            .is_some_and(|cpus| cpus.is_subset(isolated));
+            let cgroup = if inside { &vcpus } else { &scope };
             if let Some(change) =
                 cg_slice::partition::to_cgroup(self.root, *task, label.clone(), cgroup)?
                 && !change.is_noop()
@@ -151,75 +135,66 @@ impl Reconcile<'_> {
         Ok(objects)
     }
 
-    pub(super) fn cpus_for(
-        &self,
-        reservation: &Reservation,
-        role: &vm::Role,
-        housekeeping: &CpuSet,
-    ) -> Result<CpuSet> {
-        let settings = &reservation.settings;
-        // What the settings say, less what another VM has fenced off since.
-        let aside = |cpus: &CpuSet| cpus.narrow_to(housekeeping);
-        let emulator = || {
-            settings
-                .emulator
-                .as_ref()
-                .map_or_else(|| housekeeping.clone(), aside)
-        };
-        Ok(match role {
-            vm::Role::Vcpu(vcpu) => reservation.pin(*vcpu).cloned().ok_or_else(|| {
-                Error::unusable(
-                    format!("vCPU {vcpu}"),
-                    format!("{} has no pin for it", settings.source),
-                )
-            })?,
-            vm::Role::Iothread(id) => {
-                let named = settings.iothread.get(id).or(settings.iothreads.as_ref());
-                named.map_or_else(emulator, |cpus| {
-                    if cpus.is_subset(&settings.isolated) {
-                        cpus.clone()
-                    } else {
-                        aside(cpus)
-                    }
-                })
-            }
-            vm::Role::Emulator => emulator(),
-        })
-    }
-
-    /// The threads of all fenced VMs: one's emulator threads may stand where another's vCPUs go, or
-    /// may come back. Those of a VM whose hook was killed half way are kept off the others' CPUs;
-    /// the rest is for its own hook, or recover. Not those of `pinned`, which have been.
+    /// The threads of all fenced VMs except `pinned`: the emulator threads of one may be where the
+    /// vCPUs of another go, or may return there. Of a VM whose hook was interrupted the threads are
+    /// only kept off the CPUs of others; the rest is for its own hook, or recover.
     pub(super) fn all_pins(&mut self, pinned: Option<VmId>) -> Result<()> {
-        let fenced: Vec<(VmId, Phase, Isolation)> = self
-            .fenced()
-            .filter_map(|(id, claim)| {
-                Some((VmId::try_from(*id).ok()?, claim.phase, claim.isolation))
-            })
-            .filter(|(id, ..)| Some(*id) != pinned)
-            .collect();
-        for (vmid, phase, isolation) in fenced {
-            let Some(qemu) = vm::find(self.root, vmid)? else {
+        let fenced: Vec<u32> = self.fenced().map(|(id, _)| *id).collect();
+        for id in fenced {
+            let vmid = VmId::try_from(id)?;
+            if Some(vmid) == pinned {
+                continue;
+            }
+            let Some(guest) = self.guest(vmid)? else {
                 continue;
             };
-            let pinned = match phase {
-                Phase::Isolated => self.pins(vmid, &qemu),
-                Phase::Isolating if isolation == Isolation::Hotplug => {
-                    self.kept_off_others(vmid, &qemu).and_then(|kept| {
-                        let each = kept
-                            .into_iter()
-                            .map(|(object, cpus)| (object.clone(), (object.knob, cpus)));
-                        let (objects, wanted) = each.unzip();
-                        self.pin(objects, wanted)
-                    })
-                }
-                _ => Ok(()),
-            };
-            match pinned {
+            match self.pin_again(&guest) {
                 Err(error) if error.is_gone() => {}
                 other => other?,
             }
         }
         Ok(())
     }
+
+    fn pin_again(&mut self, guest: &Guest) -> Result<()> {
+        let Reservation {
+            phase, isolation, ..
+        } = guest.reservation;
+        if phase == Phase::Isolated {
+            return self.pins(guest);
+        }
+        if phase != Phase::Isolating || isolation != Isolation::Hotplug {
+            return Ok(());
+        }
+        let mut objects = Vec::new();
+        let mut wanted = BTreeMap::new();
+        for (object, cpus) in self.kept_off_others(guest)? {
+            wanted.insert(object.knob.clone(), cpus);
+            objects.push(object);
+        }
+        self.pin(objects, wanted)
+    }
+}
+
+/// The CPUs of a VM's thread by its role.
+fn cpus_for(reservation: &Reservation, role: &vm::Role, housekeeping: &CpuSet) -> Result<CpuSet> {
+    let settings = &reservation.settings;
+    // Another VM may have fenced some of them since.
+    let aside = |cpus: &CpuSet| cpus.narrow_to(housekeeping);
+    let emulator = match &settings.emulator {
+        Some(cpus) => aside(cpus),
+        None => housekeeping.clone(),
+    };
+    Ok(match role {
+        vm::Role::Vcpu(vcpu) => reservation.pin(*vcpu).cloned().ok_or_else(|| {
+            let why = format!("{} has no pin for it", settings.source);
+            Error::unusable(format!("vCPU {vcpu}"), why)
+        })?,
+        vm::Role::Iothread(id) => match settings.iothread.get(id).or(settings.iothreads.as_ref()) {
+            Some(cpus) if cpus.is_subset(&settings.isolated) => cpus.clone(),
+            Some(cpus) => aside(cpus),
+            None => emulator,
+        },
+        vm::Role::Emulator => emulator,
+    })
 }
