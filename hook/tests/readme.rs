@@ -13,8 +13,8 @@ const README: &str = include_str!("../../README.md");
 const WORKSPACE: &str = include_str!("../../Cargo.toml");
 const MAKEFILE: &str = include_str!("../../Makefile");
 
-/// Members of the workspace that are no tool.
-const NO_TOOLS: [&str; 2] = ["core", "lab"];
+/// Members of the workspace that are not tools.
+const NOT_TOOLS: [&str; 2] = ["core", "lab"];
 
 /// A row of the README's table of tools: the name, and the command lines of the examples.
 fn rows() -> Vec<(&'static str, Vec<&'static str>)> {
@@ -35,15 +35,15 @@ fn rows() -> Vec<(&'static str, Vec<&'static str>)> {
     .collect()
 }
 
-/// Whether a tool takes a command line, as clap sees it; nothing is run.
-fn is_taken(line: &str) -> Result<(), String> {
+/// Parses a command line as the tool does, and runs nothing.
+fn parse(line: &str) -> Result<(), String> {
     let words: Vec<&str> = line
         .split('#')
         .next()
         .unwrap_or_default()
         .split_whitespace()
         .collect();
-    let taken = match words[0] {
+    let parsed = match words[0] {
         "cg-slice" => cg_slice::Args::try_parse_from(words).map(drop),
         "cpu-hotplug" => cpu_hotplug::Args::try_parse_from(words).map(drop),
         "governor" => governor::Args::try_parse_from(words).map(drop),
@@ -52,13 +52,13 @@ fn is_taken(line: &str) -> Result<(), String> {
         "pin-irqs" => pin_irqs::Args::try_parse_from(words).map(drop),
         "pin-kthreads" => pin_kthreads::Args::try_parse_from(words).map(drop),
         "pin-vcpu" => pin_vcpu::Args::try_parse_from(words).map(drop),
-        other => return Err(format!("{other}: no tool of the workspace")),
+        other => return Err(format!("{other}: not a tool of the workspace")),
     };
-    taken.map_err(|error| format!("{line}: {error}"))
+    parsed.map_err(|error| format!("{line}: {error}"))
 }
 
 #[test]
-fn the_table_has_just_the_tools_there_are() {
+fn the_table_lists_every_tool_once() {
     let members = WORKSPACE
         .split("members = [")
         .nth(1)
@@ -67,12 +67,12 @@ fn the_table_has_just_the_tools_there_are() {
         .next()
         .unwrap();
     let mut tools: BTreeSet<&str> = members.split('"').skip(1).step_by(2).collect();
-    NO_TOOLS
+    NOT_TOOLS
         .iter()
         .for_each(|crate_| assert!(tools.remove(crate_), "{crate_}"));
-    let told: Vec<&str> = rows().iter().map(|(tool, _)| *tool).collect();
-    assert_eq!(told.iter().copied().collect::<BTreeSet<_>>(), tools);
-    assert_eq!(told.len(), tools.len(), "each once: {told:?}");
+    let listed: Vec<&str> = rows().iter().map(|(tool, _)| *tool).collect();
+    assert_eq!(listed.iter().copied().collect::<BTreeSet<_>>(), tools);
+    assert_eq!(listed.len(), tools.len(), "each once: {listed:?}");
     let installed = MAKEFILE
         .lines()
         .find_map(|line| line.strip_prefix("PRODUCT = "))
@@ -81,7 +81,7 @@ fn the_table_has_just_the_tools_there_are() {
 }
 
 #[test]
-fn its_command_lines_are_taken() {
+fn command_lines_are_accepted() {
     let mut lines = 0;
     for (tool, examples) in rows() {
         assert!(!examples.is_empty(), "{tool} has no example");
@@ -90,7 +90,7 @@ fn its_command_lines_are_taken() {
                 example.starts_with(&format!("{tool} ")),
                 "an example of {tool}: {example}"
             );
-            is_taken(example).unwrap();
+            parse(example).unwrap();
             lines += 1;
         }
     }
@@ -101,13 +101,13 @@ fn its_command_lines_are_taken() {
             .next()
             .is_some_and(|word| tools.contains(word))
     }) {
-        is_taken(line).unwrap();
+        parse(line).unwrap();
         lines += 1;
     }
     assert!(lines > tools.len());
     assert!(
-        is_taken("pin-irqs 5-3").is_err(),
-        "the check sees what is wrong"
+        parse("pin-irqs 5-3").is_err(),
+        "an invalid command line is accepted"
     );
 }
 
