@@ -12,6 +12,7 @@
 mod support;
 
 mod faults;
+mod frozen;
 mod main_job;
 mod others;
 mod partition;
