@@ -1,6 +1,6 @@
 //! Files that earlier versions saved can still be restored.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::disallowed_methods, clippy::unwrap_used)]
 
 use std::fs;
 use std::path::Path;

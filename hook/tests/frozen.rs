@@ -1,6 +1,6 @@
 //! State that earlier versions saved is still read.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::disallowed_methods, clippy::unwrap_used)]
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
