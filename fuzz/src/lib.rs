@@ -18,7 +18,7 @@ use pinfold_core::vm::{
 use pinfold_core::{CpuSet, Host, Knob, MAX_CPU};
 use serde_json::{Value, json};
 
-/// No parser needs more, whatever it is given. Of a process's memory this is Rust's part alone:
+/// No parser needs more for any input. Of a process's memory this is Rust's part alone:
 /// libFuzzer's own, some tens of MiB that grow with its corpus, is allocated elsewhere and so does
 /// not blur it.
 pub const MEMORY: usize = 64 << 20;
@@ -33,7 +33,7 @@ const TOOL: &str = "pin-irqs";
 pub fn cpu_list(data: &[u8]) -> bool {
     let text = String::from_utf8_lossy(data);
     let parsed = text.parse::<CpuSet>();
-    // A kernel file may be empty, a list that somebody typed may not; that is all the difference.
+    // A kernel file may be empty, a list that a user typed may not; this is the only difference.
     assert_eq!(
         CpuSet::from_kernel_list(&text).is_ok(),
         parsed.is_ok() || text.trim().is_empty()
@@ -146,7 +146,7 @@ pub fn pci_claims(data: &[u8]) -> bool {
     !held.is_empty()
 }
 
-/// What QEMU's monitor says in a whole conversation.
+/// What QEMU's monitor sends in a whole conversation.
 pub fn qmp_reply(data: &[u8]) -> bool {
     let Ok(facts) = qmp::ThreadRoles::parse(&String::from_utf8_lossy(data)) else {
         return false;

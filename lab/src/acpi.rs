@@ -14,7 +14,7 @@ use std::process::Command;
 /// the frequency never changes. A change would make the kernel drop the TSC for good
 /// (`mark_tsc_unstable`, "cpufreq changes on SMP"), and any other clock is slow under emulation.
 const P_STATES: [(u32, u32); 2] = [(20_000, 10_000), (1_000, 4_000)];
-/// An I/O port nobody listens on: acpi-cpufreq writes the wanted state there and never looks back.
+/// An I/O port without a device: acpi-cpufreq writes the wanted state there and never looks back.
 const CONTROL_PORT: u16 = 0x0a20;
 
 /// The table as source: ACPI 6.5, section 8.4.5, on the CPU names that QEMU gives (`\_SB.CPUS.C000`

@@ -65,7 +65,7 @@ fn answer(request: Request, out: &Mutex<File>) {
         answer,
     };
     let Ok(line) = line(&reply) else { return };
-    // A port that fails has no one to be told on.
+    // If the port fails, there is no way to report it.
     let _ = out
         .lock()
         .unwrap_or_else(PoisonError::into_inner)
@@ -126,7 +126,7 @@ fn execute(run: Run) -> Result<Done> {
         .spawn()
         .with_context(|| format!("{program}: cannot run"))?;
     if let (Some(mut pipe), Some(bytes)) = (child.stdin.take(), run.stdin) {
-        // A program that does not read its input is no failure.
+        // A program need not read its input.
         thread::spawn(move || drop(pipe.write_all(&bytes.0)));
     }
     let stdout = child.stdout.take().map(Collector::start);

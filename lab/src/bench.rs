@@ -38,16 +38,16 @@ type Times = BTreeMap<String, f64>;
 const PARTITION: &str = "layout = \"5900x\"\nmethod = \"partition\"\n";
 const BARE: &str = "/usr/local/lib/pinfold-lab/lab-agent bare 100";
 
-/// What is promised of the method partition: how many times as fast as the script post-start is,
+/// The bounds of the method partition: how many times as fast as the script post-start is,
 /// and how many times as long as the bare system calls it takes.
-const PARTITION_PROMISED: [f64; 2] = [20.0, 2.0];
+const PARTITION_BOUNDS: [f64; 2] = [20.0, 2.0];
 
-/// What is promised: how many times as fast hook is in all, and less the kernel's own time for
-/// hotplug.
-const PROMISED: [f64; 2] = [2.0, 10.0];
+/// The bounds: how many times as fast hook is in all, and without the kernel's own time
+/// for hotplug.
+const BOUNDS: [f64; 2] = [2.0, 10.0];
 
-/// Measures both, `ROUNDS` times each in turn, and writes the table; an error where hook is slower
-/// than promised.
+/// Measures both, `ROUNDS` times each in turn, and writes the table; an error if hook is slower
+/// than it must be.
 pub fn run(bins: &Path, out: &mut impl Write) -> Result<()> {
     let mut host = Host::acquire(Guest::Trixie, bins)?;
     host.reset_in_parallel()?;
@@ -100,18 +100,18 @@ pub fn run(bins: &Path, out: &mut impl Write) -> Result<()> {
     out.write_all(text.as_bytes())?;
     let kept = ratios
         .iter()
-        .zip(PROMISED)
-        .all(|(ratio, promised)| *ratio >= promised);
+        .zip(BOUNDS)
+        .all(|(ratio, bound)| *ratio >= bound);
     ensure!(
         kept,
-        "promised is {:.0}x in all and {:.0}x less the kernel's hotplug",
-        PROMISED[0],
-        PROMISED[1]
+        "hook must be {:.0}x as fast in all and {:.0}x without the kernel's hotplug",
+        BOUNDS[0],
+        BOUNDS[1]
     );
-    let [faster, of_bare] = PARTITION_PROMISED;
+    let [faster, of_bare] = PARTITION_BOUNDS;
     ensure!(
         by_partition[0] >= faster && by_partition[1] <= of_bare,
-        "promised of partition is {faster:.0}x the script's speed and {of_bare:.0}x the bare calls' time"
+        "partition must be {faster:.0}x as fast as the script and take at most {of_bare:.1}x the bare calls' time"
     );
     Ok(())
 }
@@ -153,7 +153,7 @@ fn script_times(text: &str) -> Result<Times> {
         .collect();
     ensure!(
         times.len() == STEPS.len() + 1,
-        "the script told {} times, not {}: {text}",
+        "the script printed {} times, not {}: {text}",
         times.len(),
         STEPS.len() + 1
     );
@@ -166,7 +166,7 @@ fn hook_times(text: &str) -> Result<Times> {
     let (report, clock) = text
         .trim_end()
         .rsplit_once('\n')
-        .context("hook said nothing")?;
+        .context("hook printed nothing")?;
     let report: serde_json::Value = serde_json::from_str(report).context("hook's report")?;
     let clock: Vec<f64> = clock
         .split(' ')
@@ -242,12 +242,12 @@ fn table(script: &[Times], hook: &[Times]) -> (String, [f64; 2]) {
         median(hook, "offline") + median(hook, "online"),
     );
     line("of that the kernel's hotplug", by_script, by_hook);
-    let less_hotplug = line(
-        "less the kernel's hotplug",
+    let without_hotplug = line(
+        "without the kernel's hotplug",
         script_sum - by_script,
         hook_sum - by_hook,
     );
-    (text, [in_all, less_hotplug])
+    (text, [in_all, without_hotplug])
 }
 
 #[cfg(test)]

@@ -114,7 +114,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn keys_tell_where_a_part_ends() {
+    fn keys_depend_on_where_a_part_ends() {
         assert_eq!(key(["ab", "c"]), key(["ab", "c"]));
         assert_ne!(key(["ab", "c"]), key(["a", "bc"]));
         assert_ne!(key(["a"]), key(["a", ""]));

@@ -15,7 +15,7 @@ const ISOLATED: &str = "6-11,18-23";
 /// How the host looks: who may run where, counted by CPU.
 const LOOK: &str = "/usr/local/lib/pinfold-lab/lab-agent map";
 
-/// Shows it, telling on `out` what is done.
+/// Runs it and prints each step to `out`.
 pub fn run(bins: &Path, out: &mut impl Write) -> Result<()> {
     let began = Instant::now();
     writeln!(
@@ -109,7 +109,7 @@ pub fn picture(bins: &Path, file: &Path) -> Result<()> {
     // The kernel has taken the folders away that were mounted over those of CPUs that were offline.
     host.renew_topology()?;
     let status = "taskset -pc 11 $(pgrep -x kswapd0) > /dev/null; hook 101 pre-start -q && CLICOLOR_FORCE=1 hook status";
-    // Its exit code tells of the stray.
+    // Its exit code is 1, for the stray.
     let text = host.sh(status)?.stdout;
     fs::write(file, svg::draw("hook status", &text))
         .with_context(|| format!("{}: cannot write", file.display()))

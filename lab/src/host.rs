@@ -33,7 +33,7 @@ const BOOT_PATIENCE: Duration = Duration::from_secs(420);
 /// without end. So each is tried before the snapshot is taken, which would keep that for all
 /// stories; later it was never seen.
 const BOOT_TRIES: usize = 4;
-/// What the kernel says then, two minutes later.
+/// What the kernel prints then, two minutes later.
 const HUNG: &str = "blocked for more than";
 /// For everything that takes seconds.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -77,7 +77,7 @@ rm /run/alive
 /// (<https://bugzilla.redhat.com/2216496>).
 const EMULATOR_FAULT: &str = "int3: 0000";
 
-/// How a command in the lab host ended, and what it said.
+/// How a command in the lab host ended, and its output.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Output {
     /// Exit code, if it exited.
@@ -116,7 +116,7 @@ impl Job {
         let answer = self
             .pending
             .wait(self.patience + PATIENCE)
-            .with_context(|| told_of(&self.slot));
+            .with_context(|| state_of(&self.slot));
         let done = match answer? {
             Answer::Done(done) => done,
             other => bail!("the agent: no end of a command but {other:?}"),
@@ -132,7 +132,7 @@ impl Job {
     }
 }
 
-/// A running lab host, for our use alone until dropped. Between uses its CPUs are stopped.
+/// A running lab host, used only by us until dropped. Between uses its CPUs are stopped.
 #[derive(Debug)]
 pub struct Host {
     /// What it runs.
@@ -248,7 +248,7 @@ impl Host {
         let output = self.sh(script)?;
         match output.success() {
             true => Ok(output.stdout),
-            false => bail!("in the lab host, `{script}`: {}", told(&output)),
+            false => bail!("in the lab host, `{script}`: {}", outcome(&output)),
         }
     }
 
@@ -306,7 +306,7 @@ impl Host {
         self.ok(&format!("qm start {} 2>&1", spec.id))
     }
 
-    /// Stops a VM, hook and all; what the task log would say.
+    /// Stops a VM, hook and all; what the task log would show.
     pub fn stop_vm(&self, id: u32) -> Result<String> {
         self.ok(&format!("qm stop {id} 2>&1"))
     }
@@ -342,7 +342,7 @@ impl Host {
         serde_json::from_str(&json).context("the agent's list of strays: not as expected")
     }
 
-    /// What the kernel said where it broke since the host was reset, through no fault of its own
+    /// The kernel's report if it broke since the host was reset, through no fault of its own
     /// but of the emulator's.
     pub fn emulator_fault(&self) -> Option<String> {
         fault_in(&self.slot.console_tail(1000))
@@ -366,7 +366,7 @@ impl Host {
 
     fn connect(&mut self, patience: Duration) -> Result<()> {
         self.channel = Some(
-            Channel::connect(&self.slot.agent(), patience).with_context(|| told_of(&self.slot))?,
+            Channel::connect(&self.slot.agent(), patience).with_context(|| state_of(&self.slot))?,
         );
         Ok(())
     }
@@ -376,7 +376,7 @@ impl Host {
         let key = self.slot.folder().join("key");
         if !fs::read_to_string(&key).is_ok_and(|found| found == booted.key) {
             self.slot.kill()?;
-            // Gone first, written last: a copy cut short is no disk.
+            // Removed first and written last, so that an incomplete copy is not taken for a disk.
             let _ = fs::remove_file(&key);
             cache::make(self.slot.folder())?;
             let mut copy = setup::command("cp");
@@ -388,7 +388,7 @@ impl Host {
         if !self.has(&self.ready)? {
             return self
                 .make_ready(payload)
-                .with_context(|| told_of(&self.slot));
+                .with_context(|| state_of(&self.slot));
         }
         if as_it_is && self.slot.pid().is_some() {
             self.slot.qmp()?.execute("cont", json!({}))?;
@@ -487,7 +487,7 @@ impl Booted {
         for tries_left in (0..BOOT_TRIES).rev() {
             tool::run(&mut create)?;
             slot.start(&self.image, Threads::One)?;
-            let booted = settle(&slot).with_context(|| told_of(&slot));
+            let booted = settle(&slot).with_context(|| state_of(&slot));
             slot.kill()?;
             match booted {
                 Err(_) if tries_left > 0 => {}
@@ -528,7 +528,7 @@ fn settle(slot: &Slot) -> Result<()> {
     }
     .wait()?;
     if !output.success() {
-        bail!("it did not settle: {}", told(&output));
+        bail!("it did not settle: {}", outcome(&output));
     }
     slot.qmp()?.hmp_quiet(&format!("savevm {BOOTED}"))
 }
@@ -608,7 +608,7 @@ fn agent_binary() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("PINFOLD_LAB_AGENT") {
         return Ok(path.into());
     }
-    let own = std::env::current_exe().context("cannot tell where this program is")?;
+    let own = std::env::current_exe().context("cannot find this program's own path")?;
     let found = own
         .ancestors()
         .skip(1)
@@ -686,7 +686,7 @@ pub(crate) fn lock_if_free(cache: &Cache, slot: &Slot) -> Result<Option<Lock>> {
     cache.try_lock(slot.folder().with_extension("lock"))
 }
 
-fn told(output: &Output) -> String {
+fn outcome(output: &Output) -> String {
     let end = match (output.timed_out, output.code, output.signal) {
         (true, ..) => "killed at its time limit".to_owned(),
         (_, Some(code), _) => format!("exit code {code}"),
@@ -700,14 +700,14 @@ fn told(output: &Output) -> String {
 }
 
 /// What a host last showed, for an error.
-fn told_of(slot: &Slot) -> String {
+fn state_of(slot: &Slot) -> String {
     let life = if slot.pid().is_some() {
         "runs"
     } else {
         "is gone"
     };
-    let (said, shown) = (slot.last_words(), slot.console_tail(CONSOLE_LINES));
-    format!("its QEMU {life}; QEMU's last words:\n{said}\nlast lines of its console:\n{shown}\n")
+    let (log, shown) = (slot.last_words(), slot.console_tail(CONSOLE_LINES));
+    format!("its QEMU {life}; QEMU's last messages:\n{log}\nlast lines of its console:\n{shown}\n")
 }
 
 /// The kernel's report of [`EMULATOR_FAULT`], its first lines.

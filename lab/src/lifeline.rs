@@ -1,5 +1,5 @@
-//! Ends the hosts that a command started when the command ends, in whatever way: by itself, by an
-//! error, by Ctrl-C.
+//! Ends the hosts that a command started when the command ends: by itself, by an error,
+//! or by Ctrl-C.
 //!
 //! A process in a process group of its own waits for the end of its stdin, a pipe that only the
 //! command holds open.
@@ -45,7 +45,8 @@ impl Drop for Lifeline {
     }
 }
 
-/// Waits for the end of `stdin`, then ends all hosts that run and that nobody uses, except `kept`.
+/// Waits for the end of `stdin`, then ends all running hosts that no other process uses, except
+/// `kept`.
 pub fn end_hosts(mut stdin: impl Read, kept: &[String]) -> Result<()> {
     stdin
         .read_to_end(&mut Vec::new())

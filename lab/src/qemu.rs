@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 /// CPUs of a lab host.
 pub const CPUS: u16 = 24;
-/// The disk that files are handed in by has this size, whatever it holds.
+/// The disk that files are handed in by always has this size.
 const PAYLOAD_SIZE: u64 = 1 << 30;
 /// savevm and loadvm take seconds, more on a busy machine.
 const QMP_PATIENCE: Duration = Duration::from_secs(120);
@@ -224,8 +224,8 @@ impl Slot {
         let log = fs::File::create(self.log())
             .with_context(|| format!("{}: cannot make", self.log().display()))?;
         let errors = log.try_clone().context("cannot share the log")?;
-        // In a session of its own it outlives us. -daemonize would do that too, but then QEMU's
-        // last words are lost.
+        // In a session of its own it outlives us. -daemonize would do that too, but QEMU's last
+        // messages would be lost.
         let mut command = setup::command("setsid");
         command
             .args(["--fork", "qemu-system-x86_64", "-S"])
@@ -250,7 +250,7 @@ impl Slot {
         Ok(())
     }
 
-    /// What QEMU itself said last, warnings about CPU features left out.
+    /// QEMU's own last messages, warnings about CPU features left out.
     pub fn last_words(&self) -> String {
         let log = fs::read_to_string(self.log()).unwrap_or_default();
         let lines: Vec<_> = log

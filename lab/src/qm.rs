@@ -1,9 +1,9 @@
 //! A stand-in for Proxmox VE's `qm`, run inside the lab host.
 //!
 //! It starts, ends and reports VMs the way `PVE::QemuServer` does, as far as a tool that watches
-//! from outside can tell: the VM's lock, the hook's phases and who hears of their failure, the
+//! from outside can observe: the VM's lock, the hook's phases and who sees their failure, the
 //! scope in qemu.slice, the pid file, the QMP socket, threads and helper processes. The disks are
-//! null devices and the guest is no more than firmware.
+//! null devices and the guest is only firmware.
 
 use crate::cache;
 use crate::qmp::Qmp;
@@ -35,7 +35,7 @@ const STOP_PATIENCE: Duration = Duration::from_secs(60);
 const SCOPE_PATIENCE: Duration = Duration::from_secs(60);
 const QMP_PATIENCE: Duration = Duration::from_secs(20);
 /// A guest without an operating system never obeys the power button: this long after it QEMU is
-/// told to quit.
+/// asked to quit.
 const POWERDOWN_GRACE: Duration = Duration::from_millis(500);
 const POLL: Duration = Duration::from_millis(50);
 
@@ -278,19 +278,19 @@ impl Vm {
                 bail!("VM {} not running", self.id)
             };
             self.warn(self.hook(&conf, "pre-stop"), "pre-stop");
-            let told = Qmp::connect(&self.file("qmp"), QMP_PATIENCE).and_then(|mut qmp| {
+            let asked = Qmp::connect(&self.file("qmp"), QMP_PATIENCE).and_then(|mut qmp| {
                 if politely {
                     qmp.execute("system_powerdown", json!({}))?;
                     thread::sleep(POWERDOWN_GRACE);
                 }
                 qmp.execute("quit", json!({}))
             });
-            if told.is_err() {
-                // It may have gone meanwhile; if not, the wait below tells.
+            if asked.is_err() {
+                // It may have gone meanwhile; if not, the wait below shows it.
                 let _ = kill(pid, Signal::SIGTERM);
             }
             if !wait_until(STOP_PATIENCE, || self.pid().is_none_or(|now| now != pid)) {
-                self.say("VM still running - terminating now with SIGKILL");
+                self.report("VM still running - terminating now with SIGKILL");
                 let _ = kill(pid, Signal::SIGKILL);
             }
             self.cleanup(true)
@@ -379,11 +379,11 @@ impl Vm {
 
     fn warn(&self, result: Result<()>, phase: &str) {
         if let Err(err) = result {
-            self.say(&format!("WARN: {phase}: {err:#}"));
+            self.report(&format!("WARN: {phase}: {err:#}"));
         }
     }
 
-    fn say(&self, text: &str) {
+    fn report(&self, text: &str) {
         // A closed stderr is no reason to stop half way.
         let _ = writeln!(std::io::stderr(), "{text}");
     }

@@ -442,7 +442,7 @@ fn mounts() -> Vec<String> {
     lines
 }
 
-/// Of `ID PARENT DEV ROOT POINT OPTIONS [TAGS] - TYPE SOURCE SUPER`, what says what is mounted
+/// Of `ID PARENT DEV ROOT POINT OPTIONS [TAGS] - TYPE SOURCE SUPER`, the part that shows what is mounted
 /// where and how.
 fn mount_line(line: &str) -> Option<String> {
     let (own, file_system) = line.split_once(" - ")?;

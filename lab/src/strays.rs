@@ -16,7 +16,7 @@ pub struct Strays {
     pub threads: Vec<Stray>,
     /// Kernel threads that the kernel would let be moved.
     pub kthreads: Vec<Stray>,
-    /// Unbound kworkers, which follow the workqueues' mask alone.
+    /// Unbound kworkers, which follow only the workqueues' mask.
     pub kworkers: Vec<Stray>,
     /// IRQs that can be moved and whose mask holds one of the CPUs.
     pub irqs: Vec<Irq>,
@@ -81,7 +81,7 @@ impl Strays {
             && workqueue_mask.is_none()
     }
 
-    /// But for what the kernel itself spreads anew as CPUs go and come: virtio_net's IRQs over all
+    /// Except what the kernel itself spreads again when CPUs go offline or come online: virtio_net's IRQs over all
     /// that are online (`virtnet_cpu_online`), RCU's expedited workers over their leaf's
     /// (`rcutree_affinity_setting`). hook moves them again at the end; one that is killed before
     /// cannot.
@@ -179,7 +179,7 @@ fn irqs(cpus: &Cpus, found: &mut Strays) -> Result<()> {
     Ok(())
 }
 
-/// The kernel tells by refusing: here, to set what is set already.
+/// The kernel shows it by refusing to set the value that is set already.
 fn movable(path: &Path, mask: &str) -> bool {
     OpenOptions::new()
         .write(true)

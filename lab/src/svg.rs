@@ -81,7 +81,7 @@ pub fn draw(command: &str, text: &str) -> String {
         for (look, text) in line {
             let length = text.chars().count();
             if !text.trim().is_empty() {
-                // The length is told, so that columns align whatever font there is. Writing to a
+                // With the length given, columns align in any font. Writing to a
                 // String cannot fail.
                 let _ = writeln!(
                     svg,

@@ -1,10 +1,10 @@
-//! Running the programs that the lab is made with, by argv, with errors that tell what they said.
+//! Running the programs that the lab is made with, by argv, with errors that carry their output.
 
 use anyhow::{Context, Result, bail};
 use std::process::{Command, Stdio};
 
-/// So much of what a failed program said is told.
-const TOLD_LINES: usize = 12;
+/// How many lines of a failed program's output an error shows.
+const SHOWN_LINES: usize = 12;
 
 /// Runs to the end with stdin closed; what it printed, or an error with its last lines.
 pub fn run(command: &mut Command) -> Result<String> {
@@ -16,11 +16,11 @@ pub fn run(command: &mut Command) -> Result<String> {
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
-    let said = [output.stdout, output.stderr].concat();
+    let text = [output.stdout, output.stderr].concat();
     bail!(
         "{name}: {}\n{}",
         output.status,
-        tail(&String::from_utf8_lossy(&said), TOLD_LINES)
+        tail(&String::from_utf8_lossy(&text), SHOWN_LINES)
     )
 }
 
@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_tells_what_was_said() {
+    fn a_failure_shows_the_output() {
         let err = run(Command::new("sh").args(["-c", "echo reason >&2; exit 4"])).unwrap_err();
         assert_eq!(err.to_string(), "sh: exit status: 4\nreason");
         let err = run(&mut Command::new("/no/such")).unwrap_err();

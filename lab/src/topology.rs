@@ -16,9 +16,9 @@ use std::path::Path;
 const CPUS: u32 = 24;
 const FOLDERS: &str = "/run/pinfold-lab/topology";
 
-/// What is told of one CPU otherwise than QEMU does: folder below its sysfs folder; files in it
+/// The files of one CPU that differ from QEMU's: folder below its sysfs folder; files in it
 /// with their content.
-fn told(cpu: u32) -> [(&'static str, Vec<(&'static str, String)>); 2] {
+fn files_of(cpu: u32) -> [(&'static str, Vec<(&'static str, String)>); 2] {
     let core = cpu % (CPUS / 2);
     let siblings = Cpus([core, core + CPUS / 2].into());
     let first = core / 6 * 6;
@@ -46,7 +46,7 @@ fn mask(cpus: &Cpus) -> String {
 /// Mounts what is not mounted yet, for every CPU that is online.
 pub fn apply() -> Result<()> {
     for cpu in 0..CPUS {
-        for (folder, files) in told(cpu) {
+        for (folder, files) in files_of(cpu) {
             let target = format!("/sys/devices/system/cpu/cpu{cpu}/{folder}");
             let now = |name: &str| read(format!("{target}/{name}"));
             // None: the CPU is offline, or has no such cache.
@@ -58,13 +58,13 @@ pub fn apply() -> Result<()> {
             }
             let own = format!("{FOLDERS}/cpu{cpu}/{folder}");
             cache::make(Path::new(&own))?;
-            let told = files
+            let ours = files
                 .into_iter()
                 .map(|(name, wanted)| (name.to_owned(), wanted));
             let as_it_is = names(Path::new(&target))
                 .into_iter()
                 .filter_map(|name| Some((name.clone(), now(&name)?)));
-            for (name, content) in as_it_is.chain(told) {
+            for (name, content) in as_it_is.chain(ours) {
                 cache::write(&Path::new(&own).join(name), format!("{content}\n"))?;
             }
             mount(
@@ -86,8 +86,8 @@ mod tests {
 
     #[test]
     fn numbering_of_a_5900x() {
-        let topology = |cpu, index: usize| told(cpu)[0].1[index].1.clone();
-        let cache = |cpu, index: usize| told(cpu)[1].1[index].1.clone();
+        let topology = |cpu, index: usize| files_of(cpu)[0].1[index].1.clone();
+        let cache = |cpu, index: usize| files_of(cpu)[1].1[index].1.clone();
         assert_eq!(topology(0, 0), "0,12");
         assert_eq!(topology(23, 0), "11,23");
         assert_eq!(topology(18, 1), "040040");
