@@ -104,10 +104,10 @@ fn two_vms(host: &mut Host) {
     let spec = small(102, 2);
     host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640)
         .unwrap();
-    let (_, said) = expect(host, "hook 102 pre-start", 1);
+    let (_, message) = expect(host, "hook 102 pre-start", 1);
     assert!(
-        said.contains("isolated: CPU 8 belongs to VM 100 while that runs"),
-        "{said}"
+        message.contains("isolated: CPU 8 belongs to VM 100 while that runs"),
+        "{message}"
     );
     host.ok(&format!("rm {}", spec.conf_path())).unwrap();
     host.stop_vm(100).unwrap();
@@ -274,10 +274,10 @@ fn a_thread_that_refuses(host: &mut Host) {
         "sched_setaffinity:error=EINVAL:when=1",
         "pin-vcpu 100 --emulator 0-5 -v",
     );
-    let (told, _) = expect(host, &refusing, 0);
+    let (log, _) = expect(host, &refusing, 0);
     let refused =
         |line: &&str| line.ends_with("(kvm): refused: the kernel binds this thread itself");
-    assert_eq!(told.lines().filter(refused).count(), 1, "{told}");
+    assert_eq!(log.lines().filter(refused).count(), 1, "{log}");
     let emulator: Vec<_> = threads(host, 100)
         .into_iter()
         .filter(|(name, _)| !name.starts_with("CPU "))
@@ -292,7 +292,7 @@ fn a_thread_that_refuses(host: &mut Host) {
     );
 }
 
-/// irqbalance undid the rest within 10 s, and nothing said so.
+/// irqbalance undid the rest within 10 s, and nothing reported it.
 fn irqbalance_is_named(host: &mut Host) {
     host.ok("(exec -a irqbalance sleep 10000 >/dev/null 2>&1 &); cp $(command -v sleep) /tmp/irqbalance; (/tmp/irqbalance 10000 >/dev/null 2>&1 &); until pgrep -fx '/tmp/irqbalance 10000'; do sleep 0.1; done")
         .unwrap();
@@ -304,12 +304,12 @@ fn irqbalance_is_named(host: &mut Host) {
         checked.contains("  warn   irqbalance    irqbalance (process "),
         "{checked}"
     );
-    let (_, said) = expect(host, "hook 100 pre-start", 0);
+    let (_, message) = expect(host, "hook 100 pre-start", 0);
     assert!(
-        said.contains(
+        message.contains(
             "moves IRQs back within 10 s; stop it, or set IRQBALANCE_BANNED_CPULIST=6-11,18-23"
         ),
-        "{said}"
+        "{message}"
     );
 }
 
@@ -329,7 +329,7 @@ fn irqbalance_as_advised(host: &mut Host) {
 }
 
 /// While qemu.slice is narrowed another VM whose `affinity:` lies inside cannot start, and nothing
-/// said why.
+/// reported why.
 fn another_vm_with_affinity_is_named(host: &mut Host) {
     let other = VmSpec {
         affinity: Some("8-9".into()),
@@ -343,35 +343,35 @@ fn another_vm_with_affinity_is_named(host: &mut Host) {
     };
     host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640)
         .unwrap();
-    let (_, said) = expect(host, "hook 100 pre-start", 0);
+    let (_, message) = expect(host, "hook 100 pre-start", 0);
     assert!(
-        said.contains(
+        message.contains(
             "VM 102 has `affinity: 8-9`, all of it isolated now: it cannot start while VM 100 runs"
         ),
-        "{said}"
+        "{message}"
     );
     assert!(
-        said.contains("VM 100: `affinity: 0-3` is set as well"),
-        "{said}"
+        message.contains("VM 100: `affinity: 0-3` is set as well"),
+        "{message}"
     );
 }
 
-/// A container's id, a phase nobody knows, an id with no settings of its own: what does least harm.
+/// A container's id, an unknown phase, an id without settings: what does least harm.
 fn other_lives(host: &mut Host) {
     host.ok("mkdir -p /etc/pve/lxc && echo 'arch: amd64' > /etc/pve/lxc/200.conf")
         .unwrap();
     let before = host.snapshot().unwrap();
     for phase in ["pre-start", "post-start", "pre-stop", "post-stop"] {
-        let (_, said) = expect(host, &format!("hook 200 {phase}"), 0);
+        let (_, message) = expect(host, &format!("hook 200 {phase}"), 0);
         assert_eq!(
-            said,
+            message,
             "hook: 200 is a container; only VMs have vCPUs to fence off, nothing is done\n"
         );
     }
-    let (_, said) = expect(host, "hook 100 pre-migrate", 0);
+    let (_, message) = expect(host, "hook 100 pre-migrate", 0);
     assert!(
-        said.contains("\"pre-migrate\" is no phase that hook knows"),
-        "{said}"
+        message.contains("\"pre-migrate\" is no phase that hook knows"),
+        "{message}"
     );
     for (phase, code) in [
         ("pre-start", 1),
@@ -379,8 +379,8 @@ fn other_lives(host: &mut Host) {
         ("pre-stop", 0),
         ("post-stop", 0),
     ] {
-        let (_, said) = expect(host, &format!("hook 998 {phase}"), code);
-        assert_eq!(said.is_empty(), code == 0, "{phase}: {said}");
+        let (_, message) = expect(host, &format!("hook 998 {phase}"), code);
+        assert_eq!(message.is_empty(), code == 0, "{phase}: {message}");
     }
     assert_restored(host, &before);
 }

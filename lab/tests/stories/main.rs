@@ -1,12 +1,12 @@
-//! What Pinfold promises, told on real 24-CPU hosts: boot, start VMs as Proxmox VE does, run a
+//! What Pinfold promises, tested on real 24-CPU hosts: boot, start VMs as Proxmox VE does, run a
 //! phase or a tool, look at the whole host.
 //!
-//! The main job, the tools and the old faults are told on Debian 13 and 12, partitions on Debian 13
+//! The main job, the tools and the old faults run on Debian 13 and 12, partitions on Debian 13
 //! with its own kernel and with that of its backports, the rest on Debian 13. `PINFOLD_LAB_GUESTS`
-//! (`trixie`, `bookworm`, `trixie-backports`, comma between) leaves guests out, and says so.
+//! (`trixie`, `bookworm`, `trixie-backports`, comma between) skips the other guests and prints which.
 
 #![allow(clippy::disallowed_methods)]
-// A story that cannot go on says where.
+// A story that cannot go on panics where it is.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout)]
 
 mod support;
@@ -26,7 +26,7 @@ macro_rules! stories {
         mod $module {
             $(#[test]
             fn $story() {
-                crate::support::tell(pinfold_lab::Guest::$guest, super::$story);
+                crate::support::run(pinfold_lab::Guest::$guest, super::$story);
             })*
         }
     };

@@ -24,14 +24,14 @@ fn start_and_stop_as_pve_does(host: &mut Host) {
     // The first start makes qemu.slice, which stays: the host to come back to has it.
     host.start_vm(&VmSpec::new(101)).unwrap();
     let before = host.snapshot().unwrap();
-    let told = host.start_vm(&vm()).unwrap();
+    let log = host.start_vm(&vm()).unwrap();
     assert!(
-        told.contains("CPU 6-11,18-23 reserved for VM 100, by the built-in layout 5900x"),
-        "{told}"
+        log.contains("CPU 6-11,18-23 reserved for VM 100, by the built-in layout 5900x"),
+        "{log}"
     );
     assert!(
-        told.contains("fencing CPU 6-11,18-23 off for VM 100"),
-        "{told}"
+        log.contains("fencing CPU 6-11,18-23 off for VM 100"),
+        "{log}"
     );
     assert_fenced(host);
     let (status, _) = expect(host, "hook status", 0);
@@ -59,11 +59,8 @@ fn start_and_stop_as_pve_does(host: &mut Host) {
         "what the kernel binds is listed: {status}"
     );
 
-    let told = host.stop_vm(100).unwrap();
-    assert!(
-        told.contains("CPU 6-11,18-23 given back by VM 100"),
-        "{told}"
-    );
+    let log = host.stop_vm(100).unwrap();
+    assert!(log.contains("CPU 6-11,18-23 given back by VM 100"), "{log}");
     assert_restored(host, &before);
     expect(host, "test ! -e /run/pinfold/state.json", 0);
 }
@@ -86,10 +83,10 @@ fn killed_without_pre_stop(host: &mut Host) {
         "{written}"
     );
     let before = host.snapshot().unwrap();
-    let told = host.start_vm(&spec).unwrap();
+    let log = host.start_vm(&spec).unwrap();
     assert!(
-        told.contains("CPU 6-11,18-23 reserved for VM 100, by /etc/pinfold/100.toml"),
-        "{told}"
+        log.contains("CPU 6-11,18-23 reserved for VM 100, by /etc/pinfold/100.toml"),
+        "{log}"
     );
     assert_fenced(host);
     host.kill_vm(100).unwrap();
@@ -106,7 +103,7 @@ fn post_stop_never_comes(host: &mut Host) {
     host.cleanup_vm(100, false).unwrap();
     let (_, notes) = expect(host, "hook recover", 0);
     assert!(
-        notes.contains("VM 100 runs no more and no hook said so: its CPUs are given back"),
+        notes.contains("VM 100 runs no more and no hook message so: its CPUs are given back"),
         "{notes}"
     );
     assert_restored(host, &before);
@@ -150,7 +147,7 @@ fn the_documented_order(host: &mut Host) {
 }
 
 /// The settings leave the order of the pins to hook, and VMID.conf has changed since QEMU was
-/// started: QEMU itself tells of its guest's cores.
+/// started: QEMU itself reports its guest's cores.
 fn once_more_changes_nothing(host: &mut Host) {
     host.start_vm(&VmSpec {
         more: SMT.into(),

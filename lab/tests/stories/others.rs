@@ -41,7 +41,7 @@ for my $command ('{"execute": "qmp_capabilities"}', @ARGV) {
 }
 "#;
 
-/// Somebody who listens on a socket and says what he is told to, or nothing.
+/// A program that listens on a socket and sends what it is given, or nothing.
 const LISTENER: &str = r#"use IO::Socket::UNIX;
 my ($path, $words) = @ARGV;
 unlink $path;
@@ -49,7 +49,7 @@ my $socket = IO::Socket::UNIX->new(Local => $path, Listen => 5) or die "cannot l
 while (my $client = $socket->accept) { print $client $words; $client->flush; push @clients, $client }
 "#;
 
-/// A host with a VM that is nobody's business, and hook for VM 100.
+/// A host with a VM that hook does not manage, and hook for VM 100.
 fn ready(host: &Host) -> HostState {
     install_hook(host);
     host.start_vm(&VmSpec::new(101)).unwrap();
@@ -59,7 +59,7 @@ fn ready(host: &Host) -> HostState {
     host.snapshot().unwrap()
 }
 
-/// VM 100 running, fenced by nobody yet.
+/// VM 100 running, not fenced yet.
 fn running(host: &Host) -> HostState {
     ready(host);
     host.start_vm(&VmSpec::new(100)).unwrap();
@@ -92,10 +92,10 @@ fn a_start_that_fails(host: &mut Host) {
         "sh -c 'hook 100 pre-start && grep -q starting /run/pinfold/state.json'",
         0,
     );
-    let (_, said) = expect(host, "hook recover", 0);
+    let (_, message) = expect(host, "hook recover", 0);
     assert_eq!(
-        said,
-        "hook: VM 100 runs no more and no hook said so: its CPUs are given back\n"
+        message,
+        "hook: VM 100 runs no more and no hook message so: its CPUs are given back\n"
     );
     expect(host, "test ! -e /run/pinfold/state.json", 0);
     host.ok(&format!("rm {}", spec.conf_path())).unwrap();
@@ -107,12 +107,12 @@ fn a_backup_of_a_stopped_vm(host: &mut Host) {
     ready(host);
     host.put(&vm().conf_path(), vm().conf().as_bytes(), 0o640)
         .unwrap();
-    let told = host.ok("qm start 100 --paused 2>&1").unwrap();
+    let log = host.ok("qm start 100 --paused 2>&1").unwrap();
     assert!(
-        told.contains(
+        log.contains(
             "VM 100 is in prelaunch, as for a backup: its guest will not run, nothing is isolated"
         ),
-        "{told}"
+        "{log}"
     );
     assert!(threads(host, 100).iter().all(|(_, cpus)| cpus == "0-23"));
     assert!(
@@ -256,10 +256,10 @@ fn the_state_cannot_be_saved(host: &mut Host) {
     ] {
         host.ok(make).unwrap();
         for phase in ["pre-start", "post-start"] {
-            let (_, said) = expect(host, &format!("hook 100 {phase}"), 1);
+            let (_, message) = expect(host, &format!("hook 100 {phase}"), 1);
             assert!(
-                said.contains("/run/pinfold") && said.contains(words),
-                "{phase}: {said}"
+                message.contains("/run/pinfold") && message.contains(words),
+                "{phase}: {message}"
             );
         }
         let difference = before.not_restored(&host.snapshot().unwrap());
@@ -303,7 +303,7 @@ fn nobody_reads_what_is_said(host: &mut Host) {
     }
 }
 
-/// Busy with another client, silent, or sending what is no QMP: the threads' names do.
+/// Busy with another client, silent, or not sending QMP: the threads' names are enough.
 fn a_monitor_that_does_not_answer(host: &mut Host) {
     let before = running(host);
     let monitor = "/run/qemu-server/100.qmp";
@@ -324,10 +324,11 @@ fn a_monitor_that_does_not_answer(host: &mut Host) {
             .unwrap();
             in_place_of(host, monitor, words);
         }
-        let (_, said) = expect(host, "hook 100 post-start", 0);
+        let (_, message) = expect(host, "hook 100 post-start", 0);
         assert!(
-            said.contains("going on with the threads' names from /proc") && said.contains(why),
-            "{said}"
+            message.contains("going on with the threads' names from /proc")
+                && message.contains(why),
+            "{message}"
         );
         assert_fenced(host);
         expect(host, "hook 100 post-stop", 0);
@@ -350,12 +351,15 @@ fn a_systemd_that_does_not_answer(host: &mut Host) {
                 Some(words) => in_place_of(host, socket, words),
             }
         }
-        let (_, said) = expect(host, "hook 100 post-start", 1);
+        let (_, message) = expect(host, "hook 100 post-start", 1);
         assert!(
-            said.contains("hook: systemd: read AllowedCPUs of ") && said.contains(why),
-            "{said}"
+            message.contains("hook: systemd: read AllowedCPUs of ") && message.contains(why),
+            "{message}"
         );
-        assert!(said.contains("VM 100 runs without isolated CPUs"), "{said}");
+        assert!(
+            message.contains("VM 100 runs without isolated CPUs"),
+            "{message}"
+        );
         host.ok(&SOCKETS
             .map(|socket| format!("mv {socket}.kept {socket}"))
             .join(" && "))
@@ -367,7 +371,7 @@ fn a_systemd_that_does_not_answer(host: &mut Host) {
 }
 
 /// The lock is held, QEMU's monitor and systemd are silent: post-start ends within what `hook
-/// status` says.
+/// status` prints.
 fn everything_hangs(host: &mut Host) {
     let before = running(host);
     let settings = "layout = \"5900x\"\n[deadlines]\nlock = 5\nsystemd = 3\nreload = 5\nqmp = 2\n";
@@ -389,27 +393,30 @@ fn everything_hangs(host: &mut Host) {
     host.ok("(setsid flock /run/pinfold/lock sleep 4 >/dev/null 2>&1 &); while flock -n /run/pinfold/lock true; do sleep 0.1; done").unwrap();
     let timed =
         "cut -d' ' -f1 /proc/uptime; hook 100 post-start -q; echo $?; cut -d' ' -f1 /proc/uptime";
-    let (told, said) = expect(host, timed, 0);
+    let (log, message) = expect(host, timed, 0);
     assert!(
-        said.contains("systemd: ") && said.contains("no answer within 3 s"),
-        "{said}"
+        message.contains("systemd: ") && message.contains("no answer within 3 s"),
+        "{message}"
     );
-    assert!(said.contains("VM 100 runs without isolated CPUs"), "{said}");
-    let told: Vec<f64> = told.lines().map(|line| line.parse().unwrap()).collect();
-    let [began, code, ended] = told[..] else {
-        panic!("{told:?}")
+    assert!(
+        message.contains("VM 100 runs without isolated CPUs"),
+        "{message}"
+    );
+    let log: Vec<f64> = log.lines().map(|line| line.parse().unwrap()).collect();
+    let [began, code, ended] = log[..] else {
+        panic!("{log:?}")
     };
     println!(
         "with everything hanging post-start ends after {:.1} s; its bound is {bound} s",
         ended - began
     );
-    assert!(code == 1.0 && ended - began < bound, "{told:?}");
+    assert!(code == 1.0 && ended - began < bound, "{log:?}");
     // Held for longer than its deadline, the lock is named.
     host.ok("(setsid flock /run/pinfold/lock sleep 20 >/dev/null 2>&1 &); while flock -n /run/pinfold/lock true; do sleep 0.1; done").unwrap();
-    let (_, said) = expect(host, "hook 100 post-start", 1);
+    let (_, message) = expect(host, "hook 100 post-start", 1);
     assert!(
-        said.contains("/run/pinfold/lock: another hook has held it for 5 s; see `ps -C hook`"),
-        "{said}"
+        message.contains("/run/pinfold/lock: another hook has held it for 5 s; see `ps -C hook`"),
+        "{message}"
     );
     host.ok("pkill -x flock; pkill -x sleep; for s in /run/systemd/private /run/dbus/system_bus_socket; do mv $s.kept $s; done")
         .unwrap();
@@ -420,7 +427,7 @@ fn everything_hangs(host: &mut Host) {
     assert_restored(host, &before);
 }
 
-/// What hook never does, whatever it is told, and what it does not trust.
+/// What hook never does, with any settings, and what it does not trust.
 fn guards(host: &mut Host) {
     let before = running(host);
     let settings = |text: &str| {
@@ -446,35 +453,35 @@ fn guards(host: &mut Host) {
         ),
     ] {
         settings(text);
-        let (_, said) = expect(host, "hook 100 pre-start", 1);
+        let (_, message) = expect(host, "hook 100 pre-start", 1);
         assert!(
-            said.starts_with("hook: /etc/pinfold/100.toml: ") && said.contains(why),
-            "{said}"
+            message.starts_with("hook: /etc/pinfold/100.toml: ") && message.contains(why),
+            "{message}"
         );
         expect(host, "hook 100 post-start", 1);
     }
     // A file that others can write, and a link to one.
     settings("layout = \"5900x\"");
     host.ok("chmod 666 /etc/pinfold/100.toml").unwrap();
-    let (_, said) = expect(host, "hook 100 pre-start", 1);
+    let (_, message) = expect(host, "hook 100 pre-start", 1);
     assert!(
-        said.contains("settings refused: others than root can write it; chmod go-w"),
-        "{said}"
+        message.contains("settings refused: others than root can write it; chmod go-w"),
+        "{message}"
     );
     host.ok("mv /etc/pinfold/100.toml /tmp/mine && ln -s /tmp/mine /etc/pinfold/100.toml")
         .unwrap();
-    let (_, said) = expect(host, "hook 100 pre-start", 1);
+    let (_, message) = expect(host, "hook 100 pre-start", 1);
     assert!(
-        said.contains("settings refused: it is no plain file"),
-        "{said}"
+        message.contains("settings refused: it is no plain file"),
+        "{message}"
     );
     host.ok("rm -r /etc/pinfold").unwrap();
     // Names that would leave their folders.
     for bad in ["../100", "100/../101", "0100", "99", "1000000000"] {
-        let (_, said) = expect(host, &format!("hook {bad} pre-start"), 2);
+        let (_, message) = expect(host, &format!("hook {bad} pre-start"), 2);
         assert!(
-            said.contains("no VM's number; they run from 100 to 999999999"),
-            "{said}"
+            message.contains("no VM's number; they run from 100 to 999999999"),
+            "{message}"
         );
     }
     assert!(
@@ -482,21 +489,21 @@ fn guards(host: &mut Host) {
             .1
             .contains("leaves its folder")
     );
-    // A link in the place of the state's folder, of its lock or of the state; a state that somebody
+    // A link in the place of the state's folder, of its lock or of the state; a state that another process
     // has cut short.
     host.ok("rm -rf /run/pinfold; mkdir -p /tmp/theirs; ln -s /tmp/theirs /run/pinfold")
         .unwrap();
-    let (_, said) = expect(host, "hook 100 post-start", 1);
+    let (_, message) = expect(host, "hook 100 post-start", 1);
     assert!(
-        said.contains("/run/pinfold: it is no folder; look who made it, then remove it"),
-        "{said}"
+        message.contains("/run/pinfold: it is no folder; look who made it, then remove it"),
+        "{message}"
     );
     host.ok("rm /run/pinfold; mkdir -m 700 /run/pinfold; echo precious > /tmp/precious; ln -s /tmp/precious /run/pinfold/lock")
         .unwrap();
-    let (_, said) = expect(host, "hook 100 post-start", 1);
+    let (_, message) = expect(host, "hook 100 post-start", 1);
     assert!(
-        said.contains("/run/pinfold/lock: open: Too many levels of symbolic links"),
-        "{said}"
+        message.contains("/run/pinfold/lock: open: Too many levels of symbolic links"),
+        "{message}"
     );
     for make in [
         "ln -s /tmp/precious /run/pinfold/state.json",
@@ -514,10 +521,10 @@ fn guards(host: &mut Host) {
             "recover",
             "status",
         ] {
-            let (_, said) = expect(host, &format!("hook {phase}"), 1);
+            let (_, message) = expect(host, &format!("hook {phase}"), 1);
             assert!(
-                said.contains("cannot be trusted") && said.contains("hook recover --discard"),
-                "{make}: {said}"
+                message.contains("cannot be trusted") && message.contains("hook recover --discard"),
+                "{make}: {message}"
             );
         }
         expect(host, "hook recover --discard", 0);
@@ -527,17 +534,17 @@ fn guards(host: &mut Host) {
     assert_eq!(host.ok("ls /tmp/theirs | wc -l").unwrap(), "0\n");
     // A pid that another process has by now.
     host.ok("cp /run/qemu-server/100.pid /tmp/pid; cp /run/qemu-server/101.pid /run/qemu-server/100.pid").unwrap();
-    let (_, said) = expect(host, "hook 100 post-start", 1);
+    let (_, message) = expect(host, "hook 100 post-start", 1);
     assert!(
-        said.contains("/run/qemu-server/100.pid is stale: process ")
-            && said.contains("is another QEMU"),
-        "{said}"
+        message.contains("/run/qemu-server/100.pid is stale: process ")
+            && message.contains("is another QEMU"),
+        "{message}"
     );
     host.ok("cp /tmp/pid /run/qemu-server/100.pid").unwrap();
     restored_but_for_the_scope(host, &before);
 }
 
-/// systemd reads its units again, and somebody sets ours: nothing of the fence gives, or it is told
+/// systemd reads its units again, and another process sets ours: the fence holds, or it is reported
 /// who did it.
 fn units_are_touched_meanwhile(host: &mut Host) {
     let before = ready(host);
@@ -549,10 +556,10 @@ fn units_are_touched_meanwhile(host: &mut Host) {
     assert_fenced(host);
     host.ok("systemctl set-property --runtime system.slice AllowedCPUs=0-3")
         .unwrap();
-    let (_, said) = expect(host, "hook recover", 0);
+    let (_, message) = expect(host, "hook recover", 0);
     assert!(
-        said.contains("hook: system.slice: left as it is: somebody else has set it to 0-3\n"),
-        "{said}"
+        message.contains("hook: system.slice: left as it is: somebody else has set it to 0-3\n"),
+        "{message}"
     );
     host.stop_vm(100).unwrap();
     // Theirs stays, ours goes.
@@ -576,7 +583,7 @@ fn units_are_touched_meanwhile(host: &mut Host) {
     assert!(others.is_empty(), "{others:#?}");
 }
 
-/// What another tool has set since is left, and said; the rest comes back.
+/// What another tool has set since is not changed, and reported; the rest is restored.
 fn others_set_what_is_ours(host: &mut Host) {
     let before = ready(host);
     host.start_vm(&vm()).unwrap();
@@ -591,14 +598,14 @@ fn others_set_what_is_ours(host: &mut Host) {
         status.contains("IRQ 1 (i8042)") && status.contains("(kswapd0)"),
         "strays are named: {status}"
     );
-    let (_, said) = expect(host, "hook recover", 0);
+    let (_, message) = expect(host, "hook recover", 0);
     for line in [
         "IRQ 1 (i8042): left as it is: somebody else has set it to 7",
         "policy6 (CPU 6): left as it is: somebody else has set it to powersave",
         "vm.stat_interval: left as it is: somebody else has set it to 9",
         "(kswapd0): left as it is: somebody else has set it to 8",
     ] {
-        assert!(said.contains(line), "{line}: {said}");
+        assert!(message.contains(line), "{line}: {message}");
     }
     // A CPU that hook never touched is not its to bring back.
     let online = "cat /sys/devices/system/cpu/online; echo 1 > /sys/devices/system/cpu/cpu3/online";
@@ -613,7 +620,7 @@ fn others_set_what_is_ours(host: &mut Host) {
              taskset -pc 0-23 $(pgrep -x kswapd0) > /dev/null; \
              cat /sys/devices/system/cpu/cpu5/cpufreq/scaling_governor > /sys/devices/system/cpu/cpu6/cpufreq/scaling_governor")
         .unwrap();
-    // What the kernel itself has set since CPU 3 went is somebody else's as well: two kthreads that
+    // What the kernel itself has set since CPU 3 went counts as set by others, too: two kthreads that
     // follow online CPUs.
     let difference = before.not_restored(&host.snapshot().unwrap());
     let of_cpu_3 = |line: &&str| {
@@ -623,7 +630,7 @@ fn others_set_what_is_ours(host: &mut Host) {
     assert!(others.is_empty(), "{others:#?}");
 }
 
-/// A CPU that the admin has taken offline before stays so, and is in nobody's way.
+/// A CPU that the admin has taken offline before stays offline, and does not interfere.
 fn a_cpu_that_is_offline(host: &mut Host) {
     host.ok("echo 0 > /sys/devices/system/cpu/cpu3/online; mkdir -p /etc/pinfold")
         .unwrap();
@@ -672,12 +679,12 @@ fn the_idle_vm(host: &mut Host) {
     })
     .unwrap();
     let state = || host.ok("qm status 102").unwrap();
-    let told = host.start_vm(&vm()).unwrap();
-    assert!(told.contains("idle VM 102 stopped"), "{told}");
+    let log = host.start_vm(&vm()).unwrap();
+    assert!(log.contains("idle VM 102 stopped"), "{log}");
     assert_eq!(state(), "status: stopped\n");
     assert_fenced(host);
-    let told = host.stop_vm(100).unwrap();
-    assert!(told.contains("idle VM 102 started"), "{told}");
+    let log = host.stop_vm(100).unwrap();
+    assert!(log.contains("idle VM 102 started"), "{log}");
     assert_eq!(state(), "status: running\n");
     // One that did not run stays so.
     host.ok("qm stop 102").unwrap();
@@ -695,9 +702,9 @@ fn the_idle_vm(host: &mut Host) {
     );
     host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644)
         .unwrap();
-    let told = host.sh("qm start 100").unwrap();
-    assert_ne!(told.code, Some(0), "{told:?}");
-    assert_eq!(state(), "status: running\n", "{told:?}");
+    let log = host.sh("qm start 100").unwrap();
+    assert_ne!(log.code, Some(0), "{log:?}");
+    assert_eq!(state(), "status: running\n", "{log:?}");
 }
 
 /// A PCI device of the VM's is removed and found again before QEMU takes it.
@@ -711,8 +718,8 @@ fn a_device_reset_on_the_way(host: &mut Host) {
     let settings = format!("layout = \"5900x\"\nreset_pci = [\"{slot}\"]\n");
     host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644)
         .unwrap();
-    let told = host.start_vm(&vm()).unwrap();
-    assert!(told.contains(slot), "{told}");
+    let log = host.start_vm(&vm()).unwrap();
+    assert!(log.contains(slot), "{log}");
     assert_fenced(host);
     let emulator = threads(host, 100)
         .into_iter()

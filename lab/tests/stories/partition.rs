@@ -21,7 +21,7 @@ stories![with partitions:
 mod bookworm {
     #[test]
     fn too_old_a_kernel() {
-        crate::support::tell(pinfold_lab::Guest::Bookworm, super::too_old_a_kernel);
+        crate::support::run(pinfold_lab::Guest::Bookworm, super::too_old_a_kernel);
     }
 }
 
@@ -81,14 +81,14 @@ fn a_vm_has_a_partition(host: &mut Host) {
     settings(host, "partition");
     // The first start makes qemu.slice, which stays.
     host.start_vm(&VmSpec::new(101)).unwrap();
-    // Masks of the admin's: the kernel moves these too, and must not be told from the rest.
+    // Masks of the admin's: the kernel moves these too, and must be treated like the rest.
     let admins = "taskset -pc 0-3,8 $(pgrep -x kswapd0) && taskset -pc 9 $(pgrep -x ksmd)";
     host.ok(admins).unwrap();
     let before = host.snapshot().unwrap();
-    let told = host.start_vm(&vm()).unwrap();
+    let log = host.start_vm(&vm()).unwrap();
     assert!(
-        told.contains("fencing CPU 6-11,18-23 off for VM 100"),
-        "{told}"
+        log.contains("fencing CPU 6-11,18-23 off for VM 100"),
+        "{log}"
     );
     assert_partitioned(host);
     let (status, _) = expect(host, "hook status", 0);
@@ -125,11 +125,8 @@ fn a_vm_has_a_partition(host: &mut Host) {
             "once more changes nothing: {change}"
         );
     }
-    let told = host.stop_vm(100).unwrap();
-    assert!(
-        told.contains("CPU 6-11,18-23 given back by VM 100"),
-        "{told}"
-    );
+    let log = host.stop_vm(100).unwrap();
+    assert!(log.contains("CPU 6-11,18-23 given back by VM 100"), "{log}");
     assert_restored(host, &before);
     expect(host, "test ! -e /run/pinfold/state.json", 0);
 
@@ -139,7 +136,7 @@ fn a_vm_has_a_partition(host: &mut Host) {
     host.cleanup_vm(100, false).unwrap();
     let (_, notes) = expect(host, "hook recover", 0);
     assert!(
-        notes.contains("VM 100 runs no more and no hook said so"),
+        notes.contains("VM 100 runs no more and no hook message so"),
         "{notes}"
     );
     assert!(
@@ -168,7 +165,7 @@ fn a_vm_has_a_partition(host: &mut Host) {
     assert_restored(host, &before);
 }
 
-/// The tool alone, on a cgroup of whoever's.
+/// The tool by itself, on a cgroup that is not a VM's.
 fn a_partition_by_hand(host: &mut Host) {
     host.ok(
         "mkdir /sys/fs/cgroup/pen && (sh -c 'echo $$ > /sys/fs/cgroup/pen/cgroup.procs; exec setsid sleep 1000 > /dev/null 2>&1' &); \
@@ -223,8 +220,8 @@ fn two_vms_and_others(host: &mut Host) {
     let second = small(host);
     host.start_vm(&VmSpec::new(101)).unwrap();
     let before = host.snapshot().unwrap();
-    let told = host.start_vm(&vm()).unwrap();
-    assert!(told.contains("method auto: by partition"), "{told}");
+    let log = host.start_vm(&vm()).unwrap();
+    assert!(log.contains("method auto: by partition"), "{log}");
     host.start_vm(&second).unwrap();
     let both = "5-11,17-23";
     assert_clean(host, both, &[100, 102]);
@@ -266,7 +263,7 @@ fn two_vms_and_others(host: &mut Host) {
 }
 
 /// With a partition that goes the kernel gives kernel threads and workqueues what the rest leave,
-/// with the last one it does not: nobody else has set what they have then.
+/// with the last one it does not: no other process has set what they have then.
 fn one_is_killed_and_the_other_stops(host: &mut Host) {
     install_hook(host);
     settings(host, "partition");
@@ -281,7 +278,7 @@ fn one_is_killed_and_the_other_stops(host: &mut Host) {
     assert_restored(host, &before);
 }
 
-/// What cannot be is said before anything is begun.
+/// What is impossible is reported before anything is changed.
 fn what_partition_refuses(host: &mut Host) {
     small(host);
     host.start_vm(&VmSpec::new(100)).unwrap();
@@ -302,12 +299,12 @@ fn what_partition_refuses(host: &mut Host) {
         "hook: 100.scope: systemd would take a partition in it away: hook's pre-start was not run before this VM was \
          started. Stop and start it, or use the method hotplug",
     );
-    // Where it may choose it takes the other way, and says why.
+    // Where it may choose it takes the other method, and reports why.
     settings(host, "auto");
-    let (told, _) = expect(host, "hook 100 post-start", 0);
+    let (log, _) = expect(host, "hook 100 post-start", 0);
     assert!(
-        told.contains("method auto: by hotplug, since partition cannot be: 100.scope: "),
-        "{told}"
+        log.contains("method auto: by hotplug, since partition cannot be: 100.scope: "),
+        "{log}"
     );
     assert_fenced(host);
     // The two are not mixed.
@@ -321,7 +318,7 @@ fn what_partition_refuses(host: &mut Host) {
     let difference = before.not_restored(&host.snapshot().unwrap());
     assert!(difference.is_empty(), "{difference}");
 
-    // Whoever lives on those CPUs alone is named, and whoever has them for a partition.
+    // Cgroups that have only those CPUs are named, and those that have them for a partition.
     host.ok("mkdir -p /sys/fs/cgroup/lxc && echo +cpuset > /sys/fs/cgroup/cgroup.subtree_control && echo 5 > /sys/fs/cgroup/lxc/cpuset.cpus")
         .unwrap();
     let (_, why) = expect(host, "hook 102 pre-start", 1);
@@ -363,7 +360,7 @@ fn meddled_with(host: &mut Host) {
         );
     }
     assert_partitioned(host);
-    // Somebody makes it an ordinary cgroup: told, and mended by the next look.
+    // Another process makes it an ordinary cgroup: reported, and repaired by the next run.
     host.ok("echo member > /sys/fs/cgroup/qemu.slice/100.scope/vcpu/cpuset.cpus.partition")
         .unwrap();
     expect(host, "hook status", 1);
@@ -394,11 +391,11 @@ fn too_old_a_kernel(host: &mut Host) {
         &format!("cg-slice: {why}"),
     );
     settings(host, "auto");
-    let (told, _) = expect(host, "hook 100 pre-start", 0);
+    let (log, _) = expect(host, "hook 100 pre-start", 0);
     assert!(
-        told.contains(&format!(
+        log.contains(&format!(
             "method auto: by hotplug, since partition cannot be: {why}"
         )),
-        "{told}"
+        "{log}"
     );
 }

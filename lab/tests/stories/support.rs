@@ -17,7 +17,7 @@ pub(crate) const PINS: [usize; 12] = [6, 18, 7, 19, 8, 20, 9, 21, 10, 22, 11, 23
 pub(crate) const HELPER_CGROUP: &str = "cat /proc/$(pgrep -x swtpm)/cgroup";
 
 /// Runs a story on a fresh host of a guest; once more where the emulator broke the host.
-pub(crate) fn tell(guest: Guest, story: fn(&mut Host)) {
+pub(crate) fn run(guest: Guest, story: fn(&mut Host)) {
     if let Ok(guests) = std::env::var("PINFOLD_LAB_GUESTS")
         && !guests.split(',').any(|name| name == guest.to_string())
     {
@@ -32,7 +32,7 @@ pub(crate) fn tell(guest: Guest, story: fn(&mut Host)) {
     let Some(oops) = host.emulator_fault() else {
         resume_unwind(why)
     };
-    println!("told again: the emulator broke the host's kernel:\n{oops}");
+    println!("running again: the emulator broke the host's kernel:\n{oops}");
     host.reset().unwrap();
     story(&mut host);
 }
@@ -76,7 +76,7 @@ pub(crate) fn expect(host: &Host, command: &str, code: i32) -> (String, String) 
 }
 
 /// A command under strace's fault injection, as in `inject` of strace(1), `write:error=EIO:when=3`.
-/// It stops at that call alone; at every call it takes ten times as long.
+/// It stops only at that call; at every call it takes ten times as long.
 pub(crate) fn injected(inject: &str, command: &str) -> String {
     let call = inject.split(':').next().unwrap();
     format!("strace -f --seccomp-bpf -o /dev/null -e trace={call} -e inject={inject} {command}")
@@ -173,13 +173,13 @@ pub(crate) fn injected_at(path: &str, inject: &str, command: &str) -> String {
     injected(inject, &format!("-P {path} {command}"))
 }
 
-/// A command that fails with these very words.
+/// A command that fails with exactly this message.
 pub(crate) fn refuses(host: &Host, command: &str, code: i32, words: &str) {
     let (_, stderr) = expect(host, command, code);
     assert_eq!(stderr.trim_end(), words, "{command}");
 }
 
-/// `name -> CPUs` of every thread of a VM's QEMU, as the kernel says.
+/// `name -> CPUs` of every thread of a VM's QEMU, as the kernel shows it.
 pub(crate) fn threads(host: &Host, vmid: u32) -> Vec<(String, String)> {
     let script = format!(
         "for t in /proc/$(cat /run/qemu-server/{vmid}.pid)/task/*; do \
@@ -233,7 +233,7 @@ pub(crate) fn assert_clean(host: &Host, cpus: &str, vms: &[u32]) {
     assert!(strays.is_clean(), "strays on CPU {cpus}: {strays:#?}");
 }
 
-/// Asserts that VM 100 is fenced as §5 says: the whole of it, from the kernel's own words.
+/// Asserts that VM 100 is fenced completely, as the kernel shows it.
 pub(crate) fn assert_fenced(host: &Host) {
     for (name, cpus) in threads(host, 100) {
         let vcpu = name

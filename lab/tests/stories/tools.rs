@@ -1,4 +1,4 @@
-//! Each tool alone: its effect, its way back, its dry run, and what it says to bad input.
+//! Each tool by itself: its effect, its undo, its dry run, and its messages on bad input.
 
 use pinfold_lab::{Guest, Host, VmSpec};
 
@@ -49,12 +49,12 @@ pub(crate) fn there_and_back(host: &Host, tool: &str, args: &str, effect: impl F
     }
     let (again, _) = expect(host, &format!("{tool} {args}"), 0);
     assert_eq!(again, "", "a second run has nothing to do");
-    let (_, said) = expect(host, &format!("{tool} {args} --save /tmp/saved"), 1);
+    let (_, message) = expect(host, &format!("{tool} {args} --save /tmp/saved"), 1);
     assert!(
-        said.contains(
+        message.contains(
             "/tmp/saved: save: it holds the values of an earlier run; --restore it first"
         ),
-        "{said}"
+        "{message}"
     );
     let words = tool
         .split(' ')
@@ -140,15 +140,15 @@ fn governor(host: &mut Host) {
             "performance"
         );
     });
-    // One that fails stops none of the others, and the exit code tells.
+    // One that fails stops none of the others, and the exit code shows it.
     let file = "/sys/devices/system/cpu/cpufreq/policy7/scaling_governor";
-    let (done, said) = expect(
+    let (done, message) = expect(
         host,
         &injected_at(file, "write:error=EIO", "governor set performance 6-8"),
         64,
     );
     assert_eq!(
-        said,
+        message,
         "governor: policy7 (CPU 7): set to performance: Input/output error\n"
     );
     assert_eq!(done.lines().count(), 2, "{done}");
@@ -176,16 +176,16 @@ fn cpu_hotplug(host: &mut Host) {
     );
     expect(host, "cpu-hotplug --restore /tmp/saved", 0);
     assert_eq!(value(host, "/sys/devices/system/cpu/online"), "0-23");
-    let (_, said) = expect(host, "cpu-hotplug online 6 -v", 0);
-    assert_eq!(said, "");
+    let (_, message) = expect(host, "cpu-hotplug online 6 -v", 0);
+    assert_eq!(message, "");
     // A task bound to what goes is named first.
     host.ok("(taskset -c 9 sleep 1000 >/dev/null 2>&1 &) ; until pgrep -fx 'sleep 1000'; do sleep 0.1; done").unwrap();
-    let (_, said) = expect(host, "cpu-hotplug offline 8-9", 0);
+    let (_, message) = expect(host, "cpu-hotplug offline 8-9", 0);
     assert!(
-        said.contains(
+        message.contains(
             "(sleep): may run on CPU 9 only; once offline, the kernel lets it run anywhere"
         ),
-        "{said}"
+        "{message}"
     );
 }
 
@@ -320,8 +320,8 @@ fn pci_reset(host: &mut Host) {
     let disk = host
         .ok("basename $(dirname $(dirname $(dirname $(readlink -f /sys/class/block/vda))))")
         .unwrap();
-    let (_, said) = expect(host, &format!("pci-reset --device {}", disk.trim()), 1);
-    assert!(said.contains("--force"), "{said}");
+    let (_, message) = expect(host, &format!("pci-reset --device {}", disk.trim()), 1);
+    assert!(message.contains("--force"), "{message}");
     assert_eq!(
         host.ok("cat /sys/class/block/vda/size | wc -l").unwrap(),
         "1\n"
@@ -353,13 +353,13 @@ fn bad_input(host: &mut Host) {
             1,
             &format!("{name}: CPU 24: no such CPU; this host has 0-23"),
         );
-        let (_, said) = expect(host, &format!("{tool} 5-3"), 2);
+        let (_, message) = expect(host, &format!("{tool} 5-3"), 2);
         assert!(
-            said.contains("\"5-3\" in \"5-3\" runs backwards; did you mean 3-5?"),
-            "{said}"
+            message.contains("\"5-3\" in \"5-3\" runs backwards; did you mean 3-5?"),
+            "{message}"
         );
-        let (_, said) = expect(host, &format!("{tool} ''"), 2);
-        assert!(said.contains("CPU list"), "{said}");
+        let (_, message) = expect(host, &format!("{tool} ''"), 2);
+        assert!(message.contains("CPU list"), "{message}");
     }
     refuses(
         host,
@@ -367,10 +367,10 @@ fn bad_input(host: &mut Host) {
         1,
         "pin-vcpu: CPU 24: no such CPU; this host has 0-23",
     );
-    let (_, said) = expect(host, "pin-vcpu 100 --vcpu 12=6", 1);
+    let (_, message) = expect(host, "pin-vcpu 100 --vcpu 12=6", 1);
     assert!(
-        said.contains("vCPU 12: the VM has no such vCPU; there are 0-11"),
-        "{said}"
+        message.contains("vCPU 12: the VM has no such vCPU; there are 0-11"),
+        "{message}"
     );
     for tool in ["pin-vcpu 999 --vcpu 0=6", "cg-slice decouple 999"] {
         let name = tool.split(' ').next().unwrap();
@@ -382,12 +382,12 @@ fn bad_input(host: &mut Host) {
     host.put("/etc/pve/qemu-server/102.conf", b"cores: 2\n", 0o640)
         .unwrap();
     host.put("/run/qemu-server/102.pid", b"1\n", 0o600).unwrap();
-    let (_, said) = expect(host, "pin-vcpu 102 --vcpu 0=6", 1);
+    let (_, message) = expect(host, "pin-vcpu 102 --vcpu 0=6", 1);
     assert!(
-        said.starts_with(
+        message.starts_with(
             "pin-vcpu: VM 102: it does not run: /run/qemu-server/102.pid is stale: process 1 is "
         ),
-        "{said}"
+        "{message}"
     );
     host.ok("rm /etc/pve/qemu-server/102.conf /run/qemu-server/102.pid")
         .unwrap();
@@ -397,15 +397,15 @@ fn bad_input(host: &mut Host) {
         1,
         "cpu-hotplug: CPU 0: cannot be taken offline: the kernel needs it; leave it out",
     );
-    let (_, said) = expect(host, "governor set turbo 6", 1);
+    let (_, message) = expect(host, "governor set turbo 6", 1);
     assert!(
-        said.starts_with("governor: policy6 (CPU 6): no governor \"turbo\"; it offers "),
-        "{said}"
+        message.starts_with("governor: policy6 (CPU 6): no governor \"turbo\"; it offers "),
+        "{message}"
     );
-    let (_, said) = expect(host, "cg-slice allow 0-5 nosuch.slice", 1);
+    let (_, message) = expect(host, "cg-slice allow 0-5 nosuch.slice", 1);
     assert!(
-        said.contains("nosuch.slice: neither a unit that systemd has loaded nor a cgroup"),
-        "{said}"
+        message.contains("nosuch.slice: neither a unit that systemd has loaded nor a cgroup"),
+        "{message}"
     );
     assert_restored(host, &before);
 }
@@ -437,22 +437,22 @@ fn without_root(host: &mut Host) {
         "cpu-hotplug offline 6",
     ] {
         let name = tool.split(' ').next().unwrap();
-        let (_, said) = expect(host, &format!("{user} {tool}"), 1);
+        let (_, message) = expect(host, &format!("{user} {tool}"), 1);
         assert_eq!(
-            said,
+            message,
             format!("{name}: changing the host needs root; --list and --dry-run do not\n")
         );
     }
-    // What they could not see is said.
-    let (_, said) = expect(host, &format!("{user} pin-vcpu 100 --list"), 0);
+    // They list what they could not read.
+    let (_, message) = expect(host, &format!("{user} pin-vcpu 100 --list"), 0);
     assert!(
-        said.contains("its monitor cannot be reached: Permission denied"),
-        "{said}"
+        message.contains("its monitor cannot be reached: Permission denied"),
+        "{message}"
     );
     expect(host, "hook 100 pre-start -q", 0);
-    let (_, said) = expect(host, &format!("{user} hook status"), 1);
+    let (_, message) = expect(host, &format!("{user} hook status"), 1);
     assert_eq!(
-        said,
+        message,
         "hook: /run/pinfold: look into: Permission denied; the reservations are root's to see\n"
     );
     expect(host, "hook 100 post-stop -q", 0);
@@ -487,7 +487,7 @@ fn system_calls(host: &mut Host) {
 }
 
 /// CPUs by what the machine has, on a host with the 5900X's numbering; of an offline CPU the kernel
-/// tells nothing.
+/// prints nothing.
 fn selectors(host: &mut Host) {
     let (layout, _) = expect(host, "hook layout", 0);
     assert!(

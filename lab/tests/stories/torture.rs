@@ -34,7 +34,7 @@ stories!(only trixie:
 const CALLS: &str = "write,sendto,sendmsg,sched_setaffinity,rename,mkdir,rmdir,unlink";
 
 /// What of `all` is tried, as numbers from 0: `sample` of them at even distances, the first and the
-/// last among them, or what `PINFOLD_TORTURE` says: `full`, a number instead of `sample`, or those
+/// last among them, or what `PINFOLD_TORTURE` asks for: `full`, a number instead of `sample`, or those
 /// from one to another, counted from 1.
 fn extent(sample: usize, all: usize) -> Vec<usize> {
     let asked = std::env::var("PINFOLD_TORTURE").ok();
@@ -106,7 +106,7 @@ fn sample<T: Clone>(all: &[T], count: usize) -> Vec<T> {
         .collect()
 }
 
-/// All of them with their numbers; says now and then how far it is, since the whole of it takes
+/// All of them with their numbers; prints its progress now and then, since all of them take
 /// long.
 fn counted<T>(all: &[T]) -> impl Iterator<Item = (usize, &T)> {
     all.iter().enumerate().inspect(|(n, _)| {
@@ -131,7 +131,7 @@ fn small_vm(host: &Host, method: &str) -> VmSpec {
     }
 }
 
-/// A host with a VM that is nobody's business and VM 100, which runs, was fenced once and is not
+/// A host with a VM that hook does not manage and VM 100, which runs, was fenced once and is not
 /// now.
 fn with_vm_100(host: &Host, method: &str) -> HostState {
     host.start_vm(&VmSpec::new(101)).unwrap();
@@ -146,7 +146,7 @@ fn with_vm_100(host: &Host, method: &str) -> HostState {
     host.snapshot().unwrap()
 }
 
-/// What is wrong, for a list of all that is; said at once too, since a run of hours may be ended.
+/// What is wrong, for a list of all that is; printed at once too, since a run of hours may be ended.
 fn fault(lost: &mut String, what: &str, difference: &str) {
     if !difference.is_empty() {
         println!("lost: {what}");
@@ -287,7 +287,7 @@ fn in_words(strays: &Strays) -> String {
 }
 
 /// Wherever one VM's post-start is killed, another's CPUs stay its own, at once and when either is
-/// fenced anew or goes.
+/// fenced again or stops.
 fn killed_in_post_start_of_one_of_two(host: &mut Host) {
     let before = two_small_vms(host);
     expect(host, "hook 101 post-start -q", 0);
@@ -306,7 +306,7 @@ fn killed_in_post_start_of_one_of_two(host: &mut Host) {
             &strays_after_kill(host),
         );
         if n % 2 == 0 {
-            // The other comes anew, onto CPUs that the killed one's threads may have.
+            // The other starts again, onto CPUs that the killed one's threads may have.
             expect(host, "hook 101 post-stop -q && hook 101 post-start -q", 0);
             fault(
                 &mut lost,
@@ -386,7 +386,7 @@ fn killed_in_post_stop_of_one_of_two(host: &mut Host) {
     assert!(lost.is_empty(), "{lost}");
 }
 
-/// Whatever a call of post-start answers: hook says so and takes back what it did, or does without,
+/// If any call of post-start fails, hook reports it and takes back what it did, or does without,
 /// and post-stop restores.
 fn each_call_fails(host: &mut Host) {
     each_call_fails_by(host, "hotplug", 16);
@@ -413,7 +413,7 @@ fn each_call_fails_by(host: &Host, method: &str, count: usize) {
         .collect();
     // At even distances that are no multiple of five, every error comes.
     let tried = sample(&each, count);
-    let (mut lost, mut told) = (String::new(), 0);
+    let (mut lost, mut log) = (String::new(), 0);
     for (_, (call, (error, words))) in counted(&tried) {
         let what = format!("{call:?} answers {error}");
         let output = host
@@ -424,7 +424,7 @@ fn each_call_fails_by(host: &Host, method: &str, count: usize) {
             .unwrap();
         match output.code {
             Some(1) => {
-                told += usize::from(output.stderr.contains("what was begun has been taken back"));
+                log += usize::from(output.stderr.contains("what was begun has been taken back"));
                 assert!(output.stderr.contains(words), "{what}: {output:?}");
             }
             // It was about nothing that counts: a line of the report, an object that refuses.
@@ -439,10 +439,10 @@ fn each_call_fails_by(host: &Host, method: &str, count: usize) {
         expect(host, "test ! -e /run/pinfold/state.json", 0);
     }
     println!(
-        "errors in post-start by {method}: {} tried, {told} told and taken back",
+        "errors in post-start by {method}: {} tried, {log} reported and taken back",
         tried.len()
     );
-    assert!(told > 0 && lost.is_empty(), "{lost}");
+    assert!(log > 0 && lost.is_empty(), "{lost}");
 }
 
 /// Numbers that look random and come again with their seed (xorshift64*).
@@ -466,14 +466,14 @@ enum Life {
     Fenced,
     /// It runs, and a hook of it was killed.
     Half,
-    /// Its QEMU was killed and nobody said so.
+    /// Its QEMU was killed and no hook was called.
     Dead,
 }
 
 /// The VMs of a walk, with the CPUs of each.
 const WALKERS: [(u32, &str); 3] = [(100, "6-8"), (101, "18-20"), (102, "9-11,21-23")];
 
-/// Describes them, and starts a VM that is nobody's business.
+/// Describes them, and starts a VM that hook does not manage.
 fn walkers(host: &Host, method: &str) {
     host.ok("mkdir -p /etc/pinfold").unwrap();
     for (id, cpus) in WALKERS {
@@ -503,7 +503,7 @@ fn walkers(host: &Host, method: &str) {
 
 /// Three VMs on CPUs of their own start, stop and die, and hooks of theirs are killed. After every
 /// step the CPUs of each fenced VM are free of strays; with none left the host is as it was.
-/// `PINFOLD_SEED` and `PINFOLD_STEPS` tell it again.
+/// `PINFOLD_SEED` and `PINFOLD_STEPS` repeat it.
 fn walk(host: &mut Host) {
     walk_by(host, "hotplug", 16);
 }
@@ -553,7 +553,7 @@ fn walk_by(host: &Host, method: &str, count: usize) {
             }
             (Life::Off, _) => {
                 expect(host, "hook recover -q", 0);
-                // One whose hook was killed before it had said what it was about to do stays as it
+                // One whose hook was killed before it had saved what it was about to do stays as it
                 // is.
                 for life in lives.iter_mut().filter(|life| **life == Life::Dead) {
                     *life = Life::Off;
@@ -688,7 +688,7 @@ fn twenty_at_once_by(host: &Host, method: &str) {
     let released = |phase: &str| {
         let all = format!(
             "rm -f /tmp/go /tmp/ended; for n in 1 2 3 4; do for what in '100 {phase}' '101 {phase}' '102 {phase}' recover '999 post-stop'; do \
-             (while test ! -e /tmp/go; do sleep 0.1; done; hook $what > /tmp/said 2>&1; echo \"$? $what\" >> /tmp/ended) & \
+             (while test ! -e /tmp/go; do sleep 0.1; done; hook $what > /tmp/message 2>&1; echo \"$? $what\" >> /tmp/ended) & \
              done; done; sleep 1; touch /tmp/go; wait; sort /tmp/ended | uniq -c"
         );
         let job = host
