@@ -1,7 +1,7 @@
-//! hook: fences CPUs off for a VM when it starts, and puts the host back when it stops.
+//! hook: isolates CPUs for a VM when it starts, and returns them to the host when it stops.
 //!
-//! It composes the other tools' libraries in the documented order (docs/design.md) and keeps, under
-//! /run/pinfold, what is needed to take everything back.
+//! It calls the other tools' libraries in the documented order (docs/design.md) and saves, under
+//! /run/pinfold, what is needed to undo everything.
 
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 
@@ -31,19 +31,18 @@ pub fn main() -> ExitCode {
     pinfold_core::cli::main(steps::TOOL, cli::run)
 }
 
-/// Checks the text of a settings file as pre-start does before it looks at the VM, and says what it
-/// comes to: the JSON that is kept with the VM's reservation, for a guest without SMT. `source`
-/// names the file in errors.
+/// Checks the text of a settings file as pre-start does, and resolves it for a guest without SMT:
+/// the JSON that is saved with the VM's reservation. `source` names the file in errors.
 ///
 /// # Errors
-/// What the text says wrong, with the key; that a layout is not for this machine.
+/// What is wrong with the text, with the key; or that a layout is for another machine.
 pub fn check_settings(root: &Host, text: &str, source: &str) -> anyhow::Result<String> {
     Ok(serde_json::to_string(&settings::resolve(
         root, text, source, 1,
     )?)?)
 }
 
-/// Checks the text of a state file as every phase does, and gives it back as hook would write it.
+/// Checks the text of a state file as every phase does, and returns it as hook would write it.
 ///
 /// # Errors
 /// Why it cannot be trusted.

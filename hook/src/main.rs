@@ -1,4 +1,4 @@
-//! See the library: hook is its whole.
+//! The program; see the library.
 
 fn main() -> std::process::ExitCode {
     hook::main()

@@ -17,30 +17,29 @@ use crate::state::reservation::{Isolation, Phase, Reservation};
 use crate::state::step_times;
 use crate::steps;
 
-/// How often a QEMU that is to be gone is looked at.
+/// How often hook checks whether a QEMU has ended.
 const EXIT_INTERVAL: Duration = Duration::from_millis(20);
 
-/// The guest's state while a QEMU stands that was started for a backup alone and will never run its
-/// guest.
+/// The run state of a QEMU that was started only for a backup and will never run its guest.
 const NEVER_RUNS: &str = "prelaunch";
 
 /// One call of hook.
 pub(crate) struct Run<'a> {
     /// The host.
     pub root: Host,
-    /// What is said.
+    /// Where results go.
     pub report: &'a mut Report,
 }
 
-/// A failure in pre-start stops the VM's start; in the other phases PVE only warns. Whatever is not
-/// hook's business ends well, so that it stops nobody.
+/// Runs a phase. A failure in pre-start stops the VM's start; in the other phases PVE only warns.
+/// What hook does not handle succeeds, so that it does not stop a start.
 ///
 /// # Errors
-/// What keeps the phase from doing its work.
+/// If the phase could not do its work.
 pub(crate) fn run(root: Host, mut report: Report, vmid: VmId, phase: &str) -> anyhow::Result<Exit> {
     if vm::is_container(&root, vmid) {
         report.note(&format!(
-            "{vmid} is a container; only VMs have vCPUs to fence off, nothing is done"
+            "{vmid} is a container; only VMs have vCPUs to isolate, nothing to do"
         ));
         return Ok(report.finish());
     }
@@ -56,7 +55,7 @@ pub(crate) fn run(root: Host, mut report: Report, vmid: VmId, phase: &str) -> an
         "post-stop" => run.post_stop(vmid),
         other => {
             report.note(&format!(
-                "{other:?} is no phase that hook knows (pre-start, post-start, pre-stop, post-stop); nothing is done"
+                "{other:?} is not a phase that hook knows (pre-start, post-start, pre-stop, post-stop); nothing to do"
             ));
             Ok(report.finish())
         }
@@ -64,17 +63,16 @@ pub(crate) fn run(root: Host, mut report: Report, vmid: VmId, phase: &str) -> an
 }
 
 impl Run<'_> {
-    /// Before QEMU is started: everything that could fail later is checked now, since this is the
-    /// one phase that can stop the start. Then what must be done before QEMU takes its devices and
-    /// memory.
+    /// Before QEMU is started: checks everything that could fail later, because only this phase can
+    /// stop the start. Then does what has to be done before QEMU takes its devices and memory.
     pub(crate) fn pre_start(&mut self, vmid: VmId) -> anyhow::Result<Exit> {
         let conf = vm::conf(&self.root, vmid)?;
         let deadlines = settings::deadlines(&self.root, vmid);
         self.use_deadlines(&deadlines);
         let mut store = self.open(&deadlines)?;
         self.drop_dead(&mut store, Some(vmid))?;
-        // Under the lock: of CPUs that another hook has taken offline the kernel tells neither core
-        // nor cache.
+        // Under the lock: the kernel does not report the core and cache of a CPU that another hook
+        // has taken offline.
         let settings = settings::load(&self.root, vmid, conf.threads_per_core())?;
         for note in required::before_start(&self.root, vmid, &conf, &settings)? {
             self.report.note(&note);
@@ -89,7 +87,7 @@ impl Run<'_> {
         }
         prepared?;
         self.report.line(&format!(
-            "CPU {} reserved for VM {vmid}, by {}",
+            "CPU {} reserved for VM {vmid}, from {}",
             settings.isolated, settings.source
         ));
         Ok(self.report.finish())
@@ -120,7 +118,7 @@ impl Run<'_> {
         Ok(isolation)
     }
 
-    /// How the VM's CPUs are to be isolated; says so where the settings leave it open.
+    /// How the VM's CPUs are to be isolated; reported if the settings leave it open.
     fn isolation(
         &mut self,
         store: &Store<Reservation>,
@@ -151,7 +149,7 @@ impl Run<'_> {
             ));
             ensure!(
                 self.report.failures() == 0,
-                "without delegation systemd would take the partition away"
+                "without delegation systemd would remove the partition"
             );
         }
         if let Some(idle) = settings.idle_vm {
@@ -177,16 +175,16 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// When QEMU runs: its CPUs are fenced off. Once more on a VM that is fenced already, it mends
-    /// and pins newcomers.
+    /// After QEMU has started: isolates its CPUs. On a VM that is isolated already it repairs what
+    /// has changed and pins new threads.
     pub(crate) fn post_start(&mut self, vmid: VmId) -> anyhow::Result<Exit> {
         let qemu = vm::require_running(&self.root, vmid)?;
         self.fence_vm(vmid, Some(&qemu))?;
         Ok(self.report.finish())
     }
 
-    /// What post-start does, but for the report's end. A plan may be without a QEMU. Returns the
-    /// CPUs that are the VM's then.
+    /// What post-start does, without finishing the report. Only a plan may be made without a QEMU.
+    /// Returns the VM's isolated CPUs.
     pub(crate) fn fence_vm(&mut self, vmid: VmId, qemu: Option<&Qemu>) -> anyhow::Result<CpuSet> {
         let task = qemu.map(|qemu| qemu.id);
         let deadlines = self.deadlines(vmid)?;
@@ -199,7 +197,7 @@ impl Run<'_> {
             {
                 claim.clone()
             }
-            // No pre-start, or that of an earlier QEMU: its checks are made now.
+            // There was no pre-start, or it was for an earlier QEMU: run its checks now.
             _ => {
                 let conf = vm::conf(&self.root, vmid)?;
                 let threads_per_core =
@@ -228,12 +226,11 @@ impl Run<'_> {
             if threads.status.as_deref() == Some(NEVER_RUNS) {
                 self.give_back(&mut store, &[vmid], task)?;
                 self.report.note(&format!(
-                    "VM {vmid} is in {NEVER_RUNS}, as for a backup: its guest will not run, nothing is isolated"
+                    "VM {vmid} is in state {NEVER_RUNS}, as for a backup: its guest will not run, nothing is isolated"
                 ));
                 return Ok(CpuSet::new());
             }
-            // VMID.conf may have been another when pre-start read it, or say less than QEMU was
-            // told.
+            // VMID.conf may have changed since pre-start read it, or lack what QEMU was started with.
             reservation
                 .settings
                 .fit_guest(&self.root, qemu.threads_per_core)?;
@@ -249,13 +246,13 @@ impl Run<'_> {
         store.save()?;
 
         self.report
-            .line(&format!("fencing CPU {isolated} off for VM {vmid}"));
+            .line(&format!("isolating CPU {isolated} for VM {vmid}"));
         self.fence(&mut store, vmid, qemu)?;
         Ok(isolated)
     }
 
-    /// Fences the CPUs of a VM off whose reservation is in the store with its QEMU. Where that
-    /// fails the VM keeps running, on whatever CPUs there are, and nothing of the fence stays.
+    /// Isolates the CPUs of a VM whose reservation is in the store with its QEMU. If that fails, the
+    /// VM keeps running on any CPUs and everything that was done is undone.
     fn fence(
         &mut self,
         store: &mut Store<Reservation>,
@@ -285,18 +282,18 @@ impl Run<'_> {
         if self.report.failures() > 0 {
             self.give_back(store, &[vmid], qemu.map(|qemu| qemu.id))?;
             self.report.finish();
-            bail!("VM {vmid} runs without isolated CPUs: what was begun has been taken back");
+            bail!("VM {vmid} runs without isolated CPUs: all changes have been undone");
         }
         if whole
             && let Err(error) = step_times::keep(store, vmid, &self.report.seconds()[earlier..])
         {
-            // The VM has its CPUs; that `hook plan` cannot tell how long it took is no failure.
+            // The VM has its CPUs; only `hook plan` will not know how long it took.
             self.report.note(&error.to_string());
         }
         Ok(())
     }
 
-    /// When the VM is gone: its CPUs go back to the host.
+    /// After the VM has stopped: returns its CPUs to the host.
     pub(crate) fn post_stop(&mut self, vmid: VmId) -> anyhow::Result<Exit> {
         let Some(reservation) = self.peek(vmid)? else {
             return self.recover();
@@ -321,7 +318,7 @@ impl Run<'_> {
         while running() {
             if Instant::now() >= until {
                 self.report.note(&format!(
-                    "VM {vmid}: a process of it is still there after {} s",
+                    "VM {vmid}: one of its processes still runs after {} s",
                     deadline.as_secs()
                 ));
                 return;
@@ -330,8 +327,7 @@ impl Run<'_> {
         }
     }
 
-    /// Drops a VM's reservation, brings the host to what the others ask for, and starts its idle
-    /// VM.
+    /// Drops a VM's reservation, settles the host for the remaining VMs, and starts its idle VM.
     fn release(&mut self, vmid: VmId, deadlines: &Deadlines) -> anyhow::Result<()> {
         let mut store = self.open(deadlines)?;
         let mut dropped = self.drop_dead(&mut store, Some(vmid))?;
@@ -341,15 +337,14 @@ impl Run<'_> {
             .filter(|(id, reservation)| *id == vmid && reservation.is_fenced())
         {
             self.report.line(&format!(
-                "CPU {} given back by VM {vmid}",
+                "CPU {} released by VM {vmid}",
                 reservation.1.settings.isolated
             ));
         }
         self.start_idle(store, &dropped)
     }
 
-    /// Drops the reservations of VMs that run no more, and brings the host to what the others ask
-    /// for.
+    /// Drops the reservations of VMs that have stopped, and settles the host for the remaining VMs.
     pub(crate) fn recover(&mut self) -> anyhow::Result<Exit> {
         let deadlines = Deadlines::default();
         if Store::<Reservation>::peek(&self.root)?.is_none() {
@@ -357,7 +352,7 @@ impl Run<'_> {
         }
         let mut store = self.open(&deadlines)?;
         let mut dead = self.drop_dead(&mut store, None)?;
-        // Under the lock nobody else is at it: a VM half fenced is one whose hook was killed.
+        // Under the lock no other hook is at work: a half isolated VM is one whose hook was killed.
         let half: Vec<VmId> = (store.reservations.iter())
             .filter(|(_, reservation)| reservation.phase == Phase::Isolating)
             .filter_map(|(id, _)| VmId::try_from(*id).ok())
@@ -370,7 +365,7 @@ impl Run<'_> {
         if dead.is_empty() && half.is_empty() {
             self.give_back(&mut store, &[], None)?;
         }
-        // A pid file that goes while its service runs is nothing that the path unit sees.
+        // The path unit does not see a pid file that is removed while its service runs.
         loop {
             let since = self.drop_dead(&mut store, None)?;
             if since.is_empty() {
@@ -385,14 +380,13 @@ impl Run<'_> {
     /// Removes a state that cannot be trusted.
     pub(crate) fn discard(&mut self) -> anyhow::Result<Exit> {
         if store::discard(&self.root, Duration::from_secs(Deadlines::default().lock))? {
-            self.report.note(
-                "the saved state is gone; what it covered stays as it is now until the next boot",
-            );
+            self.report
+                .note("removed the saved state; the host stays as it is now until the next boot");
         }
         Ok(self.report.finish())
     }
 
-    /// A VM's reservation, looked at without the lock.
+    /// A VM's reservation, read without the lock.
     fn peek(&self, vmid: VmId) -> anyhow::Result<Option<Reservation>> {
         Ok(Store::<Reservation>::peek(&self.root)?
             .and_then(|(mut reservations, _)| reservations.remove(&vmid.into())))
@@ -418,7 +412,7 @@ impl Run<'_> {
         )?)
     }
 
-    /// Drops every dead reservation but that of `but`, whose phase is being run.
+    /// Drops the reservations of VMs that have stopped, except that of `but`, whose phase is running.
     fn drop_dead(
         &mut self,
         store: &mut Store<Reservation>,
@@ -430,12 +424,12 @@ impl Run<'_> {
             if reservation.is_alive(&self.root) || (but == Some(vmid) && reservation.is_claim()) {
                 continue;
             }
-            self.report.note(&match reservation.is_claim() {
-                true => format!("VM {vmid} runs no more and no hook said so: its CPUs are given back"),
-                false => {
-                    format!("VM {vmid}: a hook was killed while it gave back what the VM had: the rest is given back")
-                }
-            });
+            let note = if reservation.is_claim() {
+                format!("VM {vmid} stopped without calling post-stop; releasing its CPUs")
+            } else {
+                format!("VM {vmid}: completing an interrupted post-stop")
+            };
+            self.report.note(&note);
             dead.push(vmid);
         }
         if dead.is_empty() {
@@ -445,10 +439,9 @@ impl Run<'_> {
         }
     }
 
-    /// Brings the host to what the reservations ask for, less those of VMs that are `gone`, which
-    /// are dropped. Returns them as they were. One with an idle VM to be started stays in the state
-    /// until it is ([`start_idle`](Self::start_idle)); when the process `until` has ended, that is
-    /// any hook's to do.
+    /// Drops the reservations of VMs that are `gone`, settles the host for the others, and returns
+    /// the dropped ones. One whose idle VM has yet to be started stays in the state until then
+    /// ([`start_idle`](Self::start_idle)); once the process `until` has ended, any hook may start it.
     fn give_back(
         &mut self,
         store: &mut Store<Reservation>,
@@ -465,7 +458,7 @@ impl Run<'_> {
         if !dropped.is_empty()
             && let Err(error) = store.save()
         {
-            // A full disk keeps nobody from giving back.
+            // A full disk must not keep hook from releasing CPUs.
             self.report.note(&error.to_string());
         }
         let mut reconcile = Reconcile::new(&self.root, store, self.report)?;
@@ -477,7 +470,7 @@ impl Run<'_> {
         Ok(dropped)
     }
 
-    /// Starts the idle VMs that were stopped for VMs that are gone; without the lock, since that
+    /// Starts the idle VMs that were stopped for VMs that are gone; without the lock, because that
     /// runs their own hook.
     fn start_idle(&mut self, store: Store<Reservation>, dropped: &[Dropped]) -> anyhow::Result<()> {
         drop(store);
@@ -491,7 +484,7 @@ impl Run<'_> {
                 continue;
             };
             let deadline = Duration::from_secs(settings.deadlines.idle_vm);
-            // Once is enough: what keeps it from starting is not ours to mend.
+            // Tried once: hook cannot repair what keeps it from starting.
             if let Err(error) = steps::start_idle_vm(&self.root, self.report, idle, deadline) {
                 self.report.error(&format!("{error:#}"));
             }
@@ -514,8 +507,7 @@ impl Run<'_> {
     }
 }
 
-/// Whether an earlier hook has stopped the VM's idle VM and not come to start it yet: it is still
-/// to be started some day.
+/// Whether an earlier hook has stopped the VM's idle VM and has not started it again yet.
 fn idle_vm_to_restart(store: &Store<Reservation>, vmid: VmId) -> bool {
     store
         .reservations
@@ -530,7 +522,7 @@ fn own_task(root: &Host) -> Option<TaskId> {
     task(root, Pid::this())
 }
 
-/// A process, for good.
+/// A process by pid and start time, so that a reused pid is not mistaken for it.
 fn task(root: &Host, pid: Pid) -> Option<TaskId> {
     task::task(root, pid.as_raw(), pid.as_raw())
         .ok()

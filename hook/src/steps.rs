@@ -9,8 +9,8 @@ use pinfold_core::{Error, Host, Knob, Report, Result, Setting, apply, vm};
 /// The name under which hook reports and saves values.
 pub(crate) const TOOL: &str = "hook";
 
-/// Drops clean caches and compacts memory, so that hugepages can be had. What it cannot do is told
-/// and stops nothing.
+/// Drops clean caches and compacts memory, so that huge pages can be allocated. A failure is
+/// reported and does not stop the start.
 pub(crate) fn tidy_caches(root: &Host, report: &mut Report) {
     report.step("caches");
     report.changes(&apply(root, tidy_caches_plan()));
@@ -32,10 +32,10 @@ pub(crate) fn tidy_caches_plan() -> Vec<pinfold_core::Change> {
 /// The sysctl for the interval of the kernel's statistics.
 const STAT_INTERVAL: &str = "vm/stat_interval";
 
-/// vm.stat_interval, as an object to change.
+/// vm.stat_interval, if the kernel has it.
 ///
 /// # Errors
-/// Where it cannot be read.
+/// If it cannot be read.
 pub(crate) fn stat_interval(root: &Host) -> Result<Option<Setting>> {
     let knob = Knob::Sysctl(STAT_INTERVAL.into());
     Ok(knob
@@ -46,15 +46,15 @@ pub(crate) fn stat_interval(root: &Host) -> Result<Option<Setting>> {
 /// Whether the idle VM runs.
 ///
 /// # Errors
-/// Where its pid file cannot be read.
+/// If its pid file cannot be read.
 pub(crate) fn idle_vm_runs(root: &Host, idle: u32) -> Result<bool> {
     Ok(vm::find(root, VmId::try_from(idle)?)?.is_some())
 }
 
-/// Shuts the idle VM down and waits for it; one that does not run is left so.
+/// Shuts the idle VM down and waits for it, if it runs.
 ///
 /// # Errors
-/// Where `qm` fails, or the VM does not stop in time.
+/// If `qm` fails, or the VM does not stop in time.
 pub(crate) fn stop_idle_vm(
     root: &Host,
     report: &mut Report,
@@ -65,7 +65,7 @@ pub(crate) fn stop_idle_vm(
         return Ok(());
     }
     check_live(root)?;
-    // qm waits itself; a little longer here, so that its own words are the ones told.
+    // qm waits itself; hook waits a little longer, so that qm's own message is reported.
     let seconds = deadline.as_secs().to_string();
     exec::run(
         "qm",
@@ -76,10 +76,10 @@ pub(crate) fn stop_idle_vm(
     Ok(())
 }
 
-/// Starts the idle VM; one that runs is left so.
+/// Starts the idle VM, if it does not run.
 ///
 /// # Errors
-/// Where `qm` fails, or is not done in time.
+/// If `qm` fails or takes too long.
 pub(crate) fn start_idle_vm(
     root: &Host,
     report: &mut Report,
@@ -96,7 +96,7 @@ pub(crate) fn start_idle_vm(
 }
 
 fn check_live(root: &Host) -> Result<()> {
-    let why = "VMs can be started and stopped on the running host only, not under --sysroot";
+    let why = "VMs can only be started and stopped on the running host, not below --sysroot";
     if root.is_live() {
         Ok(())
     } else {

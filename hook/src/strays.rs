@@ -1,4 +1,4 @@
-//! What may still run on isolated CPUs.
+//! What can still run on isolated CPUs.
 
 use std::collections::BTreeMap;
 
@@ -7,37 +7,36 @@ use pinfold_core::sys::{irq, task};
 use pinfold_core::{CpuSet, Host, Knob, Result, Setting, TaskId};
 use serde::Serialize;
 
-/// Why something may run on an isolated CPU.
+/// Why something can run on an isolated CPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Class {
-    /// It could be elsewhere.
+    /// It could be moved elsewhere.
     Stray,
     /// The kernel binds it: per-CPU kthreads, bound workers, older kernels' io_uring threads.
     KernelBound,
-    /// An IRQ that the kernel does not let user space move.
+    /// An IRQ that user space cannot move.
     ManagedIrq,
-    /// An IRQ that has been moved, and comes to its old CPU once more: without interrupt remapping
+    /// An IRQ that has been moved and arrives at its old CPU once more: without interrupt remapping
     /// the kernel moves it then.
     MovingIrq,
 }
 
-/// A thing that may run on an isolated CPU.
+/// A thread, IRQ or mask that includes an isolated CPU.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(crate) struct Stray {
-    /// Why it may.
+    /// Why it can.
     pub class: Class,
     /// Its name.
     pub object: String,
-    /// Where it may.
+    /// Where it can.
     pub cpus: CpuSet,
 }
 
-/// Lists what may run on `isolated`, less the QEMU processes in `vms`' own vCPU threads, which
-/// belong there.
+/// Lists what can run on `isolated`, except the `pinned` threads of VMs on their own CPUs.
 ///
 /// # Errors
-/// Where /proc cannot be read. Things that go meanwhile are left out.
+/// If /proc cannot be read. What ends meanwhile is left out.
 pub(crate) fn strays(
     root: &Host,
     isolated: &CpuSet,

@@ -1,5 +1,4 @@
-//! What `hook check` looks at beside what pre-start does: nothing that stops a start by itself, and
-//! what makes the most of it.
+//! The checks of `hook check` that pre-start does not make: none of them stops a start by itself.
 
 use std::os::unix::fs::PermissionsExt;
 
@@ -15,10 +14,10 @@ use crate::settings::Settings;
 /// Where Proxmox VE keeps the snippets of the storage `local`.
 const SNIPPETS: &str = "var/lib/vz/snippets";
 
-/// All that is found about a VM with settings.
+/// All advice for a VM with settings.
 ///
 /// # Errors
-/// Where the host cannot be read.
+/// If the host cannot be read.
 pub(crate) fn findings(
     root: &Host,
     vmid: VmId,
@@ -35,7 +34,7 @@ pub(crate) fn findings(
     Ok(findings)
 }
 
-/// Whether Proxmox VE will run hook for the VM, and can.
+/// Whether Proxmox VE runs hook for the VM, and can.
 pub(crate) fn hookscript(root: &Host, vmid: VmId, conf: &VmConf) -> Finding {
     const CHECK: &str = "hookscript";
     let Some(volume) = &conf.hookscript else {
@@ -52,7 +51,7 @@ pub(crate) fn hookscript(root: &Host, vmid: VmId, conf: &VmConf) -> Finding {
         None => {
             return Finding::ok(
                 CHECK,
-                format!("{volume}; where that is has not been looked at"),
+                format!("{volume}; not checked, only storage local is"),
             );
         }
     };
@@ -67,9 +66,11 @@ pub(crate) fn hookscript(root: &Host, vmid: VmId, conf: &VmConf) -> Finding {
                 format!("copy hook there: install -m 0755 $(command -v hook) {shown}"),
             )
         }
-        Ok(file) if !file.is_file() => {
-            Finding::error(CHECK, format!("{shown}: it is no file"), "put hook there")
-        }
+        Ok(file) if !file.is_file() => Finding::error(
+            CHECK,
+            format!("{shown}: not a plain file"),
+            "install hook there",
+        ),
         Ok(file) if file.permissions().mode() & 0o111 == 0 => Finding::error(
             CHECK,
             format!("{shown}: not executable"),
@@ -79,7 +80,7 @@ pub(crate) fn hookscript(root: &Host, vmid: VmId, conf: &VmConf) -> Finding {
     }
 }
 
-/// CPUs that the kernel's command line sets aside for good (admin-guide/kernel-parameters.txt).
+/// CPUs that the kernel's command line isolates permanently (admin-guide/kernel-parameters.txt).
 fn command_line(text: &str, isolated: &CpuSet) -> Vec<Finding> {
     const CHECK: &str = "command line";
     let words = || {
@@ -102,28 +103,28 @@ fn command_line(text: &str, isolated: &CpuSet) -> Vec<Finding> {
             "isolcpus" => Finding::warn(
                 CHECK,
                 format!(
-                    "{name}={value} keeps these CPUs from everybody also while the VM does not run"
+                    "{name}={value} isolates these CPUs even while the VM does not run"
                 ),
-                "take it out: hook fences them off while it does",
+                "remove it: hook isolates them while the VM runs",
             ),
             _ if covers => Finding::ok(
                 CHECK,
-                format!("{name}={value} has all of the isolated CPUs"),
+                format!("{name}={value} includes all isolated CPUs"),
             ),
             _ => Finding::warn(
                 CHECK,
-                format!("{name}={value} has not all of the isolated CPUs, and vCPUs differ by it"),
-                format!("make it {name}={isolated}, or take it out"),
+                format!("{name}={value} includes only some of the isolated CPUs, so vCPUs behave differently"),
+                format!("set {name}={isolated}, or remove it"),
             ),
         });
     }
     if findings.is_empty() {
-        findings.push(Finding::ok(CHECK, "sets no CPUs aside"));
+        findings.push(Finding::ok(CHECK, "isolates no CPUs"));
     }
     findings
 }
 
-/// Whether the set is in as few LLC domains as can be.
+/// Whether the isolated CPUs are in as few LLC domains as possible.
 fn llc(topology: &Topology, isolated: &CpuSet) -> Finding {
     const CHECK: &str = "L3";
     let mut sizes: Vec<usize> = topology
@@ -154,11 +155,11 @@ fn llc(topology: &Topology, isolated: &CpuSet) -> Finding {
     Finding::warn(
         CHECK,
         what,
-        format!("{needed} would do; `hook layout` shows which CPUs share one"),
+        format!("{needed} would be enough; `hook layout` shows which CPUs share one"),
     )
 }
 
-/// Pins that no vCPU has.
+/// Pins without a vCPU.
 fn spare_pins(conf: &VmConf, settings: &Settings) -> Finding {
     let vcpus = conf.vcpus() as usize;
     let used: CpuSet = settings
@@ -178,7 +179,7 @@ fn spare_pins(conf: &VmConf, settings: &Settings) -> Finding {
         return Finding::ok("vCPUs", format!("{vcpus}, each with a pin"));
     }
     let what = format!(
-        "{vcpus}, and pins for {}: CPU {spare} is taken from the host for nobody",
+        "{vcpus}, but {} pins: CPU {spare} is isolated but unused",
         settings.pins.len()
     );
     Finding::warn(
@@ -197,7 +198,7 @@ fn guest_cores(root: &Host, vmid: VmId, conf: &VmConf, settings: &Settings) -> R
     if pins.len() < vcpus || vcpus < 2 {
         return Ok(Finding::ok(
             CHECK,
-            "as they come: pins are no CPUs of their own",
+            "not checked: not every vCPU has a CPU of its own",
         ));
     }
     let mut cores = Vec::with_capacity(vcpus);
@@ -208,10 +209,13 @@ fn guest_cores(root: &Host, vmid: VmId, conf: &VmConf, settings: &Settings) -> R
     let paired =
         together && vcpus.is_multiple_of(2) && cores.chunks(2).all(|pair| pair[0] == pair[1]);
     Ok(match (paired, conf.threads_per_core() == 2) {
-        (true, true) => Finding::ok(CHECK, "two vCPUs each, on the two threads of one core"),
+        (true, true) => Finding::ok(
+            CHECK,
+            "two vCPUs per core, on the two threads of one host core",
+        ),
         (true, false) => Finding::warn(
             CHECK,
-            "vCPUs 0 and 1, 2 and 3, … are threads of one core, and the guest takes each for a core of its own",
+            "vCPUs 0 and 1, 2 and 3, … are threads of one core, but the guest sees each as a core of its own",
             format!(
                 "qm set {vmid} --args '-smp {vcpus},sockets=1,cores={},threads=2'",
                 vcpus / 2
@@ -223,14 +227,14 @@ fn guest_cores(root: &Host, vmid: VmId, conf: &VmConf, settings: &Settings) -> R
             let pins: Vec<String> = pins.iter().map(ToString::to_string).collect();
             Finding::warn(
                 CHECK,
-                "the guest takes vCPUs 0 and 1, 2 and 3, … for threads of one core, and their pins are on two",
+                "the guest sees vCPUs 0 and 1, 2 and 3, … as threads of one core, but their pins are on two cores",
                 format!(
-                    "put the threads of a core behind each other: pins = \"{}\"",
+                    "put the threads of a core next to each other: pins = \"{}\"",
                     pins.join(",")
                 ),
             )
         }
-        (false, false) => Finding::ok(CHECK, "one vCPU each"),
+        (false, false) => Finding::ok(CHECK, "one vCPU per core"),
     })
 }
 
@@ -243,7 +247,7 @@ fn cores_first(cores: &[CpuSet], cpu: usize) -> usize {
         .unwrap_or(cpu)
 }
 
-/// Whether huge pages are where the isolated CPUs are (admin-guide/mm/hugetlbpage.rst).
+/// Whether huge pages are on the nodes of the isolated CPUs (admin-guide/mm/hugetlbpage.rst).
 fn hugepages(
     root: &Host,
     topology: &Topology,
@@ -252,7 +256,7 @@ fn hugepages(
 ) -> Result<Finding> {
     const CHECK: &str = "hugepages";
     let sizes: &[u32] = match conf.hugepages.as_deref() {
-        None => return Ok(Finding::ok(CHECK, "not asked for")),
+        None => return Ok(Finding::ok(CHECK, "not configured")),
         Some("2") => &[2048],
         Some("1024") => &[1_048_576],
         Some(_) => &[1_048_576, 2048],
@@ -284,7 +288,7 @@ fn hugepages(
         .collect();
     Ok(if near == 0 && !far.is_empty() {
         let what = format!(
-            "all on {}, and the isolated CPUs are on node {}",
+            "all on {}, but the isolated CPUs are on node {}",
             far.join(", "),
             own.join(", ")
         );
@@ -298,14 +302,14 @@ fn hugepages(
         Finding::ok(
             CHECK,
             format!(
-                "on node {}, where the isolated CPUs are, or yet to be reserved",
+                "on node {}, like the isolated CPUs, or not reserved yet",
                 own.join(", ")
             ),
         )
     })
 }
 
-/// What runs beside QEMU.
+/// Where the processes beside QEMU run.
 fn helpers(conf: &VmConf, settings: &Settings) -> Finding {
     let names = [("swtpm", conf.tpm), ("virtiofsd", conf.virtiofs)];
     let names: Vec<&str> = names
@@ -316,9 +320,9 @@ fn helpers(conf: &VmConf, settings: &Settings) -> Finding {
     let go = if names.len() > 1 { "go" } else { "goes" };
     let names = names.join(" and ");
     let what = match &settings.emulator {
-        _ if names.is_empty() => "none beside QEMU".into(),
-        Some(cpus) => format!("{names} {go} where emulator threads go, to CPU {cpus}"),
-        None => format!("{names} {go} to the housekeeping CPUs, with the emulator threads"),
+        _ if names.is_empty() => "none".into(),
+        Some(cpus) => format!("{names} {go} with the emulator threads to CPU {cpus}"),
+        None => format!("{names} {go} with the emulator threads to the housekeeping CPUs"),
     };
     Finding::ok("helpers", what)
 }

@@ -1,31 +1,31 @@
-//! What a check finds.
+//! The result of a check.
 
 use std::fmt;
 
 use serde::Serialize;
 
-/// How much a finding matters.
+/// How severe a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Level {
     /// As it should be.
     Ok,
-    /// Stops no start, and should be known.
+    /// Does not stop a start, but should be known.
     Warn,
-    /// The VM cannot start so, or not have its CPUs.
+    /// The VM cannot start, or cannot have its CPUs.
     Error,
 }
 
-/// What a check has found.
+/// What a check found.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(crate) struct Finding {
-    /// How much it matters.
+    /// How severe it is.
     pub level: Level,
-    /// What was looked at: a key of the settings, or a word.
+    /// What was checked: a key of the settings, or a word.
     pub check: &'static str,
-    /// What is so.
+    /// What was found.
     pub what: String,
-    /// What to do about it; empty where that goes without saying.
+    /// What to do about it; empty if that is obvious.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub fix: String,
 }
@@ -67,7 +67,7 @@ impl Finding {
     }
 }
 
-/// As a note of pre-start has it.
+/// As in a note of pre-start.
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.what)?;

@@ -1,5 +1,5 @@
-//! What pre-start checks: everything that could fail later, as findings, which pre-start folds into
-//! a refusal and notes.
+//! What pre-start checks: everything that could fail later. The first error stops the start,
+//! warnings become notes.
 
 use std::collections::BTreeMap;
 
@@ -12,8 +12,7 @@ use super::finding::{Finding, Level};
 use crate::settings::{Method, Settings};
 use crate::state::reservation::{Isolation, Reservation};
 
-/// Checks the settings against the host and the VM. Returns what does not stop the start and should
-/// be known.
+/// Checks the settings against the host and the VM. Returns the warnings.
 ///
 /// # Errors
 /// [`Error::Unusable`] that names the setting, the host's side of it, and the next step.
@@ -45,10 +44,10 @@ fn refuse(findings: &[Finding], settings: &Settings) -> Result<()> {
     }
 }
 
-/// All that pre-start looks at, in order, but for other VMs' claims ([`overlap`]).
+/// All checks of pre-start, in order, except for other VMs' reservations ([`overlap`]).
 ///
 /// # Errors
-/// Where the host cannot be read.
+/// If the host cannot be read.
 pub(crate) fn findings(
     root: &Host,
     vmid: VmId,
@@ -77,7 +76,7 @@ pub(crate) fn findings(
     Ok(findings)
 }
 
-/// Whether the isolated CPUs are there, and leave enough of the others.
+/// Whether the isolated CPUs are online, and leave enough housekeeping CPUs.
 fn isolated_cpus(root: &Host, settings: &Settings) -> Result<Finding> {
     const CHECK: &str = "isolated";
     let isolated = &settings.isolated;
@@ -87,7 +86,7 @@ fn isolated_cpus(root: &Host, settings: &Settings) -> Result<Finding> {
     if isolated.contains(0) {
         return Ok(Finding::error(
             CHECK,
-            "CPU 0 cannot be isolated, the kernel needs it for itself",
+            "CPU 0 cannot be isolated, the kernel needs it",
             "choose others",
         ));
     }
@@ -102,12 +101,12 @@ fn isolated_cpus(root: &Host, settings: &Settings) -> Result<Finding> {
     }
     Ok(Finding::ok(
         CHECK,
-        format!("CPU {isolated}, which leaves {housekeeping} for housekeeping"),
+        format!("CPU {isolated}, leaves CPU {housekeeping} for housekeeping"),
     ))
 }
 
-/// Every vCPU needs a pin, up to the `last` by its number: with some unplugged that is more than
-/// there are.
+/// Whether every vCPU up to number `last` has a pin. With vCPUs unplugged, `last` may exceed their
+/// count.
 fn pins(settings: &Settings, vcpus: usize, last: Option<usize>) -> Finding {
     let pins = settings.pins.len();
     if last.is_none_or(|last| last < pins) {
@@ -115,12 +114,12 @@ fn pins(settings: &Settings, vcpus: usize, last: Option<usize>) -> Finding {
     }
     match settings.auto_pins {
         Some(_) => {
-            let what = format!("the VM has {vcpus} vCPUs and these are {pins} CPUs");
-            Finding::error("isolated", what, "add CPUs or take vCPUs away")
+            let what = format!("the VM has {vcpus} vCPUs but only {pins} CPUs");
+            Finding::error("isolated", what, "add CPUs or remove vCPUs")
         }
         None => {
-            let what = format!("the VM has {vcpus} vCPUs and there are pins for {pins}");
-            Finding::error("pins", what, "add pins or take vCPUs away")
+            let what = format!("the VM has {vcpus} vCPUs but only {pins} pins");
+            Finding::error("pins", what, "add pins or remove vCPUs")
         }
     }
 }
@@ -202,7 +201,7 @@ pub(crate) fn isolation(
         });
         other.map_or(Ok(()), |(id, _)| {
             let why =
-                format!("method: VM {id} is isolated by the other method while that runs; the two cannot be mixed");
+                format!("method: VM {id} is isolated by the other method, and the two cannot be mixed; stop it first");
             Err(Error::unusable(&settings.source, why))
         })
     };
@@ -218,14 +217,14 @@ pub(crate) fn isolation(
         Method::Auto => match partition() {
             Ok(()) => (
                 Isolation::Partition,
-                Some("method auto: by partition".into()),
+                Some("method auto: using partition".into()),
             ),
             Err(why) => {
                 hotplug()?;
                 (
                     Isolation::Hotplug,
                     Some(format!(
-                        "method auto: by hotplug, since partition cannot be: {why}"
+                        "method auto: using hotplug, because partition is unavailable: {why}"
                     )),
                 )
             }
@@ -249,7 +248,7 @@ fn check_partition(root: &Host, vmid: VmId, isolated: &CpuSet, qemu: Option<&Qem
 fn check_hotplug(root: &Host, isolated: &CpuSet) -> Result<()> {
     cgroup::check_unified(root)?;
     match cpu_hotplug::settings(root, isolated) {
-        Ok(objects) if objects.len() == isolated.len() => Ok(()),
+        Ok(settings) if settings.len() == isolated.len() => Ok(()),
         Ok(_) => Err(Error::unusable(
             format!("CPU {isolated}"),
             "this kernel cannot take all of them offline",
@@ -280,20 +279,20 @@ fn check_governor(root: &Host, isolated: &CpuSet, governor: &str) -> Result<Find
     Ok(Finding::ok(
         CHECK,
         if policies.is_empty() {
-            "this host has none to set"
+            "this host has no cpufreq governors"
         } else {
             governor
         },
     ))
 }
 
-/// What may go wrong with others meanwhile.
+/// What may interfere while the VM runs.
 fn others(root: &Host, vmid: VmId, conf: &VmConf, isolated: &CpuSet) -> Result<Vec<Finding>> {
     let mut findings = vec![match &conf.affinity {
-        None => Finding::ok("affinity", "not set, so that nothing vies with the pins"),
+        None => Finding::ok("affinity", "not set, so the pins are the only affinity"),
         Some(affinity) => Finding::warn(
             "affinity",
-            format!("VM {vmid}: `affinity: {affinity}` is set as well; the pins win"),
+            format!("VM {vmid}: `affinity: {affinity}` is also set; the pins take precedence"),
             format!("remove it: qm set {vmid} --delete affinity"),
         ),
     }];
@@ -309,22 +308,22 @@ fn others(root: &Host, vmid: VmId, conf: &VmConf, isolated: &CpuSet) -> Result<V
             shut_out.push(Finding::warn(
                 "other VMs",
                 format!(
-                    "VM {other} has `affinity: {affinity}`, all of it isolated now: it cannot start while VM {vmid} runs"
+                    "VM {other} has `affinity: {affinity}`, and all of these CPUs are isolated: it cannot start while VM {vmid} runs"
                 ),
-                format!("give it other CPUs: qm set {other} --affinity LIST"),
+                format!("use other CPUs: qm set {other} --affinity LIST"),
             ));
         }
     }
     if shut_out.is_empty() {
         shut_out.push(Finding::ok(
             "other VMs",
-            "none has all of its `affinity:` on the isolated CPUs",
+            "none is confined to the isolated CPUs by `affinity:`",
         ));
     }
     findings.append(&mut shut_out);
     let mut balancers = Vec::new();
     for pid in task::user_pids(root)? {
-        // Those that have ended have no business here.
+        // Processes that have ended are skipped.
         if root
             .read_value(format!("proc/{pid}/comm"))
             .ok()
@@ -335,7 +334,7 @@ fn others(root: &Host, vmid: VmId, conf: &VmConf, isolated: &CpuSet) -> Result<V
             balancers.push(if isolated.is_subset(&banned(root, pid)) {
                 Finding::ok(
                     "irqbalance",
-                    format!("irqbalance (process {pid}) keeps off CPU {isolated}"),
+                    format!("irqbalance (process {pid}) does not use CPU {isolated}"),
                 )
             } else {
                 Finding::warn(
@@ -347,23 +346,22 @@ fn others(root: &Host, vmid: VmId, conf: &VmConf, isolated: &CpuSet) -> Result<V
         }
     }
     if balancers.is_empty() {
-        balancers.push(Finding::ok("irqbalance", "does not run"));
+        balancers.push(Finding::ok("irqbalance", "not running"));
     }
     findings.append(&mut balancers);
     findings.push(if siblings_inside(root, isolated)? {
         Finding::ok("SMT", "whole cores are isolated")
     } else {
         let what = format!(
-            "CPU {isolated} leaves SMT siblings outside: what runs there slows the VM's cores"
+            "CPU {isolated} does not include all SMT siblings: what runs on them slows the VM's cores"
         );
         Finding::warn("SMT", what, "isolate whole cores; `hook layout` shows them")
     });
     Ok(findings)
 }
 
-/// The CPUs that an irqbalance leaves alone, as the variables it was started with say; none where
-/// they cannot be read. See irqbalance(1) and its cputree.c, `setup_banned_cpus`: the list comes
-/// first.
+/// The CPUs that an irqbalance does not use, from its environment; none if that cannot be read. See
+/// irqbalance(1) and its cputree.c, `setup_banned_cpus`: the list takes precedence.
 fn banned(root: &Host, pid: i32) -> CpuSet {
     let environ = root.read(format!("proc/{pid}/environ")).unwrap_or_default();
     let value = |name: &str| {
@@ -404,8 +402,8 @@ mod tests {
         assert_eq!(
             notes,
             [
-                "VM 100: `affinity: 0-3` is set as well; the pins win; remove it: qm set 100 --delete affinity",
-                "CPU 6 leaves SMT siblings outside: what runs there slows the VM's cores; isolate whole cores; \
+                "VM 100: `affinity: 0-3` is also set; the pins take precedence; remove it: qm set 100 --delete affinity",
+                "CPU 6 does not include all SMT siblings: what runs on them slows the VM's cores; isolate whole cores; \
                  `hook layout` shows them"
             ]
         );
@@ -418,7 +416,7 @@ mod tests {
             (
                 "cores: 13",
                 "layout = \"5900x\"",
-                "test: pins: the VM has 13 vCPUs and there are pins for 12; add pins or take vCPUs away",
+                "test: pins: the VM has 13 vCPUs but only 12 pins; add pins or remove vCPUs",
             ),
         ] {
             let error = told(conf, text).unwrap_err().to_string();

@@ -1,4 +1,4 @@
-//! `hook check`: what pre-start would say, and what helps beside it, each with what to do.
+//! `hook check`: the checks of pre-start and advice, each with a fix.
 
 use std::collections::BTreeMap;
 
@@ -24,13 +24,13 @@ pub(crate) struct Args {
     vmid: Option<VmId>,
 }
 
-/// Where settings are, the cluster's first.
+/// The folders of settings, the cluster's first.
 const SETTINGS: [&str; 2] = ["etc/pve/pinfold", "etc/pinfold"];
 
-/// What was found about a VM.
+/// The findings of a VM.
 #[derive(Debug, Serialize)]
 struct Checked {
-    /// Where its settings are from, where there are some.
+    /// Where its settings come from, if it has any.
     #[serde(skip_serializing_if = "Option::is_none")]
     source: Option<String>,
     findings: Vec<Finding>,
@@ -45,11 +45,10 @@ impl Checked {
     }
 }
 
-/// The command's whole run: of one VM, or of all that are hook's. Exit code 1 where anything is an
-/// error.
+/// Runs the command: for one VM, or for all that use hook. Exits with 1 if anything is an error.
 ///
 /// # Errors
-/// Where /etc/pve cannot be listed.
+/// If /etc/pve cannot be listed, or the result cannot be written.
 pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
     let root = output.root();
     let vmids = match args.vmid {
@@ -71,7 +70,7 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
         let json = json!({"vms": checked, "errors": errors, "warnings": count(Level::Warn)});
         format!("{json:#}\n")
     } else if checked.is_empty() {
-        "no VM has settings, or hook as its hookscript\n".to_owned()
+        "no VM has settings or uses hook as its hookscript\n".to_owned()
     } else {
         let least = if output.quiet { Level::Warn } else { Level::Ok };
         let texts = checked
@@ -129,7 +128,7 @@ fn is_elsewhere(root: &Host, vmid: VmId) -> bool {
         .any(|node| root.exists(format!("etc/pve/nodes/{node}/qemu-server/{vmid}.conf")))
 }
 
-/// Everything about a VM. What cannot be looked at is a finding too.
+/// All findings of a VM. What cannot be read is a finding too.
 fn check(root: &Host, vmid: VmId) -> Checked {
     let told = |check, error: &dyn std::fmt::Display| Finding::error(check, error.to_string(), "");
     let conf = match vm::conf(root, vmid) {
@@ -145,7 +144,7 @@ fn check(root: &Host, vmid: VmId) -> Checked {
                     let file = root.path(file).display().to_string();
                     Finding::warn(
                         "settings",
-                        format!("{file} is for a VM that is not there"),
+                        format!("{file} is for a VM that does not exist"),
                         format!("rm {file}"),
                     )
                 }
@@ -179,7 +178,7 @@ fn check(root: &Host, vmid: VmId) -> Checked {
                 true => Finding::warn(
                     "state",
                     error.to_string(),
-                    "the reservations are root's to see",
+                    "only root can read the reservations",
                 ),
                 false => told("state", &error),
             });
@@ -187,11 +186,11 @@ fn check(root: &Host, vmid: VmId) -> Checked {
         }
     };
     findings.push(required::overlap(&reservations, vmid, &settings));
-    // For its next start: of the one that runs the reservation knows.
+    // For its next start: while it runs, the reservation has its method.
     findings.push(
         match required::isolation(root, &reservations, vmid, &settings, None) {
             Ok((_, Some(note))) => Finding::ok("method", note),
-            Ok((_, None)) => Finding::ok("method", "this kernel can do it"),
+            Ok((_, None)) => Finding::ok("method", "supported by this kernel"),
             Err(error) => Finding::error("method", error.to_string(), ""),
         },
     );
@@ -205,7 +204,7 @@ fn check(root: &Host, vmid: VmId) -> Checked {
     }
 }
 
-/// The findings that are at least so bad.
+/// The findings that are at least as severe as `least`.
 fn to_text(vmid: u32, checked: &Checked, least: Level) -> String {
     let by = checked
         .source
@@ -265,7 +264,7 @@ mod tests {
             .unwrap();
     }
 
-    /// A host and VM 100 that nothing is wrong with.
+    /// A host and a VM 100 without faults.
     fn host_of(machine: &str, settings: &str) -> MadeUpHost {
         let host = MadeUpHost::new(machine);
         host.conf(100, CONF);
@@ -279,7 +278,7 @@ mod tests {
         host_of("5900x", "layout = \"5900x\"")
     }
 
-    /// What is not as it should be: `warn affinity: what => fix`.
+    /// Warnings and errors: `warn affinity: what => fix`.
     fn faults(host: &MadeUpHost) -> Vec<String> {
         let findings = check(&host.root, vmid())
             .findings
@@ -308,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn an_irqbalance_that_keeps_off_is_fine() {
+    fn an_irqbalance_that_bans_the_isolated_cpus_is_fine() {
         let host = host();
         host.thread(900, 900, "irqbalance", "0-23", 0);
         let warned = |environ: &str| {
@@ -332,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn where_nothing_is_wrong_each_check_says_so() {
+    fn without_faults_each_check_reports_ok() {
         let host = host();
         assert_eq!(faults(&host), [""; 0]);
         let checked = check(&host.root, vmid());
@@ -364,14 +363,12 @@ mod tests {
         );
         let text = to_text(100, &checked, Level::Ok);
         assert!(
-            text.contains(
-                "isolated      CPU 6-11,18-23, which leaves 0-5,12-17 for housekeeping\n"
-            ),
+            text.contains("isolated      CPU 6-11,18-23, leaves CPU 0-5,12-17 for housekeeping\n"),
             "{text}"
         );
     }
 
-    /// A host that is as it should be but for one thing, and what is found.
+    /// A host with one fault each, and the finding.
     #[test]
     fn each_fault_is_found_with_its_fix() {
         type Arrange = fn(&MadeUpHost);
@@ -415,7 +412,7 @@ mod tests {
             ),
             (
                 |h| h.conf(100, &CONF.replace("12", "14")),
-                "error pins: the VM has 14 vCPUs and there are pins for 12 => add pins or take vCPUs away",
+                "error pins: the VM has 14 vCPUs but only 12 pins => add pins or remove vCPUs",
             ),
             (
                 |h| std::fs::remove_file(h.root.path("sys/fs/cgroup/cgroup.controllers")).unwrap(),
@@ -436,11 +433,11 @@ mod tests {
             ),
             (
                 |h| h.conf(100, &format!("{CONF}\naffinity: 0-3")),
-                "warn affinity: VM 100: `affinity: 0-3` is set as well; the pins win => remove it: qm set 100 --delete affinity",
+                "warn affinity: VM 100: `affinity: 0-3` is also set; the pins take precedence => remove it: qm set 100 --delete affinity",
             ),
             (
                 |h| h.conf(101, "affinity: 8-9"),
-                "warn other VMs: VM 101 has `affinity: 8-9`, all of it isolated now: it cannot start while VM 100 runs => give it other CPUs: qm set 101 --affinity LIST",
+                "warn other VMs: VM 101 has `affinity: 8-9`, and all of these CPUs are isolated: it cannot start while VM 100 runs => use other CPUs: qm set 101 --affinity LIST",
             ),
             (
                 |h| h.thread(900, 900, "irqbalance", "0-23", 0),
@@ -453,41 +450,41 @@ mod tests {
                         "quiet isolcpus=managed_irq,domain,6-11,18-23",
                     )
                 },
-                "warn command line: isolcpus=managed_irq,domain,6-11,18-23 keeps these CPUs from everybody also while the VM does not run => take it out: hook fences them off while it does",
+                "warn command line: isolcpus=managed_irq,domain,6-11,18-23 isolates these CPUs even while the VM does not run => remove it: hook isolates them while the VM runs",
             ),
             (
                 |h| h.file("proc/cmdline", "nohz_full=6-11 quiet"),
-                "warn command line: nohz_full=6-11 has not all of the isolated CPUs, and vCPUs differ by it => make it nohz_full=6-11,18-23, or take it out",
+                "warn command line: nohz_full=6-11 includes only some of the isolated CPUs, so vCPUs behave differently => set nohz_full=6-11,18-23, or remove it",
             ),
             (
                 |h| h.file("proc/cmdline", "rcu_nocbs=1"),
-                "warn command line: rcu_nocbs=1 has not all of the isolated CPUs, and vCPUs differ by it => make it rcu_nocbs=6-11,18-23, or take it out",
+                "warn command line: rcu_nocbs=1 includes only some of the isolated CPUs, so vCPUs behave differently => set rcu_nocbs=6-11,18-23, or remove it",
             ),
             (
                 |h| {
                     h.conf(100, &CONF.replace("12", "4").replace("cores=6", "cores=2"));
                     h.settings(100, "isolated = \"5-6,17-18\"\npins = \"5,17,6,18\"");
                 },
-                "warn L3: CPU 5-6,17-18 is split across llc:0, llc:1: vCPUs share caches with the host => 1 would do; `hook layout` shows which CPUs share one",
+                "warn L3: CPU 5-6,17-18 is split across llc:0, llc:1: vCPUs share caches with the host => 1 would be enough; `hook layout` shows which CPUs share one",
             ),
             (
                 |h| {
                     h.conf(100, "cores: 1\nhookscript: local:snippets/hook");
                     h.settings(100, "isolated = \"6\"\npins = [6]");
                 },
-                "warn SMT: CPU 6 leaves SMT siblings outside: what runs there slows the VM's cores => isolate whole cores; `hook layout` shows them",
+                "warn SMT: CPU 6 does not include all SMT siblings: what runs on them slows the VM's cores => isolate whole cores; `hook layout` shows them",
             ),
             (
                 |h| h.conf(100, &CONF.replace("12", "10")),
-                "warn vCPUs: 10, and pins for 12: CPU 11,23 is taken from the host for nobody => give the VM more cores, or isolate fewer CPUs",
+                "warn vCPUs: 10, but 12 pins: CPU 11,23 is isolated but unused => give the VM more cores, or isolate fewer CPUs",
             ),
             (
                 |h| h.conf(100, &CONF.replace("args", "#")),
-                "warn guest cores: vCPUs 0 and 1, 2 and 3, … are threads of one core, and the guest takes each for a core of its own => qm set 100 --args '-smp 12,sockets=1,cores=6,threads=2'",
+                "warn guest cores: vCPUs 0 and 1, 2 and 3, … are threads of one core, but the guest sees each as a core of its own => qm set 100 --args '-smp 12,sockets=1,cores=6,threads=2'",
             ),
             (
                 |h| h.settings(100, "isolated = \"6-11,18-23\"\npins = \"6-11,18-23\""),
-                "warn guest cores: the guest takes vCPUs 0 and 1, 2 and 3, … for threads of one core, and their pins are on two => put the threads of a core behind each other: pins = \"6,18,7,19,8,20,9,21,10,22,11,23\"",
+                "warn guest cores: the guest sees vCPUs 0 and 1, 2 and 3, … as threads of one core, but their pins are on two cores => put the threads of a core next to each other: pins = \"6,18,7,19,8,20,9,21,10,22,11,23\"",
             ),
             (
                 |h| {
@@ -520,7 +517,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_that_ask_for_what_is_there_are_fine() {
+    fn settings_that_fit_the_host_have_no_faults() {
         for (number, arrange) in ([
             |h| h.file("proc/cmdline", "nohz_full=6-11,18-23 rcu_nocbs=6-11,18-23"),
             |h| h.conf(101, "affinity: 0-9"),
@@ -553,7 +550,7 @@ mod tests {
     }
 
     #[test]
-    fn huge_pages_belong_where_the_cpus_are() {
+    fn huge_pages_belong_on_the_nodes_of_the_cpus() {
         let settings = "isolated = \"1,3,5,7,9,11,13,15\"\npins = \"1,9,3,11,5,13,7,15\"";
         let host = host_of("two-sockets", settings);
         host.conf(
@@ -571,7 +568,7 @@ mod tests {
         };
         pages(0, "8");
         pages(1, "0");
-        let fault = "warn hugepages: all on node 0, and the isolated CPUs are on node 1 => reserve them there, in \
+        let fault = "warn hugepages: all on node 0, but the isolated CPUs are on node 1 => reserve them there, in \
                      /sys/devices/system/node/node1/hugepages/hugepages-1048576kB/nr_hugepages";
         assert_eq!(faults(&host), [fault]);
         pages(1, "8");
@@ -579,14 +576,14 @@ mod tests {
     }
 
     #[test]
-    fn helpers_are_told_where_they_go() {
+    fn helpers_go_with_the_emulator_threads() {
         let host = host();
         let told = || check(&host.root, vmid()).findings.pop().unwrap().what;
-        assert_eq!(told(), "none beside QEMU");
+        assert_eq!(told(), "none");
         host.conf(100, &format!("{CONF}\ntpmstate0: local:x"));
         assert_eq!(
             told(),
-            "swtpm goes to the housekeeping CPUs, with the emulator threads"
+            "swtpm goes with the emulator threads to the housekeeping CPUs"
         );
         host.conf(
             100,
@@ -595,12 +592,12 @@ mod tests {
         host.settings(100, "layout = \"5900x\"\nemulator = \"0-1\"");
         assert_eq!(
             told(),
-            "swtpm and virtiofsd go where emulator threads go, to CPU 0-1"
+            "swtpm and virtiofsd go with the emulator threads to CPU 0-1"
         );
     }
 
     #[test]
-    fn without_a_number_all_that_are_ours() {
+    fn without_a_number_all_vms_that_use_hook() {
         let host = host();
         host.conf(101, "cores: 1");
         host.conf(102, "hookscript: local:snippets/hook");
@@ -620,7 +617,7 @@ mod tests {
         let file = host.root.path("etc/pinfold/999.toml").display().to_string();
         let fault = Finding::warn(
             "settings",
-            format!("{file} is for a VM that is not there"),
+            format!("{file} is for a VM that does not exist"),
             format!("rm {file}"),
         );
         assert_eq!(gone.findings, [fault]);

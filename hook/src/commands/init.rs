@@ -1,4 +1,4 @@
-//! `hook init`: settings for a VM, by what this host has.
+//! `hook init`: chooses CPUs for a VM on this host and writes its settings.
 
 use std::collections::BTreeMap;
 
@@ -16,27 +16,27 @@ use crate::settings;
 use crate::state::reservation::Reservation;
 use crate::steps::TOOL;
 
-/// How many domains a message tells of.
+/// How many domains a message lists.
 const MAX_LISTED: usize = 8;
 
-/// The keys that are not chosen here, with what holds where they are not set.
+/// The keys that are not chosen here, with their defaults.
 const OTHER_KEYS: &str = "\
-#method = \"hotplug\"            # the one there is
+#method = \"hotplug\"            # or \"partition\"; \"auto\": partition if this host supports it
 #governor = \"performance\"      # or \"keep\"
 #stat_interval = 120           # vm.stat_interval in seconds
-#idle_vm = 107                 # a VM that is stopped before and started after; none where it is not set
-#reset_pci = false             # true: the VM's hostpci devices are reset before the start; or a list of addresses
-#tidy_caches = true            # caches are dropped and memory is compacted before the start
-#min_housekeeping = 1          # how many CPUs must stay
+#idle_vm = 107                 # a VM to stop before this one starts and to start after it stops; default: none
+#reset_pci = false             # true: reset the VM's hostpci devices before it starts; or a list of PCI addresses
+#tidy_caches = true            # drop caches and compact memory before the start
+#min_housekeeping = 1          # how many CPUs must remain for the host
 
-#[deadlines]                   # the longest wait in seconds
+#[deadlines]                   # the longest waits, in seconds
 #lock = 120                    # for another hook to end
 #systemd = 10                  # for one call to systemd
 #reload = 60                   # for systemd to read all units again
 #qmp = 5                       # for QEMU's monitor
-#pci = 10                      # for PCI functions to go, and again to come back
+#pci = 10                      # for PCI functions to disappear, and to reappear
 #idle_vm = 60                  # for the idle VM to shut down, or to start
-#qemu_exit = 10                # for QEMU to be gone at post-stop
+#qemu_exit = 10                # for QEMU to exit in post-stop
 ";
 
 /// The options of `hook init`.
@@ -64,20 +64,20 @@ struct Guest {
     threads: usize,
 }
 
-/// The CPUs chosen.
+/// The chosen CPUs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Filter {
-    /// As they are written.
+    /// As written to the file.
     isolated: String,
     cpus: CpuSet,
-    /// Why these, and what else there was: lines of the file's comment.
+    /// Why these, and what else was considered: lines of the file's comment.
     why: Vec<String>,
 }
 
 /// The command's whole run.
 ///
 /// # Errors
-/// Where there is no such VM, no domain has room for it, it has settings already, or they cannot be
+/// If there is no such VM, no domain has room for it, it has settings already, or they cannot be
 /// written.
 pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
     let (root, report) = (&output.root(), &mut output.report(TOOL));
@@ -96,7 +96,7 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
         Some(expr) => from_option(root, expr, guest)?,
         None => {
             if args.vcache {
-                // It says what there is where there is none.
+                // Fails with a list of the domains if none has a larger L3.
                 "vcache".parse::<Selector>()?.resolve(root)?;
             }
             choose(&topology, guest, args.vcache, &others)
@@ -104,7 +104,7 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
         }
     };
     for shared in shared(&choice.cpus, &others) {
-        let only_one = format!("{shared} too: of the two only one can run at a time");
+        let only_one = format!("{shared}: only one of the two VMs can run at a time");
         report.note(&only_one);
         choice.why.push(format!("{only_one}."));
     }
@@ -130,7 +130,7 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
         return Ok(Exit::Success);
     }
     report.line(&format!(
-        "{} is written: VM {vmid} gets {}",
+        "wrote {}: VM {vmid} gets {}",
         path.display(),
         in_words(&choice)
     ));
@@ -145,7 +145,7 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
         )),
         Some(volume) => report.line(&format!("its hookscript is {volume}")),
     }
-    report.line("once it runs, hook status shows what may still run on its CPUs");
+    report.line("once it runs, hook status shows what can still run on its CPUs");
     Ok(report.finish())
 }
 
@@ -158,7 +158,7 @@ fn in_words(choice: &Filter) -> String {
     }
 }
 
-/// The CPUs that other VMs have now, or will have when they start.
+/// The CPUs that other VMs have, or will have when they start.
 fn others(root: &Host, report: &mut Report, vmid: VmId) -> BTreeMap<VmId, CpuSet> {
     let mut others: BTreeMap<VmId, CpuSet> = BTreeMap::new();
     let mut add = |other: VmId, cpus: &CpuSet| {
@@ -177,10 +177,10 @@ fn others(root: &Host, report: &mut Report, vmid: VmId) -> BTreeMap<VmId, CpuSet
                 }
             }
         }
-        Err(error) => report.note(&format!("the CPUs of running VMs are not known: {error}")),
+        Err(error) => report.note(&format!("the CPUs of running VMs are unknown: {error}")),
     }
     for other in vm::all(root) {
-        // Those without hook may have settings for later; those with it have some in any case.
+        // A VM without hook may have settings for later; a VM with hook always has settings.
         let has_hook = || {
             vm::conf(root, other)
                 .is_ok_and(|conf| conf.hookscript.is_some_and(|at| at.ends_with("/hook")))
@@ -191,24 +191,23 @@ fn others(root: &Host, report: &mut Report, vmid: VmId) -> BTreeMap<VmId, CpuSet
         }
         match settings::load(root, other, 1) {
             Ok(settings) => add(other, &settings.isolated),
-            // Without a file of its own it has what comes with hook, which may not be for this
-            // host.
+            // Without a file of its own it has the built-in layout, which may not fit this host.
             Err(_) if own.is_none() => {}
-            Err(error) => report.note(&format!("the CPUs of VM {other} are not known: {error}")),
+            Err(error) => report.note(&format!("the CPUs of VM {other} are unknown: {error}")),
         }
     }
     others.remove(&vmid);
     others
 }
 
-/// The CPUs that were asked for.
+/// The CPUs of --cpus.
 fn from_option(root: &Host, expr: &Selector, guest: Guest) -> Result<Filter> {
     let cpus = expr.resolve(root)?;
     let unusable = |why: String| Error::unusable(format!("CPU {cpus}"), why);
     cpu::check_online(root, &cpus)?;
     if cpus.contains(0) {
         return Err(unusable(
-            "CPU 0 cannot be isolated, the kernel needs it for itself; leave it out".into(),
+            "CPU 0 cannot be isolated, the kernel needs it; leave it out".into(),
         ));
     }
     if cpus.len() < guest.vcpus {
@@ -231,23 +230,23 @@ fn from_option(root: &Host, expr: &Selector, guest: Guest) -> Result<Filter> {
     })
 }
 
-/// What a domain could give the VM.
+/// What an LLC domain has for the VM.
 #[derive(Debug)]
 struct Candidate<'a> {
     domain: &'a Domain,
     cpus: CpuSet,
-    /// Whether there are small cores among these.
+    /// Whether small cores are among them.
     small: bool,
-    /// Whether the host's own CPU 0 is in the domain.
+    /// Whether CPU 0, the host's own, is in the domain.
     beside_host: bool,
 }
 
-/// Chooses CPUs for a guest, in an LLC domain with room for it: one that other VMs leave room in,
-/// with fast cores enough, without CPU 0, and a small one, in this order (docs/design.md, "What
-/// init chooses").
+/// Chooses CPUs for a guest in an LLC domain with room for it. Preferred are, in this order, a
+/// domain that is not used by other VMs, with enough fast cores, without CPU 0, and a small one
+/// (docs/design.md, "What init chooses").
 ///
 /// # Errors
-/// That none has room for it, with what each has.
+/// That no domain has room for it, with what each has.
 fn choose(
     topology: &Topology,
     guest: Guest,
@@ -289,12 +288,12 @@ fn choose(
             ""
         };
         return Err(format!(
-            "no LLC domain has room for {} vCPUs: {list}{more}; take vCPUs away, or name CPUs of more than one by --cpus",
+            "no LLC domain has room for {} vCPUs: {list}{more}; remove vCPUs, or choose CPUs of several domains with --cpus",
             guest.vcpus
         ));
     };
     let Candidate { domain, cpus, .. } = best;
-    // What a selector stands for changes when CPUs come online.
+    // The CPUs of a selector change when CPUs come online.
     let whole = *cpus == domain.cpus && domain.sure && topology.offline().is_empty();
     let name = format!("llc:{}", domain.number);
     let isolated = if whole {
@@ -314,18 +313,18 @@ fn choose(
     };
     let cores_there = format!("{cores} {}", if cores == 1 { "core" } else { "cores" });
     let mut why = vec![format!(
-        "{name} is CPU {}, {}. The VM has {part} of it: {cores_there}.",
+        "{name} is CPU {}, {}. The VM gets {part} of it: {cores_there}.",
         domain.cpus, domain.extent
     )];
     if best.beside_host {
         why.push(
-            "CPU 0, which stays the host's, is in it too: the VM shares the cache with it.".into(),
+            "CPU 0, which stays with the host, is in it too: the VM shares the cache with the host.".into(),
         );
     }
     if cores == guest.vcpus && cpus.len() > cores {
-        why.push("Each vCPU has a core of its own; the second threads have nothing to do.".into());
+        why.push("Each vCPU has a core of its own; the second threads stay idle.".into());
     }
-    // Of those of which the same is to be said it is said once.
+    // Domains with the same reason share a line.
     let mut rest: Vec<(String, Vec<&Domain>)> = Vec::new();
     for other in domains
         .iter()
@@ -336,7 +335,7 @@ fn choose(
         let verdict = match (free.iter().find(is_it), all.iter().find(is_it)) {
             (Some(candidate), _) => why_not(candidate, best).to_owned(),
             (None, Some(_)) => shared(&other.cpus, others).join(", "),
-            (None, None) => "too few".to_owned(),
+            (None, None) => "too few CPUs".to_owned(),
         };
         match rest.iter_mut().find(|(said, _)| *said == verdict) {
             Some((_, domains)) => domains.push(other),
@@ -344,7 +343,7 @@ fn choose(
         }
     }
     if !rest.is_empty() {
-        why.push("Looked at as well:".into());
+        why.push("Also considered:".into());
     }
     for (verdict, domains) in rest {
         let which = match domains[..] {
@@ -366,12 +365,12 @@ fn choose(
     })
 }
 
-/// Why a candidate was not the best.
+/// Why a candidate is not the best.
 fn why_not(candidate: &Candidate<'_>, best: &Candidate<'_>) -> &'static str {
     if candidate.small && !best.small {
-        "small cores among them"
+        "includes small cores"
     } else if candidate.beside_host && !best.beside_host {
-        "its cache is the host's as well"
+        "shares its cache with the host"
     } else if candidate.domain.cpus.len() > best.domain.cpus.len() {
         "larger"
     } else {
@@ -379,18 +378,18 @@ fn why_not(candidate: &Candidate<'_>, best: &Candidate<'_>) -> &'static str {
     }
 }
 
-/// What other VMs have of some CPUs.
+/// Which of some CPUs other VMs have.
 fn shared(cpus: &CpuSet, others: &BTreeMap<VmId, CpuSet>) -> Vec<String> {
     let shared = others
         .iter()
         .map(|(other, theirs)| (other, theirs & cpus))
         .filter(|(_, shared)| !shared.is_empty());
     shared
-        .map(|(other, shared)| format!("CPU {shared} is VM {other}'s"))
+        .map(|(other, shared)| format!("CPU {shared} belongs to VM {other}"))
         .collect()
 }
 
-/// `llc:1 (CPU 6-11,18-23) has 12 CPUs`: how many there are to be given away.
+/// `llc:1 (CPU 6-11,18-23) has 12 CPUs`: how many a VM can have.
 fn size(topology: &Topology, domain: &Domain) -> String {
     let cpus: usize = cores(topology, &domain.cpus).map(CpuSet::len).sum();
     let less = if domain.cpus.contains(0) {
@@ -404,7 +403,7 @@ fn size(topology: &Topology, domain: &Domain) -> String {
     )
 }
 
-/// The whole cores within some CPUs that a VM may have: all but that of CPU 0.
+/// The whole cores within some CPUs that a VM may have: all except that of CPU 0.
 fn cores<'a>(
     topology: &'a Topology,
     within: &'a CpuSet,
@@ -415,10 +414,10 @@ fn cores<'a>(
         .filter(|core| core.is_subset(within) && !core.contains(0))
 }
 
-/// What a domain has for a guest; none where it is too little.
+/// What a domain has for a guest; none if that is too little.
 ///
-/// Cores are given away whole, the last ones first. A guest without SMT has a core for each vCPU
-/// where there are enough. Small cores are only taken where the fast ones are too few.
+/// Only whole cores are chosen, the last ones first. A guest without SMT gets a core for each vCPU
+/// if there are enough. Small cores are only chosen if there are too few fast ones.
 fn candidate<'a>(
     topology: &Topology,
     domain: &'a Domain,
@@ -472,15 +471,15 @@ fn text(vmid: VmId, guest: Guest, choice: &Filter, housekeeping: &CpuSet) -> Str
         text += &format!("# {line}\n");
     }
     text += &format!("isolated = \"{}\"\n\n", choice.isolated);
-    text += "# The vCPUs' order, by the cores that the guest is told of; pin-vcpu --list shows it while the VM runs.\n";
+    text += "# hook orders the pins by the guest's cores; pin-vcpu --list shows them while the VM runs.\n";
     text += "pins = \"auto\"\n\n";
-    text += "# The other keys, with what holds where they are not set. README.md, \"Settings\", tells more.\n";
+    text += "# The other keys with their defaults. README.md, \"Settings\", explains them.\n";
     let (emulator, iothreads) = (
         format!("#emulator = \"{housekeeping}\""),
         format!("#iothreads = \"{housekeeping}\""),
     );
     text += &format!("{emulator:30} # all housekeeping CPUs\n");
-    text += &format!("{iothreads:30} # as the emulator; or {{ iothread-virtioscsi0 = \"0\" }}\n");
+    text += &format!("{iothreads:30} # like the emulator; or {{ iothread-virtioscsi0 = \"0\" }}\n");
     text + OTHER_KEYS
 }
 
@@ -575,7 +574,7 @@ mod tests {
         }
     }
 
-    /// Whatever the guest and the machine, what is written is taken, and keeps what is promised.
+    /// What is written for any guest on any machine can be loaded, and keeps its promises.
     #[test]
     fn what_is_written_loads() {
         for (name, _) in machine::all() {
@@ -621,7 +620,7 @@ mod tests {
     }
 
     #[test]
-    fn the_other_keys_are_told_as_they_are() {
+    fn the_other_keys_are_shown_with_their_defaults() {
         let (_dir, root) = host("5900x", &[(100, "cores: 12\n")]);
         let as_written = init(&root, 100, None).unwrap();
         let path = settings::node_file(&root, as_vmid(100));
@@ -648,7 +647,7 @@ mod tests {
             let is_told = set.lines().any(|line| {
                 line.starts_with(&format!("{key} =")) || line.starts_with(&format!("[{key}]"))
             });
-            assert!(is_told || key == "layout", "{key} is not told");
+            assert!(is_told || key == "layout", "{key} is not in the file");
         }
     }
 
@@ -657,7 +656,7 @@ mod tests {
     }
 
     #[test]
-    fn other_vms_are_kept_clear_of() {
+    fn cpus_of_other_vms_are_avoided() {
         let vms = [
             (100, "cores: 4\n"),
             (101, "cores: 12\n"),
@@ -680,7 +679,7 @@ mod tests {
         let text = std::fs::read_to_string(&settings.source).unwrap();
         assert!(
             text.contains(
-                "# CPU 8-11,20-23 is VM 100's too: of the two only one can run at a time.\n"
+                "# CPU 8-11,20-23 belongs to VM 100: only one of the two VMs can run at a time.\n"
             ),
             "{text}"
         );
@@ -695,7 +694,7 @@ mod tests {
     }
 
     #[test]
-    fn no_file_is_written_over() {
+    fn no_file_is_overwritten() {
         use std::os::unix::fs::PermissionsExt;
         let (dir, root) = host("5900x", &[(100, "cores: 12\n")]);
         for own in ["etc/pve/pinfold/100.toml", "etc/pinfold/100.toml"] {

@@ -346,7 +346,7 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert!(
-            error.contains("the VM has 13 vCPUs and there are pins for 12"),
+            error.contains("the VM has 13 vCPUs but only 12 pins"),
             "{error}"
         );
         let error = make(&host.root, "101".parse().unwrap())

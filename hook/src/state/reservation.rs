@@ -1,4 +1,4 @@
-//! What hook keeps per VM.
+//! What hook saves per VM.
 
 use pinfold_core::sys::task;
 use pinfold_core::{CpuSet, Host, TaskId};
@@ -6,20 +6,20 @@ use serde::{Deserialize, Serialize};
 
 use crate::settings::Settings;
 
-/// How far a VM has come.
+/// How far the isolation of a VM has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Phase {
-    /// What the VM had is being given back: in the state until all of it is, for a hook that is
-    /// killed meanwhile.
+    /// Its CPUs are being released. It stays in the state until that is complete, in case the hook
+    /// is killed.
     Leaving,
-    /// All is given back; its idle VM is yet to be started.
+    /// Everything is released; its idle VM has yet to be started.
     Idle,
-    /// pre-start was run: the CPUs are spoken for, nothing is isolated.
+    /// pre-start has run: the CPUs are reserved, nothing is isolated.
     Starting,
-    /// post-start has begun: CPUs may be offline, anything may be half done.
+    /// post-start has begun: CPUs may be offline, any step may be half done.
     Isolating,
-    /// post-start has ended well.
+    /// post-start has succeeded.
     Isolated,
 }
 
@@ -48,27 +48,26 @@ pub(crate) struct Reservation {
     pub settings: Settings,
     /// The VM's QEMU, once it runs.
     pub qemu: Option<TaskId>,
-    /// Who starts the VM: PVE's task, hook's parent process. While it lives, QEMU may still come.
-    /// Of one that is [idle](Phase::Idle) the hook that starts the idle VM, or the VM's QEMU where
-    /// that runs on without a fence.
+    /// The process that starts the VM: PVE's task, hook's parent. While it runs, QEMU may still be
+    /// started. In phase [`Idle`](Phase::Idle): the hook that starts the idle VM, or the VM's QEMU
+    /// if that keeps running without isolated CPUs.
     pub starter: Option<TaskId>,
     /// Whether the idle VM was stopped for this one, and is to be started again.
     pub idle_vm_stopped: bool,
 }
 
 impl Reservation {
-    /// Whether its CPUs are spoken for.
+    /// Whether its CPUs are reserved.
     pub(crate) fn is_claim(&self) -> bool {
         self.phase >= Phase::Starting
     }
 
-    /// Whether the CPUs are fenced off, or may be.
+    /// Whether the CPUs are isolated, or may be.
     pub(crate) fn is_fenced(&self) -> bool {
         self.phase > Phase::Starting
     }
 
-    /// Whether the VM still runs, or still starts; of one that is idle, whether its hook still
-    /// does.
+    /// Whether the VM still runs or starts; in phase [`Idle`](Phase::Idle), whether its hook runs.
     pub(crate) fn is_alive(&self, root: &Host) -> bool {
         let task = match self.phase {
             Phase::Leaving => None,
@@ -79,7 +78,7 @@ impl Reservation {
         task.is_some_and(|task| task::check_start(root, task).is_ok())
     }
 
-    /// The CPUs of a vCPU; none where it has no pin.
+    /// The CPUs of a vCPU, if it has a pin.
     pub(crate) fn pin(&self, vcpu: usize) -> Option<&CpuSet> {
         self.settings.pins.get(vcpu)
     }

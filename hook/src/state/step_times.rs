@@ -1,4 +1,4 @@
-//! How long the steps of a VM's post-start took last time: under /run/pinfold, for `hook plan`.
+//! How long the steps of a VM's last post-start took: under /run/pinfold, for `hook plan`.
 
 use std::collections::BTreeMap;
 
@@ -14,10 +14,10 @@ const FILE: &str = "times.json";
 /// Steps in their order, with seconds.
 pub(crate) type Times = Vec<(String, f64)>;
 
-/// Keeps the times of a VM's steps in place of earlier ones.
+/// Saves the times of a VM's steps in place of earlier ones.
 ///
 /// # Errors
-/// Where the file cannot be written. One that cannot be read is written anew.
+/// If the file cannot be written. One that cannot be read is replaced.
 pub(crate) fn keep(
     store: &Store<Reservation>,
     vmid: VmId,
@@ -33,10 +33,10 @@ pub(crate) fn keep(
     store.keep(FILE, &text)
 }
 
-/// The times of a VM's steps; none where they are not known.
+/// The times of a VM's steps; empty if they are unknown.
 ///
 /// # Errors
-/// Where the file is there and says nothing that can be read.
+/// If the file exists and cannot be parsed.
 pub(crate) fn last(root: &Host, vmid: VmId) -> Result<Times> {
     Ok(all(root)?.remove(&vmid.into()).unwrap_or_default())
 }

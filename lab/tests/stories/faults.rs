@@ -145,7 +145,7 @@ fn a_step_that_fails_rolls_back(host: &mut Host) {
     assert!(
         output
             .stderr
-            .contains("VM 100 runs without isolated CPUs: what was begun has been taken back"),
+            .contains("VM 100 runs without isolated CPUs: all changes have been undone"),
         "{}",
         output.stderr
     );
@@ -346,7 +346,7 @@ fn another_vm_with_affinity_is_named(host: &mut Host) {
     let (_, message) = expect(host, "hook 100 pre-start", 0);
     assert!(
         message.contains(
-            "VM 102 has `affinity: 8-9`, all of it isolated now: it cannot start while VM 100 runs"
+            "VM 102 has `affinity: 8-9`, and all of these CPUs are isolated: it cannot start while VM 100 runs"
         ),
         "{message}"
     );
@@ -365,12 +365,12 @@ fn other_lives(host: &mut Host) {
         let (_, message) = expect(host, &format!("hook 200 {phase}"), 0);
         assert_eq!(
             message,
-            "hook: 200 is a container; only VMs have vCPUs to fence off, nothing is done\n"
+            "hook: 200 is a container; only VMs have vCPUs to isolate, nothing to do\n"
         );
     }
     let (_, message) = expect(host, "hook 100 pre-migrate", 0);
     assert!(
-        message.contains("\"pre-migrate\" is no phase that hook knows"),
+        message.contains("\"pre-migrate\" is not a phase that hook knows"),
         "{message}"
     );
     for (phase, code) in [

@@ -26,13 +26,10 @@ fn start_and_stop_as_pve_does(host: &mut Host) {
     let before = host.snapshot().unwrap();
     let log = host.start_vm(&vm()).unwrap();
     assert!(
-        log.contains("CPU 6-11,18-23 reserved for VM 100, by the built-in layout 5900x"),
+        log.contains("CPU 6-11,18-23 reserved for VM 100, from the built-in layout 5900x"),
         "{log}"
     );
-    assert!(
-        log.contains("fencing CPU 6-11,18-23 off for VM 100"),
-        "{log}"
-    );
+    assert!(log.contains("isolating CPU 6-11,18-23 for VM 100"), "{log}");
     assert_fenced(host);
     let (status, _) = expect(host, "hook status", 0);
     assert!(status.contains("\nVM 100 has CPU 6-11,18-23\n"), "{status}");
@@ -60,7 +57,7 @@ fn start_and_stop_as_pve_does(host: &mut Host) {
     );
 
     let log = host.stop_vm(100).unwrap();
-    assert!(log.contains("CPU 6-11,18-23 given back by VM 100"), "{log}");
+    assert!(log.contains("CPU 6-11,18-23 released by VM 100"), "{log}");
     assert_restored(host, &before);
     expect(host, "test ! -e /run/pinfold/state.json", 0);
 }
@@ -78,14 +75,13 @@ fn killed_without_pre_stop(host: &mut Host) {
         .unwrap();
     let (written, _) = expect(host, "hook init 100", 0);
     assert!(
-        written
-            .starts_with("/etc/pinfold/100.toml is written: VM 100 gets llc:1, CPU 6-11,18-23\n"),
+        written.starts_with("wrote /etc/pinfold/100.toml: VM 100 gets llc:1, CPU 6-11,18-23\n"),
         "{written}"
     );
     let before = host.snapshot().unwrap();
     let log = host.start_vm(&spec).unwrap();
     assert!(
-        log.contains("CPU 6-11,18-23 reserved for VM 100, by /etc/pinfold/100.toml"),
+        log.contains("CPU 6-11,18-23 reserved for VM 100, from /etc/pinfold/100.toml"),
         "{log}"
     );
     assert_fenced(host);

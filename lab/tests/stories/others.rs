@@ -445,7 +445,7 @@ fn guards(host: &mut Host) {
         ),
         (
             "isolated = \"6-11\"\npins = \"6-11\"",
-            "the VM has 12 vCPUs and there are pins for 6",
+            "the VM has 12 vCPUs but only 6 pins",
         ),
         (
             "isolated = \"6-24\"\npins = \"6-18\"",
@@ -809,7 +809,7 @@ fn looked_at_before_and_after(host: &mut Host) {
         .unwrap();
     let (typed, _) = expect(host, "script -qec 'hook 100 post-start' /dev/null", 0);
     assert!(
-        typed.contains("\r\x1b[Koffline: 1/2") && typed.contains("\r\x1b[Koffline: 2 set"),
+        typed.contains("\r\x1b[Koffline: 1/2") && typed.contains("\r\x1b[Koffline: 2 changed"),
         "{typed:?}"
     );
     expect(host, "hook 100 post-stop -q && rm -r /etc/pinfold", 0);

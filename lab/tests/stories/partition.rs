@@ -86,10 +86,7 @@ fn a_vm_has_a_partition(host: &mut Host) {
     host.ok(admins).unwrap();
     let before = host.snapshot().unwrap();
     let log = host.start_vm(&vm()).unwrap();
-    assert!(
-        log.contains("fencing CPU 6-11,18-23 off for VM 100"),
-        "{log}"
-    );
+    assert!(log.contains("isolating CPU 6-11,18-23 for VM 100"), "{log}");
     assert_partitioned(host);
     let (status, _) = expect(host, "hook status", 0);
     assert!(
@@ -126,7 +123,7 @@ fn a_vm_has_a_partition(host: &mut Host) {
         );
     }
     let log = host.stop_vm(100).unwrap();
-    assert!(log.contains("CPU 6-11,18-23 given back by VM 100"), "{log}");
+    assert!(log.contains("CPU 6-11,18-23 released by VM 100"), "{log}");
     assert_restored(host, &before);
     expect(host, "test ! -e /run/pinfold/state.json", 0);
 
@@ -221,7 +218,7 @@ fn two_vms_and_others(host: &mut Host) {
     host.start_vm(&VmSpec::new(101)).unwrap();
     let before = host.snapshot().unwrap();
     let log = host.start_vm(&vm()).unwrap();
-    assert!(log.contains("method auto: by partition"), "{log}");
+    assert!(log.contains("method auto: using partition"), "{log}");
     host.start_vm(&second).unwrap();
     let both = "5-11,17-23";
     assert_clean(host, both, &[100, 102]);
@@ -303,7 +300,7 @@ fn what_partition_refuses(host: &mut Host) {
     settings(host, "auto");
     let (log, _) = expect(host, "hook 100 post-start", 0);
     assert!(
-        log.contains("method auto: by hotplug, since partition cannot be: 100.scope: "),
+        log.contains("method auto: using hotplug, because partition is unavailable: 100.scope: "),
         "{log}"
     );
     assert_fenced(host);
@@ -312,7 +309,7 @@ fn what_partition_refuses(host: &mut Host) {
         host,
         "hook 102 pre-start",
         1,
-        "hook: /etc/pinfold/102.toml: method: VM 100 is isolated by the other method while that runs; the two cannot be mixed",
+        "hook: /etc/pinfold/102.toml: method: VM 100 is isolated by the other method, and the two cannot be mixed; stop it first",
     );
     expect(host, "hook 100 post-stop -q", 0);
     let difference = before.not_restored(&host.snapshot().unwrap());
@@ -394,7 +391,7 @@ fn too_old_a_kernel(host: &mut Host) {
     let (log, _) = expect(host, "hook 100 pre-start", 0);
     assert!(
         log.contains(&format!(
-            "method auto: by hotplug, since partition cannot be: {why}"
+            "method auto: using hotplug, because partition is unavailable: {why}"
         )),
         "{log}"
     );

@@ -424,7 +424,7 @@ fn each_call_fails_by(host: &Host, method: &str, count: usize) {
             .unwrap();
         match output.code {
             Some(1) => {
-                log += usize::from(output.stderr.contains("what was begun has been taken back"));
+                log += usize::from(output.stderr.contains("all changes have been undone"));
                 assert!(output.stderr.contains(words), "{what}: {output:?}");
             }
             // It was about nothing that counts: a line of the report, an object that refuses.
