@@ -95,7 +95,7 @@ fn a_start_that_fails(host: &mut Host) {
     let (_, message) = expect(host, "hook recover", 0);
     assert_eq!(
         message,
-        "hook: VM 100 runs no more and no hook message so: its CPUs are given back\n"
+        "hook: VM 100 stopped without calling post-stop; releasing its CPUs\n"
     );
     expect(host, "test ! -e /run/pinfold/state.json", 0);
     host.ok(&format!("rm {}", spec.conf_path())).unwrap();

@@ -133,7 +133,7 @@ fn a_vm_has_a_partition(host: &mut Host) {
     host.cleanup_vm(100, false).unwrap();
     let (_, notes) = expect(host, "hook recover", 0);
     assert!(
-        notes.contains("VM 100 runs no more and no hook message so"),
+        notes.contains("VM 100 stopped without calling post-stop"),
         "{notes}"
     );
     assert!(
