@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 
 const README: &str = include_str!("../../README.md");
 const WORKSPACE: &str = include_str!("../../Cargo.toml");
@@ -226,4 +226,51 @@ fn the_tests_of_the_promises_exist() {
         }
     }
     assert!(tests > 40, "{tests} names found");
+}
+
+/// Words that CONTRIBUTING.md, "Language", rules out.
+const RULED_OUT: [&str; 9] = [
+    "told", "tells", "tell", "says", "speaks", "somebody", "nobody", "mend", "mends",
+];
+
+fn help(command: &clap::Command) -> String {
+    let mut text = command.clone().render_long_help().to_string();
+    for subcommand in command.get_subcommands() {
+        text += &help(subcommand);
+    }
+    text
+}
+
+#[test]
+fn documents_and_help_follow_the_language_rule() {
+    let mut texts: Vec<(String, String)> = documents()
+        .into_iter()
+        .map(|(path, text)| (path.display().to_string(), text))
+        .filter(|(path, _)| !path.ends_with("CONTRIBUTING.md"))
+        .collect();
+    for command in [
+        cg_slice::Args::command(),
+        cpu_hotplug::Args::command(),
+        governor::Args::command(),
+        hook::Args::command(),
+        pci_reset::Args::command(),
+        pin_irqs::Args::command(),
+        pin_kthreads::Args::command(),
+        pin_vcpu::Args::command(),
+    ] {
+        texts.push((format!("{} --help", command.get_name()), help(&command)));
+    }
+    let mut found = Vec::new();
+    for (name, text) in texts {
+        for line in text.lines() {
+            let mut words = line.split(|c: char| !c.is_alphabetic() && c != '_');
+            let is_ruled_out = words.any(|word| RULED_OUT.contains(&word.to_lowercase().as_str()));
+            if is_ruled_out
+                || line.contains(" is no ") && !line.to_lowercase().contains("there is no ")
+            {
+                found.push(format!("{name}: {line}"));
+            }
+        }
+    }
+    assert!(found.is_empty(), "\n{}", found.join("\n"));
 }

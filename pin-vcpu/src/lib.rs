@@ -21,13 +21,13 @@ pub use pins::{Asked, IothreadPin, Pins, VcpuPin, plan, setting};
 
 const TOOL: &str = "pin-vcpu";
 
-/// How long QEMU's monitor is waited for, with all tries; then names from /proc have to do.
+/// The longest wait for QEMU's monitor, over all tries; after that names from /proc are used.
 const MONITOR_BUDGET: Duration = Duration::from_secs(5);
 
 /// Pin a VM's threads by their roles: vCPUs, iothreads, emulator
 ///
-/// Which thread is which is asked of QEMU's monitor. Where that does not answer, the threads' names
-/// tell the vCPUs, and this is said. CPUS are logical numbers, as in 0-5,12-17, or selectors, as in
+/// The roles come from QEMU's monitor. If it does not answer, a warning is printed and the vCPUs are
+/// found by their threads' names. CPUS are logical numbers, as in 0-5,12-17, or selectors, as in
 /// llc:1; see `hook layout`.
 #[derive(Debug, Parser)]
 #[command(name = TOOL, version, after_help = cli::EXIT_CODES)]
