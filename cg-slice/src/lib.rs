@@ -32,7 +32,7 @@ pub const VM_SLICE: &str = "qemu.slice";
 /// folder.
 pub const DECOUPLED: &str = "qemu-decoupled.slice";
 
-/// Hold slices and other top cgroups to CPUs; take a VM out of qemu.slice and put it back
+/// Restrict slices to CPUs, move a VM out of qemu.slice and back, make cpuset partitions
 #[derive(Debug, Parser)]
 #[command(name = TOOL, version, after_help = cli::EXIT_CODES)]
 #[command(arg_required_else_help = true, mut_args(|arg| arg.global(true)))]
@@ -45,11 +45,11 @@ pub struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Allow slices, scopes and other top cgroups these CPUs only
+    /// Restrict slices, scopes and other top cgroups to these CPUs
     Allow {
         /// CPUs by logical number, as in 0-5,12-17, or by selector, as in llc:0; see `hook layout`
         cpus: Selector,
-        /// Units or top cgroups; without any, all children of the root cgroup but the VMs'
+        /// Units or top cgroups [default: all children of the root cgroup except those of VMs]
         units: Vec<String>,
     },
     /// Move a VM with every process of its scope to a cgroup of its own that allows all CPUs
@@ -62,7 +62,7 @@ enum Verb {
         /// The VM's number
         vmid: VmId,
     },
-    /// Cpuset partitions: CPUs that one cgroup has for itself
+    /// Make, show and undo cpuset partitions: CPUs that belong to one cgroup only
     Partition {
         #[command(subcommand)]
         verb: PartitionVerb,
@@ -71,14 +71,14 @@ enum Verb {
 
 #[derive(Debug, Subcommand)]
 enum PartitionVerb {
-    /// Make a cgroup an isolated partition of these CPUs, which everything else is kept off
+    /// Make a cgroup an isolated partition of these CPUs, and keep everything else off them
     Make {
         /// Its path below the cgroup root, as in machine.slice/x.scope
         cgroup: String,
         /// CPUs by logical number, as in 6-11,18-23, or by selector, as in llc:1; see `hook layout`
         cpus: Selector,
     },
-    /// Show the partitions there are, and the cgroups that have CPUs exclusively
+    /// Print all partitions, and the cgroups that have exclusive CPUs
     Show {
         /// Below this cgroup only
         #[arg(default_value = "/")]

@@ -36,7 +36,7 @@ enum Verb {
         /// CPUs by logical number, as in 6-11,18-23, or by selector, as in llc:1; see `hook layout`
         cpus: Selector,
 
-        /// Go on where a cpuset partition loses all of its CPUs
+        /// Continue even if a cpuset partition loses all of its CPUs
         #[arg(long)]
         force: bool,
     },

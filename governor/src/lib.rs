@@ -31,7 +31,7 @@ pub struct Args {
 enum Verb {
     /// Set the governor of these CPUs, and of those that share a policy with them
     Set {
-        /// The governor's name, as in performance; --list shows those there are
+        /// The governor's name, as in performance; --list prints those available
         name: String,
         /// CPUs by logical number, as in 6-11,18-23, or by selector, as in llc:1; see `hook layout`
         cpus: Selector,

@@ -27,27 +27,27 @@ pub use reset::{check, plan, reset};
 
 const TOOL: &str = "pci-reset";
 
-/// Remove PCI functions and have the bus rescanned, which resets them
+/// Remove PCI functions and rescan the bus, which resets them
 ///
-/// A function is left alone where the host would lose something with it: a mounted filesystem,
-/// swap, a network interface that is up, the boot display, or a VM that runs with it. All of them
-/// are back, or missed by name, at the end.
+/// A function that is in use is not removed: one behind a mounted filesystem, swap or a network
+/// interface that is up, the boot display, or one of a running VM. At the end, functions that did
+/// not come back are listed.
 #[derive(Debug, Parser)]
 #[command(name = TOOL, version, after_help = cli::EXIT_CODES)]
 #[command(group(ArgGroup::new("what").required(true).multiple(true).args(["vmid", "device", "list", "restore"])))]
 pub struct Args {
-    /// The VM whose hostpci devices are meant
+    /// Reset the hostpci devices of this VM
     vmid: Option<VmId>,
 
-    /// Devices instead, as in 0000:01:00.0, or 01:00 for all functions of one
+    /// Reset these devices, as in 0000:01:00.0, or 01:00 for all functions of one
     #[arg(long, value_name = "ADDR", num_args = 1.., conflicts_with = "vmid")]
     device: Vec<PciSelector>,
 
-    /// Remove also what the host would lose something with
+    /// Also remove functions that are in use
     #[arg(long)]
     force: bool,
 
-    /// How long functions may take to go, and then to come back
+    /// How long to wait for functions to disappear, and then to come back
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = clap::value_parser!(u64).range(1..=3600))]
     deadline: u64,
 

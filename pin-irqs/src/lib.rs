@@ -23,11 +23,11 @@ const TOOL: &str = "pin-irqs";
 /// What --only and --except call the default mask.
 const DEFAULT: &str = "default";
 
-/// Move interrupts to a set of CPUs
+/// Move IRQs to a set of CPUs
 ///
-/// Sets the CPUs of every interrupt that can be moved, and the default that new ones start with,
-/// which --only and --except call `default`. Those that the kernel holds in place (managed queues,
-/// timers) are counted and left.
+/// Sets the CPUs of every IRQ that can be moved, and the default for new ones, which --only and
+/// --except call `default`. IRQs that the kernel does not allow to move (managed queues, timers) are
+/// counted and not changed.
 #[derive(Debug, Parser)]
 #[command(name = TOOL, version, after_help = cli::EXIT_CODES)]
 pub struct Args {

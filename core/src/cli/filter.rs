@@ -1,4 +1,4 @@
-//! Which of its objects a tool moves, and how far: the options `--only`, `--except` and `--narrow`.
+//! Which objects a tool moves, and where to: the options `--only`, `--except` and `--narrow`.
 
 use std::str::FromStr;
 
@@ -9,20 +9,20 @@ use crate::error::{Error, Result};
 use crate::knob::{Change, Setting};
 use crate::sysroot::cpu_list;
 
-/// The options that choose among a tool's objects; without any of them all are taken, and go to all
-/// of the CPUs.
+/// The options that select among a tool's objects. Without any of them all objects are moved to all
+/// of the given CPUs.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct FilterArgs {
-    /// Only what has this number, or a name that this regular expression matches; may be repeated
+    /// Only objects with this number, or a name that this regular expression matches; may be repeated
     #[arg(long, value_name = "PATTERN")]
     only: Vec<Pattern>,
 
-    /// All but what has this number, or a name that this regular expression matches; may be
-    /// repeated
+    /// All objects except those with this number, or a name that this regular expression matches; may
+    /// be repeated
     #[arg(long, value_name = "PATTERN")]
     except: Vec<Pattern>,
 
-    /// Keep what each had of CPUS before; only one that had none of them gets them all
+    /// Restrict each object to those of CPUS that it has now; if it has none of them, move it to all
     #[arg(long, conflicts_with_all = ["list", "restore"])]
     narrow: bool,
 }

@@ -23,44 +23,44 @@ use crate::text::printable;
 /// The options that every tool has.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Common {
-    /// Show what is now and change nothing
+    /// Print the current values and change nothing
     #[arg(long, conflicts_with_all = ["dry_run", "save", "restore"])]
     pub list: bool,
 
-    /// Show what would be changed and change nothing
+    /// Print what would be changed and change nothing
     #[arg(short = 'n', long, conflicts_with = "save")]
     pub dry_run: bool,
 
-    /// Save the values before they are changed, in a new file
+    /// Save the old values in a new file before changing them
     #[arg(long, value_name = "FILE", conflicts_with = "restore")]
     pub save: Option<PathBuf>,
 
-    /// Put back the values saved in a file, which is removed when all is back; what others have set
-    /// meanwhile is left
+    /// Restore the values saved in a file, and remove it when all are restored; values that something
+    /// else has set since are kept
     #[arg(long, value_name = "FILE")]
     pub restore: Option<PathBuf>,
 
-    /// How much is told, and where the host's files are
+    /// Form and amount of the output, and the root of the host's files
     #[command(flatten)]
     pub output: Output,
 }
 
-/// How much is told, and where the host's files are.
+/// Form and amount of the output, and the root of the host's files.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Output {
     /// Print JSON, for programs
     #[arg(long, global = true)]
     pub json: bool,
 
-    /// Name also what is left alone, and why
+    /// Also list what was not changed, and why
     #[arg(short, long, global = true)]
     pub verbose: bool,
 
-    /// Print nothing but errors
+    /// Print errors only
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     pub quiet: bool,
 
-    /// Look for the host's files (sys, proc, etc, run) below this folder
+    /// Use the host's files (sys, proc, etc, run) below this folder
     #[arg(long, global = true, value_name = "DIR", default_value = "/")]
     pub sysroot: PathBuf,
 }
@@ -83,11 +83,11 @@ impl Output {
 }
 
 impl Common {
-    /// Carries changes out as the options say: shows them, or saves what they change, makes them
+    /// Carries changes out by the options: prints them, or saves the old values, applies the changes
     /// and reports.
     ///
     /// # Errors
-    /// Where the values cannot be saved; nothing has been changed then.
+    /// If the values cannot be saved; then nothing has been changed.
     pub fn carry_out(
         &self,
         root: &Host,
@@ -99,10 +99,10 @@ impl Common {
         Ok(report.finish())
     }
 
-    /// As [`carry_out`](Self::carry_out), where what comes back is not just what the changes set.
+    /// Like [`carry_out`](Self::carry_out), if more is to be restored than the changes set.
     ///
     /// # Errors
-    /// Where the values cannot be saved; nothing has been changed then.
+    /// If the values cannot be saved; then nothing has been changed.
     pub fn carry_out_saving(
         &self,
         root: &Host,
@@ -115,11 +115,11 @@ impl Common {
         Ok(report.finish())
     }
 
-    /// As [`carry_out`](Self::carry_out), less the report's end: for a tool that looks at the host
-    /// once more afterwards.
+    /// Like [`carry_out`](Self::carry_out) without the end of the report, for a tool that reads the
+    /// host once more afterwards.
     ///
     /// # Errors
-    /// Where the values cannot be saved; nothing has been changed then.
+    /// If the values cannot be saved; then nothing has been changed.
     pub fn make(
         &self,
         root: &Host,
@@ -173,10 +173,10 @@ impl Common {
         Ok(())
     }
 
-    /// Does what `--restore` asks for; `None` where it was not given.
+    /// Carries out `--restore`; `None` if it was not given.
     ///
     /// # Errors
-    /// Where the file is none that this tool saved, or cannot be removed at the end.
+    /// If the file was not saved by this tool, or cannot be removed at the end.
     pub fn restore(
         &self,
         root: &Host,
@@ -199,11 +199,11 @@ impl Common {
     }
 }
 
-/// Makes sure that the running host may be changed at all, so that this is said once and not for
-/// every object.
+/// Checks that the running host may be changed, so that this is reported once and not for every
+/// object.
 ///
 /// # Errors
-/// Where we are not root; under `--sysroot` the files' own permissions decide.
+/// If the process is not root's; with `--sysroot` the permissions of the files decide.
 pub fn check_root(root: &Host) -> anyhow::Result<()> {
     anyhow::ensure!(
         !root.is_live() || nix::unistd::geteuid().is_root(),
@@ -212,14 +212,13 @@ pub fn check_root(root: &Host) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Prints a `--list` and what could not be seen.
+/// Prints a `--list` and what could not be read.
 pub fn listed(report: &mut Report, table: &Table) -> Exit {
     report.table(table);
     Exit::Success
 }
 
-/// A tool's run: reads the command line, does it, prints what went wrong once, and gives the exit
-/// code. A [`clap::Error`] that `run` returns is an error of the command line too.
+/// A tool's run: parses the command line, runs it, prints an error once, and returns the exit code. A [`clap::Error`] that `run` returns is an error of the command line too.
 pub fn main<A: Parser>(tool: &str, run: impl FnOnce(A) -> anyhow::Result<Exit>) -> ExitCode {
     let args = match A::try_parse() {
         Ok(args) => args,
@@ -237,9 +236,9 @@ pub fn main<A: Parser>(tool: &str, run: impl FnOnce(A) -> anyhow::Result<Exit>) 
     }
 }
 
-/// Prints what clap answers to a command line instead of running it: an error, help or the version.
+/// Prints what clap returns instead of arguments: an error, help or the version.
 fn refused(answer: &clap::Error) -> ExitCode {
-    // A closed pipe is no reason to fail.
+    // A closed pipe is not a failure.
     let _ = answer.print();
     if answer.use_stderr() {
         Exit::Usage.into()
@@ -248,7 +247,7 @@ fn refused(answer: &clap::Error) -> ExitCode {
     }
 }
 
-/// An error with what caused it. Our own errors say their causes already.
+/// An error with its causes. Our own errors already contain theirs.
 fn in_words(error: &anyhow::Error) -> String {
     let mut words = Vec::new();
     for cause in error.chain() {
@@ -263,10 +262,10 @@ fn in_words(error: &anyhow::Error) -> String {
 /// The part of the help that every tool ends with.
 pub const EXIT_CODES: &str = "\
 Exit codes:
-  0   done, or nothing to do
+  0   success, or nothing to do
   1   failed
   2   the command line is wrong
-  64  some items failed and some were done";
+  64  some items failed and others succeeded";
 
 #[cfg(test)]
 mod tests {
@@ -274,7 +273,7 @@ mod tests {
     use anyhow::Context;
 
     #[test]
-    fn the_systems_words_are_said_once() {
+    fn the_systems_message_is_printed_once() {
         let gone = Error::io(
             "/x",
             "read",
