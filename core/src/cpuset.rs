@@ -78,7 +78,9 @@ impl CpuSet {
 
     /// All CPUs from `first` up to `last`, both included.
     pub fn range(first: usize, last: usize) -> Self {
-        (first..=last).collect()
+        let mut set = Self::new();
+        set.insert_range(first, last);
+        set
     }
 
     /// Reads what a kernel file holds in list form, where empty means no CPU.
@@ -108,13 +110,17 @@ impl CpuSet {
                 return Err(bad());
             }
             let bits = u32::from_str_radix(group, 16).map_err(|_| bad())?;
-            for bit in (0..32).filter(|bit| bits & (1 << bit) != 0) {
-                let cpu = index * 32 + bit;
-                if cpu > MAX_CPU {
-                    return Err(CpuSetError::TooLarge(cpu.to_string()));
-                }
-                set.insert(cpu);
+            if bits == 0 {
+                continue;
             }
+            let last = index * 32 + 31 - bits.leading_zeros() as usize;
+            if last > MAX_CPU {
+                let first_bad = (index * 32..=last)
+                    .find(|cpu| *cpu > MAX_CPU && bits & (1 << (cpu % 32)) != 0)
+                    .unwrap_or(last);
+                return Err(CpuSetError::TooLarge(first_bad.to_string()));
+            }
+            *set.word(last / 64) |= u64::from(bits) << (index % 2 * 32);
         }
         Ok(set)
     }
@@ -139,11 +145,32 @@ impl CpuSet {
 
     /// Puts a CPU in.
     pub fn insert(&mut self, cpu: usize) {
-        let word = cpu / 64;
-        if self.words.len() <= word {
-            self.words.resize(word + 1, 0);
+        *self.word(cpu / 64) |= 1 << (cpu % 64);
+    }
+
+    fn insert_range(&mut self, first: usize, last: usize) {
+        if first > last {
+            return;
         }
-        self.words[word] |= 1 << (cpu % 64);
+        self.word(last / 64);
+        for index in first / 64..=last / 64 {
+            let mut bits = u64::MAX;
+            if index == first / 64 {
+                bits &= u64::MAX << (first % 64);
+            }
+            if index == last / 64 {
+                bits &= u64::MAX >> (63 - last % 64);
+            }
+            self.words[index] |= bits;
+        }
+    }
+
+    /// A word that is about to get a CPU.
+    fn word(&mut self, index: usize) -> &mut u64 {
+        if self.words.len() <= index {
+            self.words.resize(index + 1, 0);
+        }
+        &mut self.words[index]
     }
 
     /// Whether the CPU is in the set.
@@ -169,10 +196,37 @@ impl CpuSet {
     /// The CPUs, ascending.
     pub fn iter(&self) -> impl Iterator<Item = usize> + '_ {
         self.words.iter().enumerate().flat_map(|(index, word)| {
-            (0..64)
-                .filter(move |bit| word & (1 << bit) != 0)
-                .map(move |bit| index * 64 + bit)
+            let mut rest = *word;
+            std::iter::from_fn(move || {
+                let bit = rest.trailing_zeros() as usize;
+                rest &= rest.wrapping_sub(1);
+                (bit < 64).then_some(index * 64 + bit)
+            })
         })
+    }
+
+    /// The CPUs as ranges, both ends included, ascending and with gaps between.
+    fn ranges(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        let mut from = 0;
+        std::iter::from_fn(move || {
+            let first = self.next(from, 0)?;
+            let end = self.next(first, u64::MAX).unwrap_or(self.words.len() * 64);
+            from = end;
+            Some((first, end - 1))
+        })
+    }
+
+    /// The first CPU from `from` on that is in the set, or with `flip` all ones, that is not.
+    fn next(&self, from: usize, flip: u64) -> Option<usize> {
+        let mut mask = u64::MAX << (from % 64);
+        for (index, word) in self.words.iter().enumerate().skip(from / 64) {
+            let bits = (word ^ flip) & mask;
+            if bits != 0 {
+                return Some(index * 64 + bits.trailing_zeros() as usize);
+            }
+            mask = u64::MAX;
+        }
+        None
     }
 
     /// The lowest CPU.
@@ -188,12 +242,13 @@ impl CpuSet {
 
     /// Whether every CPU of this set is in `other`.
     pub fn is_subset(&self, other: &Self) -> bool {
-        (self - other).is_empty()
+        let others = other.words.iter().copied().chain(std::iter::repeat(0));
+        self.words.iter().zip(others).all(|(a, b)| a & !b == 0)
     }
 
     /// Whether the sets share a CPU.
     pub fn intersects(&self, other: &Self) -> bool {
-        !(self & other).is_empty()
+        self.words.iter().zip(&other.words).any(|(a, b)| a & b != 0)
     }
 
     /// This set held to `fence`: their intersection, or the whole of `fence` where they share
@@ -272,6 +327,9 @@ impl FromStr for CpuSet {
         if text.is_empty() {
             return Err(CpuSetError::Empty(text.to_owned()));
         }
+        if let Some(set) = parse_canonical(text.as_bytes()) {
+            return Ok(set);
+        }
         let mut set = Self::new();
         for token in text.split(',') {
             let token = token.trim();
@@ -303,9 +361,7 @@ impl FromStr for CpuSet {
                     last,
                 });
             }
-            for cpu in first..=last {
-                set.insert(cpu);
-            }
+            set.insert_range(first, last);
         }
         Ok(set)
     }
@@ -313,22 +369,56 @@ impl FromStr for CpuSet {
 
 impl fmt::Display for CpuSet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut cpus = self.iter().peekable();
         let mut comma = "";
-        while let Some(first) = cpus.next() {
-            let mut last = first;
-            while cpus.next_if_eq(&(last + 1)).is_some() {
-                last += 1;
-            }
-            if first == last {
-                write!(f, "{comma}{first}")?;
-            } else {
-                write!(f, "{comma}{first}-{last}")?;
+        for (first, last) in self.ranges() {
+            f.write_str(comma)?;
+            fmt::Display::fmt(&first, f)?;
+            if first != last {
+                f.write_str("-")?;
+                fmt::Display::fmt(&last, f)?;
             }
             comma = ",";
         }
         Ok(())
     }
+}
+
+/// Parses a list as the kernel prints it; `None` for anything else, which may be a list with spaces
+/// or a fault to name.
+fn parse_canonical(text: &[u8]) -> Option<CpuSet> {
+    let mut set = CpuSet::new();
+    let mut rest = text;
+    loop {
+        let first = take_number(&mut rest)?;
+        let mut last = first;
+        if let [b'-', after @ ..] = rest {
+            rest = after;
+            last = take_number(&mut rest)?;
+        }
+        if first > last {
+            return None;
+        }
+        set.insert_range(first, last);
+        match rest {
+            [] => return Some(set),
+            [b',', after @ ..] => rest = after,
+            _ => return None,
+        }
+    }
+}
+
+/// Takes a CPU number off the start of a text.
+fn take_number(text: &mut &[u8]) -> Option<usize> {
+    let mut number = None;
+    while let [digit @ b'0'..=b'9', after @ ..] = text {
+        let value = number.unwrap_or(0) * 10 + usize::from(digit - b'0');
+        if value > MAX_CPU {
+            return None;
+        }
+        number = Some(value);
+        *text = after;
+    }
+    number
 }
 
 impl fmt::Debug for CpuSet {
@@ -460,6 +550,19 @@ mod tests {
         #[test]
         fn list_round_trip(cpus in any_set()) {
             prop_assert_eq!(CpuSet::from_kernel_list(&cpus.to_string()).unwrap(), cpus);
+        }
+
+        #[test]
+        fn lists_with_spaces_are_the_same(cpus in any_set()) {
+            let spaced = cpus.to_string().replace(',', ", ");
+            prop_assert_eq!(CpuSet::from_kernel_list(&spaced).unwrap(), cpus);
+        }
+
+        #[test]
+        fn ranges_hold_what_is_between(first in 0..500_usize, len in 0..300_usize) {
+            let cpus = CpuSet::range(first, first + len);
+            prop_assert_eq!(cpus.iter().collect::<Vec<_>>(), (first..=first + len).collect::<Vec<_>>());
+            prop_assert_eq!(&cpus, &(first..=first + len).collect::<CpuSet>());
         }
 
         #[test]
