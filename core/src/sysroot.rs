@@ -3,6 +3,7 @@
 //! Paths are given relative to the root (`proc/irq/24/smp_affinity_list`), so that a captured tree
 //! can stand in for a host (`--sysroot DIR`, as lscpu and lsmem have).
 
+use std::borrow::Cow;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -16,6 +17,8 @@ pub struct Sysroot {
     root: PathBuf,
 }
 
+/// How much of a file is read at once: as much as the kernel gives of a sysfs attribute.
+const PAGE: usize = 4096;
 /// How much of a file is read at once if it is handled line by line.
 const LINES_BUFFER: usize = 64 * 1024;
 
@@ -73,7 +76,10 @@ impl Sysroot {
     /// [`Error::Io`] with the path, for anything but a file that is not there.
     pub fn read_value(&self, path: impl AsRef<Path>) -> Result<Option<String>> {
         match self.read_record(path) {
-            Ok(text) => Ok(Some(text.trim_end().to_owned())),
+            Ok(mut text) => {
+                text.truncate(text.trim_end().len());
+                Ok(Some(text))
+            }
             Err(error) if error.is_gone() => Ok(None),
             Err(error) => Err(error),
         }
@@ -81,29 +87,29 @@ impl Sysroot {
 
     fn read_until(&self, path: &Path, short_read_ends: bool) -> Result<String> {
         let path = self.path(path);
-        let inner = || -> io::Result<Vec<u8>> {
-            let mut file = File::open(&path)?;
-            let mut bytes = vec![0; 4096];
-            let mut used = 0;
+        let inner = || -> io::Result<String> {
+            // Its buffer is not zeroed for each file.
+            let mut file = BufReader::with_capacity(PAGE, File::open(&path)?);
+            let first = file.fill_buf()?;
+            if first.is_empty() || (short_read_ends && first.len() < PAGE) {
+                return Ok(text(first).into_owned());
+            }
+            let mut bytes = Vec::new();
+            if !short_read_ends {
+                file.read_to_end(&mut bytes)?;
+                return Ok(text(&bytes).into_owned());
+            }
             loop {
-                let n = file.read(&mut bytes[used..])?;
-                used += n;
-                if n == 0 || (short_read_ends && used < bytes.len()) {
-                    bytes.truncate(used);
-                    return Ok(bytes);
-                }
-                if used == bytes.len() {
-                    bytes.resize(used * 2, 0);
+                let page = file.fill_buf()?;
+                let read = page.len();
+                bytes.extend_from_slice(page);
+                file.consume(read);
+                if read < PAGE {
+                    return Ok(text(&bytes).into_owned());
                 }
             }
         };
-        match inner() {
-            Ok(bytes) => Ok(match String::from_utf8(bytes) {
-                Ok(text) => text,
-                Err(error) => String::from_utf8_lossy(error.as_bytes()).into_owned(),
-            }),
-            Err(source) => Err(Error::io(path.clone(), "read", source)),
-        }
+        inner().map_err(|source| Error::io(path.clone(), "read", source))
     }
 
     /// Passes each line of a file to `each`, without keeping the file in memory.
@@ -116,7 +122,7 @@ impl Sysroot {
             let mut file = BufReader::with_capacity(LINES_BUFFER, File::open(&path)?);
             let mut line = Vec::new();
             while file.read_until(b'\n', &mut line)? > 0 {
-                each(String::from_utf8_lossy(&line).trim_end_matches('\n'));
+                each(text(&line).trim_end_matches('\n'));
                 line.clear();
             }
             Ok(())
@@ -130,14 +136,20 @@ impl Sysroot {
     /// [`Error::Io`] with the path.
     pub fn names(&self, path: impl AsRef<Path>) -> Result<Vec<String>> {
         let path = self.path(path);
-        let list = || -> io::Result<Vec<String>> {
+        let list = || -> io::Result<Vec<(u64, String)>> {
             fs::read_dir(&path)?
-                .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+                .map(|entry| {
+                    let name = match entry?.file_name().into_string() {
+                        Ok(name) => name,
+                        Err(name) => name.to_string_lossy().into_owned(),
+                    };
+                    Ok((name.parse().unwrap_or(u64::MAX), name))
+                })
                 .collect()
         };
         let mut names = list().map_err(|source| Error::io(path.clone(), "list", source))?;
-        names.sort_by_cached_key(|name| (name.parse::<u64>().unwrap_or(u64::MAX), name.clone()));
-        Ok(names)
+        names.sort_unstable();
+        Ok(names.into_iter().map(|(_, name)| name).collect())
     }
 
     /// The last component a symbolic link points at (`driver`, `iommu_group`); `None` where there
@@ -154,6 +166,15 @@ pub(crate) fn cpu_list(object: &str, text: &str) -> Result<CpuSet> {
         object: object.to_owned(),
         source,
     })
+}
+
+/// Bytes as text; those that are not UTF-8 become U+FFFD.
+fn text(bytes: &[u8]) -> Cow<'_, str> {
+    // Faster than the lossy conversion, which is rarely needed.
+    match std::str::from_utf8(bytes) {
+        Ok(text) => text.into(),
+        Err(_) => String::from_utf8_lossy(bytes),
+    }
 }
 
 #[cfg(test)]
