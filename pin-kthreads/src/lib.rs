@@ -6,6 +6,7 @@
 
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 
+use std::collections::BTreeMap;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -43,11 +44,11 @@ pub struct Args {
 
 /// The kernel threads, by whether user space may move them.
 #[derive(Debug, Default)]
-pub struct Kthreads {
-    /// Those that may be moved, kthreadd first; behind them the unbound workqueues' mask.
-    pub movable: Vec<Setting>,
+struct Kthreads {
+    /// Those that may be moved, kthreadd first, and then the unbound workqueues' mask.
+    movable: Vec<Setting>,
     /// Those that the kernel binds itself.
-    pub bound: Vec<Task>,
+    bound: Vec<Task>,
 }
 
 /// The command's whole run.
@@ -78,7 +79,8 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     }
     // Older kernels leave them out by themselves, so what was set would not be what reads back.
     let cpus = &cpus - &offline;
-    let Kthreads { movable, bound } = chosen(&root, &args.filter)?;
+    let Kthreads { movable, bound } =
+        chosen(&root, &args.filter, &kthreads(&root, &BTreeMap::new())?)?;
     let changes = movable
         .into_iter()
         .map(|object| args.filter.change(object, &cpus))
@@ -93,25 +95,39 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     args.common.carry_out(&root, &mut report, TOOL, changes)
 }
 
-/// All kernel threads, and the unbound workqueues' mask.
-///
-/// # Errors
-/// Where /proc cannot be read, or shows no kernel threads.
-pub fn settings(root: &Host) -> Result<Kthreads> {
-    chosen(root, &FilterArgs::default())
+/// The kernel threads of a run. A thread's name and flags are read only once.
+#[derive(Debug, Default)]
+pub struct Threads {
+    known: BTreeMap<i32, Task>,
+}
+
+impl Threads {
+    /// The threads that may be moved, kthreadd first, and the unbound workqueues' mask.
+    ///
+    /// # Errors
+    /// If /proc cannot be read, or shows no kernel threads.
+    pub fn settings(&mut self, root: &Host) -> Result<Vec<Setting>> {
+        let tasks = kthreads(root, &self.known)?;
+        let Kthreads { movable, .. } = chosen(root, &FilterArgs::default(), &tasks)?;
+        self.known = tasks.into_iter().map(|task| (task.id.pid, task)).collect();
+        Ok(movable)
+    }
 }
 
 /// The kernel threads that the options choose.
-fn chosen(root: &Host, filter: &FilterArgs) -> Result<Kthreads> {
+fn chosen(root: &Host, filter: &FilterArgs, tasks: &[Task]) -> Result<Kthreads> {
     let mut matcher = filter.filter();
     let mut kthreads = Kthreads::default();
-    for task in tasks(root, &mut matcher)? {
+    for task in tasks {
+        if !is_chosen(&mut matcher, task) {
+            continue;
+        }
         if task.bound {
-            kthreads.bound.push(task);
-        } else if let Some(cpus) = affinity(root, &task)? {
+            kthreads.bound.push(task.clone());
+        } else if let Some(cpus) = affinity(root, task)? {
             kthreads.movable.push(Setting::new(
                 Knob::Kthread(task.id),
-                label(&task),
+                label(task),
                 cpus.to_string(),
             ));
         }
@@ -121,22 +137,24 @@ fn chosen(root: &Host, filter: &FilterArgs) -> Result<Kthreads> {
     Ok(kthreads)
 }
 
-fn tasks(root: &Host, matcher: &mut Filter<'_>) -> Result<Vec<Task>> {
-    let mut tasks = match task::kthreads(root) {
-        // With hidepid=1 an ordinary user is told that they are there, with hidepid=2 not even
-        // that.
+fn is_chosen(matcher: &mut Filter<'_>, task: &Task) -> bool {
+    matcher.takes(task.id.pid.unsigned_abs().into(), &task.name)
+}
+
+/// All kernel threads, kthreadd first.
+fn kthreads(root: &Host, known: &BTreeMap<i32, Task>) -> Result<Vec<Task>> {
+    let tasks = match task::kthreads_again(root, known) {
+        // With hidepid=1 an ordinary user sees that they are there, with hidepid=2 not even that.
         Err(error) if error.is_denied() => Vec::new(),
         tasks => tasks?,
     };
     if tasks.first().is_none_or(|task| task.id.pid != KTHREADD) {
-        let why =
-            "no kernel threads to be seen; is this a container, or is /proc mounted with hidepid?";
+        let why = "no kernel threads found; is this a container, or is /proc mounted with hidepid?";
         return Err(Error::unusable(
             root.path("proc").display().to_string(),
             why,
         ));
     }
-    tasks.retain(|task| matcher.takes(task.id.pid.unsigned_abs().into(), &task.name));
     Ok(tasks)
 }
 
@@ -167,7 +185,10 @@ fn label(task: &Task) -> String {
 fn list(root: &Host, filter: &FilterArgs) -> Result<Table> {
     let mut matcher = filter.filter();
     let mut table = Table::new(&["pid", "name", "cpus", "last cpu", "movable"]);
-    for task in tasks(root, &mut matcher)? {
+    for task in kthreads(root, &BTreeMap::new())? {
+        if !is_chosen(&mut matcher, &task) {
+            continue;
+        }
         let Some(cpus) = affinity(root, &task)? else {
             continue;
         };

@@ -91,6 +91,11 @@ impl Baseline {
         self.entries.get(knob).map_or(&[], |entry| &entry.set)
     }
 
+    /// The first knob that is not ordered before `from`.
+    pub fn first_from(&self, from: &Knob) -> Option<&Knob> {
+        self.entries.range(from..).next().map(|(knob, _)| knob)
+    }
+
     /// All knobs with their labels and values before the first touch.
     pub fn knobs(&self) -> impl Iterator<Item = (&Knob, &str, &str)> {
         self.entries

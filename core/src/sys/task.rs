@@ -1,11 +1,8 @@
-//! Threads and kernel threads, read from /proc with the procfs crate's parsers; see
-//! proc_pid_stat(5).
+//! Threads and kernel threads, read from /proc; see proc_pid_stat(5).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
-use procfs::FromRead;
-use procfs::process::{Stat, StatFlags};
 use serde::{Deserialize, Serialize};
 
 use crate::cpuset::CpuSet;
@@ -42,46 +39,43 @@ pub struct Task {
     pub last_cpu: usize,
 }
 
+/// PF_KTHREAD and PF_NO_SETAFFINITY of include/linux/sched.h.
+const PF_KTHREAD: u32 = 0x0020_0000;
+const PF_NO_SETAFFINITY: u32 = 0x0400_0000;
+
 /// Parses a /proc/PID/stat line. `pid` is the process the thread belongs to.
 ///
 /// # Errors
-/// [`Error::Malformed`] where the line is none.
+/// [`Error::Malformed`] if the line is not a stat line.
 pub fn parse_stat(pid: i32, line: &str) -> Result<Task> {
-    let malformed = |why: String| Error::malformed(format!("stat of process {pid}"), why);
-    // The crate slices around the brackets and indexes fields without looking; no line must bring a
-    // tool down.
-    if !has_stat_shape(line) {
-        return Err(malformed(format!("{:?} is no stat line", line.trim_end())));
-    }
-    let stat = Stat::from_read(line.as_bytes()).map_err(|error| malformed(error.to_string()))?;
-    let flags = StatFlags::from_bits_retain(stat.flags);
-    Ok(Task {
-        id: TaskId {
-            pid,
-            tid: stat.pid,
-            start: stat.starttime,
-        },
-        name: stat.comm,
-        kernel: flags.contains(StatFlags::PF_KTHREAD),
-        bound: flags.contains(StatFlags::PF_NO_SETAFFINITY),
-        last_cpu: stat
-            .processor
-            .and_then(|cpu| usize::try_from(cpu).ok())
-            .unwrap_or(0),
+    parse_fields(pid, line).ok_or_else(|| {
+        Error::malformed(
+            format!("stat of process {pid}"),
+            format!("{:?} is not a stat line", line.trim_end()),
+        )
     })
 }
 
-/// Whether the line is `TID (NAME) ` and enough fields. The name may hold anything, brackets too.
-fn has_stat_shape(line: &str) -> bool {
-    let parts = || {
-        let (tid, rest) = line.split_once(" (")?;
-        let (_, fields) = rest.split_at_checked(rest.rfind(')')?)?;
-        Some((tid, fields.strip_prefix(") ")?))
-    };
-    parts().is_some_and(|(tid, fields)| {
-        !tid.is_empty()
-            && tid.bytes().all(|b| b.is_ascii_digit())
-            && fields.split_whitespace().count() >= 39
+/// `TID (NAME) STATE PPID ...`. The name may hold anything, brackets too.
+fn parse_fields(pid: i32, line: &str) -> Option<Task> {
+    let (tid, rest) = line.split_once(" (")?;
+    let (name, fields) = rest.split_at_checked(rest.rfind(')')?)?;
+    let tid: i32 = Some(tid)
+        .filter(|tid| tid.bytes().all(|b| b.is_ascii_digit()))
+        .and_then(|tid| tid.parse().ok())?;
+    // Field 3, the state, is the first one here.
+    let mut fields = fields.strip_prefix(") ")?.split(' ');
+    let flags: u32 = fields.nth(9 - 3)?.parse().ok()?;
+    let start = fields.nth(22 - 9 - 1)?.parse().ok()?;
+    let last_cpu: i32 = fields.nth(39 - 22 - 1)?.parse().ok()?;
+    // Linux 2.6.33 and newer have at least 41 fields.
+    fields.nth(41 - 39 - 1)?;
+    Some(Task {
+        id: TaskId { pid, tid, start },
+        name: name.to_owned(),
+        kernel: flags & PF_KTHREAD != 0,
+        bound: flags & PF_NO_SETAFFINITY != 0,
+        last_cpu: usize::try_from(last_cpu).unwrap_or(0),
     })
 }
 
@@ -147,17 +141,32 @@ fn kthread_pids(root: &Sysroot) -> Result<Option<Vec<i32>>> {
     }
 }
 
-/// All kernel threads, kthreadd included; those that end meanwhile are left out.
+/// All kernel threads, kthreadd included. Those that end meanwhile are left out.
 ///
 /// # Errors
-/// [`Error::Io`] where /proc cannot be read, [`Error::Malformed`] where a line of it cannot.
+/// [`Error::Io`] if /proc cannot be read, [`Error::Malformed`] if a line of it cannot be parsed.
 pub fn kthreads(root: &Sysroot) -> Result<Vec<Task>> {
+    kthreads_again(root, &BTreeMap::new())
+}
+
+/// As [`kthreads`], but takes threads in `known`, by pid, from there: a file less for each.
+///
+/// A pid that was used again since is mistaken for the earlier thread. Writes are not, since they
+/// compare start times.
+///
+/// # Errors
+/// As [`kthreads`].
+pub fn kthreads_again(root: &Sysroot, known: &BTreeMap<i32, Task>) -> Result<Vec<Task>> {
     let pids = match kthread_pids(root)? {
         Some(kthreads) => kthreads,
         None => pids(root)?,
     };
     let mut kthreads = Vec::with_capacity(pids.len());
     for pid in pids {
+        if let Some(task) = known.get(&pid) {
+            kthreads.push(task.clone());
+            continue;
+        }
         match root
             .read_record(format!("proc/{pid}/stat"))
             .and_then(|line| parse_stat(pid, &line))
@@ -214,8 +223,9 @@ fn stat_path(task: &TaskId) -> String {
 pub fn affinity(root: &Sysroot, task: &TaskId) -> Result<CpuSet> {
     let path = format!("proc/{}/task/{}/status", task.pid, task.tid);
     let status = root.read_record(&path)?;
+    // It is among the last lines.
     let list = status
-        .lines()
+        .rsplit('\n')
         .find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
     cpu_list(
         &path,

@@ -169,7 +169,7 @@ impl Reconcile<'_> {
         match &self.readings.kthreads {
             Some(objects) => Ok(objects.clone()),
             None => {
-                let objects = pin_kthreads::settings(self.root)?.movable;
+                let objects = self.host_kthreads.settings(self.root)?;
                 self.readings.kthreads = Some(objects.clone());
                 Ok(objects)
             }

@@ -21,6 +21,7 @@ pub(crate) struct Reconcile<'a> {
     /// The CPUs that partitions left to everything else when this run began, if there were any.
     pub(super) unpartitioned: Option<String>,
     pub(super) host_irqs: pin_irqs::Irqs,
+    pub(super) host_kthreads: pin_kthreads::Threads,
     /// VMs that were looked up in this run; none for one that does not run.
     guests: BTreeMap<VmId, Option<Guest>>,
     pub(super) readings: Readings,
@@ -65,6 +66,7 @@ impl<'a> Reconcile<'a> {
             present,
             unpartitioned,
             host_irqs: pin_irqs::Irqs::default(),
+            host_kthreads: pin_kthreads::Threads::default(),
             guests: BTreeMap::new(),
             readings: Readings::default(),
             pending: None,
@@ -181,9 +183,8 @@ impl<'a> Reconcile<'a> {
         let kthreadd = self
             .store
             .baseline
-            .knobs()
-            .map(|(knob, ..)| knob)
-            .find(|knob| is_kthreadd(knob))
+            .first_from(&KTHREADD)
+            .filter(|knob| is_kthreadd(knob))
             .cloned();
         for object in objects {
             let before = self.value_before(object, kthreadd.as_ref());
@@ -321,6 +322,13 @@ impl<'a> Reconcile<'a> {
         self.store.save()
     }
 }
+
+/// Ordered before kthreadd's knob and after those of other kinds.
+const KTHREADD: Knob = Knob::Kthread(TaskId {
+    pid: task::KTHREADD,
+    tid: 0,
+    start: 0,
+});
 
 fn is_kthreadd(knob: &Knob) -> bool {
     matches!(knob, Knob::Kthread(task) if task.pid == task::KTHREADD)
