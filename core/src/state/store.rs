@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, BufRead, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
@@ -35,10 +35,10 @@ const LOCK_INTERVAL: Duration = Duration::from_millis(10);
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct OnDisk<R> {
+struct OnDisk<R, E = Entry> {
     version: u32,
     reservations: BTreeMap<u32, R>,
-    baseline: Vec<Entry>,
+    baseline: Vec<E>,
 }
 
 impl<R: DeserializeOwned> OnDisk<R> {
@@ -159,7 +159,7 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
                 .iter()
                 .map(|(vmid, kept)| (*vmid, kept))
                 .collect(),
-            baseline: baseline.entries.values().cloned().collect(),
+            baseline: baseline.entries.values().collect(),
         })
     }
 
@@ -312,8 +312,11 @@ pub fn kept(root: &Sysroot, name: &str) -> Result<Option<String>> {
     read_own(&root.path(FOLDER).join(name))
 }
 
-/// Writes a file of the folder, whole or not at all.
+/// Writes a file of the folder, whole or not at all, unless it holds that text already.
 fn write_own(path: &Path, text: &str) -> Result<()> {
+    if holds(path, text).unwrap_or(false) {
+        return Ok(());
+    }
     let new = path.with_extension("json.new");
     let write = || -> io::Result<()> {
         // A leftover of a run that was killed while it wrote.
@@ -331,6 +334,32 @@ fn write_own(path: &Path, text: &str) -> Result<()> {
         fs::rename(&new, path)
     };
     write().map_err(|source| Error::io(path, "save", source))
+}
+
+/// Whether a file of ours is this text.
+fn holds(path: &Path, text: &str) -> io::Result<bool> {
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(nix::libc::O_NOFOLLOW)
+        .open(path)?;
+    let meta = file.metadata()?;
+    if meta.len() != text.len() as u64 || meta.mode() & 0o077 != 0 {
+        return Ok(false);
+    }
+    let mut file = io::BufReader::with_capacity(64 * 1024, file);
+    let mut rest = text.as_bytes();
+    loop {
+        let part = file.fill_buf()?;
+        if part.is_empty() {
+            return Ok(rest.is_empty());
+        }
+        let Some(after) = rest.strip_prefix(part) else {
+            return Ok(false);
+        };
+        rest = after;
+        let read = part.len();
+        file.consume(read);
+    }
 }
 
 /// Removes a state that cannot be read, under the lock; what it covered is not put back.
