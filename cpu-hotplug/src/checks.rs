@@ -4,18 +4,6 @@ use pinfold_core::knob::TaskId;
 use pinfold_core::sys::{cgroup, cpu, task};
 use pinfold_core::{CpuSet, Error, Host, Knob, Result};
 
-/// All that is looked at before CPUs go offline: [`check_possible`], [`check_partitions`] without
-/// force, and [`bound_tasks`]; gives their notes.
-///
-/// # Errors
-/// Where they should not go, with the reason.
-pub fn check_offline(root: &Host, cpus: &CpuSet) -> Result<Vec<String>> {
-    check_possible(root, cpus)?;
-    let mut notes = check_partitions(root, cpus, false)?;
-    notes.extend(bound_tasks(root, cpus)?);
-    Ok(notes)
-}
-
 /// Whether the kernel lets this CPU go offline; CPU 0 we never ask for, whatever the kernel says.
 pub(crate) fn can_go(root: &Host, cpu: usize) -> bool {
     cpu != 0 && root.exists(format!("sys/devices/system/cpu/cpu{cpu}/online"))

@@ -13,7 +13,7 @@ use pinfold_core::cli::{self, Common};
 use pinfold_core::sys::cpu;
 use pinfold_core::{Change, CpuSet, Exit, Host, Knob, Result, Selector, Setting, Table};
 
-pub use checks::{bound_tasks, check_offline, check_partitions, check_possible};
+pub use checks::{bound_tasks, check_partitions, check_possible};
 
 const TOOL: &str = "cpu-hotplug";
 

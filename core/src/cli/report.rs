@@ -156,6 +156,11 @@ impl Report {
         }
     }
 
+    /// Whether [`detail`](Self::detail) prints anything.
+    pub fn shows_details(&self) -> bool {
+        self.verbosity == Verbosity::Verbose && !self.json
+    }
+
     /// A line that only `-v` shows.
     pub fn detail(&self, text: &str) {
         if self.verbosity == Verbosity::Verbose {

@@ -189,7 +189,13 @@ impl Reconcile<'_> {
         }
         self.report.step(step);
         if state == "0" {
-            for note in cpu_hotplug::check_offline(self.root, cpus)? {
+            cpu_hotplug::check_possible(self.root, cpus)?;
+            let mut notes = cpu_hotplug::check_partitions(self.root, cpus, false)?;
+            // These take a look at every thread.
+            if self.report.shows_details() {
+                notes.extend(cpu_hotplug::bound_tasks(self.root, cpus)?);
+            }
+            for note in notes {
                 self.report.detail(&note);
             }
         }
