@@ -475,14 +475,15 @@ impl<'a> Tree<'a> {
         let file =
             fs::File::create(&path).with_context(|| format!("{}: cannot make", path.display()))?;
         let mut file = BufWriter::new(file);
-        let mut head = "            ".to_owned();
+        // As show_interrupts of kernel/irq/proc.c has them, for IRQ numbers of eight digits.
+        let mut head = " ".repeat(16);
         (0..cpus).for_each(|cpu| head += &format!("{:<11}", format!("CPU{cpu}")));
         writeln!(file, "{head}")?;
-        let counters = format!("{:>10} ", 0).repeat(usize::try_from(cpus)?);
+        let counters = format!(" {:>10}", 0).repeat(usize::try_from(cpus)?);
         for n in 0..irqs {
             writeln!(
                 file,
-                "{:>8}:  {counters} IR-PCI-MSIX-0000:{:02x}:00.0 {:>4}-edge      device{}q{}",
+                "{:>8}:{counters}  IR-PCI-MSIX-0000:{:02x}:00.0 {:>4}-edge      device{}q{}",
                 n + 24,
                 n / 64 % 256,
                 n % 64,
@@ -490,7 +491,7 @@ impl<'a> Tree<'a> {
                 n % 64
             )?;
         }
-        writeln!(file, "     NMI:  {counters} Non-maskable interrupts")?;
+        writeln!(file, "     NMI:{counters}   Non-maskable interrupts")?;
         file.flush()
             .with_context(|| format!("{}: cannot write", path.display()))?;
         self.bytes += path.metadata()?.len();
