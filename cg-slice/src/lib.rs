@@ -11,7 +11,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use pinfold_core::cli::{self, Common};
-use pinfold_core::knob::{ABSENT, PRESENT};
+use pinfold_core::knob::{ABSENT, PRESENT, Value};
 use pinfold_core::state::save::Entry;
 use pinfold_core::sys::{cgroup, cpu, task};
 use pinfold_core::vm::{Qemu, VmId};
@@ -180,11 +180,7 @@ pub fn settings(root: &Host, units: Vec<String>) -> pinfold_core::Result<Vec<Set
         // systemd makes up any slice that is asked for; one without a cgroup holds nothing.
         let made_up = name.ends_with(".slice") && !root.exists(cgroup::path(&slice_path(&name)));
         if let Some(cpus) = known.get(&name).filter(|_| !made_up) {
-            objects.push(Setting::new(
-                Knob::UnitCpus(name.clone()),
-                name,
-                cpus.to_string(),
-            ));
+            objects.push(Setting::new(Knob::UnitCpus(name.clone()), name, cpus));
             continue;
         }
         let knob = Knob::CgroupCpus(name.trim_start_matches('/').to_owned());
@@ -226,14 +222,14 @@ fn plan_allow(root: &Host, cpus: &CpuSet, units: Vec<String>) -> pinfold_core::R
     }
     Ok(settings(root, units)?
         .into_iter()
-        .map(|object| object.want(cpus.to_string()))
+        .map(|object| object.want(cpus))
         .collect())
 }
 
 /// What `--save` keeps: the overrides first, which come back last.
 fn entries(root: &Host, changes: &[Change]) -> pinfold_core::Result<Vec<Entry>> {
     let overrides = overrides(root)?;
-    let mut set: Vec<&str> = overrides.found.split_whitespace().collect();
+    let mut set: Vec<&str> = words(&overrides.found).collect();
     let changed = || changes.iter().filter(|change| !change.is_noop());
     set.extend(changed().filter_map(|change| match &change.knob {
         Knob::UnitCpus(unit) => Some(unit.as_str()),
@@ -241,7 +237,7 @@ fn entries(root: &Host, changes: &[Change]) -> pinfold_core::Result<Vec<Entry>> 
     }));
     set.sort_unstable();
     set.dedup();
-    let set = set.join(" ");
+    let set = Value::text(set.join(" "));
     let overrides = overrides.want(set);
     Ok(std::iter::once(Entry::from(&overrides))
         .filter(|entry| entry.before != entry.set)
@@ -256,19 +252,24 @@ fn entries(root: &Host, changes: &[Change]) -> pinfold_core::Result<Vec<Entry>> 
 /// Where /run/systemd cannot be listed.
 pub fn overrides(root: &Host) -> pinfold_core::Result<Setting> {
     let knob = Knob::UnitOverrides;
-    let found = knob.read(root)?.unwrap_or_default();
+    let found = knob.read(root)?.unwrap_or_else(|| Value::text(""));
     Ok(Setting::new(knob.clone(), knob.to_string(), found))
 }
 
 /// The change that removes the overrides that were not there `before`, of these units only, and a
 /// folder that is left empty.
-pub fn plan_overrides(overrides: Setting, before: &str, units: &[String]) -> Change {
-    let before: Vec<&str> = before.split_whitespace().collect();
+pub fn plan_overrides(overrides: Setting, before: Option<&Value>, units: &[String]) -> Change {
+    let before: Vec<&str> = before.into_iter().flat_map(words).collect();
     let ours = |unit: &str| unit.ends_with('/') || units.iter().any(|ours| ours == unit);
     let stays = |unit: &&str| before.contains(unit) || !ours(unit);
-    let kept: Vec<&str> = overrides.found.split_whitespace().filter(stays).collect();
-    let kept = kept.join(" ");
+    let kept: Vec<&str> = words(&overrides.found).filter(stays).collect();
+    let kept = Value::text(kept.join(" "));
     overrides.want(kept)
+}
+
+/// The units in a value of [`Knob::UnitOverrides`].
+fn words(units: &Value) -> impl Iterator<Item = &str> {
+    units.as_text().unwrap_or_default().split_whitespace()
 }
 
 /// The cgroup of a decoupled VM, below the root of the tree.
@@ -354,13 +355,9 @@ pub fn plan_remove(root: &Host, vmid: VmId) -> Vec<Change> {
     changes
 }
 
-fn folder(root: &Host, path: &str, wanted: &str) -> Change {
+fn folder(root: &Host, path: &str, wanted: Value) -> Change {
     let knob = Knob::Cgroup(path.to_owned());
-    let found = if root.exists(cgroup::path(path)) {
-        PRESENT
-    } else {
-        ABSENT
-    };
+    let found = Value::Present(root.exists(cgroup::path(path)));
     Setting::new(knob.clone(), knob.to_string(), found).want(wanted)
 }
 
@@ -408,7 +405,8 @@ fn moves(
         match task::task(root, pid, pid) {
             Ok(task) => {
                 let label = format!("process {pid} ({})", task.name);
-                changes.push(Setting::new(Knob::CgroupOf(task.id), label, from).want(to));
+                let setting = Setting::new(Knob::CgroupOf(task.id), label, Value::text(from));
+                changes.push(setting.want(Value::text(to)));
             }
             Err(error) if error.is_gone() => {}
             Err(error) => return Err(error),
@@ -442,7 +440,7 @@ fn list(root: &Host) -> anyhow::Result<Table> {
                 "cgroup",
                 Knob::CgroupCpus(name.clone())
                     .read(root)?
-                    .unwrap_or_default(),
+                    .map_or_else(String::new, |cpus| cpus.to_string()),
             ),
         };
         let effective = root

@@ -5,7 +5,7 @@
 //! CPUs and balances no load on them; see cgroup-v2.rst, "cpuset.cpus.partition". It needs the
 //! cpuset controller down to the cgroup, and the CPUs *exclusive* to every cgroup on the way.
 
-use pinfold_core::knob::{ABSENT, PRESENT};
+use pinfold_core::knob::{ABSENT, PRESENT, Value};
 use pinfold_core::state::save::Entry;
 use pinfold_core::sys::cgroup::{self, THREADED};
 use pinfold_core::sys::{cpu, task};
@@ -60,11 +60,8 @@ fn check_siblings(root: &Host, cgroup: &str, cpus: &CpuSet) -> Result<()> {
             .map(|name| below(parent, name))
             .filter(|sibling| sibling != step)
         {
-            let of = |knob: Knob| Ok::<_, Error>(cpus_of(&knob.read(root)?.unwrap_or_default()));
-            let (own, exclusive) = (
-                of(Knob::CgroupCpus(sibling.clone()))?,
-                of(Knob::ExclusiveCpus(sibling.clone()))?,
-            );
+            let own = cpus_of(root, &Knob::CgroupCpus(sibling.clone()))?;
+            let exclusive = cpus_of(root, &Knob::ExclusiveCpus(sibling.clone()))?;
             let why = if !own.is_empty() && own.is_subset(cpus) {
                 format!(
                     "its cpuset.cpus {own} is all in CPU {cpus}: it would have none left; give it others, or stop what is in it"
@@ -92,8 +89,12 @@ fn below(parent: &str, name: &str) -> String {
     }
 }
 
-fn cpus_of(list: &str) -> CpuSet {
-    CpuSet::from_kernel_list(list).unwrap_or_default()
+/// The CPUs of a knob; none if its file is not there, as without the cpuset controller.
+fn cpus_of(root: &Host, knob: &Knob) -> Result<CpuSet> {
+    let found = knob.read(root)?;
+    Ok(found
+        .and_then(|found| found.cpus().cloned())
+        .unwrap_or_default())
 }
 
 /// The changes that make a cgroup an isolated partition of these CPUs.
@@ -119,9 +120,9 @@ pub fn plan_make(root: &Host, cgroup: &str, cpus: &CpuSet) -> Result<Vec<Change>
     for step in way {
         // Before the controller is there the file is not.
         let knob = Knob::ExclusiveCpus(step.to_owned());
-        let found = knob.read(root)?.unwrap_or_default();
-        let wanted = &cpus_of(&found) | cpus;
-        changes.push(Setting::new(knob.clone(), knob.to_string(), found).want(wanted.to_string()));
+        let found = cpus_of(root, &knob)?;
+        let wanted = &found | cpus;
+        changes.push(Setting::new(knob.clone(), knob.to_string(), found).want(wanted));
     }
     changes.extend(own(root, cgroup, cpus)?);
     Ok(changes)
@@ -130,13 +131,12 @@ pub fn plan_make(root: &Host, cgroup: &str, cpus: &CpuSet) -> Result<Vec<Change>
 /// The changes to the cgroup itself, once its CPUs are exclusive.
 fn own(root: &Host, cgroup: &str, cpus: &CpuSet) -> Result<[Change; 2]> {
     let cpuset = Knob::CgroupCpus(cgroup.to_owned());
-    let found = cpuset.read(root)?.unwrap_or_default();
+    let found = cpus_of(root, &cpuset)?;
     let partition = Knob::Partition(cgroup.to_owned());
-    let state = partition.read(root)?.unwrap_or_else(|| MEMBER.into());
+    let state = partition.read(root)?.unwrap_or_else(|| Value::text(MEMBER));
     Ok([
-        Setting::new(cpuset.clone(), format!("cpuset.cpus of /{cgroup}"), found)
-            .want(cpus.to_string()),
-        Setting::new(partition.clone(), partition.to_string(), state).want(ISOLATED),
+        Setting::new(cpuset.clone(), format!("cpuset.cpus of /{cgroup}"), found).want(cpus),
+        Setting::new(partition.clone(), partition.to_string(), state).want(Value::text(ISOLATED)),
     ])
 }
 
@@ -144,7 +144,7 @@ fn own(root: &Host, cgroup: &str, cpus: &CpuSet) -> Result<[Change; 2]> {
 /// set them by hand the kernel forgets them, as those of IRQs' threads, and leaves the threads on
 /// all CPUs when the partition has gone.
 pub(crate) fn entries(root: &Host, changes: &[Change]) -> Result<Vec<Entry>> {
-    let all = cpu::present(root)?.to_string();
+    let all = Value::from(cpu::present(root)?);
     let kthreads = task::kthreads(root)?.into_iter().filter(|task| !task.bound);
     let mut entries = Vec::new();
     for task in kthreads {
@@ -156,7 +156,7 @@ pub(crate) fn entries(root: &Host, changes: &[Change]) -> Result<Vec<Entry>> {
                     format!("kthread {} ({})", task.id.pid, task.name),
                     found,
                 )
-                .want(&*all),
+                .want(&all),
             ));
         }
     }
@@ -186,19 +186,16 @@ pub fn plan_undo(root: &Host, cgroup: &str) -> Result<Vec<Change>> {
             "it is no partition; see `cg-slice partition show`",
         ));
     };
-    let cpus = cpus_of(
-        &Knob::ExclusiveCpus(cgroup.to_owned())
-            .read(root)?
-            .unwrap_or_default(),
-    );
-    let mut changes = vec![partition.want(MEMBER)];
-    changes.extend(setting(root, Knob::CgroupCpus(cgroup.to_owned()))?.map(|it| it.want("")));
+    let cpus = cpus_of(root, &Knob::ExclusiveCpus(cgroup.to_owned()))?;
+    let mut changes = vec![partition.want(Value::text(MEMBER))];
+    let own = setting(root, Knob::CgroupCpus(cgroup.to_owned()))?;
+    changes.extend(own.map(|it| it.want(CpuSet::new())));
     let way: Vec<&str> = cgroup::with_ancestors(cgroup).collect();
     for step in way.into_iter().rev() {
         let exclusive = setting(root, Knob::ExclusiveCpus(step.to_owned()))?;
         changes.extend(exclusive.map(|it| {
-            let rest = &cpus_of(&it.found) - &cpus;
-            it.want(rest.to_string())
+            let rest = it.found.cpus().map_or_else(CpuSet::new, |had| had - &cpus);
+            it.want(rest)
         }));
     }
     Ok(changes)
@@ -223,7 +220,7 @@ pub fn check_delegated(root: &Host, vmid: VmId) -> Result<()> {
 ///
 /// # Errors
 /// Where it cannot be told whether it does.
-pub fn delegation(root: &Host, vmid: VmId, wanted: &str) -> Result<Option<Change>> {
+pub fn delegation(root: &Host, vmid: VmId, wanted: Value) -> Result<Option<Change>> {
     Ok(setting(root, Knob::Delegation(format!("{vmid}.scope")))?.map(|it| it.want(wanted)))
 }
 
@@ -239,12 +236,12 @@ pub fn plan_vcpus(root: &Host, scope: &str, cpus: &CpuSet) -> Result<Vec<Change>
     let mut changes = Vec::new();
     // In this order: one that holds processes can have controllers for its children only when these
     // hold threads.
-    changes.extend(setting(root, folder)?.map(|it| it.want(THREADED)));
+    changes.extend(setting(root, folder)?.map(|it| it.want(Value::text(THREADED))));
     changes.extend(setting(root, Knob::ChildCpusets(scope.to_owned()))?.map(|it| it.want(PRESENT)));
     for step in [scope, &vcpus] {
         let knob = Knob::ExclusiveCpus(step.to_owned());
-        let found = knob.read(root)?.unwrap_or_default();
-        changes.push(Setting::new(knob.clone(), knob.to_string(), found).want(cpus.to_string()));
+        let found = cpus_of(root, &knob)?;
+        changes.push(Setting::new(knob.clone(), knob.to_string(), found).want(cpus));
     }
     changes.extend(own(root, &vcpus, cpus)?);
     Ok(changes)
@@ -262,7 +259,9 @@ pub fn plan_undo_vcpus(root: &Host, scope: &str, qemu: i32) -> Result<Vec<Change
     if !root.exists(cgroup::path(&vcpus)) {
         return Ok(changes);
     }
-    changes.extend(setting(root, Knob::Partition(vcpus.clone()))?.map(|it| it.want(MEMBER)));
+    changes.extend(
+        setting(root, Knob::Partition(vcpus.clone()))?.map(|it| it.want(Value::text(MEMBER))),
+    );
     for task in task::tasks(root, qemu)? {
         changes.extend(to_cgroup(
             root,
@@ -272,7 +271,9 @@ pub fn plan_undo_vcpus(root: &Host, scope: &str, qemu: i32) -> Result<Vec<Change
         )?);
     }
     changes.extend(setting(root, Knob::ThreadedCgroup(vcpus))?.map(|it| it.want(ABSENT)));
-    changes.extend(setting(root, Knob::ExclusiveCpus(scope.to_owned()))?.map(|it| it.want("")));
+    changes.extend(
+        setting(root, Knob::ExclusiveCpus(scope.to_owned()))?.map(|it| it.want(CpuSet::new())),
+    );
     changes.extend(setting(root, Knob::ChildCpusets(scope.to_owned()))?.map(|it| it.want(ABSENT)));
     Ok(changes)
 }
@@ -285,7 +286,9 @@ pub fn plan_undo_vcpus(root: &Host, scope: &str, qemu: i32) -> Result<Vec<Change
 pub fn to_cgroup(root: &Host, task: TaskId, label: String, cgroup: &str) -> Result<Option<Change>> {
     let found = Knob::CgroupOfThread(task).read(root)?;
     let wanted = format!("/{}", cgroup.trim_start_matches('/'));
-    Ok(found.map(|found| Setting::new(Knob::CgroupOfThread(task), label, found).want(wanted)))
+    Ok(found.map(|found| {
+        Setting::new(Knob::CgroupOfThread(task), label, found).want(Value::text(wanted))
+    }))
 }
 
 /// Every cgroup that is a partition, or has CPUs for one, below `from`.
@@ -305,12 +308,11 @@ pub(crate) fn list(root: &Host, from: &str) -> Result<Table> {
 }
 
 fn add_rows(root: &Host, cgroup: &str, table: &mut Table) -> Result<()> {
-    let of = |knob: Knob| Ok::<_, Error>(knob.read(root)?.unwrap_or_default());
     if !cgroup.is_empty() {
-        let (state, exclusive) = (
-            of(Knob::Partition(cgroup.to_owned()))?,
-            of(Knob::ExclusiveCpus(cgroup.to_owned()))?,
-        );
+        let state = Knob::Partition(cgroup.to_owned())
+            .read(root)?
+            .map_or_else(String::new, |state| state.to_string());
+        let exclusive = cpus_of(root, &Knob::ExclusiveCpus(cgroup.to_owned()))?;
         if !exclusive.is_empty() || !matches!(state.as_str(), "" | MEMBER) {
             let effective = root
                 .read_value(cgroup::file(cgroup, "cpuset.cpus.effective"))?
@@ -318,8 +320,8 @@ fn add_rows(root: &Host, cgroup: &str, table: &mut Table) -> Result<()> {
             table.row([
                 format!("/{cgroup}"),
                 state,
-                of(Knob::CgroupCpus(cgroup.to_owned()))?,
-                exclusive,
+                cpus_of(root, &Knob::CgroupCpus(cgroup.to_owned()))?.to_string(),
+                exclusive.to_string(),
                 effective,
             ]);
         }

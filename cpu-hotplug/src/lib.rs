@@ -10,6 +10,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use pinfold_core::cli::{self, Common};
+use pinfold_core::knob::Value;
 use pinfold_core::sys::cpu;
 use pinfold_core::{Change, CpuSet, Exit, Host, Knob, Result, Selector, Setting, Table};
 
@@ -84,10 +85,9 @@ fn run(args: Args) -> anyhow::Result<Exit> {
             (cpus, true)
         }
     };
-    let wanted = if online { "1" } else { "0" };
     let changes: Vec<Change> = settings(&root, &cpus)?
         .into_iter()
-        .map(|object| object.want(wanted))
+        .map(|object| object.want(Value::Online(online)))
         .collect();
     args.common.make(&root, &mut report, TOOL, changes)?;
     // A tree of files has nobody who keeps the list of those online.
@@ -131,14 +131,14 @@ pub fn settings(root: &Host, cpus: &CpuSet) -> Result<Vec<Setting>> {
 
 fn list(root: &Host) -> Result<Table> {
     let present = cpu::present(root)?;
-    let states: BTreeMap<Knob, String> = settings(root, &present)?
+    let states: BTreeMap<Knob, Value> = settings(root, &present)?
         .into_iter()
         .map(|object| (object.knob, object.found))
         .collect();
     let mut table = Table::new(&["cpu", "state", "can go offline"]);
     for cpu in present.iter() {
-        let state = match states.get(&Knob::CpuOnline(cpu)).map(String::as_str) {
-            Some("0") => "offline",
+        let state = match states.get(&Knob::CpuOnline(cpu)) {
+            Some(Value::Online(false)) => "offline",
             // Without the file it cannot be anything else.
             _ => "online",
         };

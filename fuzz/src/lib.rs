@@ -15,7 +15,7 @@ use pinfold_core::vm::qmp;
 use pinfold_core::vm::{
     HostDevices, HostPci, PciHolder, VmConf, parse_pci_claims, parse_pci_mapping,
 };
-use pinfold_core::{CpuSet, Host, Knob, MAX_CPU};
+use pinfold_core::{CpuSet, Host, Knob, MAX_CPU, knob};
 use serde_json::{Value, json};
 
 /// No parser needs more for any input. Of a process's memory this is Rust's part alone:
@@ -316,7 +316,8 @@ fn check_knob(knob: &Knob) {
 }
 
 /// So does the value of some.
-fn check_value(knob: &Knob, value: &str) {
+fn check_value(knob: &Knob, value: &knob::Value) {
+    let value = &*value.to_string();
     match knob {
         Knob::PciDriver(_) => {
             assert!(!value.contains('/'), "{knob:?} {value:?}");

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use pinfold_core::cli::{self, Common};
+use pinfold_core::knob::Value;
 use pinfold_core::sys::cpu;
 use pinfold_core::sys::cpufreq::{self, Policy};
 use pinfold_core::{CpuSet, Error, Exit, Host, Knob, Result, Selector, Setting, Table};
@@ -67,7 +68,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     }
     let changes = settings(&policies, |policy| policy.cpus.intersects(&cpus))
         .into_iter()
-        .map(|object| object.want(&*name))
+        .map(|object| object.want(Value::text(&*name)))
         .collect();
     args.common.carry_out(&root, &mut report, TOOL, changes)
 }
@@ -88,7 +89,7 @@ fn setting(policy: &Policy) -> Setting {
     Setting::new(
         Knob::Governor(policy.name.clone()),
         label(policy),
-        &*policy.governor,
+        Value::text(&*policy.governor),
     )
 }
 

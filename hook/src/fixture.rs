@@ -148,9 +148,9 @@ impl MadeUpHost {
             .iter()
             .flat_map(|qemu| task::tasks(&self.root, qemu.pid).unwrap())
         {
-            let found = task::affinity(&self.root, &task.id).unwrap().to_string();
+            let found = task::affinity(&self.root, &task.id).unwrap();
             let object = pinfold_core::Setting::new(Knob::Thread(task.id), "", found.clone());
-            store.baseline.plan(vec![object], |_, _| found.clone());
+            store.baseline.plan(vec![object], |_, _| (&found).into());
         }
         let isolation = Isolation::Hotplug;
         let reservation = Reservation {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::exec;
+use pinfold_core::knob::Value;
 use pinfold_core::vm::VmId;
 use pinfold_core::{Error, Host, Knob, Report, Result, Setting, apply, vm};
 
@@ -24,7 +25,7 @@ pub(crate) fn tidy_caches_plan() -> Vec<pinfold_core::Change> {
         .into_iter()
         .map(|(name, value)| {
             let knob = Knob::Trigger(name.into());
-            Setting::new(knob.clone(), knob.to_string(), "").want(value)
+            Setting::new(knob.clone(), knob.to_string(), Value::text("")).want(Value::text(value))
         })
         .collect()
 }

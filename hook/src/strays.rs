@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use pinfold_core::knob::Value;
 use pinfold_core::state::Baseline;
 use pinfold_core::sys::{irq, task};
 use pinfold_core::{CpuSet, Host, Knob, Result, Setting, TaskId};
@@ -89,19 +90,15 @@ pub(crate) fn strays(
         } else {
             Class::Stray
         };
-        let cpus = CpuSet::from_kernel_list(&found).unwrap_or_default();
+        let Some(cpus) = found.cpus() else { continue };
         if let (Knob::Irq(number), false) = (&knob, cpus.intersects(isolated)) {
             see(Class::MovingIrq, label, &irq::effective(root, *number)?);
         } else {
-            see(class, label, &cpus);
+            see(class, label, cpus);
         }
     }
-    if let Some(found) = Knob::Workqueues.read(root)? {
-        see(
-            Class::Stray,
-            Knob::Workqueues.to_string(),
-            &CpuSet::from_kernel_list(&found).unwrap_or_default(),
-        );
+    if let Some(Value::Cpus(cpus)) = Knob::Workqueues.read(root)? {
+        see(Class::Stray, Knob::Workqueues.to_string(), &cpus);
     }
     strays.sort_by(|a, b| {
         (a.class, a.cpus.first(), &a.object).cmp(&(b.class, b.cpus.first(), &b.object))

@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pinfold_core::knob::{ABSENT, NO_DRIVER, PRESENT};
+use pinfold_core::knob::{ABSENT, NO_DRIVER, PRESENT, Value};
 use pinfold_core::sys::pci::{self, PciAddress};
 use pinfold_core::{
     Applied, Change, Error, Host, Knob, Outcome, Report, Result, Setting, apply_one,
@@ -91,7 +91,7 @@ struct Before {
 impl Before {
     fn to_be_back(&self) -> Change {
         Setting {
-            found: ABSENT.into(),
+            found: ABSENT,
             ..self.object.clone()
         }
         .want(PRESENT)
@@ -243,9 +243,9 @@ fn bind(root: &Host, functions: &[&Before], report: &mut Report) {
             let object = Setting::new(
                 Knob::PciDriver(address.to_string()),
                 format!("driver of PCI {address}"),
-                found,
+                Value::text(found),
             );
-            report.changes(&[apply_one(root, object.want(had))]);
+            report.changes(&[apply_one(root, object.want(Value::text(had)))]);
         }
     }
 }
@@ -255,7 +255,7 @@ fn driver(root: &Host, address: &PciAddress) -> String {
         .read(root)
         .ok()
         .flatten()
-        .unwrap_or_else(|| NO_DRIVER.into())
+        .map_or_else(|| NO_DRIVER.into(), |driver| driver.to_string())
 }
 
 /// Looks until it is so, and says whether it is.

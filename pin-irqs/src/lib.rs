@@ -72,7 +72,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     let mut changes = chosen(&root, &args.filter, &mut Irqs::default())?
         .into_iter()
         .map(|object| args.filter.change(object, &cpus))
-        .collect::<Result<Vec<_>>>()?;
+        .collect::<Vec<_>>();
     if args.common.dry_run {
         // Trying tells, and a dry run does not try.
         let held = held(&root)?.unwrap_or_default();
@@ -130,7 +130,7 @@ fn list(root: &Host, filter: &FilterArgs, held: Option<&BTreeSet<u32>>) -> Resul
             table.row([
                 DEFAULT.into(),
                 String::new(),
-                object.found,
+                object.found.to_string(),
                 String::new(),
                 "yes".into(),
             ]);
@@ -145,7 +145,7 @@ fn list(root: &Host, filter: &FilterArgs, held: Option<&BTreeSet<u32>>) -> Resul
         table.row([
             number.to_string(),
             irqs.name(number).into(),
-            object.found,
+            object.found.to_string(),
             effective,
             movable.into(),
         ]);

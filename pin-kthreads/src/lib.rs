@@ -84,9 +84,9 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     let changes = movable
         .into_iter()
         .map(|object| args.filter.change(object, &cpus))
-        .collect::<Result<_>>()?;
+        .collect();
     for task in bound {
-        let change = Setting::new(Knob::Kthread(task.id), label(&task), "").want(cpus.to_string());
+        let change = Setting::new(Knob::Kthread(task.id), label(&task), CpuSet::new()).want(&cpus);
         report.changes(&[Applied {
             change,
             outcome: Outcome::Refused("the kernel binds this thread itself".into()),
@@ -125,11 +125,9 @@ fn chosen(root: &Host, filter: &FilterArgs, tasks: &[Task]) -> Result<Kthreads> 
         if task.bound {
             kthreads.bound.push(task.clone());
         } else if let Some(cpus) = affinity(root, task)? {
-            kthreads.movable.push(Setting::new(
-                Knob::Kthread(task.id),
-                label(task),
-                cpus.to_string(),
-            ));
+            kthreads
+                .movable
+                .push(Setting::new(Knob::Kthread(task.id), label(task), cpus));
         }
     }
     kthreads.movable.extend(workqueues(root, &mut matcher)?);
@@ -205,7 +203,7 @@ fn list(root: &Host, filter: &FilterArgs) -> Result<Table> {
         table.row([
             WORKQUEUES.into(),
             mask.label,
-            mask.found,
+            mask.found.to_string(),
             String::new(),
             "movable".into(),
         ]);

@@ -159,7 +159,7 @@ pub fn setting(thread: &QemuThread) -> Setting {
         Role::Emulator => format!("emulator thread {tid} ({})", thread.name),
         role => format!("{role} (thread {tid})"),
     };
-    Setting::new(Knob::Thread(thread.id), label, thread.allowed.to_string())
+    Setting::new(Knob::Thread(thread.id), label, &thread.allowed)
 }
 
 /// The changes that pin threads: vCPUs by number, iothreads, then the emulator's, its first thread
@@ -204,7 +204,7 @@ pub fn plan(threads: &[QemuThread], pins: &Pins) -> Result<Vec<Change>> {
     pinned.sort_by_key(|(thread, _)| (&thread.role, thread.id.tid != thread.id.pid, thread.id.tid));
     Ok(pinned
         .into_iter()
-        .map(|(thread, cpus)| setting(thread).want(cpus.to_string()))
+        .map(|(thread, cpus)| setting(thread).want(cpus))
         .collect())
 }
 

@@ -7,7 +7,6 @@ use regex::Regex;
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
 use crate::knob::{Change, Setting};
-use crate::sysroot::cpu_list;
 
 /// The options that select among a tool's objects. Without any of them all objects are moved to all
 /// of the given CPUs.
@@ -93,17 +92,12 @@ impl FilterArgs {
     }
 
     /// The change that takes an object to `cpus`, or with `--narrow` holds it to them.
-    ///
-    /// # Errors
-    /// Where what it holds is no CPU list.
-    pub fn change(&self, object: Setting, cpus: &CpuSet) -> Result<Change> {
-        let wanted = match self.narrow {
-            true => cpu_list(&object.label, &object.found)?
-                .narrow_to(cpus)
-                .to_string(),
-            false => cpus.to_string(),
+    pub fn change(&self, object: Setting, cpus: &CpuSet) -> Change {
+        let wanted = match object.found.cpus() {
+            Some(found) if self.narrow => found.narrow_to(cpus),
+            _ => cpus.clone(),
         };
-        Ok(object.want(wanted))
+        object.want(wanted)
     }
 }
 
@@ -220,8 +214,12 @@ mod tests {
                 narrow,
                 ..FilterArgs::default()
             };
+            let found = CpuSet::from_kernel_list(found).unwrap();
             let object = Setting::new(crate::Knob::Irq(24), "IRQ 24", found);
-            select.change(object, &CpuSet::range(0, 5)).unwrap().wanted
+            select
+                .change(object, &CpuSet::range(0, 5))
+                .wanted
+                .to_string()
         };
         assert_eq!(wanted(false, "4-7"), "0-5");
         assert_eq!(wanted(true, "4-7"), "4-5");

@@ -368,12 +368,14 @@ pub fn applied_to_json(step: Option<&str>, done: &Applied) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpuset::CpuSet;
     use crate::knob::Knob;
     use crate::knob::Setting;
 
     fn done(outcome: Outcome) -> Applied {
         Applied {
-            change: Setting::new(Knob::Irq(1), "IRQ 1", "0").want("1"),
+            change: Setting::new(Knob::Irq(1), "IRQ 1", CpuSet::range(0, 0))
+                .want(CpuSet::range(1, 1)),
             outcome,
         }
     }

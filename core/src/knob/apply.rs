@@ -3,7 +3,8 @@
 use std::io;
 
 use super::change::{Applied, Change, Outcome};
-use super::knobs::{ABSENT, Knob};
+use super::knobs::Knob;
+use super::value::ABSENT;
 use super::write::{self, Answer};
 use crate::error::{is_gone, os_text};
 use crate::host::Host;
@@ -23,10 +24,12 @@ pub fn apply_one(host: &Host, change: Change) -> Applied {
             .map_or(Outcome::Planned, Outcome::Refused)
     } else {
         match write::write(&change.knob, host, &change.wanted) {
-            Ok(Answer::Taken(Some(kept))) if kept != change.wanted => Outcome::Failed(format!(
-                "the kernel took the value and kept {}",
-                if kept.is_empty() { "nothing" } else { &kept }
-            )),
+            Ok(Answer::Taken(Some(kept))) if kept != change.wanted.to_string() => {
+                Outcome::Failed(format!(
+                    "the kernel took the value and kept {}",
+                    if kept.is_empty() { "nothing" } else { &kept }
+                ))
+            }
             Ok(Answer::Taken(_)) => Outcome::Changed,
             Ok(Answer::Refused(why)) => Outcome::Refused(why),
             Err(error) if is_gone(&error) && has_gone(host, &change) => Outcome::Gone,
@@ -208,6 +211,7 @@ mod tests {
 
     fn change(knob: Knob, found: &str, wanted: &str) -> Change {
         let label = knob.to_string();
+        let (found, wanted) = (knob.parse(found).unwrap(), knob.parse(wanted).unwrap());
         Setting::new(knob, label, found).want(wanted)
     }
 
@@ -218,7 +222,10 @@ mod tests {
         let done = apply(&host, vec![wanted]);
         assert_eq!(done[0].outcome, Outcome::Changed);
         assert_eq!(done[0].to_string(), "IRQ 24: 0-23 -> 0-5");
-        assert_eq!(Knob::Irq(24).read(&host).unwrap().unwrap(), "0-5");
+        assert_eq!(
+            Knob::Irq(24).read(&host).unwrap().unwrap().to_string(),
+            "0-5"
+        );
         let again = apply(&host, vec![change(Knob::Irq(24), "0-5", "0-5")]);
         assert_eq!(again[0].outcome, Outcome::Already);
     }
@@ -277,7 +284,10 @@ mod tests {
             apply_one(&host, change(Knob::Irq(24), "0-5", "0-5")).outcome,
             Outcome::Already
         );
-        assert_eq!(Knob::Irq(24).read(&host).unwrap().unwrap(), "0-23");
+        assert_eq!(
+            Knob::Irq(24).read(&host).unwrap().unwrap().to_string(),
+            "0-23"
+        );
         // What the kernel holds is told without trying, where it can be.
         let file = host.path("proc/irq/24/smp_affinity_list");
         fs::set_permissions(file, std::os::unix::fs::PermissionsExt::from_mode(0o444)).unwrap();

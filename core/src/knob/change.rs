@@ -5,6 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::knobs::Knob;
+use super::value::Value;
 
 /// A knob as it was found on the host: what a tool lists, and what a change is made from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,13 +14,13 @@ pub struct Setting {
     pub knob: Knob,
     /// Its name for people: `IRQ 24 (nvme0q1)`.
     pub label: String,
-    /// What it holds, in the knob's canonical form.
-    pub found: String,
+    /// What it holds.
+    pub found: Value,
 }
 
 impl Setting {
     /// A knob with its label and value.
-    pub fn new(knob: Knob, label: impl Into<String>, found: impl Into<String>) -> Self {
+    pub fn new(knob: Knob, label: impl Into<String>, found: impl Into<Value>) -> Self {
         Self {
             knob,
             label: label.into(),
@@ -28,7 +29,7 @@ impl Setting {
     }
 
     /// The change that brings the object to `wanted`.
-    pub fn want(self, wanted: impl Into<String>) -> Change {
+    pub fn want(self, wanted: impl Into<Value>) -> Change {
         Change {
             knob: self.knob,
             label: self.label,
@@ -47,9 +48,9 @@ pub struct Change {
     /// Its name for people.
     pub label: String,
     /// What it holds.
-    pub found: String,
+    pub found: Value,
     /// What it shall hold.
-    pub wanted: String,
+    pub wanted: Value,
 }
 
 impl Change {
@@ -61,26 +62,21 @@ impl Change {
 
 impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.knob {
-            Knob::Trigger(_) => write!(f, "{}: {}", self.label, self.wanted),
-            knob => write!(
-                f,
-                "{}: {} -> {}",
-                self.label,
-                shown(knob, &self.found),
-                shown(knob, &self.wanted)
-            ),
+        if let Knob::Trigger(_) = &self.knob {
+            return write!(f, "{}: {}", self.label, self.wanted);
         }
+        let (found, wanted) = (shown(&self.found), shown(&self.wanted));
+        write!(f, "{}: {found} -> {wanted}", self.label)
     }
 }
 
-/// A knob's value in words, where it has some.
-fn shown<'a>(knob: &Knob, value: &'a str) -> &'a str {
-    match (knob, value) {
-        (_, "") => "unset",
-        (Knob::CpuOnline(_), "0") => "offline",
-        (Knob::CpuOnline(_), "1") => "online",
-        _ => value,
+/// A value in words, if it has some.
+fn shown(value: &Value) -> String {
+    match value {
+        value if value.is_unset() => "unset".into(),
+        Value::Online(false) => "offline".into(),
+        Value::Online(true) => "online".into(),
+        value => value.to_string(),
     }
 }
 
@@ -120,15 +116,15 @@ impl fmt::Display for Applied {
             label,
             found,
             wanted,
-            knob,
+            ..
         } = &self.change;
         match &self.outcome {
             Outcome::Planned | Outcome::Changed => self.change.fmt(f),
-            Outcome::Already => write!(f, "{label}: already {}", shown(knob, found)),
+            Outcome::Already => write!(f, "{label}: already {}", shown(found)),
             Outcome::Gone => write!(f, "{label}: gone"),
             Outcome::Refused(why) => write!(f, "{label}: refused: {why}"),
             Outcome::Foreign(why) => write!(f, "{label}: left as it is: {why}"),
-            Outcome::Failed(why) => write!(f, "{label}: set to {}: {why}", shown(knob, wanted)),
+            Outcome::Failed(why) => write!(f, "{label}: set to {}: {why}", shown(wanted)),
         }
     }
 }

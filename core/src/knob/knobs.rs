@@ -5,10 +5,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::sys::task::TaskId;
 
-/// The value of a folder or device that is there.
-pub const PRESENT: &str = "present";
-/// The value of a folder or device that is not there.
-pub const ABSENT: &str = "absent";
 /// The value of a drop-in that is not there although its folder is.
 pub(super) const EMPTIED: &str = "emptied";
 /// The driver of a PCI function that is not bound to any.

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::knobs::Knob;
+use super::value::Value;
 use crate::error::{Error, Result};
 use crate::sys::cgroup;
 
@@ -69,12 +70,19 @@ impl Knob {
         }
     }
 
-    /// Refuses a value that becomes a part of a path and would leave its folder; for values read
-    /// from saved state.
+    /// Reads a value from saved state; refuses one that becomes a part of a path and would leave its
+    /// folder.
     ///
     /// # Errors
-    /// [`Error::Malformed`] naming the value.
-    pub fn check_value(&self, value: &str) -> Result<()> {
+    /// [`Error`] if the text is not a value of this knob, or naming the value that leaves its folder.
+    pub(crate) fn parse_checked(&self, text: &str) -> Result<Value> {
+        let value = self.parse(text)?;
+        self.check_value(&value)?;
+        Ok(value)
+    }
+
+    fn check_value(&self, value: &Value) -> Result<()> {
+        let value = value.as_text().unwrap_or_default();
         match self {
             Self::CgroupOf(_) | Self::CgroupOfThread(_) => {
                 let path = value.trim_start_matches('/');
@@ -211,7 +219,11 @@ mod tests {
             (&driver, "../../x", false),
             (&Knob::Irq(1), "../x", true),
         ] {
-            assert_eq!(knob.check_value(value).is_ok(), good, "{knob:?} {value:?}");
+            assert_eq!(
+                knob.check_value(&Value::text(value)).is_ok(),
+                good,
+                "{knob:?} {value:?}"
+            );
         }
     }
 }

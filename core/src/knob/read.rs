@@ -1,77 +1,72 @@
 //! What knobs hold.
 
-use super::knobs::{ABSENT, EMPTIED, Knob, NO_DRIVER, PRESENT};
+use super::knobs::{EMPTIED, Knob, NO_DRIVER};
 use super::names::pci_path;
+use super::value::{ABSENT, Value};
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::sys::{cgroup, task};
-use crate::sysroot::cpu_list;
 use crate::systemd;
 
 impl Knob {
-    /// What the knob holds now in canonical form; `None` where the object is not there (any more).
+    /// What the knob holds now; `None` if the object is not there (any more).
     ///
     /// # Errors
-    /// Any [`Error`] but one that says that the object is gone.
-    pub fn read(&self, host: &Host) -> Result<Option<String>> {
+    /// Any [`Error`] except one that [is gone](Error::is_gone).
+    pub fn read(&self, host: &Host) -> Result<Option<Value>> {
         let found = match self {
             Self::Irq(_)
             | Self::CpuOnline(_)
             | Self::Governor(_)
             | Self::Sysctl(_)
-            | Self::Partition(_) => {
-                return host.read_value(self.path());
-            }
-            // Without the controller there is no file, which is as good as an empty one.
-            Self::CgroupCpus(path) | Self::ExclusiveCpus(path) => {
-                match host.read_value(self.path()) {
-                    Ok(Some(text)) => {
-                        cpu_list(&self.path(), &text).map(|cpus| Some(cpus.to_string()))
-                    }
-                    Ok(None) => Ok(host.exists(cgroup::path(path)).then(String::new)),
-                    Err(error) => Err(error),
-                }
-            }
-            Self::DefaultIrq | Self::Workqueues => host.read_value(self.path()).and_then(|mask| {
-                mask.map(|mask| match CpuSet::from_mask(&mask) {
-                    Ok(cpus) => Ok(cpus.to_string()),
-                    Err(source) => Err(Error::Cpus {
-                        object: self.path(),
-                        source,
-                    }),
-                })
-                .transpose()
-            }),
+            | Self::Partition(_) => self.read_file(host),
+            // Without the controller there is no file, which means the same as an empty one.
+            Self::CgroupCpus(path) | Self::ExclusiveCpus(path) => match self.read_file(host) {
+                Ok(None) => Ok(host
+                    .exists(cgroup::path(path))
+                    .then(|| CpuSet::new().into())),
+                other => other,
+            },
+            Self::DefaultIrq | Self::Workqueues => self.read_mask(host),
             Self::Kthread(task) | Self::Thread(task) => task::check_start(host, task)
                 .and_then(|()| task::affinity(host, task))
-                .map(|cpus| Some(cpus.to_string())),
-            Self::UnitCpus(unit) => systemd::allowed_cpus(host.systemd(), host, unit)
-                .map(|cpus| cpus.map(|cpus| cpus.to_string())),
-            Self::UnitOverrides => systemd::overrides(host).map(|units| Some(units.join(" "))),
-            Self::Cgroup(path) => Ok(Some(presence(host.exists(cgroup::path(path))))),
+                .map(|cpus| Some(cpus.into())),
+            Self::UnitCpus(unit) => {
+                systemd::allowed_cpus(host.systemd(), host, unit).map(|cpus| cpus.map(Value::Cpus))
+            }
+            Self::UnitOverrides => {
+                systemd::overrides(host).map(|units| Some(Value::text(units.join(" "))))
+            }
+            Self::Cgroup(path) => Ok(Some(Value::Present(host.exists(cgroup::path(path))))),
             Self::CgroupOf(task) => task::check_start(host, task)
                 .and_then(|()| cgroup::of_process(host, task.pid))
-                .map(Some),
+                .map(|cgroup| Some(Value::text(cgroup))),
             Self::CgroupOfThread(task) => task::check_start(host, task)
                 .and_then(|()| cgroup::of_thread(host, task))
-                .map(Some),
-            Self::ThreadedCgroup(path) => match host.exists(cgroup::path(path)) {
-                true => host.read_value(cgroup::file(path, "cgroup.type")),
-                false => Ok(Some(ABSENT.into())),
-            },
+                .map(|cgroup| Some(Value::text(cgroup))),
+            Self::ThreadedCgroup(path) => {
+                if host.exists(cgroup::path(path)) {
+                    host.read_value(cgroup::file(path, "cgroup.type"))
+                        .map(|kind| kind.map(Value::text))
+                } else {
+                    Ok(Some(ABSENT))
+                }
+            }
             Self::ChildCpusets(path) => {
-                cgroup::has_child_cpusets(host, path).map(|has| has.map(presence))
+                cgroup::has_child_cpusets(host, path).map(|has| has.map(Value::Present))
             }
             Self::Delegation(scope) => Ok(Some(
                 systemd::drop_ins::is_to_delegate(host, scope)
-                    .map_or_else(|| EMPTIED.into(), presence),
+                    .map_or_else(|| Value::text(EMPTIED), Value::Present),
             )),
-            Self::Trigger(_) => Ok(Some(String::new())),
-            Self::PciFunction(address) => Ok(Some(presence(host.exists(pci_path(address, ""))))),
+            Self::Trigger(_) => Ok(Some(Value::text(""))),
+            Self::PciFunction(address) => {
+                Ok(Some(Value::Present(host.exists(pci_path(address, "")))))
+            }
             Self::PciDriver(address) => Ok(host.exists(pci_path(address, "")).then(|| {
-                host.link_name(pci_path(address, "driver"))
-                    .unwrap_or_else(|| NO_DRIVER.into())
+                let driver = host.link_name(pci_path(address, "driver"));
+                Value::text(driver.unwrap_or_else(|| NO_DRIVER.into()))
             })),
         };
         match found {
@@ -79,8 +74,24 @@ impl Knob {
             other => other,
         }
     }
-}
 
-fn presence(there: bool) -> String {
-    if there { PRESENT.into() } else { ABSENT.into() }
+    /// The value in the knob's file; `None` if there is no such file.
+    fn read_file(&self, host: &Host) -> Result<Option<Value>> {
+        let text = host.read_value(self.path())?;
+        text.map(|text| self.parse(&text)).transpose()
+    }
+
+    /// The CPUs in the knob's file, which is a mask.
+    fn read_mask(&self, host: &Host) -> Result<Option<Value>> {
+        let Some(mask) = host.read_value(self.path())? else {
+            return Ok(None);
+        };
+        match CpuSet::from_mask(&mask) {
+            Ok(cpus) => Ok(Some(cpus.into())),
+            Err(source) => Err(Error::Cpus {
+                object: self.path(),
+                source,
+            }),
+        }
+    }
 }

@@ -4,30 +4,74 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::{Error, Result};
 use crate::host::Host;
-use crate::knob::{Applied, Change, Knob, Outcome, Setting};
+use crate::knob::{Applied, Change, Knob, Outcome, Setting, Value};
 
 /// One knob of the baseline.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(try_from = "Unchecked")]
 pub(super) struct Entry {
-    pub(super) knob: Knob,
+    knob: Knob,
     label: String,
     /// The value before the first touch.
-    pub(super) before: String,
+    before: Value,
     /// The values set since, the one that was set last, or was about to be, at the end; before them
     /// what the kernel made of one by itself. It may come back to any (a thread's mask, as CPUs go
     /// and come).
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub(super) set: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    set: Vec<Value>,
+}
+
+/// An entry as it is in the file. To become one of the baseline, its knob and values must not leave
+/// their folders.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Unchecked {
+    knob: Knob,
+    label: String,
+    before: String,
+    #[serde(default)]
+    set: Vec<String>,
+}
+
+impl TryFrom<Unchecked> for Entry {
+    type Error = Error;
+
+    fn try_from(unchecked: Unchecked) -> Result<Self> {
+        let Unchecked {
+            knob,
+            label,
+            before,
+            set,
+        } = unchecked;
+        knob.check()?;
+        Ok(Self {
+            before: knob.parse_checked(&before)?,
+            set: set
+                .iter()
+                .map(|value| knob.parse_checked(value))
+                .collect::<Result<_>>()?,
+            knob,
+            label,
+        })
+    }
 }
 
 impl Entry {
-    pub(super) fn note(&mut self, value: &str) {
+    fn note(&mut self, value: &Value) {
         if self.set.last().is_none_or(|last| last != value) {
             self.set.retain(|earlier| earlier != value);
-            self.set.push(value.to_owned());
+            self.set.push(value.clone());
         }
+    }
+}
+
+#[cfg(test)]
+impl Entry {
+    /// Notes that the knob was set to its value from before.
+    pub(super) fn note_before(&mut self) {
+        self.note(&self.before.clone());
     }
 }
 
@@ -36,10 +80,10 @@ impl Entry {
 pub struct Baseline {
     pub(super) entries: BTreeMap<Knob, Entry>,
     /// Knobs that held, when this run began, what neither we nor anyone before us had set.
-    foreign: BTreeMap<Knob, String>,
+    foreign: BTreeMap<Knob, Value>,
     /// What knobs would hold by now, where changes are planned only: the host does not show it to
     /// the steps that follow.
-    planned: BTreeMap<Knob, String>,
+    planned: BTreeMap<Knob, Value>,
 }
 
 impl Baseline {
@@ -56,14 +100,14 @@ impl Baseline {
 
     /// Puts an object in, with the value it had before the first touch, or would have had: what it
     /// holds instead is ours then. One that is in already stays as it is.
-    pub fn adopt(&mut self, object: &Setting, before: &str) {
+    pub fn adopt(&mut self, object: &Setting, before: &Value) {
         self.entries
             .entry(object.knob.clone())
             .or_insert_with(|| Entry {
                 knob: object.knob.clone(),
                 label: object.label.clone(),
-                before: before.to_owned(),
-                set: if object.found == before {
+                before: before.clone(),
+                set: if object.found == *before {
                     Vec::new()
                 } else {
                     vec![object.found.clone()]
@@ -77,17 +121,17 @@ impl Baseline {
     }
 
     /// The value of a knob before the first touch.
-    pub fn before(&self, knob: &Knob) -> Option<&str> {
-        self.entries.get(knob).map(|entry| entry.before.as_str())
+    pub fn before(&self, knob: &Knob) -> Option<&Value> {
+        self.entries.get(knob).map(|entry| &entry.before)
     }
 
     /// The value a knob was last set to.
-    pub fn last(&self, knob: &Knob) -> Option<&str> {
-        self.values_set(knob).last().map(String::as_str)
+    pub fn last(&self, knob: &Knob) -> Option<&Value> {
+        self.values_set(knob).last()
     }
 
     /// The values a knob has had by us since, the one that was set last at the end.
-    pub fn values_set(&self, knob: &Knob) -> &[String] {
+    pub fn values_set(&self, knob: &Knob) -> &[Value] {
         self.entries.get(knob).map_or(&[], |entry| &entry.set)
     }
 
@@ -97,10 +141,10 @@ impl Baseline {
     }
 
     /// All knobs with their labels and values before the first touch.
-    pub fn knobs(&self) -> impl Iterator<Item = (&Knob, &str, &str)> {
+    pub fn knobs(&self) -> impl Iterator<Item = (&Knob, &str, &Value)> {
         self.entries
             .values()
-            .map(|entry| (&entry.knob, entry.label.as_str(), entry.before.as_str()))
+            .map(|entry| (&entry.knob, entry.label.as_str(), &entry.before))
     }
 
     /// Looks which knobs hold a value that is neither theirs from before nor one we set, nor one
@@ -112,7 +156,7 @@ impl Baseline {
     pub fn detect_foreign(
         &mut self,
         root: &Host,
-        is_kernels: impl Fn(&Knob, &str, &str) -> bool,
+        is_kernels: impl Fn(&Knob, &Value, &Value) -> bool,
     ) -> bool {
         let mut learned = false;
         self.foreign.clear();
@@ -154,7 +198,7 @@ impl Baseline {
     pub fn plan(
         &mut self,
         objects: Vec<Setting>,
-        wanted: impl Fn(&Knob, &str) -> String,
+        wanted: impl Fn(&Knob, &Value) -> Value,
     ) -> Vec<Planned> {
         let mut plan = Vec::with_capacity(objects.len());
         for mut object in objects {

@@ -11,23 +11,53 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::knob::Knob;
-use crate::knob::{Applied, Change, Outcome, apply_one};
+use crate::knob::{Applied, Change, Outcome, Value, apply_one};
 
 /// The layout of the file; another number is refused.
 const VERSION: u32 = 1;
 
 /// One knob as it was before, and what it was set to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(try_from = "Unchecked")]
 pub struct Entry {
     /// The knob.
     pub knob: Knob,
     /// Its name for people.
     pub label: String,
     /// What it held.
-    pub before: String,
+    pub before: Value,
     /// What it was set to.
-    pub set: String,
+    pub set: Value,
+}
+
+/// An entry as it is in the file. To be restored, its knob and values must not leave their folders.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Unchecked {
+    knob: Knob,
+    label: String,
+    before: String,
+    set: String,
+}
+
+impl TryFrom<Unchecked> for Entry {
+    type Error = Error;
+
+    fn try_from(unchecked: Unchecked) -> Result<Self> {
+        let Unchecked {
+            knob,
+            label,
+            before,
+            set,
+        } = unchecked;
+        knob.check()?;
+        Ok(Self {
+            before: knob.parse_checked(&before)?,
+            set: knob.parse_checked(&set)?,
+            knob,
+            label,
+        })
+    }
 }
 
 impl From<&Change> for Entry {
@@ -121,16 +151,6 @@ pub fn parse(text: &str, tool: &str) -> std::result::Result<Vec<Entry>, String> 
     if saved.tool != tool {
         return Err(format!("saved by {0}; restore it with {0}", saved.tool));
     }
-    for Entry {
-        knob, before, set, ..
-    } in &saved.entries
-    {
-        let checked = knob
-            .check()
-            .and_then(|()| knob.check_value(before))
-            .and_then(|()| knob.check_value(set));
-        checked.map_err(|error| error.to_string())?;
-    }
     Ok(saved.entries)
 }
 
@@ -151,7 +171,7 @@ fn restore_one(root: &Host, entry: Entry, dry_run: bool) -> Applied {
         set,
     } = entry;
     let found = knob.read(root);
-    let change = |found: String| Change {
+    let change = |found: Value| Change {
         knob,
         label,
         found,
@@ -159,11 +179,11 @@ fn restore_one(root: &Host, entry: Entry, dry_run: bool) -> Applied {
     };
     match found {
         Err(error) => Applied {
-            change: change(String::new()),
+            change: change(Value::text("")),
             outcome: Outcome::Failed(error.to_string()),
         },
         Ok(None) => Applied {
-            change: change(String::new()),
+            change: change(Value::text("")),
             outcome: Outcome::Gone,
         },
         Ok(Some(found)) => {
@@ -189,6 +209,7 @@ fn restore_one(root: &Host, entry: Entry, dry_run: bool) -> Applied {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpuset::CpuSet;
 
     #[test]
     fn back_and_forth() {
@@ -202,8 +223,8 @@ mod tests {
         let entry = |irq| Entry {
             knob: Knob::Irq(irq),
             label: format!("IRQ {irq}"),
-            before: "0-23".into(),
-            set: "0-5".into(),
+            before: CpuSet::range(0, 23).into(),
+            set: CpuSet::range(0, 5).into(),
         };
         let file = dir.path().join("saved");
         write(&file, "pin-irqs", [1, 2, 3, 4, 9].map(entry).into()).unwrap();

@@ -51,16 +51,6 @@ impl<R: DeserializeOwned> OnDisk<R> {
                 state.version
             ));
         }
-        for Entry {
-            knob, before, set, ..
-        } in &state.baseline
-        {
-            let mut values = [before].into_iter().chain(set);
-            let checked = knob
-                .check()
-                .and_then(|()| values.try_for_each(|value| knob.check_value(value)));
-            checked.map_err(|error| error.to_string())?;
-        }
         Ok(state)
     }
 }
@@ -483,8 +473,13 @@ fn read_own(path: &Path) -> Result<Option<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::knob::{Knob, Setting, apply_one};
+    use crate::cpuset::CpuSet;
+    use crate::knob::{Knob, Setting, Value, apply_one};
     use proptest::prelude::*;
+
+    fn cpus(list: &str) -> Value {
+        CpuSet::from_kernel_list(list).unwrap().into()
+    }
 
     const SOON: Duration = Duration::from_secs(5);
 
@@ -515,7 +510,7 @@ mod tests {
     fn set(store: &mut Store<String>, root: &Host, value: Option<&str>) -> Vec<String> {
         let _ = store.baseline.detect_foreign(root, |_, _, _| false);
         let plan = store.baseline.plan(objects(root), |_, before| {
-            value.unwrap_or(before).to_owned()
+            value.map_or_else(|| before.clone(), cpus)
         });
         let mut told = Vec::new();
         store
@@ -530,20 +525,20 @@ mod tests {
         let (dir, root) = host();
         let mut store: Store<String> = Store::open(&root, SOON).unwrap();
         store.reservations.insert(100, "a".into());
-        let plan = store.baseline.plan(objects(&root), |_, _| "0".into());
+        let plan = store.baseline.plan(objects(&root), |_, _| cpus("0"));
         let pending = store.start(plan).unwrap();
         let on_disk = fs::read_to_string(dir.path().join("run/pinfold/state.json")).unwrap();
         let (_, saved) = Store::<String>::parse(&on_disk).unwrap();
-        assert_eq!(saved.before(&Knob::Irq(1)), Some("0-3"));
+        assert_eq!(saved.before(&Knob::Irq(1)), Some(&cpus("0-3")));
         let mut reported = Vec::new();
         store.finish(pending, |done| reported.push(done.to_string()));
         assert_eq!(reported, ["IRQ 1: 0-3 -> 0", "IRQ 2: 0-3 -> 0"]);
-        assert_eq!(Knob::Irq(2).read(&root).unwrap().unwrap(), "0");
+        assert_eq!(Knob::Irq(2).read(&root).unwrap().unwrap(), cpus("0"));
 
         // A failed write is reported too, with its object.
         fs::remove_dir_all(dir.path().join("proc/irq/2")).unwrap();
-        let missing = Setting::new(Knob::DefaultIrq, "default IRQ mask", "f");
-        let plan = store.baseline.plan(vec![missing], |_, _| "0".into());
+        let missing = Setting::new(Knob::DefaultIrq, "default IRQ mask", cpus("0-3"));
+        let plan = store.baseline.plan(vec![missing], |_, _| cpus("0"));
         let pending = store.start(plan).unwrap();
         let mut failed = 0;
         store.finish(pending, |done| {
@@ -637,13 +632,13 @@ mod tests {
         fs::write(dir.path().join("proc/irq/1/smp_affinity_list"), "1-3").unwrap();
         for (made_of, kernels) in [("2", false), ("0-3", true)] {
             let learned = store.baseline.detect_foreign(&root, |_, given, found| {
-                assert!(["0-3", "0"].contains(&given) && found == "1-3");
-                given == made_of
+                assert!([cpus("0-3"), cpus("0")].contains(given) && *found == cpus("1-3"));
+                *given == cpus(made_of)
             });
             assert_eq!(store.baseline.is_foreign(&Knob::Irq(1)), !kernels);
             assert_eq!(learned, kernels);
         }
-        assert_eq!(store.baseline.last(&Knob::Irq(1)), Some("0"));
+        assert_eq!(store.baseline.last(&Knob::Irq(1)), Some(&cpus("0")));
         // That is known from now on, whatever the kernel would do next.
         assert!(!store.baseline.detect_foreign(&root, |_, _, _| false));
         assert!(!store.baseline.is_foreign(&Knob::Irq(1)));
@@ -655,7 +650,7 @@ mod tests {
         for (value, writes) in [("0", 1), ("1", 0), ("2", 0)] {
             let mut store: Store<String> = Store::open(&root, SOON).unwrap();
             let _ = store.baseline.detect_foreign(&root, |_, _, _| false);
-            let plan = store.baseline.plan(objects(&root), |_, _| value.into());
+            let plan = store.baseline.plan(objects(&root), |_, _| cpus(value));
             store.save().unwrap();
             // Killed after so many writes.
             plan.into_iter()
@@ -678,7 +673,7 @@ mod tests {
         // the CPU.
         let file = dir.path().join("proc/irq/1/smp_affinity_list");
         fs::write(&file, "0").unwrap();
-        let plan = store.baseline.plan(objects(&root), |_, _| "0".into());
+        let plan = store.baseline.plan(objects(&root), |_, _| cpus("0"));
         assert!(plan[0].change.is_noop());
         store.carry_out(plan, |_| ()).unwrap();
         fs::write(&file, "0-1").unwrap();
@@ -693,8 +688,8 @@ mod tests {
         let mut store: Store<String> = Store::open(&root, SOON).unwrap();
         objects(&root)
             .iter()
-            .for_each(|object| store.baseline.adopt(object, "0-7"));
-        let _plan = store.baseline.plan(objects(&root), |_, _| "0".into());
+            .for_each(|object| store.baseline.adopt(object, &cpus("0-7")));
+        let _plan = store.baseline.plan(objects(&root), |_, _| cpus("0"));
         store.save().unwrap();
         // Killed before the first write.
         drop(store);
@@ -706,7 +701,7 @@ mod tests {
     fn killed_between_save_and_write_both_values_are_ours() {
         let (_dir, root) = host();
         let mut store: Store<String> = Store::open(&root, SOON).unwrap();
-        let plan = store.baseline.plan(objects(&root), |_, _| "0".into());
+        let plan = store.baseline.plan(objects(&root), |_, _| cpus("0"));
         store.save().unwrap();
         // Killed after the first of two writes.
         apply_one(&root, plan[0].change.clone());
@@ -777,9 +772,10 @@ mod tests {
         #[test]
         fn text_round_trip(
             reservations: BTreeMap<u32, String>,
-            irqs in prop::collection::btree_map(any::<u32>(), (".*", ".*"), 0..9),
-            cgroups in prop::collection::btree_map("[a-z.é ]{1,9}x(/\\PC{3}y)?", ".*", 0..9),
-            tasks in prop::collection::btree_map(any::<(i32, i32, u64)>(), ".*", 0..9),
+            irqs in prop::collection::btree_map(any::<u32>(), (".*", any_cpus()), 0..9),
+            cgroups in prop::collection::btree_map("[a-z.é ]{1,9}x(/\\PC{3}y)?", any_cpus(), 0..9),
+            tasks in prop::collection::btree_map(any::<(i32, i32, u64)>(), any_cpus(), 0..9),
+            sysctls in prop::collection::btree_map("[a-z]{1,9}", ".*", 0..9),
         ) {
             let mut baseline = Baseline::default();
             for (irq, (label, before)) in irqs {
@@ -790,15 +786,24 @@ mod tests {
                 baseline.adopt(&Setting::new(cgroup, "", before.clone()), &before);
             }
             for ((pid, tid, start), before) in tasks {
-                let knob = Knob::Thread(crate::TaskId { pid, tid, start });
+                let knob = Knob::Thread(crate::sys::task::TaskId { pid, tid, start });
                 baseline.adopt(&Setting::new(knob, "", before.clone()), &before);
             }
+            for (name, before) in sysctls {
+                let before = Value::text(before);
+                baseline.adopt(&Setting::new(Knob::Sysctl(name), "", before.clone()), &before);
+            }
             for entry in baseline.entries.values_mut() {
-                entry.note(&entry.before.clone());
+                entry.note_before();
             }
             let text = Store::to_text(&reservations, &baseline).unwrap();
             prop_assert_eq!(Store::parse(&text).unwrap(), (reservations, baseline));
         }
+    }
+
+    fn any_cpus() -> impl Strategy<Value = Value> {
+        prop::collection::btree_set(0..=crate::cpuset::MAX_CPU, 0..9)
+            .prop_map(|cpus| cpus.into_iter().collect::<CpuSet>().into())
     }
 
     #[test]

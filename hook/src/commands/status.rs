@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::Context;
 use pinfold_core::cli::Output;
 use pinfold_core::cli::terminal::{self, coloured, err, print, try_out};
+use pinfold_core::knob::Value;
 use pinfold_core::state::Store;
 use pinfold_core::sys::task;
 use pinfold_core::sys::topology::Topology;
@@ -133,7 +134,8 @@ fn look(root: &Host) -> Result<View> {
             // What hook pinned inside the fence is where it belongs: the vCPU threads.
             let last = baseline
                 .last(&Knob::Thread(task.id))
-                .and_then(|last| CpuSet::from_kernel_list(last).ok());
+                .and_then(Value::cpus)
+                .cloned();
             let Some(last) = last.filter(|last| last.is_subset(own)) else {
                 continue;
             };

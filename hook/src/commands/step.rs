@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use clap::Subcommand;
 use pinfold_core::cli::{self, Output};
+use pinfold_core::knob::Value;
 use pinfold_core::vm::VmId;
 use pinfold_core::{Exit, Table};
 
@@ -68,14 +69,14 @@ pub(crate) fn run(step: Step, output: &Output) -> anyhow::Result<Exit> {
                 .ok_or_else(|| anyhow::anyhow!("vm.stat_interval: this kernel has none"))?;
             let Some(seconds) = seconds.filter(|_| !common.list) else {
                 let mut table = Table::new(&["sysctl", "seconds"]);
-                table.row([object.label, object.found]);
+                table.row([object.label, object.found.to_string()]);
                 return Ok(cli::listed(&mut report, &table));
             };
             common.carry_out(
                 &root,
                 &mut report,
                 TOOL,
-                vec![object.want(seconds.to_string())],
+                vec![object.want(Value::text(seconds.to_string()))],
             )
         }
         Step::IdleVm {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use pinfold_core::knob::Value;
 use pinfold_core::sys::cpufreq::{self, Policy};
 use pinfold_core::sys::task;
 use pinfold_core::{CpuSet, Knob, Outcome, Result, Setting};
@@ -51,7 +52,7 @@ impl Reconcile<'_> {
     fn kthreadd(&mut self) -> Result<usize> {
         self.report.step("kthreads");
         let kthreadd = task::task(self.root, task::KTHREADD, task::KTHREADD)?.id;
-        let found = task::affinity(self.root, &kthreadd)?.to_string();
+        let found = task::affinity(self.root, &kthreadd)?;
         self.change(
             "kthreads",
             vec![Setting::new(
@@ -102,7 +103,7 @@ impl Reconcile<'_> {
     }
 
     /// The governor that a policy's VM asks for, and the longest interval of all VMs.
-    fn tuning_wanted(&mut self) -> Result<impl Fn(&Knob, &str) -> String + use<>> {
+    fn tuning_wanted(&mut self) -> Result<impl Fn(&Knob, &Value) -> Value + use<>> {
         let fenced: Vec<Reservation> = self
             .fenced()
             .map(|(_, reservation)| reservation.clone())
@@ -112,7 +113,7 @@ impl Reconcile<'_> {
             .iter()
             .map(|policy| (policy.name.clone(), policy.cpus.clone()))
             .collect();
-        Ok(move |knob: &Knob, before: &str| {
+        Ok(move |knob: &Knob, before: &Value| {
             let wanted = match knob {
                 Knob::Governor(name) => fenced
                     .iter()
@@ -128,7 +129,7 @@ impl Reconcile<'_> {
                     .max()
                     .map(|seconds| seconds.to_string()),
             };
-            wanted.unwrap_or_else(|| before.to_owned())
+            wanted.map_or_else(|| before.clone(), Value::Text)
         })
     }
 

@@ -1,6 +1,7 @@
 //! The steps of the method `hotplug`: slices, tasks, CPUs offline and online, the VM out of its
 //! slice and back.
 
+use pinfold_core::knob::Value;
 use pinfold_core::sys::{cgroup, cpu, task};
 use pinfold_core::vm::{Qemu, VmId};
 use pinfold_core::{CpuSet, Host, Knob, Result, Setting, vm};
@@ -49,11 +50,8 @@ impl Reconcile<'_> {
                 units.push(unit.clone());
             }
         }
-        let before = baseline
-            .before(&Knob::UnitOverrides)
-            .unwrap_or_default()
-            .to_owned();
-        let change = cg_slice::plan_overrides(cg_slice::overrides(self.root)?, &before, &units);
+        let before = baseline.before(&Knob::UnitOverrides);
+        let change = cg_slice::plan_overrides(cg_slice::overrides(self.root)?, before, &units);
         if !change.is_noop() {
             self.make(change);
         }
@@ -166,7 +164,7 @@ impl Reconcile<'_> {
                 objects.push(Setting::new(
                     knob,
                     format!("thread {} ({})", task.id.tid, task.name),
-                    cpus.to_string(),
+                    cpus,
                 ));
             }
         }
@@ -175,20 +173,20 @@ impl Reconcile<'_> {
 
     /// Step 2.
     pub(super) fn offline(&mut self, cpus: &CpuSet) -> Result<()> {
-        self.set_online("offline", cpus, "0")
+        self.set_online("offline", cpus, false)
     }
 
     /// Step 4: all CPUs of the baseline that were online before.
     pub(super) fn online(&mut self) -> Result<()> {
-        self.set_online("online", &self.online_before(), "1")
+        self.set_online("online", &self.online_before(), true)
     }
 
-    fn set_online(&mut self, step: &'static str, cpus: &CpuSet, state: &str) -> Result<()> {
+    fn set_online(&mut self, step: &'static str, cpus: &CpuSet, online: bool) -> Result<()> {
         if cpus.is_empty() {
             return Ok(());
         }
         self.report.step(step);
-        if state == "0" {
+        if !online {
             cpu_hotplug::check_possible(self.root, cpus)?;
             let mut notes = cpu_hotplug::check_partitions(self.root, cpus, false)?;
             // These take a look at every thread.
@@ -202,8 +200,11 @@ impl Reconcile<'_> {
         let objects = cpu_hotplug::settings(self.root, cpus)?;
         // A CPU that the admin had taken offline stays offline.
         self.set(step, objects, |_, before| {
-            let wanted = if before == "0" { before } else { state };
-            wanted.to_owned()
+            if *before == Value::Online(false) {
+                before.clone()
+            } else {
+                Value::Online(online)
+            }
         })
     }
 
@@ -211,7 +212,7 @@ impl Reconcile<'_> {
         let mut cpus = CpuSet::new();
         for (knob, _, before) in self.store.baseline.knobs() {
             if let Knob::CpuOnline(cpu) = knob
-                && before == "1"
+                && *before == Value::Online(true)
             {
                 cpus.insert(*cpu);
             }
@@ -229,7 +230,7 @@ impl Reconcile<'_> {
             // wherever it goes.
             for (object, cpus) in self.kept_off_others(guest)? {
                 let unknown = Setting {
-                    found: String::new(),
+                    found: CpuSet::new().into(),
                     ..object
                 };
                 changes.push(unknown.want(cpus));

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeSet;
 
+use pinfold_core::knob::Value;
 use pinfold_core::state::Store;
 use pinfold_core::sys::cpu;
 use pinfold_core::{CpuSet, Host, Knob, Result};
@@ -46,13 +47,12 @@ impl KernelMasks {
             .map(|(knob, ..)| knob)
             .filter(|knob| is_cgroup(knob));
         // Nearly all of them are the same.
-        let narrowed: BTreeSet<&String> = cgroups
+        let narrowed: BTreeSet<&CpuSet> = cgroups
             .flat_map(|knob| store.baseline.values_set(knob))
+            .filter_map(Value::cpus)
+            .filter(|cpus| !cpus.is_empty())
             .collect();
-        let narrowed = narrowed
-            .into_iter()
-            .filter_map(|list| CpuSet::from_kernel_list(list).ok());
-        let narrowed = narrowed.filter(|cpus| !cpus.is_empty()).collect();
+        let narrowed = narrowed.into_iter().cloned().collect();
         Ok(Self {
             unpartitioned: unpartitioned.clone(),
             partitions,
@@ -66,16 +66,13 @@ impl KernelMasks {
     /// with its threads, of what is online. A driver that spreads its IRQs anew as CPUs come and go
     /// (virtio_net, `virtnet_cpu_online`) gives one what is online, and so does RCU with its
     /// expedited workers (`rcutree_affinity_setting`), of what was set by hand the last time.
-    pub(crate) fn explains(&self, knob: &Knob, given: &str, found: &str) -> bool {
-        let (Ok(given), Ok(found)) = (
-            CpuSet::from_kernel_list(given),
-            CpuSet::from_kernel_list(found),
-        ) else {
+    pub(crate) fn explains(&self, knob: &Knob, given: &Value, found: &Value) -> bool {
+        let (Some(given), Some(found)) = (given.cpus(), found.cpus()) else {
             return false;
         };
-        let is_left_of = |cpus: &CpuSet| found == *cpus || found == cpus.narrow_to(&self.online);
+        let is_left_of = |cpus: &CpuSet| found == cpus || *found == cpus.narrow_to(&self.online);
         let share_of = |cpus: &CpuSet| is_left_of(&given.narrow_to(cpus)) || is_left_of(cpus);
-        let left = self.left_at_last(&found);
+        let left = self.left_at_last(found);
         match knob {
             Knob::Workqueues => left.iter().any(share_of),
             Knob::Kthread(_) if left.iter().any(share_of) => true,
@@ -89,7 +86,7 @@ impl KernelMasks {
                 true
             }
             Knob::Irq(_) | Knob::Kthread(_) | Knob::Thread(_) => {
-                found == given.narrow_to(&self.online)
+                *found == given.narrow_to(&self.online)
             }
             _ => false,
         }
@@ -171,7 +168,7 @@ mod tests {
             (&Knob::Irq(4), "16-19", "16", false),
         ] {
             assert_eq!(
-                kernel.explains(knob, before, found),
+                kernel.explains(knob, &set(before).into(), &set(found).into()),
                 kernels,
                 "{knob:?} {before} {found}"
             );
@@ -182,6 +179,6 @@ mod tests {
             narrowed: Vec::new(),
             online: set("0-23"),
         };
-        assert!(!kernel.explains(&kthread, "0-23", "0-5,10-23"));
+        assert!(!kernel.explains(&kthread, &set("0-23").into(), &set("0-5,10-23").into()));
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use pinfold_core::knob::Value;
 use pinfold_core::sys::cgroup;
 use pinfold_core::vm::VmId;
 use pinfold_core::{CpuSet, Error, Knob, Result, Setting};
@@ -38,9 +39,9 @@ impl Reconcile<'_> {
             );
         }
         self.set("exclusive", objects, |knob, before| {
-            match (given.get(knob), CpuSet::from_kernel_list(before)) {
-                (Some(cpus), Ok(before)) => (&before | cpus).to_string(),
-                _ => before.to_owned(),
+            match (given.get(knob), before.cpus()) {
+                (Some(cpus), Some(before)) => (before | cpus).into(),
+                _ => before.clone(),
             }
         })
     }
@@ -110,7 +111,7 @@ impl Reconcile<'_> {
     ///
     /// [`PRESENT`]: pinfold_core::knob::PRESENT
     /// [`ABSENT`]: pinfold_core::knob::ABSENT
-    pub(super) fn delegate(&mut self, vmid: VmId, wanted: &str) -> Result<()> {
+    pub(super) fn delegate(&mut self, vmid: VmId, wanted: Value) -> Result<()> {
         if let Some(change) = cg_slice::partition::delegation(self.root, vmid, wanted)?
             && !change.is_noop()
         {

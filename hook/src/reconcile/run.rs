@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use pinfold_core::knob::Value;
 use pinfold_core::state::{Pending, Store};
 use pinfold_core::sys::cpufreq::Policy;
 use pinfold_core::sys::{cgroup, cpu, task};
@@ -19,7 +20,7 @@ pub(crate) struct Reconcile<'a> {
     pub(super) report: &'a mut Report,
     pub(super) present: CpuSet,
     /// The CPUs that partitions left to everything else when this run began, if there were any.
-    pub(super) unpartitioned: Option<String>,
+    pub(super) unpartitioned: Option<CpuSet>,
     pub(super) host_irqs: pin_irqs::Irqs,
     pub(super) host_kthreads: pin_kthreads::Threads,
     /// VMs that were looked up in this run; none for one that does not run.
@@ -58,7 +59,7 @@ impl<'a> Reconcile<'a> {
         }) {
             store.save()?;
         }
-        let unpartitioned = (!partitioned.is_empty()).then(|| unpartitioned.to_string());
+        let unpartitioned = (!partitioned.is_empty()).then_some(unpartitioned);
         Ok(Self {
             root,
             store,
@@ -92,11 +93,11 @@ impl<'a> Reconcile<'a> {
     }
 
     /// What a CPU mask should be, by what it was before; `before` is empty where none was set.
-    pub(super) fn narrowed(&self) -> impl Fn(&Knob, &str) -> String + use<> {
+    pub(super) fn narrowed(&self) -> impl Fn(&Knob, &Value) -> Value + use<> {
         let fence = (!self.isolated().is_empty()).then(|| self.housekeeping());
-        move |_, before| match (&fence, CpuSet::from_kernel_list(before)) {
-            (Some(fence), Ok(cpus)) => cpus.narrow_to(fence).to_string(),
-            _ => before.to_owned(),
+        move |_, before| match (&fence, before.cpus()) {
+            (Some(fence), Some(cpus)) => cpus.narrow_to(fence).into(),
+            _ => before.clone(),
         }
     }
 
@@ -195,12 +196,13 @@ impl<'a> Reconcile<'a> {
     /// What an object held before the first fence. One that was created while a fence stood
     /// inherited the default of its kind, which was narrowed then: it gets that default's earlier
     /// value.
-    fn value_before(&self, object: &Setting, kthreadd: Option<&Knob>) -> String {
+    fn value_before(&self, object: &Setting, kthreadd: Option<&Knob>) -> Value {
         // A partition narrows what is in the VM's slice by itself.
         if matches!(object.knob, Knob::Thread(_))
-            && self.unpartitioned.as_ref() == Some(&object.found)
+            && self.unpartitioned.is_some()
+            && self.unpartitioned.as_ref() == object.found.cpus()
         {
-            return self.present.to_string();
+            return Value::from(&self.present);
         }
         let vm_slice;
         let default = match &object.knob {
@@ -218,8 +220,8 @@ impl<'a> Reconcile<'a> {
             .filter(|default| baseline.values_set(default).contains(&object.found))
             .and_then(|default| baseline.before(default));
         match inherited {
-            Some("") => self.present.to_string(),
-            Some(before) => before.to_owned(),
+            Some(before) if before.is_unset() => Value::from(&self.present),
+            Some(before) => before.clone(),
             None => object.found.clone(),
         }
     }
@@ -229,7 +231,7 @@ impl<'a> Reconcile<'a> {
         &mut self,
         step: &'static str,
         objects: Vec<Setting>,
-        wanted: impl Fn(&Knob, &str) -> String,
+        wanted: impl Fn(&Knob, &Value) -> Value,
     ) -> Result<()> {
         let changed = self.change(step, objects, wanted)?;
         self.sum_up(step, changed);
@@ -247,7 +249,7 @@ impl<'a> Reconcile<'a> {
         &mut self,
         step: &'static str,
         objects: Vec<Setting>,
-        wanted: impl Fn(&Knob, &str) -> String,
+        wanted: impl Fn(&Knob, &Value) -> Value,
     ) -> Result<usize> {
         self.adopt(&objects);
         let plan = self.store.baseline.plan(objects, wanted);
@@ -302,11 +304,11 @@ impl<'a> Reconcile<'a> {
             (left.phase, left.starter) = (Phase::Idle, until);
         }
         if self.isolated().is_empty() {
-            let knobs: Vec<(Knob, String)> = self
+            let knobs: Vec<(Knob, Value)> = self
                 .store
                 .baseline
                 .knobs()
-                .map(|(knob, _, before)| (knob.clone(), before.to_owned()))
+                .map(|(knob, _, before)| (knob.clone(), before.clone()))
                 .collect();
             let failed = self.report.failures() > 0;
             for (knob, before) in knobs {

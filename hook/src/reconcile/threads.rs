@@ -13,15 +13,15 @@ use crate::state::reservation::{Isolation, Phase, Reservation};
 
 impl Reconcile<'_> {
     /// A VM's threads, each with the CPUs it has except those of other VMs.
-    pub(super) fn kept_off_others(&self, guest: &Guest) -> Result<Vec<(Setting, String)>> {
+    pub(super) fn kept_off_others(&self, guest: &Guest) -> Result<Vec<(Setting, CpuSet)>> {
         let fence = &self.housekeeping() | &guest.reservation.settings.isolated;
         let mut threads = Vec::new();
         for object in self.vm_threads(guest.vmid, &guest.qemu)? {
-            let cpus = match CpuSet::from_kernel_list(&object.found) {
-                Ok(cpus) => cpus.narrow_to(&fence),
-                Err(_) => fence.clone(),
+            let cpus = match object.found.cpus() {
+                Some(cpus) => cpus.narrow_to(&fence),
+                None => fence.clone(),
             };
-            threads.push((object, cpus.to_string()));
+            threads.push((object, cpus));
         }
         Ok(threads)
     }
@@ -44,14 +44,14 @@ impl Reconcile<'_> {
         for thread in threads {
             let cpus = cpus_for(reservation, &thread.role, &housekeeping)?;
             let object = pin_vcpu::setting(&thread);
-            wanted.insert(object.knob.clone(), cpus.to_string());
+            wanted.insert(object.knob.clone(), cpus);
             objects.push(object);
         }
         if reservation.isolation == Isolation::Partition {
             self.place(guest, &objects, &wanted)?;
         }
         // Its helpers (swtpm, virtiofsd) left the slice with it and go with the emulator threads.
-        let beside = cpus_for(reservation, &vm::Role::Emulator, &housekeeping)?.to_string();
+        let beside = cpus_for(reservation, &vm::Role::Emulator, &housekeeping)?;
         let processes = cg_slice::processes(self.root, guest.vmid, &guest.qemu)?;
         for pid in processes.into_iter().skip(1) {
             for object in self.thread_objects(pid)? {
@@ -66,13 +66,13 @@ impl Reconcile<'_> {
     pub(super) fn pin(
         &mut self,
         objects: Vec<Setting>,
-        wanted: BTreeMap<Knob, String>,
+        wanted: BTreeMap<Knob, CpuSet>,
     ) -> Result<()> {
         self.set("pins", objects, move |knob, before| {
-            wanted
-                .get(knob)
-                .cloned()
-                .unwrap_or_else(|| before.to_owned())
+            match wanted.get(knob) {
+                Some(cpus) => cpus.into(),
+                None => before.clone(),
+            }
         })
     }
 
@@ -81,17 +81,16 @@ impl Reconcile<'_> {
         &mut self,
         guest: &Guest,
         threads: &[Setting],
-        wanted: &BTreeMap<Knob, String>,
+        wanted: &BTreeMap<Knob, CpuSet>,
     ) -> Result<()> {
         let scope = guest.scope()?;
         let vcpus = cg_slice::partition::vcpu_cgroup(&scope);
         let isolated = &guest.reservation.settings.isolated;
         for Setting { knob, label, .. } in threads {
             let Knob::Thread(task) = knob else { continue };
-            let inside = (wanted
+            let inside = wanted
                 .get(knob)
-                .and_then(|list| CpuSet::from_kernel_list(list).ok()))
-            .is_some_and(|cpus| cpus.is_subset(isolated));
+                .is_some_and(|cpus| cpus.is_subset(isolated));
             let cgroup = if inside { &vcpus } else { &scope };
             if let Some(change) =
                 cg_slice::partition::to_cgroup(self.root, *task, label.clone(), cgroup)?
@@ -126,7 +125,7 @@ impl Reconcile<'_> {
                 Ok(cpus) => objects.push(Setting::new(
                     Knob::Thread(task.id),
                     format!("thread {} ({})", task.id.tid, task.name),
-                    cpus.to_string(),
+                    cpus,
                 )),
                 Err(error) if error.is_gone() => {}
                 Err(error) => return Err(error),

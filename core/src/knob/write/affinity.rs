@@ -13,7 +13,7 @@ use crate::sys::task::{self, TaskId};
 use crate::sysroot::Sysroot;
 
 /// Pins a kernel thread. No cpuset applies to it, so nothing has to be read back.
-pub(super) fn pin_kthread(root: &Sysroot, task: &TaskId, cpus: &str) -> io::Result<Answer> {
+pub(super) fn pin_kthread(root: &Sysroot, task: &TaskId, cpus: &CpuSet) -> io::Result<Answer> {
     match set_affinity(root, task, cpus)? {
         Some(refused) => Ok(refused),
         None => Ok(Answer::Taken(None)),
@@ -22,26 +22,24 @@ pub(super) fn pin_kthread(root: &Sysroot, task: &TaskId, cpus: &str) -> io::Resu
 
 /// Pins a user thread. Its cpuset may remove CPUs from the mask, those that are offline until they
 /// come online.
-pub(super) fn pin_thread(root: &Sysroot, task: &TaskId, cpus: &str) -> io::Result<Answer> {
+pub(super) fn pin_thread(root: &Sysroot, task: &TaskId, cpus: &CpuSet) -> io::Result<Answer> {
     if let Some(refused) = set_affinity(root, task, cpus)? {
         return Ok(refused);
     }
-    let wanted = parse(cpus)?;
     let kept = task::affinity(root, task).map_err(into_io)?;
-    let is_whole = kept == wanted || kept == &wanted & &cpu::online(root).map_err(into_io)?;
+    let is_whole = kept == *cpus || kept == cpus & &cpu::online(root).map_err(into_io)?;
     Ok(Answer::Taken((!is_whole).then(|| kept.to_string())))
 }
 
 /// Sets a thread's mask, unless the kernel never lets user space move it.
-fn set_affinity(root: &Sysroot, task: &TaskId, cpus: &str) -> io::Result<Option<Answer>> {
+fn set_affinity(root: &Sysroot, task: &TaskId, cpus: &CpuSet) -> io::Result<Option<Answer>> {
     if !root.is_live() {
         return Err(io::Error::other(
             "threads can be pinned on the running host only, not under --sysroot",
         ));
     }
-    let cpus = parse(cpus)?;
     task::check_start(root, task).map_err(into_io)?;
-    match nix::sched::sched_setaffinity(Pid::from_raw(task.tid), &to_nix(&cpus)?) {
+    match nix::sched::sched_setaffinity(Pid::from_raw(task.tid), &to_nix(cpus)?) {
         // The thread's flag tells whether the kernel ever moves it; without the flag EINVAL is
         // about the CPUs.
         Err(Errno::EINVAL) if task::is_bound(root, task) => Ok(Some(Answer::Refused(
@@ -50,10 +48,6 @@ fn set_affinity(root: &Sysroot, task: &TaskId, cpus: &str) -> io::Result<Option<
         Err(errno) => Err(errno.into()),
         Ok(()) => Ok(None),
     }
-}
-
-fn parse(cpus: &str) -> io::Result<CpuSet> {
-    CpuSet::from_kernel_list(cpus).map_err(io::Error::other)
 }
 
 /// The set as sched_setaffinity(2) takes it.

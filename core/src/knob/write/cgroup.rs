@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 
 use super::file;
+use crate::cpuset::CpuSet;
 use crate::error::into_io;
 use crate::sys::cgroup::{self, THREADED};
 use crate::sys::cpu;
@@ -11,10 +12,10 @@ use crate::sysroot::Sysroot;
 
 /// Sets cpuset.cpus. The kernel clears it only for a cgroup without processes (ENOSPC): one with
 /// processes gets all CPUs instead, which has the same effect until the controller is disabled.
-pub(super) fn set_cpus(root: &Sysroot, cgroup: &str, cpus: &str) -> io::Result<()> {
+pub(super) fn set_cpus(root: &Sysroot, cgroup: &str, cpus: &CpuSet) -> io::Result<()> {
     let path = cgroup::file(cgroup, "cpuset.cpus");
     if !cpus.is_empty() {
-        return file::write(root, path, cpus);
+        return file::write(root, path, &cpus.to_string());
     }
     // An empty write (no byte) would not reach the kernel.
     match file::write(root, &path, "\n") {

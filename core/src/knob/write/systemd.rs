@@ -9,33 +9,31 @@ use crate::cpuset::CpuSet;
 use crate::error::{into_io, is_gone};
 use crate::host::Host;
 use crate::sys::cgroup;
-use crate::sysroot::cpu_list;
 use crate::systemd::drop_ins::{CONTROL, EMPTY, OVERRIDE, OVERRIDE_FOLDERS, delegation, overrides};
 use crate::systemd::{Called, Client, Writer, bitmap};
 
 /// Sets a unit's AllowedCPUs= until the next boot; an empty list clears it.
-pub(super) fn set_allowed_cpus(host: &Host, unit: &str, cpus: &str) -> io::Result<()> {
+pub(super) fn set_allowed_cpus(host: &Host, unit: &str, cpus: &CpuSet) -> io::Result<()> {
     let session = host.systemd();
     let failed = |error| {
         into_io(session.failed(format!("set AllowedCPUs={cpus} of {unit}"))(
             error,
         ))
     };
-    let set = cpu_list(unit, cpus).map_err(into_io)?;
     let client = session.connect(host, session.timeouts().call);
     let Some(mut client) = client.map_err(failed)? else {
         return Err(io::Error::other(
             "units can be set on the running host only, not under --sysroot",
         ));
     };
-    if set.is_empty() {
+    if cpus.is_empty() {
         // After the last unit that uses the controller systemd disables it. The kernel may then
         // leave threads on the CPUs of a cpuset that was still narrow: it compares only the first
         // thread's cpuset (cpuset_attach).
         clear_live(host, &mut client, unit)?;
     }
-    set_property(&mut client, unit, &set).map_err(failed)?;
-    if set.is_empty() {
+    set_property(&mut client, unit, cpus).map_err(failed)?;
+    if cpus.is_empty() {
         // Clearing the property leaves the live cpuset as it is (systemd#43846), and another
         // process may have written it meanwhile.
         clear_live(host, &mut client, unit)?;
@@ -72,7 +70,7 @@ fn clear_live(host: &Host, client: &mut Client, unit: &str) -> io::Result<()> {
     if live.is_none_or(|list| list.is_empty()) {
         return Ok(());
     }
-    match set_cpus(host, &cgroup, "") {
+    match set_cpus(host, &cgroup, &CpuSet::new()) {
         // systemd removes the cgroup of a slice that has become empty.
         Err(error) if is_gone(&error) => Ok(()),
         other => other,
@@ -153,22 +151,26 @@ mod tests {
     use crate::systemd::drop_ins::is_to_delegate;
     use crate::systemd::fake::{fake, write};
 
+    fn cpus(list: &str) -> CpuSet {
+        CpuSet::from_kernel_list(list).unwrap()
+    }
+
     #[test]
     fn units_are_set() {
         let (_dir, host, fake) = fake(BUS_SOCKET);
-        set_allowed_cpus(&host, "x.slice", "0-5,12-17").unwrap();
+        set_allowed_cpus(&host, "x.slice", &cpus("0-5,12-17")).unwrap();
         assert_eq!(
             fake.calls().last().unwrap(),
             "/org/freedesktop/systemd1 SetUnitProperties sba(sv) x.slice"
         );
-        let error = set_allowed_cpus(&host, "gone.scope", "0-5")
+        let error = set_allowed_cpus(&host, "gone.scope", &cpus("0-5"))
             .unwrap_err()
             .to_string();
         assert_eq!(
             error,
             "systemd: set AllowedCPUs=0-5 of gone.scope: Unit gone.scope not found."
         );
-        let error = set_allowed_cpus(&host, "denied.slice", "0-5")
+        let error = set_allowed_cpus(&host, "denied.slice", &cpus("0-5"))
             .unwrap_err()
             .to_string();
         assert!(
@@ -189,7 +191,7 @@ mod tests {
             ("x-y.slice", "sys/fs/cgroup/x.slice/x-y.slice/cpuset.cpus"),
         ] {
             write(&host, file, "0-5\n");
-            set_allowed_cpus(&host, unit, "").unwrap();
+            set_allowed_cpus(&host, unit, &cpus("")).unwrap();
             assert_eq!(host.read_value(file).unwrap().unwrap(), "", "{unit}");
         }
     }
@@ -251,7 +253,7 @@ mod tests {
     fn a_captured_tree_has_no_units_to_set() {
         let dir = tempfile::tempdir().unwrap();
         let host = Host::new(dir.path());
-        let error = set_allowed_cpus(&host, "x.slice", "0-5")
+        let error = set_allowed_cpus(&host, "x.slice", &cpus("0-5"))
             .unwrap_err()
             .to_string();
         assert_eq!(
