@@ -8,6 +8,11 @@
 mod machine;
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+/// A saved state.
+const STATE: &str = include_str!("../../core/tests/frozen/68c7916/state/hotplug-isolated.json");
 
 /// VMID.conf by VM: without SMT, with it, with more vCPUs than any domain has, and one that hook
 /// fences already.
@@ -22,6 +27,31 @@ const VMS: [(&str, &str); 5] = [
     ("104", "cores: 16\nvcpus: 2\n"),
 ];
 
+/// A 5900X while CPUs are isolated for VM 100, whose QEMU has ended.
+fn fenced_host(root: &Path) {
+    let machines = machine::all();
+    let (_, machine) = machines.iter().find(|(name, _)| name == "5900x").unwrap();
+    machine::expand(
+        &format!("{machine}\n{}", include_str!("hosts/fenced.txt")),
+        root,
+    );
+    for cpu in 1..24 {
+        let file = root.join(format!("sys/devices/system/cpu/cpu{cpu}/online"));
+        fs::write(file, "1\n").unwrap();
+    }
+    let conf = "cores: 10\naffinity: 0-3\nhookscript: nas:snippets/hook\n";
+    let confs = root.join("etc/pve/qemu-server");
+    fs::create_dir_all(&confs).unwrap();
+    fs::write(confs.join("100.conf"), conf).unwrap();
+    fs::write(confs.join("101.conf"), "cores: 13\n").unwrap();
+    let run = root.join("run/pinfold");
+    fs::create_dir_all(&run).unwrap();
+    fs::set_permissions(&run, fs::Permissions::from_mode(0o700)).unwrap();
+    let state = run.join("state.json");
+    fs::write(&state, STATE).unwrap();
+    fs::set_permissions(&state, fs::Permissions::from_mode(0o600)).unwrap();
+}
+
 #[test]
 fn golden() {
     let folder = tempfile::tempdir().unwrap();
@@ -34,6 +64,7 @@ fn golden() {
             fs::write(confs.join(format!("{id}.conf")), conf).unwrap();
         }
     }
+    fenced_host(&folder.path().join("fenced"));
     // Cases name machines by relative paths. This is the one test of its process.
     std::env::set_current_dir(folder.path()).unwrap();
     trycmd::TestCases::new()
@@ -41,5 +72,6 @@ fn golden() {
             env!("CARGO_MANIFEST_DIR"),
             "/tests/layout/*.trycmd"
         ))
+        .case(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/cmd/*.trycmd"))
         .case(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/init/*.trycmd"));
 }

@@ -159,7 +159,7 @@ pub(crate) fn overlap(
     for (other, reservation) in others() {
         let shared = &reservation.settings.isolated & &settings.isolated;
         if !shared.is_empty() {
-            let what = format!("CPU {shared} belongs to VM {other} while that runs");
+            let what = format!("CPU {shared} is isolated for VM {other}, which runs");
             return Finding::error(CHECK, what, "stop it or choose others");
         }
     }
@@ -179,7 +179,7 @@ pub(crate) fn overlap(
             return Finding::error(CHECK, what, "");
         }
     }
-    Finding::ok(CHECK, "no other VM that runs has any of them")
+    Finding::ok(CHECK, "no running VM has any of them")
 }
 
 /// How this VM's CPUs are to be isolated, and why so where the settings leave it open. `qemu` is

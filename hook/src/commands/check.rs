@@ -491,7 +491,7 @@ mod tests {
                     h.vm(102, &[6]);
                     h.reserve(102, Phase::Isolated, "isolated = \"6\"\npins = [6]");
                 },
-                "error isolated: CPU 6 belongs to VM 102 while that runs => stop it or choose others",
+                "error isolated: CPU 6 is isolated for VM 102, which runs => stop it or choose others",
             ),
             (
                 |h| {

@@ -1,5 +1,4 @@
-//! `hook plan`: what post-start would change now, found by post-start's own code on a root where
-//! changes are only planned.
+//! `hook plan`: what post-start would change now, from a dry run of post-start's own code.
 
 use pinfold_core::cli::Output;
 use pinfold_core::cli::report::{Step, applied_to_json};
@@ -35,14 +34,14 @@ struct PlannedStep {
     label: &'static str,
     unknown: Option<String>,
     changes: Vec<Applied>,
-    /// How long it took last time in seconds, where that is known.
+    /// How long it took last time in seconds, if that is known.
     seconds: Option<f64>,
 }
 
 /// The command's whole run.
 ///
 /// # Errors
-/// Where post-start would refuse to begin, or the host cannot be read.
+/// If post-start would refuse to begin, or the host cannot be read.
 pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
     let plan = make(&output.root(), args.vmid)?;
     if !output.json && !output.quiet {
@@ -63,17 +62,14 @@ fn make(root: &Host, vmid: VmId) -> anyhow::Result<Plan> {
     vm::check_exists(root, vmid)?;
     let root = root.clone().for_dry_run();
     let qemu = vm::find(&root, vmid)?;
-    // Its changes are kept, and nothing is told before the end.
+    // It keeps the changes and prints nothing.
     let mut report = Report::new(TOOL, Verbosity::Quiet, true);
     let isolated = Run {
         root: root.clone(),
         report: &mut report,
     }
     .fence_vm(vmid, qemu.as_ref())?;
-    anyhow::ensure!(
-        report.failures() == 0,
-        "VM {vmid}: there is no telling what post-start would do"
-    );
+    anyhow::ensure!(report.failures() == 0, "VM {vmid}: cannot plan post-start");
     let mut notes = report.notes().to_vec();
     let last = step_times::last(&root, vmid).unwrap_or_else(|error| {
         notes.push(error.to_string());
@@ -117,7 +113,7 @@ fn join(steps: &[Step], last: Times) -> Vec<PlannedStep> {
             }),
         }
     }
-    // From the end: what is given back first, of VMs that are gone, was not in it last time.
+    // From the end: steps that release CPUs of VMs that are gone were not in the last run.
     for step in joined.iter_mut().rev() {
         if let Some(at) = times.iter().rposition(|(name, _)| name == step.name) {
             step.seconds = Some(times[at].1);
@@ -142,13 +138,13 @@ impl PlannedStep {
             .filter(|done| matches!(done.outcome, Outcome::Refused(_)))
             .count();
         let what = match (&self.unknown, self.planned()) {
-            (Some(why), _) => format!("not known, {why}"),
+            (Some(why), _) => format!("unknown, {why}"),
             (None, 0) => "nothing to do".into(),
             (None, 1) => "1 change".into(),
             (None, count) => format!("{count} changes"),
         };
         let held = if held > 0 {
-            format!(", {held} left where the kernel holds them")
+            format!(", {held} not movable (kernel-managed)")
         } else {
             String::new()
         };
@@ -184,7 +180,7 @@ impl Plan {
         let whose = if isolated.is_empty() {
             String::new()
         } else {
-            format!(", to have CPU {isolated}")
+            format!(" and will have CPU {isolated}")
         };
         format!("VM {vmid} {state}{whose}: post-start would make {count} changes\n{steps}")
     }
@@ -227,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_running_vm_everything_in_the_documented_order() {
+    fn a_running_vm_has_all_steps_in_the_documented_order() {
         let host = host();
         host.vm(100, &[6, 6, 6]);
         host.thread(900, 900, "pinned", "5-6", 0);
@@ -247,7 +243,7 @@ mod tests {
         assert_eq!(
             plan.to_text(false),
             format!(
-                "VM 100 runs, to have CPU 6-11,18-23: post-start would make 39 changes\n\
+                "VM 100 runs and will have CPU 6-11,18-23: post-start would make 39 changes\n\
                  baseline: nothing to do; last time -\n\
                  slices: 2 changes; last time -\n\
                  \x20 cgroup /system.slice: unset -> 0-5,12-17\n\
@@ -256,7 +252,7 @@ mod tests {
                  \x20 thread 900 (pinned): 5-6 -> 5\n\
                  offline: 12 changes; last time -\n\
                  {}\
-                 irqs: 2 changes, 1 left where the kernel holds them; last time -\n\
+                 irqs: 2 changes, 1 not movable (kernel-managed); last time -\n\
                  \x20 default IRQ mask: 0-23 -> 0-5,12-17\n\
                  \x20 IRQ 24 (nvme0q0): 0-23 -> 0-5,12-17\n\
                  kthreads: 3 changes; last time -\n\
@@ -275,7 +271,7 @@ mod tests {
                  \x20 vCPU 1 (thread 10001): 6 -> 18\n\
                  \x20 vCPU 2 (thread 10002): 6 -> 7\n\
                  \x20 emulator thread 100 (kvm): 0-23 -> 0-5,12-17\n\
-                 irqs: nothing to do, 1 left where the kernel holds them; last time -\n\
+                 irqs: nothing to do, 1 not movable (kernel-managed); last time -\n\
                  kthreads: nothing to do; last time -\n",
                 all("online", "offline"),
                 all("offline", "online")
@@ -285,19 +281,21 @@ mod tests {
     }
 
     #[test]
-    fn of_a_vm_that_does_not_run_what_is_known() {
+    fn a_vm_that_does_not_run_has_unknown_steps() {
         let host = host();
         host.conf(100, "cores: 3");
         let before = host.snapshot();
         let plan = make(&host.root, vmid()).unwrap();
         let text = plan.to_text(false);
         assert!(
-            text.starts_with("VM 100 does not run, to have CPU 6-11,18-23: post-start would make "),
+            text.starts_with(
+                "VM 100 does not run and will have CPU 6-11,18-23: post-start would make "
+            ),
             "{text}"
         );
         for line in [
             "offline: 12 changes; last time -\n  CPU 6: online -> offline\n",
-            "pins: not known, its QEMU is needed; last time -\n",
+            "pins: unknown, its QEMU is needed; last time -\n",
         ] {
             assert!(text.contains(line), "{text}");
         }
@@ -357,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn it_tells_how_long_steps_took_last_time() {
+    fn it_shows_how_long_steps_took_last_time() {
         let host = host();
         host.conf(100, "cores: 2");
         let store: Store<Reservation> =

@@ -106,7 +106,7 @@ fn two_vms(host: &mut Host) {
         .unwrap();
     let (_, message) = expect(host, "hook 102 pre-start", 1);
     assert!(
-        message.contains("isolated: CPU 8 belongs to VM 100 while that runs"),
+        message.contains("isolated: CPU 8 is isolated for VM 100, which runs"),
         "{message}"
     );
     host.ok(&format!("rm {}", spec.conf_path())).unwrap();
