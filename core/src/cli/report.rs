@@ -311,7 +311,7 @@ impl Report {
         self.flush();
         if self.refused > 0 && self.verbosity == Verbosity::Normal && !self.json {
             err(&format!(
-                "{}: {} left where the kernel holds them (-v names them)\n",
+                "{}: {} not movable (kernel-managed); -v lists them\n",
                 self.tool, self.refused
             ));
         }
