@@ -16,9 +16,9 @@ pub(super) struct Entry {
     label: String,
     /// The value before the first touch.
     before: Value,
-    /// The values set since, the one that was set last, or was about to be, at the end; before them
-    /// what the kernel made of one by itself. It may come back to any (a thread's mask, as CPUs go
-    /// and come).
+    /// Values set since, oldest first; the last may not have been written yet. Before them, what
+    /// the kernel made of one by itself: it may return to any (a thread's mask, as CPUs go and
+    /// come).
     #[serde(skip_serializing_if = "Vec::is_empty")]
     set: Vec<Value>,
 }

@@ -12,7 +12,7 @@ use crate::sysroot::{Sysroot, cpu_list};
 /// The pid of kthreadd, the parent of every kernel thread, whose CPUs a new one starts with.
 pub const KTHREADD: i32 = 2;
 
-/// A process or thread that cannot be mistaken for a later one with the same number.
+/// Process id, thread id and start time, so that a reused id is not mistaken for the thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct TaskId {
     /// The process (thread group) id.
@@ -27,7 +27,7 @@ pub struct TaskId {
 /// One thread as /proc/PID/task/TID/stat tells it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Task {
-    /// Which thread, for good.
+    /// Pid, thread id and start time, so that a reused id is not mistaken for it.
     pub id: TaskId,
     /// Its name, 15 bytes at most.
     pub name: String,

@@ -34,7 +34,7 @@ impl fmt::Display for Role {
 /// A thread of QEMU.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct QemuThread {
-    /// The thread, for good.
+    /// The thread.
     pub id: TaskId,
     /// What it is for.
     pub role: Role,
