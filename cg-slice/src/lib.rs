@@ -1,9 +1,9 @@
-//! cg-slice: holds the host's slices to a set of CPUs, and takes a VM out of its slice and back.
+//! cg-slice: restricts the host's slices to a set of CPUs, and moves a VM out of its slice and back.
 //!
-//! To a thread, a cgroup's cpuset is the outer bound: while qemu.slice is held to the housekeeping
-//! CPUs, no thread of a VM in it can be pinned elsewhere. So a VM that is to run on isolated CPUs
-//! is *decoupled*: moved, with every process of its scope, to a cgroup of its own at the top of the
-//! tree, which allows all CPUs.
+//! A thread can be pinned only within the cpuset of its cgroup: while qemu.slice is restricted to the
+//! housekeeping CPUs, no thread of a VM in it can be pinned elsewhere. So a VM that is to run on
+//! isolated CPUs is *decoupled*: moved, with every process of its scope, to a cgroup of its own at
+//! the top of the tree, which allows all CPUs.
 
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 
@@ -23,10 +23,10 @@ pub mod partition;
 
 const TOOL: &str = "cg-slice";
 
-/// The slice that PVE puts its VMs' scopes in.
+/// The slice in which PVE starts its VMs' scopes.
 pub const VM_SLICE: &str = "qemu.slice";
 
-/// Where decoupled VMs live, at the top of the cgroup tree.
+/// The slice of decoupled VMs, at the top of the cgroup tree.
 ///
 /// To systemd this name means a child of qemu.slice, so `systemctl set-property` never reaches the
 /// folder.
@@ -80,7 +80,7 @@ enum PartitionVerb {
     },
     /// Print all partitions, and the cgroups that have exclusive CPUs
     Show {
-        /// Below this cgroup only
+        /// Only below this cgroup
         #[arg(default_value = "/")]
         cgroup: String,
     },
@@ -91,7 +91,7 @@ enum PartitionVerb {
     },
 }
 
-/// The command's whole run.
+/// Runs the command.
 pub fn main() -> ExitCode {
     cli::main(TOOL, run)
 }
@@ -107,7 +107,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     }
     let changes = match args.verb {
         None => anyhow::bail!(
-            "nothing to do: say allow, decouple, couple or partition, or --list or --restore FILE"
+            "nothing to do; use allow, decouple, couple, partition, --list or --restore FILE"
         ),
         Some(Verb::Allow { cpus, units }) => {
             let changes = plan_allow(&root, &cpus.resolve(&root)?, units)?;
@@ -125,7 +125,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         Some(Verb::Partition { verb }) => match verb {
             PartitionVerb::Make { cgroup, cpus } => {
                 let changes = partition::plan_make(&root, named(&cgroup)?, &cpus.resolve(&root)?)?;
-                // All kernel threads are looked at for it.
+                // They include all kernel threads.
                 let entries = match args.common.save {
                     Some(_) => partition::entries(&root, &changes)?,
                     None => Vec::new(),
@@ -143,8 +143,8 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     args.common.carry_out(&root, &mut report, TOOL, changes)
 }
 
-/// A cgroup's path as people write it: below the cgroup root, with the leading slash of
-/// `systemd-cgls` or without.
+/// A cgroup's path as typed: below the cgroup root, with or without the leading slash of
+/// `systemd-cgls`.
 fn named(cgroup: &str) -> pinfold_core::Result<&str> {
     let cgroup = cgroup.trim_matches('/');
     Knob::Partition(cgroup.to_owned()).check()?;
@@ -226,7 +226,7 @@ fn plan_allow(root: &Host, cpus: &CpuSet, units: Vec<String>) -> pinfold_core::R
         .collect())
 }
 
-/// What `--save` keeps: the overrides first, which come back last.
+/// The entries of a saved file: the overrides first, which are restored last.
 fn entries(root: &Host, changes: &[Change]) -> pinfold_core::Result<Vec<Entry>> {
     let overrides = overrides(root)?;
     let mut set: Vec<&str> = words(&overrides.found).collect();
@@ -467,7 +467,7 @@ mod tests {
     }
 
     #[test]
-    fn the_command_line_is_sound() {
+    fn command_line_is_valid() {
         super::Args::command().debug_assert();
     }
 }
