@@ -215,7 +215,7 @@ pub fn check_root(root: &Host) -> anyhow::Result<()> {
 /// Prints a `--list` and what could not be read.
 pub fn listed(report: &mut Report, table: &Table) -> Exit {
     report.table(table);
-    Exit::Success
+    report.exit(Exit::Success)
 }
 
 /// A tool's run: parses the command line, runs it, prints an error once, and returns the exit code. A [`clap::Error`] that `run` returns is an error of the command line too.

@@ -8,7 +8,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use super::table::Table;
-use super::terminal::{err, out};
+use super::terminal::{err, print};
 
 use crate::knob::{Applied, Change, Outcome};
 use crate::text::printable;
@@ -79,6 +79,8 @@ pub struct Report {
     /// Whether the terminal's last line is one of [`progress`](Self::progress), which the next text
     /// takes the place of.
     half_said: Cell<bool>,
+    /// Why stdout could not be written, for the first text that was lost.
+    unprinted: RefCell<Option<String>>,
 }
 
 /// ECMA-48: to the line's first column, and what stands there erased.
@@ -108,6 +110,29 @@ impl Report {
             refused: 0,
             held: (!io::stdout().is_terminal()).then(RefCell::default),
             half_said: Cell::new(false),
+            unprinted: RefCell::default(),
+        }
+    }
+
+    /// Writes to stdout. The run goes on if that fails, and ends with a failure.
+    fn print(&self, text: &str) {
+        if let Err(error) = print(text) {
+            self.unprinted.borrow_mut().get_or_insert(error.to_string());
+        }
+    }
+
+    /// The exit code, which is a failure if some of the output was lost.
+    pub(crate) fn exit(&self, exit: Exit) -> Exit {
+        match (self.unprinted.take(), exit) {
+            (None, exit) => exit,
+            (Some(why), exit) => {
+                err(&format!("{}: {why}\n", self.tool));
+                if exit == Exit::Success {
+                    Exit::Failed
+                } else {
+                    exit
+                }
+            }
         }
     }
 
@@ -119,7 +144,7 @@ impl Report {
         let line = format!("{}\n", printable(text));
         let Some(held) = &self.held else {
             self.flush();
-            return out(&line);
+            return self.print(&line);
         };
         held.borrow_mut().push_str(&line);
         if held.borrow().len() > HELD_MAX {
@@ -131,7 +156,7 @@ impl Report {
     /// pipe the step's own line has to do, and where each change has a line, that one.
     pub fn progress(&self, step: &str, done: usize, of: usize) {
         if let Some(text) = self.progress_text(step, done, of) {
-            out(&text);
+            self.print(&text);
             self.half_said.set(true);
         }
     }
@@ -144,7 +169,7 @@ impl Report {
     /// Sends off the lines that are held back, or erases a line of [`progress`](Self::progress).
     fn flush(&self) {
         if self.half_said.take() {
-            out(LINE_ANEW);
+            self.print(LINE_ANEW);
         }
         if let Some(held) = self
             .held
@@ -152,7 +177,7 @@ impl Report {
             .map(RefCell::take)
             .filter(|held| !held.is_empty())
         {
-            out(&held);
+            self.print(&held);
         }
     }
 
@@ -247,9 +272,9 @@ impl Report {
     pub fn table(&self, table: &Table) {
         self.flush();
         if self.json {
-            out(&format!("{:#}\n", table.to_json()));
+            self.print(&format!("{:#}\n", table.to_json()));
         } else {
-            out(&table.to_text());
+            self.print(&table.to_text());
         }
     }
 
@@ -336,9 +361,9 @@ impl Report {
                 "tool": self.tool, "steps": steps, "changes": changes, "notes": self.notes,
                 "refused": self.refused, "failed": self.failed, "exit_code": exit as u8,
             });
-            out(&format!("{report:#}\n"));
+            self.print(&format!("{report:#}\n"));
         }
-        exit
+        self.exit(exit)
     }
 
     /// How many failures there were so far.

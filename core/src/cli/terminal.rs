@@ -4,12 +4,6 @@ use std::io::{self, Write};
 
 use crate::error::os_text;
 
-/// Writes to stdout. A reader that has gone (`| head`) is no reason to die half way through the
-/// host's changes.
-pub fn out(text: &str) {
-    let _ = try_out(text);
-}
-
 /// Prints a result to stdout. A reader that has gone (`| head`) is not an error.
 ///
 /// # Errors
