@@ -1,15 +1,15 @@
-//! What is looked at before CPUs go offline.
+//! Checks before CPUs go offline.
 
 use pinfold_core::knob::TaskId;
 use pinfold_core::sys::{cgroup, cpu, task};
 use pinfold_core::{CpuSet, Error, Host, Knob, Result};
 
-/// Whether the kernel lets this CPU go offline; CPU 0 we never ask for, whatever the kernel says.
+/// Whether this CPU may go offline. CPU 0 may not, even if the kernel would allow it.
 pub(crate) fn can_go(root: &Host, cpu: usize) -> bool {
     cpu != 0 && root.exists(format!("sys/devices/system/cpu/cpu{cpu}/online"))
 }
 
-/// Makes sure that these CPUs exist, can go offline, and leave others behind.
+/// Checks that these CPUs exist, can go offline, and are not all that are online.
 ///
 /// # Errors
 /// [`Error::Unusable`] naming the CPUs that cannot.
@@ -23,8 +23,7 @@ pub fn check_possible(root: &Host, cpus: &CpuSet) -> Result<()> {
     }
     let stuck: CpuSet = cpus.iter().filter(|cpu| !can_go(root, *cpu)).collect();
     if !stuck.is_empty() {
-        let why =
-            "cannot be taken offline: the kernel gives it no file to do so (CONFIG_HOTPLUG_CPU)";
+        let why = "cannot be taken offline: the kernel has no file for it (CONFIG_HOTPLUG_CPU)";
         return Err(Error::unusable(format!("CPU {stuck}"), why));
     }
     if cpu::online(root)?.is_subset(cpus) {
@@ -36,8 +35,8 @@ pub fn check_possible(root: &Host, cpus: &CpuSet) -> Result<()> {
     Ok(())
 }
 
-/// Makes sure that no cpuset partition loses its last CPU: it would be invalid from then on, online
-/// again or not. Gives a note for each that loses some, and with `force` for each that loses all.
+/// Checks that no cpuset partition loses its last CPU: it would stay invalid even once the CPU is
+/// online again. Returns a note for each that loses some, and with `force` for each that loses all.
 ///
 /// # Errors
 /// [`Error::Unusable`] naming the first partition that would lose all of its CPUs, unless `force`.
@@ -64,7 +63,7 @@ pub fn check_partitions(root: &Host, cpus: &CpuSet, force: bool) -> Result<Vec<S
         } else {
             let why = format!(
                 "cpuset partition /{path} would lose all of its CPUs and be invalid from then on; \
-                 make it a member first, or say --force"
+                 make it a member first, or use --force"
             );
             return Err(Error::unusable(object, why));
         }
@@ -107,11 +106,11 @@ fn partitions(root: &Host) -> Result<Vec<(String, CpuSet)>> {
     Ok(partitions)
 }
 
-/// The tasks that may run on none but these CPUs, a note for each: when the CPUs go, the kernel
-/// lets them run anywhere.
+/// A note for each task that may run only on these CPUs: once they are offline, the kernel lets it
+/// run anywhere.
 ///
 /// # Errors
-/// Where /proc or the list of online CPUs cannot be read.
+/// If /proc or the list of online CPUs cannot be read.
 pub fn bound_tasks(root: &Host, cpus: &CpuSet) -> Result<Vec<String>> {
     let online = cpu::online(root)?;
     let mut notes = Vec::new();
@@ -137,7 +136,7 @@ pub fn bound_tasks(root: &Host, cpus: &CpuSet) -> Result<Vec<String>> {
     }
     if hidden > 0 {
         notes.push(format!(
-            "where {hidden} tasks may run is not to be seen without root"
+            "without root, the CPUs of {hidden} tasks could not be read"
         ));
     }
     Ok(notes)
@@ -150,13 +149,13 @@ fn bound_task(
     cpus: &CpuSet,
     online: &CpuSet,
 ) -> Result<Option<String>> {
-    // Its start time matters to nobody here, and one file less per thread does.
+    // The start time is not needed here, which saves a file per thread.
     let allowed = &task::affinity(root, &TaskId { pid, tid, start: 0 })? & online;
     if allowed.is_empty() || !allowed.is_subset(cpus) {
         return Ok(None);
     }
     let task = task::task(root, pid, tid)?;
-    // An IRQ's thread goes with its IRQ, which the kernel moves by itself.
+    // An IRQ's thread follows its IRQ, which the kernel moves.
     if task.kernel && (task.bound || task.name.starts_with("irq/")) {
         return Ok(None);
     }

@@ -1,4 +1,4 @@
-//! cpu-hotplug: takes CPUs offline, which throws every task, timer and unbound worker off them, and
+//! cpu-hotplug: takes CPUs offline, which moves every task, timer and unbound worker off them, and
 //! online again.
 
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
@@ -48,7 +48,7 @@ enum Verb {
     },
 }
 
-/// The command's whole run.
+/// Runs the command.
 pub fn main() -> ExitCode {
     cli::main(TOOL, run)
 }
@@ -64,9 +64,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     }
     let (cpus, online) = match args.verb {
         None => {
-            report.error(
-                "nothing to do: say offline CPUS or online CPUS, or --list or --restore FILE",
-            );
+            report.error("nothing to do; use offline CPUS, online CPUS, --list or --restore FILE");
             return Ok(Exit::Usage);
         }
         Some(Verb::Offline { cpus, force }) => {
@@ -90,10 +88,11 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         .map(|object| object.want(Value::Online(online)))
         .collect();
     args.common.make(&root, &mut report, TOOL, changes)?;
-    // A tree of files has nobody who keeps the list of those online.
+    // In a captured tree the list of online CPUs does not follow.
     if root.is_live() && !args.common.dry_run {
         let other = in_between(&cpus, &cpu::online(&root)?, online);
-        // Each failed write has been told; this is about a kernel that says yes and does not do it.
+        // Failed writes have been reported. This is about a kernel that accepts a write and does not
+        // act on it.
         if other.len() > report.failures() {
             report.error(&format!(
                 "CPU {other}: still {} after all",
@@ -104,7 +103,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     Ok(report.finish())
 }
 
-/// The CPUs of these that are not as they were asked to be.
+/// Those of the CPUs that are not in the wanted state.
 fn in_between(cpus: &CpuSet, online_now: &CpuSet, wanted_online: bool) -> CpuSet {
     if wanted_online {
         cpus - online_now
@@ -158,7 +157,7 @@ mod tests {
     use clap::CommandFactory;
 
     #[test]
-    fn the_command_line_holds_together() {
+    fn command_line_is_valid() {
         Args::command().debug_assert();
     }
 

@@ -39,7 +39,7 @@ enum Verb {
     },
 }
 
-/// The command's whole run.
+/// Runs the command.
 pub fn main() -> ExitCode {
     cli::main(TOOL, run)
 }
@@ -58,7 +58,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         return Ok(exit);
     }
     let Some(Verb::Set { name, cpus }) = args.verb else {
-        report.error("nothing to do: say set NAME CPUS, or --list or --restore FILE");
+        report.error("nothing to do; use set NAME CPUS, --list or --restore FILE");
         return Ok(Exit::Usage);
     };
     let cpus = cpus.resolve(&root)?;
@@ -74,7 +74,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
 }
 
 const NO_DRIVER: &str =
-    "this host has no cpufreq driver, as in a VM, or with the clock left to the firmware";
+    "this host has no cpufreq driver, as in a VM or if the firmware sets the clock";
 
 /// The governors of the policies that `is_chosen` selects, as settings to change.
 pub fn settings(policies: &[Policy], is_chosen: impl Fn(&Policy) -> bool) -> Vec<Setting> {
@@ -169,7 +169,7 @@ fn check(root: &Host, policies: &[Policy], name: &str, cpus: &CpuSet) -> Result<
     if !offline.is_empty() {
         return Err(Error::unusable(
             format!("CPU {offline}"),
-            "offline; a governor can be set when it is online again",
+            "offline; a governor can be set only while it is online",
         ));
     }
     if !without.is_empty() {
@@ -201,7 +201,7 @@ mod tests {
     use clap::CommandFactory;
 
     #[test]
-    fn the_command_line_holds_together() {
+    fn command_line_is_valid() {
         Args::command().debug_assert();
     }
 }

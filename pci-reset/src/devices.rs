@@ -1,4 +1,4 @@
-//! Which PCI functions a VM's settings mean.
+//! The PCI functions that a VM's settings name.
 
 use std::collections::BTreeSet;
 
@@ -7,10 +7,10 @@ use pinfold_core::vm::{self, VmId};
 use pinfold_core::vm::{HostDevices, PciClaim};
 use pinfold_core::{Error, Host, Result};
 
-/// The functions that selectors mean on this host, ascending, each once.
+/// The functions that selectors match on this host, ascending, each once.
 ///
 /// # Errors
-/// [`Error::Unusable`] naming a selector that means none.
+/// [`Error::Unusable`] naming a selector that matches none.
 pub fn expand(root: &Host, selectors: &[PciSelector]) -> Result<Vec<PciAddress>> {
     let mut functions = BTreeSet::new();
     for selector in selectors {
@@ -19,17 +19,17 @@ pub fn expand(root: &Host, selectors: &[PciSelector]) -> Result<Vec<PciAddress>>
     Ok(functions.into_iter().collect())
 }
 
-/// The functions of the devices that a VM has to itself (`hostpciN`), ascending. A device of which
-/// it has but a slice (`mdev=`) is not among them: others use it too.
+/// The functions of the devices that are passed through to a VM (`hostpciN`), ascending. A device
+/// that it shares (`mdev=`) is not among them.
 ///
-/// Of a device that is not there the first function, as [`functions_of`] says;
+/// A device that is not present is represented by its first function, as in [`functions_of`];
 /// [`reset`](crate::reset()) finds it again.
 ///
-/// Of a mapping's devices it is the one that Proxmox VE has reserved for the VM, or else will: the
-/// first that is free.
+/// Of a mapping's devices it is the one that Proxmox VE has reserved for the VM, or will reserve:
+/// the first free one.
 ///
 /// # Errors
-/// Where the VM's settings cannot be read, or no device of a mapping is free.
+/// If the VM's settings cannot be read, or no device of a mapping is free.
 pub fn functions_of_vm(root: &Host, vmid: VmId) -> Result<Vec<PciAddress>> {
     let entries = vm::conf(root, vmid)?.hostpci;
     let reservations = vm::pci_claims(root)?;
@@ -43,11 +43,11 @@ pub fn functions_of_vm(root: &Host, vmid: VmId) -> Result<Vec<PciAddress>> {
     Ok(functions.into_iter().collect())
 }
 
-/// As [`expand`], for devices that settings name: one that is not there may have been removed by a
-/// run that was cut short, and its first function stands for it.
+/// As [`expand`], for devices that settings name: one that is not present may have been removed by
+/// an interrupted run, and is represented by its first function.
 ///
 /// # Errors
-/// Where sysfs cannot be read.
+/// If sysfs cannot be read.
 pub fn functions_of(root: &Host, selectors: &[PciSelector]) -> Result<Vec<PciAddress>> {
     let there = pci::addresses(root)?;
     let of_selector = |selector: &PciSelector| {

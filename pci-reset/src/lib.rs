@@ -1,8 +1,8 @@
-//! pci-reset: removes PCI functions and has the bus rescanned, which resets devices that offer no
-//! better way.
+//! pci-reset: removes PCI functions and rescans the bus, which resets devices that have no other
+//! reset.
 //!
-//! Some devices, graphics cards above all, are not fit for a second guest until the host has found
-//! them anew.
+//! Some devices, mainly graphics cards, do not work in a second guest until the host has found them
+//! again.
 
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 
@@ -55,7 +55,7 @@ pub struct Args {
     common: Common,
 }
 
-/// The command's whole run.
+/// Runs the command.
 pub fn main() -> ExitCode {
     cli::main(TOOL, run)
 }
@@ -82,19 +82,18 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         .iter()
         .filter(|address| !pci::is_present(&root, address))
     {
-        report.note(&format!(
-            "PCI {address}: it is not there; a rescan is to find it"
-        ));
+        report.note(&format!("PCI {address}: not present; a rescan may find it"));
     }
     if common.list {
         if cli::check_root(&root).is_err() {
-            report.note("without root, disks that ZFS and others hold for themselves are not seen");
+            report
+                .note("without root, disks used by ZFS and other exclusive users are not detected");
         }
         return Ok(cli::listed(&mut report, &list(&root, &functions)?));
     }
     if let (Some(vmid), []) = (vmid, functions.as_slice()) {
         report.note(&format!(
-            "VM {vmid}: it has no PCI device to itself; nothing to do"
+            "VM {vmid}: no PCI device is passed through to it alone; nothing to do"
         ));
     }
     if common.dry_run {
@@ -166,7 +165,7 @@ mod tests {
     use clap::CommandFactory;
 
     #[test]
-    fn the_command_line_is_sound() {
+    fn command_line_is_valid() {
         super::Args::command().debug_assert();
     }
 }

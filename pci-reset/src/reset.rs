@@ -1,4 +1,4 @@
-//! Remove, rescan, and everything back.
+//! Removing functions, rescanning, and waiting until all are back.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,17 +11,16 @@ use pinfold_core::{
 
 use crate::in_use::InUse;
 
-/// How often we look whether functions have gone or come.
+/// How often the presence of functions is polled.
 const INTERVAL: Duration = Duration::from_millis(10);
 
-/// How long a function that had a driver may be without one after a rescan: some are probed behind
-/// it.
+/// How long a function that had a driver may be without one after a rescan: some are probed later.
 const PROBE_DEADLINE: Duration = Duration::from_secs(1);
 
 /// The driver for passing devices through. Proxmox VE binds it at each start of a VM.
 const VFIO: &str = "vfio-pci";
 
-/// Makes sure that the host can do without the functions for a moment.
+/// Checks that the functions are not in use.
 ///
 /// # Errors
 /// [`Error::Unusable`] naming the function and all reasons against it.
@@ -40,7 +39,7 @@ pub fn check(root: &Host, functions: &[PciAddress]) -> Result<()> {
     Ok(())
 }
 
-/// The removals, the last function first: so the ones behind a bridge go before it.
+/// The removals, the last function first, so that functions behind a bridge go before it.
 pub fn plan(root: &Host, functions: &[PciAddress]) -> Vec<Change> {
     let mut functions: Vec<_> = functions
         .iter()
@@ -110,9 +109,9 @@ impl Before {
 
 /// Removes functions one after the other, rescans once, and waits until all that were on the host
 /// are back with the drivers they had. `deadline` is for the functions to go, and again for them to
-/// come back. What happens is told to `report`.
+/// come back. Changes and failures go to `report`.
 ///
-/// Functions that are not there are taken for removed: the rescan finds them again.
+/// Functions that are not present count as removed: the rescan finds them again.
 ///
 /// # Errors
 /// As [`check`], unless `force`: nothing has been changed then. [`Error::Unusable`] with the count
@@ -128,8 +127,8 @@ pub fn reset(
         check(root, functions)?;
     }
     let failures = report.failures();
-    // Siblings and what is behind a bridge may go along, so all the host's functions are looked for
-    // afterwards.
+    // Siblings and functions behind a bridge may be removed too, so all of the host's functions are
+    // checked afterwards.
     let mut addresses = pci::addresses(root)?;
     addresses.extend(functions);
     addresses.sort_unstable();
@@ -155,8 +154,8 @@ pub fn reset(
     }
 }
 
-/// Removes one function after the other. When one does not go in time, the rest stays: the kernel
-/// is still at it.
+/// Removes one function after the other. If one does not go in time, the rest is not removed: the
+/// kernel is still working on that one.
 fn remove(root: &Host, removals: Vec<Change>, deadline: Duration, report: &mut Report) {
     let until = Instant::now() + deadline;
     let all = removals.len();
@@ -179,7 +178,7 @@ fn remove(root: &Host, removals: Vec<Change>, deadline: Duration, report: &mut R
     }
 }
 
-/// One rescan finds them all. Those that it was for are handed back.
+/// Rescans the bus. Returns the functions that were missing before.
 fn bring_back<'a>(
     root: &Host,
     all: &'a [Before],
@@ -195,7 +194,7 @@ fn bring_back<'a>(
     let (mut last, of) = (None, missing.len());
     wait(Instant::now() + deadline, || {
         let left = all.iter().filter(is_missing).count();
-        // Said once, not at every look.
+        // Once per change, not per poll.
         if last.replace(left) != Some(left) {
             report.progress("PCI rescan", of.saturating_sub(left), of);
         }
@@ -258,7 +257,7 @@ fn driver(root: &Host, address: &PciAddress) -> String {
         .map_or_else(|| NO_DRIVER.into(), |driver| driver.to_string())
 }
 
-/// Looks until it is so, and says whether it is.
+/// Polls a condition until a deadline. Returns whether it holds.
 fn wait(until: Instant, mut is_so: impl FnMut() -> bool) -> bool {
     loop {
         if is_so() {

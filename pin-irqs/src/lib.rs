@@ -1,7 +1,7 @@
 //! pin-irqs: moves interrupts to a set of CPUs, and the mask that new ones start with.
 //!
-//! Some the kernel never lets user space move: managed queues (NVMe, virtio-blk) and timers. They
-//! are no failures.
+//! The kernel never lets user space move some of them: managed queues (NVMe, virtio-blk) and timers.
+//! That is not a failure.
 
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 
@@ -20,7 +20,7 @@ pub use irqs::{Irqs, default_mask, settings};
 
 const TOOL: &str = "pin-irqs";
 
-/// What --only and --except call the default mask.
+/// The default mask's name for --only and --except.
 const DEFAULT: &str = "default";
 
 /// Move IRQs to a set of CPUs
@@ -42,7 +42,7 @@ pub struct Args {
     common: Common,
 }
 
-/// The command's whole run.
+/// Runs the command.
 pub fn main() -> ExitCode {
     cli::main(TOOL, run)
 }
@@ -51,13 +51,15 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     let root = args.common.output.root();
     let mut report = args.common.output.report(TOOL);
     if args.common.list {
-        let held = held(&root)?;
-        if held.is_none() {
-            report.note("this kernel does not show which interrupts can be moved; it tells when they are tried");
+        let unmovable = unmovable(&root)?;
+        if unmovable.is_none() {
+            report.note(
+                "this kernel does not show which interrupts are movable; only moving them shows it",
+            );
         }
         return Ok(cli::listed(
             &mut report,
-            &list(&root, &args.filter, held.as_ref())?,
+            &list(&root, &args.filter, unmovable.as_ref())?,
         ));
     }
     if let Some(exit) = args.common.restore(&root, &mut report, TOOL)? {
@@ -74,10 +76,11 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         .map(|object| args.filter.change(object, &cpus))
         .collect::<Vec<_>>();
     if args.common.dry_run {
-        // Trying tells, and a dry run does not try.
-        let held = held(&root)?.unwrap_or_default();
-        let is_held = |change: &mut Change| !change.is_noop() && is_among(&held, &change.knob);
-        for change in changes.extract_if(.., is_held) {
+        // Otherwise only a write shows it.
+        let numbers = unmovable(&root)?.unwrap_or_default();
+        let is_unmovable =
+            |change: &mut Change| !change.is_noop() && is_among(&numbers, &change.knob);
+        for change in changes.extract_if(.., is_unmovable) {
             report.changes(&[Applied {
                 change,
                 outcome: Outcome::Refused("its smp_affinity is read-only".into()),
@@ -87,22 +90,21 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     args.common.carry_out(&root, &mut report, TOOL, changes)
 }
 
-/// The IRQs that the kernel does not let user space move, known without trying; `None` where it
-/// does not show them.
+/// The IRQs that the kernel does not let user space move; `None` if it does not show them.
 ///
-/// Nothing else tells than what [`irq::is_unmovable`] looks at, and where none is held this kernel may
-/// be an older one.
+/// Kernels before 6.12 do not show them in what [`irq::is_unmovable`] reads. So if none is found,
+/// nothing is known.
 ///
 /// # Errors
-/// Where /proc/irq cannot be listed.
-pub fn held(root: &Host) -> Result<Option<BTreeSet<u32>>> {
-    let mut held = BTreeSet::new();
+/// If /proc/irq cannot be listed.
+pub fn unmovable(root: &Host) -> Result<Option<BTreeSet<u32>>> {
+    let mut unmovable = BTreeSet::new();
     for number in irqs::numbers(root)? {
         if irq::is_unmovable(root, number)? {
-            held.insert(number);
+            unmovable.insert(number);
         }
     }
-    Ok(Some(held).filter(|held| !held.is_empty()))
+    Ok(Some(unmovable).filter(|numbers| !numbers.is_empty()))
 }
 
 fn is_among(irqs: &BTreeSet<u32>, knob: &Knob) -> bool {
@@ -122,7 +124,7 @@ fn chosen(root: &Host, filter: &FilterArgs, irqs: &mut Irqs) -> Result<Vec<Setti
     Ok(objects)
 }
 
-fn list(root: &Host, filter: &FilterArgs, held: Option<&BTreeSet<u32>>) -> Result<Table> {
+fn list(root: &Host, filter: &FilterArgs, unmovable: Option<&BTreeSet<u32>>) -> Result<Table> {
     let mut irqs = Irqs::default();
     let mut table = Table::new(&["irq", "name", "cpus", "effective", "movable"]);
     for object in chosen(root, filter, &mut irqs)? {
@@ -136,9 +138,9 @@ fn list(root: &Host, filter: &FilterArgs, held: Option<&BTreeSet<u32>>) -> Resul
             ]);
             continue;
         };
-        let movable = match held {
+        let movable = match unmovable {
             None => "unknown",
-            Some(held) if held.contains(&number) => "no",
+            Some(unmovable) if unmovable.contains(&number) => "no",
             Some(_) => "yes",
         };
         let effective = irq::effective(root, number)?.to_string();
@@ -161,12 +163,12 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
-    fn the_command_line_holds_together() {
+    fn command_line_is_valid() {
         Args::command().debug_assert();
     }
 
     #[test]
-    fn a_read_only_file_tells_who_is_held() {
+    fn a_read_only_file_means_not_movable() {
         let dir = tempfile::tempdir().unwrap();
         let root = Host::new(dir.path());
         for number in [1, 24] {
@@ -177,9 +179,13 @@ mod tests {
         fs::write(dir.path().join("proc/interrupts"), "CPU0\n").unwrap();
         fs::write(dir.path().join("proc/irq/default_smp_affinity"), "f\n").unwrap();
         let movable = || -> Vec<String> {
-            let table = list(&root, &FilterArgs::default(), held(&root).unwrap().as_ref())
-                .unwrap()
-                .to_json();
+            let table = list(
+                &root,
+                &FilterArgs::default(),
+                unmovable(&root).unwrap().as_ref(),
+            )
+            .unwrap()
+            .to_json();
             table
                 .as_array()
                 .unwrap()

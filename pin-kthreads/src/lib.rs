@@ -1,8 +1,8 @@
 //! pin-kthreads: moves kernel threads to a set of CPUs, and the unbound workqueues.
 //!
-//! Threads that the kernel binds itself (PF_NO_SETAFFINITY: per-CPU threads, workers) are never
-//! tried. Workers of unbound workqueues carry that flag too and obey the workqueues' mask alone,
-//! which is why it is moved along.
+//! Threads that are not movable (PF_NO_SETAFFINITY: per-CPU threads, workers) are not tried. Workers
+//! of unbound workqueues have that flag too and follow only the workqueues' mask, which is why the
+//! tool sets it.
 
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 
@@ -20,7 +20,7 @@ use pinfold_core::{
 
 const TOOL: &str = "pin-kthreads";
 
-/// What --only and --except call the unbound workqueues' mask.
+/// The unbound workqueues' name for --only and --except.
 const WORKQUEUES: &str = "workqueues";
 
 /// Move kernel threads to a set of CPUs
@@ -47,11 +47,11 @@ pub struct Args {
 struct Kthreads {
     /// Those that may be moved, kthreadd first, and then the unbound workqueues' mask.
     movable: Vec<Setting>,
-    /// Those that the kernel binds itself.
+    /// Those that are not movable.
     bound: Vec<Task>,
 }
 
-/// The command's whole run.
+/// Runs the command.
 pub fn main() -> ExitCode {
     cli::main(TOOL, run)
 }
@@ -74,7 +74,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     let offline = &cpus - &cpu::online(&root)?;
     if !offline.is_empty() {
         report.note(&format!(
-            "CPU {offline}: offline and left out; kernel threads will not use it when it is online again"
+            "CPU {offline}: offline and left out; kernel threads will not use it once it is online again"
         ));
     }
     // Older kernels leave them out by themselves, so what was set would not be what reads back.
@@ -156,7 +156,7 @@ fn kthreads(root: &Host, known: &BTreeMap<i32, Task>) -> Result<Vec<Task>> {
     Ok(tasks)
 }
 
-/// The CPUs of a thread; `None` where it has ended.
+/// The CPUs of a thread; `None` if it has ended.
 fn affinity(root: &Host, task: &Task) -> Result<Option<CpuSet>> {
     match task::affinity(root, &task.id) {
         Ok(cpus) => Ok(Some(cpus)),
@@ -165,7 +165,7 @@ fn affinity(root: &Host, task: &Task) -> Result<Option<CpuSet>> {
     }
 }
 
-/// The unbound workqueues' mask; `None` where it was not chosen, or this kernel has none.
+/// The unbound workqueues' mask; `None` if it was not chosen or this kernel has none.
 fn workqueues(root: &Host, matcher: &mut Filter<'_>) -> Result<Option<Setting>> {
     let knob = Knob::Workqueues;
     if !matcher.takes_word(WORKQUEUES) {
@@ -218,7 +218,7 @@ mod tests {
     use clap::CommandFactory;
 
     #[test]
-    fn the_command_line_holds_together() {
+    fn command_line_is_valid() {
         Args::command().debug_assert();
     }
 }

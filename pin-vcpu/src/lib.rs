@@ -1,8 +1,8 @@
 //! pin-vcpu: pins the threads of a VM's QEMU by their roles.
 //!
-//! A vCPU thread that stays on one CPU keeps that CPU's caches, and where the guest's cores lie on
-//! the host's, its scheduler's choices hold. Iothreads and emulator threads go elsewhere, so that
-//! they never stand in a vCPU's way.
+//! A vCPU thread that stays on one CPU keeps that CPU's caches, and if the guest's cores are the
+//! host's, the guest's scheduler decides correctly. Iothreads and emulator threads run elsewhere, so
+//! that they do not delay a vCPU.
 
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 
@@ -57,7 +57,7 @@ pub struct Args {
     common: Common,
 }
 
-/// The command's whole run.
+/// Runs the command.
 pub fn main() -> ExitCode {
     cli::main(TOOL, run)
 }
@@ -128,7 +128,7 @@ mod tests {
     use clap::CommandFactory;
 
     #[test]
-    fn the_command_line_is_sound() {
+    fn command_line_is_valid() {
         super::Args::command().debug_assert();
     }
 }
