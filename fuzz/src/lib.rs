@@ -13,7 +13,7 @@ use pinfold_core::sys::pci::PciSelector;
 use pinfold_core::sys::task;
 use pinfold_core::vm::qmp;
 use pinfold_core::vm::{
-    HostDevices, HostPci, PciHolder, VmConf, parse_pci_claims, parse_pci_mapping,
+    HostDevices, PciHolder, VmConf, parse_pci_claims, parse_pci_mapping,
 };
 use pinfold_core::{CpuSet, Host, Knob, MAX_CPU, knob};
 use serde_json::{Value, json};
@@ -87,9 +87,8 @@ pub fn proc_stat(data: &[u8]) -> bool {
 /// VMID.conf, its hostpci entries too.
 pub fn vm_conf(data: &[u8]) -> bool {
     let text = String::from_utf8_lossy(data);
-    let Ok(conf) = VmConf::parse(&text) else {
-        return false;
-    };
+    let mut conf = VmConf::parse(&text);
+    let is_clean = conf.passed_over.is_empty() && conf.contradictions().is_empty();
     assert!(conf.vcpus() >= 1 && conf.max_vcpus() >= 1 && conf.threads_per_core() >= 1);
     assert!(
         conf.hostpci.is_sorted_by(|a, b| a.index < b.index)
@@ -99,14 +98,23 @@ pub fn vm_conf(data: &[u8]) -> bool {
         match &entry.devices {
             HostDevices::Addresses(selectors) => check_selectors(selectors),
             HostDevices::Mapping(id) => assert!(!id.contains(['/', '.', '\n']) && id.len() >= 2),
+            HostDevices::Refused(why) => assert!(!why.contains('\n') && (conf.template || !is_clean)),
         }
     }
+    // What follows the running VM's settings changes nothing but the warnings.
+    let more = VmConf::parse(&format!("{text}\n[PENDING]\ncores: x\nhostpci0: x\n"));
+    assert_eq!(without_warnings(more), without_warnings(conf.clone()));
+    conf.hostpci
+        .retain(|entry| !matches!(entry.devices, HostDevices::Refused(_)));
+    let conf = without_warnings(conf);
     let rendered = render_conf(&conf);
-    assert_eq!(VmConf::parse(&rendered).unwrap(), conf, "{rendered}");
-    // What follows the running VM's settings changes nothing.
-    let more = format!("{text}\n[PENDING]\ncores: x\nhostpci0: x\n");
-    assert_eq!(VmConf::parse(&more).unwrap(), conf);
-    true
+    assert_eq!(VmConf::parse(&rendered), conf, "{rendered}");
+    is_clean
+}
+
+fn without_warnings(mut conf: VmConf) -> VmConf {
+    conf.passed_over.clear();
+    conf
 }
 
 /// The cluster's PCI mappings: those named `gpu`, on node `pve1`.
@@ -351,48 +359,56 @@ fn joined(selectors: &[PciSelector]) -> String {
 }
 
 fn render_conf(conf: &VmConf) -> String {
-    let VmConf {
-        name,
-        sockets,
-        cores,
-        vcpus,
-        affinity,
-        hugepages,
-        hostpci,
-        template,
-        hookscript,
-        args,
-        ..
-    } = conf;
-    let mut text = format!("template: {}\n", u8::from(*template));
-    let texts = [
-        ("name", name),
-        ("affinity", affinity),
-        ("hugepages", hugepages),
-        ("hookscript", hookscript),
-        ("args", args),
-    ];
-    for (key, value) in texts {
+    let mut text = format!(
+        "template: {}\nnuma: {}\n",
+        u8::from(conf.template),
+        u8::from(conf.numa)
+    );
+    let mut line = |key: &str, value: Option<String>| {
         text.extend(value.iter().map(|value| format!("{key}: {value}\n")));
+    };
+    // Proxmox VE drops quotes around these.
+    let quoted = |value: &Option<String>| value.as_ref().map(|value| format!("\"{value}\""));
+    line("name", conf.name.clone());
+    line("affinity", conf.affinity_text.clone());
+    line("lock", quoted(&conf.lock));
+    line("pinning", quoted(&conf.pinning));
+    line("hugepages", quoted(&conf.hugepages));
+    line("hookscript", conf.hookscript.clone());
+    line("args", conf.args.clone());
+    line("machine", conf.machine.clone());
+    line("hotplug", conf.plugs_vcpus.then(|| "cpu".to_owned()));
+    line("tpmstate0", conf.tpm.then(|| "local:x".to_owned()));
+    line("virtiofs0", conf.virtiofs.then(|| "share".to_owned()));
+    line("memory", conf.memory.map(|size| size.to_string()));
+    for (key, count) in [
+        ("sockets", conf.sockets),
+        ("cores", conf.cores),
+        ("vcpus", conf.vcpus),
+    ] {
+        line(key, count.map(|count| count.to_string()));
     }
-    for (key, there) in [("tpmstate0", conf.tpm), ("virtiofs0", conf.virtiofs)] {
-        text.extend(there.then(|| format!("{key}: x\n")));
+    for node in &conf.numa_nodes {
+        let set = |key: &str, numbers: &CpuSet| match numbers.is_empty() {
+            true => format!(",{key}=99999"),
+            false => format!(",{key}={}", numbers.to_string().replace(',', ";")),
+        };
+        let mut value = set("cpus", &node.vcpus);
+        value.extend(node.memory.map(|size| format!(",memory={size}")));
+        value.extend(node.host_nodes.iter().map(|nodes| set("hostnodes", nodes)));
+        value.extend(node.policy.iter().map(|policy| format!(",policy={policy}")));
+        line(&format!("numa{}", node.index), Some(value));
     }
-    for (key, count) in [("sockets", sockets), ("cores", cores), ("vcpus", vcpus)] {
-        text.extend(count.iter().map(|count| format!("{key}: {count}\n")));
-    }
-    for HostPci {
-        index,
-        devices,
-        shared,
-    } in hostpci
-    {
-        let devices = match devices {
+    for entry in &conf.hostpci {
+        let mut value = match &entry.devices {
             HostDevices::Addresses(selectors) => format!("host={}", joined(selectors)),
             HostDevices::Mapping(id) => format!("mapping={id}"),
+            HostDevices::Refused(why) => unreachable!("{why}"),
         };
-        let shared = if *shared { ",mdev=nvidia-63" } else { "" };
-        text += &format!("hostpci{index}: {devices}{shared}\n");
+        value.extend(entry.mdev.iter().map(|mdev| format!(",mdev={mdev}")));
+        value += if entry.keep_driver { ",driver=keep" } else { "" };
+        value += if entry.pcie { ",pcie=1" } else { "" };
+        line(&format!("hostpci{}", entry.index), Some(value));
     }
     text
 }

@@ -22,7 +22,7 @@ fn host() -> tempfile::TempDir {
     fs::create_dir_all(&confs).unwrap();
     fs::write(
         confs.join("100.conf"),
-        "cores: 4\nhookscript: \x1b[31mred\x1b[0m\n",
+        "cores: 4\nhookscript: local:\x1b[31mred\x1b[0m\n",
     )
     .unwrap();
     host

@@ -22,7 +22,7 @@ mod reset;
 
 use in_use::InUse;
 
-pub use devices::{expand, functions_of, functions_of_vm};
+pub use devices::{PassedThrough, expand, functions_of, functions_of_vm, passed_through};
 pub use reset::{check, plan, reset};
 
 const TOOL: &str = "pci-reset";

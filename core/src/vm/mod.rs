@@ -10,8 +10,12 @@ mod qemu;
 pub mod qmp;
 mod threads;
 
+pub use guest_topology::SmpError;
 pub use id::VmId;
-pub use proxmox::conf::{HostDevices, HostPci, VmConf, all, check_exists, conf, is_container};
+pub use proxmox::conf::{
+    Contradiction, HostDevices, HostPci, NumaNode, PassedOver, VmConf, all, check_exists, conf,
+    is_container,
+};
 pub use proxmox::mapping::{parse_pci_mapping, pci_mapping};
 pub use proxmox::reservations::{PciClaim, PciHolder, parse_pci_claims, pci_claims};
 pub use proxmox::run::pid_file;

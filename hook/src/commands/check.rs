@@ -33,7 +33,26 @@ struct Checked {
     /// Where its settings come from, if it has any.
     #[serde(skip_serializing_if = "Option::is_none")]
     source: Option<String>,
+    /// What was read of VMID.conf, if there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    read: Option<Read>,
     findings: Vec<Finding>,
+}
+
+/// What was read of VMID.conf, as Proxmox VE and QEMU take it.
+#[derive(Debug, Serialize)]
+struct Read {
+    /// The vCPUs that the VM starts with.
+    vcpus: u32,
+    /// The threads of each core of the guest.
+    threads: usize,
+    affinity: Option<String>,
+    hookscript: Option<String>,
+    template: bool,
+    hugepages: Option<String>,
+    /// The functions of the host that the VM gets as a whole.
+    pci: Vec<String>,
+    lock: Option<String>,
 }
 
 impl Checked {
@@ -152,17 +171,21 @@ fn check(root: &Host, vmid: VmId) -> Checked {
             };
             return Checked {
                 source: None,
+                read: None,
                 findings: vec![finding],
             };
         }
     };
     let mut findings = vec![advice::hookscript(root, vmid, &conf)];
+    let (read, found) = read(root, vmid, &conf);
+    findings.extend(found);
     let settings = match settings::load(root, vmid, conf.threads_per_core()) {
         Ok(settings) => settings,
         Err(error) => {
             findings.push(told("settings", &error));
             return Checked {
                 source: None,
+                read: Some(read),
                 findings,
             };
         }
@@ -200,8 +223,49 @@ fn check(root: &Host, vmid: VmId) -> Checked {
     }
     Checked {
         source: Some(settings.source),
+        read: Some(read),
         findings,
     }
+}
+
+/// What was read of VMID.conf, and warnings of what Proxmox VE ignores in it and of what keeps the
+/// VM from starting so.
+fn read(root: &Host, vmid: VmId, conf: &VmConf) -> (Read, Vec<Finding>) {
+    const CHECK: &str = "VMID.conf";
+    let file = root.path(format!("etc/pve/qemu-server/{vmid}.conf"));
+    let fix = format!("correct or remove it in {}", file.display());
+    let ignored = conf.passed_over.iter().map(|passed_over| {
+        let what = format!("{passed_over}; Proxmox VE ignores it");
+        Finding::warn(CHECK, what, fix.clone())
+    });
+    let mut findings: Vec<_> = ignored.collect();
+    let mut contradictions = conf.contradictions();
+    let functions = match pci_reset::passed_through(root, vmid, conf) {
+        Ok(found) => {
+            contradictions.extend(found.refusals);
+            found.functions
+        }
+        Err(error) => {
+            findings.push(Finding::error(CHECK, error.to_string(), ""));
+            Vec::new()
+        }
+    };
+    findings.extend(
+        contradictions
+            .iter()
+            .map(|contradiction| Finding::warn(CHECK, contradiction.to_string(), "")),
+    );
+    let read = Read {
+        vcpus: conf.vcpus(),
+        threads: conf.threads_per_core(),
+        affinity: conf.affinity.as_ref().map(ToString::to_string),
+        hookscript: conf.hookscript.clone(),
+        template: conf.template,
+        hugepages: conf.hugepages.clone(),
+        pci: functions.iter().map(ToString::to_string).collect(),
+        lock: conf.lock.clone(),
+    };
+    (read, findings)
 }
 
 /// The findings that are at least as severe as `least`.
@@ -372,7 +436,7 @@ mod tests {
     #[test]
     fn each_fault_is_found_with_its_fix() {
         type Arrange = fn(&MadeUpHost);
-        let cases: [(Arrange, &str); 24] = [
+        let cases: [(Arrange, &str); 27] = [
             (
                 |h| h.conf(100, &CONF.replace("hookscript", "#")),
                 "warn hookscript: not set: Proxmox VE does not call hook for this VM => qm set 100 --hookscript local:snippets/hook",
@@ -411,7 +475,9 @@ mod tests {
                 "error iothreads: CPU 24: no such CPU; this host has 0-23 => ",
             ),
             (
-                |h| h.conf(100, &CONF.replace("12", "14")),
+                |h| {
+                    h.conf(100, &CONF.replace("12", "14").replace("cores=6", "cores=7"));
+                },
                 "error pins: the VM has 14 vCPUs but only 12 pins => add pins or remove vCPUs",
             ),
             (
@@ -475,8 +541,22 @@ mod tests {
                 "warn SMT: CPU 6 does not include all SMT siblings: what runs on them slows the VM's cores => isolate whole cores; `hook layout` shows them",
             ),
             (
-                |h| h.conf(100, &CONF.replace("12", "10")),
+                |h| {
+                    h.conf(100, &CONF.replace("12", "10").replace("cores=6", "cores=5"));
+                },
                 "warn vCPUs: 10, but 12 pins: CPU 11,23 is isolated but unused => give the VM more cores, or isolate fewer CPUs",
+            ),
+            (
+                |h| h.conf(100, &format!("{CONF}\nfoo: x\u{1b}")),
+                "warn VMID.conf: line 5: `foo: x\\u{1b}`: unknown setting; Proxmox VE ignores it => correct or remove it in /etc/pve/qemu-server/100.conf",
+            ),
+            (
+                |h| h.conf(100, &format!("{CONF}\nhugepages: 2")),
+                "warn VMID.conf: Proxmox VE refuses to start: hugepages needs `numa: 1` => ",
+            ),
+            (
+                |h| h.conf(100, &format!("{CONF}\nhostpci0: 0b:07")),
+                "warn VMID.conf: Proxmox VE refuses to start: hostpci0: no device 0000:0b:07 on this host => ",
             ),
             (
                 |h| h.conf(100, &CONF.replace("args", "#")),
@@ -556,7 +636,7 @@ mod tests {
         host.conf(
             100,
             &format!(
-                "{}\nhugepages: 1024",
+                "{}\nnuma: 1\nhugepages: 1024",
                 CONF.replace("12", "8").replace("cores=6", "cores=4")
             ),
         );

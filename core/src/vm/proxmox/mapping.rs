@@ -1,7 +1,7 @@
 //! The cluster's PCI mappings: /etc/pve/mapping/pci.cfg; the grammar is that of pve-guest-common's
 //! `PVE::Mapping::PCI`.
 
-use super::conf::selectors;
+use super::hostpci::selectors;
 use crate::error::{Error, Result};
 use crate::sys::pci::PciSelector;
 use crate::sysroot::Sysroot;
@@ -24,7 +24,7 @@ pub fn parse_pci_mapping(text: &str, id: &str, node: &str) -> Option<Vec<Vec<Pci
                     .find_map(|part| part.trim().strip_prefix(key)?.strip_prefix('='))
             };
             if value("node")? == node {
-                selectors(value("path")?)
+                selectors(value("path")?).ok()
             } else {
                 None
             }
