@@ -12,9 +12,7 @@ use pinfold_core::state::save::{self, Entry};
 use pinfold_core::sys::pci::PciSelector;
 use pinfold_core::sys::task;
 use pinfold_core::vm::qmp;
-use pinfold_core::vm::{
-    HostDevices, PciHolder, VmConf, parse_pci_claims, parse_pci_mapping,
-};
+use pinfold_core::vm::{HostDevices, PciHolder, VmConf, parse_pci_claims, parse_pci_mapping};
 use pinfold_core::{CpuSet, Host, Knob, MAX_CPU, knob};
 use serde_json::{Value, json};
 
@@ -98,7 +96,9 @@ pub fn vm_conf(data: &[u8]) -> bool {
         match &entry.devices {
             HostDevices::Addresses(selectors) => check_selectors(selectors),
             HostDevices::Mapping(id) => assert!(!id.contains(['/', '.', '\n']) && id.len() >= 2),
-            HostDevices::Refused(why) => assert!(!why.contains('\n') && (conf.template || !is_clean)),
+            HostDevices::Refused(why) => {
+                assert!(!why.contains('\n') && (conf.template || !is_clean))
+            }
         }
     }
     // What follows the running VM's settings changes nothing but the warnings.
@@ -406,7 +406,11 @@ fn render_conf(conf: &VmConf) -> String {
             HostDevices::Refused(why) => unreachable!("{why}"),
         };
         value.extend(entry.mdev.iter().map(|mdev| format!(",mdev={mdev}")));
-        value += if entry.keep_driver { ",driver=keep" } else { "" };
+        value += if entry.keep_driver {
+            ",driver=keep"
+        } else {
+            ""
+        };
         value += if entry.pcie { ",pcie=1" } else { "" };
         line(&format!("hostpci{}", entry.index), Some(value));
     }
