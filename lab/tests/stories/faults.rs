@@ -321,7 +321,10 @@ fn irqbalance_as_advised(host: &mut Host) {
     .unwrap();
     host.start_vm(&VmSpec::new(100)).unwrap();
     let checked = host.sh("hook check 100 -v").unwrap().stdout;
-    assert!(checked.contains(") keeps off CPU 6-11,18-23"), "{checked}");
+    assert!(
+        checked.contains(") does not use CPU 6-11,18-23"),
+        "{checked}"
+    );
     expect(host, "hook 100 post-start -q", 0);
     // Some of its rounds.
     host.ok("sleep 5; pgrep -x irqbalance").unwrap();
@@ -351,7 +354,7 @@ fn another_vm_with_affinity_is_named(host: &mut Host) {
         "{message}"
     );
     assert!(
-        message.contains("VM 100: `affinity: 0-3` is set as well"),
+        message.contains("VM 100: `affinity: 0-3` is also set"),
         "{message}"
     );
 }

@@ -110,7 +110,7 @@ fn a_backup_of_a_stopped_vm(host: &mut Host) {
     let log = host.ok("qm start 100 --paused 2>&1").unwrap();
     assert!(
         log.contains(
-            "VM 100 is in prelaunch, as for a backup: its guest will not run, nothing is isolated"
+            "VM 100 is in state prelaunch, as for a backup: its guest will not run, nothing is isolated"
         ),
         "{log}"
     );
