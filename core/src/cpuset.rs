@@ -14,10 +14,10 @@ use crate::text::excerpt;
 /// The largest CPU number accepted: the kernel's biggest NR_CPUS (x86 MAXSMP) is 8192.
 pub const MAX_CPU: usize = 8191;
 
-/// Why a text is no CPU set. Each message names the offending token.
+/// Why a text is not a CPU set. Each message names the offending token.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CpuSetError {
-    /// Nothing between the commas, or an empty text where CPUs were asked for.
+    /// Nothing between the commas, or an empty text if CPUs are required.
     #[error("\"{0}\" is an empty CPU list; write CPUs as in 0-5,12")]
     Empty(String),
     /// A token that is neither a number nor a range.
@@ -83,7 +83,7 @@ impl CpuSet {
         set
     }
 
-    /// Reads what a kernel file holds in list form, where empty means no CPU.
+    /// Parses a kernel file in list form; an empty one means no CPU.
     ///
     /// # Errors
     /// As `FromStr`, but for the empty text.
@@ -251,10 +251,10 @@ impl CpuSet {
         self.words.iter().zip(&other.words).any(|(a, b)| a & b != 0)
     }
 
-    /// This set held to `fence`: their intersection, or the whole of `fence` where they share
+    /// This set narrowed to `fence`: their intersection, or the whole of `fence` if they share
     /// nothing.
     ///
-    /// So a mask that somebody had narrowed before is never widened by it.
+    /// A mask that was narrower before is not widened by it.
     pub fn narrow_to(&self, fence: &Self) -> Self {
         let inside = self & fence;
         if inside.is_empty() {
@@ -535,7 +535,7 @@ mod tests {
     }
 
     #[test]
-    fn held_to_narrows_and_never_widens() {
+    fn narrow_to_narrows_and_never_widens() {
         let housekeeping = set("0-5,12-17");
         assert_eq!(set("0-23").narrow_to(&housekeeping), housekeeping);
         assert_eq!(set("4-7").narrow_to(&housekeeping), set("4-5"));

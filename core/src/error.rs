@@ -21,7 +21,7 @@ pub enum Error {
         /// The system's answer.
         source: io::Error,
     },
-    /// A file or a reply does not say what it should.
+    /// A file or a reply has unexpected contents.
     #[error("{object}: {why}")]
     Malformed {
         /// What was read.
@@ -37,7 +37,7 @@ pub enum Error {
         /// Why it is none.
         source: CpuSetError,
     },
-    /// Something that was asked for cannot be had; the text says what and what to do next.
+    /// A request cannot be met; the text names what is missing and what to do next.
     #[error("{object}: {why}")]
     Unusable {
         /// What was asked for.
@@ -85,7 +85,7 @@ impl Error {
     }
 }
 
-/// Whether a system error says that the object is not there (any more).
+/// Whether a system error means that the object does not exist (any more).
 pub(crate) fn is_gone(error: &io::Error) -> bool {
     use nix::libc::{ENODEV, ENOENT, ENOTDIR, ESRCH};
     matches!(

@@ -18,7 +18,7 @@ pub struct Host {
 }
 
 impl Host {
-    /// The host whose files are below `root`, with systemd's default timeouts.
+    /// The host with its files below `root`, with the default timeouts for systemd.
     pub fn new(root: impl Into<PathBuf>) -> Self {
         Self {
             root: Sysroot::new(root),

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
 
-/// Where the host's files are: `/`, or a captured tree. It only reads.
+/// The root of the host's files: `/`, or a captured tree. It only reads.
 #[derive(Debug, Clone)]
 pub struct Sysroot {
     root: PathBuf,
@@ -34,7 +34,7 @@ impl Sysroot {
         Self { root: root.into() }
     }
 
-    /// Whether this is the running host, where system calls speak of the same things as the files.
+    /// Whether this is the running host, so that system calls and files refer to the same objects.
     pub fn is_live(&self) -> bool {
         self.root == Path::new("/")
     }
@@ -51,7 +51,7 @@ impl Sysroot {
         self.path(path).exists()
     }
 
-    /// A whole file as text. Bytes that are no UTF-8 (a thread may be named anything) become
+    /// A whole file as text. Bytes that are not UTF-8 (a thread may have any name) become
     /// U+FFFD.
     ///
     /// # Errors
@@ -69,11 +69,11 @@ impl Sysroot {
         self.read_until(path.as_ref(), true)
     }
 
-    /// As [`read_record`](Self::read_record), less the line's end; `None` where there is no such
-    /// file.
+    /// As [`read_record`](Self::read_record), without the line's end; `None` if the file does not
+    /// exist.
     ///
     /// # Errors
-    /// [`Error::Io`] with the path, for anything but a file that is not there.
+    /// [`Error::Io`] with the path, for anything but a file that does not exist.
     pub fn read_value(&self, path: impl AsRef<Path>) -> Result<Option<String>> {
         match self.read_record(path) {
             Ok(mut text) => {
@@ -152,8 +152,8 @@ impl Sysroot {
         Ok(names.into_iter().map(|(_, name)| name).collect())
     }
 
-    /// The last component a symbolic link points at (`driver`, `iommu_group`); `None` where there
-    /// is no link.
+    /// The last component a symbolic link points at (`driver`, `iommu_group`); `None` if there
+    /// is none.
     pub fn link_name(&self, path: impl AsRef<Path>) -> Option<String> {
         let target = fs::read_link(self.path(path)).ok()?;
         Some(target.file_name()?.to_string_lossy().into_owned())

@@ -27,7 +27,7 @@ impl Machines {
         }
     }
 
-    /// A machine, expanded where it was not yet.
+    /// A machine, expanded if it was not yet.
     fn root(&self, name: &str) -> Host {
         let root = self.folder.path().join(name);
         if !root.exists() {
@@ -385,7 +385,7 @@ fn selectors() -> BTreeMap<&'static str, CpuSet> {
     ])
 }
 
-/// An expression's text, and its CPUs by the operations of `CpuSet` alone.
+/// An expression's text, and its CPUs by the operations of `CpuSet` only.
 fn any_expr() -> impl Strategy<Value = (String, CpuSet)> {
     let numbers = prop::collection::vec(0..24usize, 1..5).prop_map(|cpus| {
         let cpus: CpuSet = cpus.into_iter().collect();

@@ -1,8 +1,8 @@
 //! What the fuzz targets do with their input, as plain functions: libFuzzer calls them, and so does
 //! tests/corpus.rs.
 //!
-//! Each hands the input to a parser as the programs do (bytes that are no UTF-8 become U+FFFD) and
-//! panics where the result is not as promised. What comes back is whether the parser took it.
+//! Each hands the input to a parser as the programs do (bytes that are not UTF-8 become U+FFFD) and
+//! panics if the result is not as promised. It returns whether the parser accepted it.
 
 use std::alloc::System;
 
@@ -16,7 +16,7 @@ use pinfold_core::vm::{HostDevices, PciHolder, VmConf, parse_pci_claims, parse_p
 use pinfold_core::{CpuSet, Host, Knob, MAX_CPU, knob};
 use serde_json::{Value, json};
 
-/// No parser needs more for any input. Of a process's memory this is Rust's part alone:
+/// No parser needs more for any input. Of a process's memory this is only Rust's part:
 /// libFuzzer's own, some tens of MiB that grow with its corpus, is allocated elsewhere and so does
 /// not blur it.
 pub const MEMORY: usize = 64 << 20;
@@ -67,7 +67,7 @@ pub fn proc_stat(data: &[u8]) -> bool {
     let Ok(task) = task::parse_stat(17, &text) else {
         return false;
     };
-    // Told apart in another way: the name is what is between the outermost brackets.
+    // Found in another way: the name is what is between the outermost brackets.
     let (tid, rest) = text.split_once(" (").unwrap();
     let (name, fields) = rest.rsplit_once(") ").unwrap();
     assert_eq!(
@@ -159,7 +159,7 @@ pub fn qmp_reply(data: &[u8]) -> bool {
     let Ok(facts) = qmp::ThreadRoles::parse(&String::from_utf8_lossy(data)) else {
         return false;
     };
-    // The numbers become a set, whose size is that of the largest.
+    // The numbers become a set, as large as the largest of them.
     assert!(facts.vcpus.values().all(|number| *number <= MAX_CPU));
     let cpus = facts
         .vcpus

@@ -13,7 +13,7 @@ const ENDED_INTERVAL: Duration = Duration::from_millis(2);
 /// Runs a program to its end and returns its standard output.
 ///
 /// # Errors
-/// An error in words (`systemctl set-property …: exit code 1: Unit x.slice not found.`) where it
+/// An error in words (`systemctl set-property …: exit code 1: Unit x.slice not found.`) if it
 /// cannot be started, does not end before the deadline (it is killed then) or ends with anything
 /// but success.
 pub(crate) fn run(program: &str, args: &[&str], deadline: Duration) -> io::Result<String> {
@@ -38,7 +38,7 @@ pub(crate) fn run(program: &str, args: &[&str], deadline: Duration) -> io::Resul
             Err(named(format!("{status}: {last}")))
         }
         ended => {
-            // Still there: end it, so that nobody waits for the pipes it holds.
+            // It has not ended: kill it, so that no process waits for its pipes.
             let _ = child.kill();
             let _ = child.wait();
             match ended {
@@ -54,7 +54,7 @@ pub(crate) fn run(program: &str, args: &[&str], deadline: Duration) -> io::Resul
 
 type Ended = (std::process::ExitStatus, String, String);
 
-/// Reads both pipes until the program has closed them and ended; `None` where time runs out before.
+/// Reads both pipes until the program has closed them and ended; `None` if time runs out before.
 fn collect(child: &mut Child, until: Instant) -> io::Result<Option<Ended>> {
     let (Some(mut stdout), Some(mut stderr)) = (child.stdout.take(), child.stderr.take()) else {
         return Err(io::Error::other("its output cannot be read"));

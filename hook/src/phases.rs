@@ -27,7 +27,7 @@ const NEVER_RUNS: &str = "prelaunch";
 pub(crate) struct Run<'a> {
     /// The host.
     pub root: Host,
-    /// Where results go.
+    /// The output for results.
     pub report: &'a mut Report,
 }
 
@@ -197,7 +197,7 @@ impl Run<'_> {
             {
                 claim.clone()
             }
-            // There was no pre-start, or it was for an earlier QEMU: run its checks now.
+            // pre-start did not run, or for an earlier QEMU: run its checks now.
             _ => {
                 let conf = vm::conf(&self.root, vmid)?;
                 let threads_per_core =
@@ -251,8 +251,8 @@ impl Run<'_> {
         Ok(isolated)
     }
 
-    /// Isolates the CPUs of a VM whose reservation is in the store with its QEMU. If that fails, the
-    /// VM keeps running on any CPUs and everything that was done is undone.
+    /// Isolates the CPUs of a VM that has a reservation with its QEMU in the store. If that fails,
+    /// the VM keeps running on any CPUs and everything that was done is undone.
     fn fence(
         &mut self,
         store: &mut Store<Reservation>,
@@ -352,7 +352,7 @@ impl Run<'_> {
         }
         let mut store = self.open(&deadlines)?;
         let mut dead = self.drop_dead(&mut store, None)?;
-        // Under the lock no other hook is at work: a half isolated VM is one whose hook was killed.
+        // Under the lock no other hook runs: the hook of a half isolated VM was killed.
         let half: Vec<VmId> = (store.reservations.iter())
             .filter(|(_, reservation)| reservation.phase == Phase::Isolating)
             .filter_map(|(id, _)| VmId::try_from(*id).ok())
@@ -415,7 +415,7 @@ impl Run<'_> {
         )?)
     }
 
-    /// Drops the reservations of VMs that have stopped, except that of `but`, whose phase is running.
+    /// Drops the reservations of VMs that have stopped, except that of `but`, which is in a phase.
     fn drop_dead(
         &mut self,
         store: &mut Store<Reservation>,
@@ -443,7 +443,7 @@ impl Run<'_> {
     }
 
     /// Drops the reservations of VMs that are `gone`, settles the host for the others, and returns
-    /// the dropped ones. One whose idle VM has yet to be started stays in the state until then
+    /// the dropped ones. One with an idle VM to be started stays in the state until then
     /// ([`start_idle`](Self::start_idle)); once the process `until` has ended, any hook may start it.
     fn give_back(
         &mut self,

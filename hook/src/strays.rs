@@ -30,7 +30,7 @@ pub(crate) struct Stray {
     pub class: Class,
     /// Its name.
     pub object: String,
-    /// Where it can.
+    /// The CPUs on which it can.
     pub cpus: CpuSet,
 }
 

@@ -10,8 +10,8 @@ use std::process::Command;
 /// Frequency in MHz and power in mW of each P-state, fastest first.
 ///
 /// The kernel takes the state nearest to the TSC's frequency for the present one, which must be the
-/// last here, and `_PPC` forbids the first: so every governor picks the state that there is, and
-/// the frequency never changes. A change would make the kernel drop the TSC for good
+/// last here, and `_PPC` forbids the first: so every governor picks the same state, and the
+/// frequency never changes. A change would make the kernel drop the TSC until the next boot
 /// (`mark_tsc_unstable`, "cpufreq changes on SMP"), and any other clock is slow under emulation.
 const P_STATES: [(u32, u32); 2] = [(20_000, 10_000), (1_000, 4_000)];
 /// An I/O port without a device: acpi-cpufreq writes the wanted state there and never looks back.

@@ -21,7 +21,7 @@ const OUTPUT_GRACE: Duration = Duration::from_secs(3);
 /// While the lab's end of the port is closed, it is looked at this often.
 const CLOSED_POLL: Duration = Duration::from_millis(50);
 
-/// Answers requests for good.
+/// Answers requests without end.
 pub fn serve() -> Result<()> {
     let path = Path::new("/dev/virtio-ports").join(PORT);
     while !path.exists() {
@@ -65,7 +65,7 @@ fn answer(request: Request, out: &Mutex<File>) {
         answer,
     };
     let Ok(line) = line(&reply) else { return };
-    // If the port fails, there is no way to report it.
+    // If the port fails, it cannot be reported.
     let _ = out
         .lock()
         .unwrap_or_else(PoisonError::into_inner)
@@ -173,7 +173,7 @@ impl Collector {
                     .unwrap_or_else(PoisonError::into_inner)
                     .extend(chunk.iter().take(n));
             }
-            // Nobody listens any more once the answer is given.
+            // Once the answer is sent, the receiver has gone.
             let _ = done.send(());
         });
         Self { bytes, closed }
@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn output_that_a_child_keeps_open_is_told() {
+    fn output_that_a_child_keeps_open_is_reported() {
         let done = sh("sleep 8 & echo done", 60_000);
         assert!(done.left_open);
         assert_eq!(done.stdout.0, b"done\n");

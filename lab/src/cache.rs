@@ -1,4 +1,4 @@
-//! Where images, snapshots and running hosts are kept, and the keys and locks of what is there.
+//! The paths of images, snapshots and running hosts, and their keys and locks.
 
 use anyhow::{Context, Result, anyhow};
 use nix::errno::Errno;

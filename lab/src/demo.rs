@@ -12,7 +12,7 @@ use crate::{Guest, Host, VmSpec, svg};
 
 const ISOLATED: &str = "6-11,18-23";
 
-/// How the host looks: who may run where, counted by CPU.
+/// Shows the host: what may run on each CPU, counted.
 const LOOK: &str = "/usr/local/lib/pinfold-lab/lab-agent map";
 
 /// Runs it and prints each step to `out`.
@@ -22,7 +22,7 @@ pub fn run(bins: &Path, out: &mut impl Write) -> Result<()> {
         out,
         "# a host of 24 CPUs, Debian 13, under QEMU (the first time its image is made and it boots: some minutes)"
     )?;
-    // Dropped after the host, whose lock is free by then.
+    // Dropped after the host, so that its lock is free by then.
     let _lifeline = Lifeline::start()?;
     let host = Host::acquire(Guest::Trixie, bins)?;
     writeln!(

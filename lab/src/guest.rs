@@ -27,7 +27,7 @@ impl Guest {
         }
     }
 
-    /// Where its packages come from, those of the kernel from the last.
+    /// The sources of its packages, those of the kernel from the last.
     pub(crate) fn suites(self) -> &'static [&'static str] {
         match self {
             Self::Trixie => &["trixie"],

@@ -24,11 +24,11 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Slots for each guest, unless `PINFOLD_LAB_SLOTS` says otherwise.
+/// Slots for each guest, unless `PINFOLD_LAB_SLOTS` is set.
 const SLOTS: usize = 2;
 /// A boot takes two minutes; two at a time on a busy machine take longer.
 const BOOT_PATIENCE: Duration = Duration::from_secs(420);
-/// In some boots an emulated CPU halts for good inside its timer interrupt (QEMU 10.0, TCG: its
+/// In some boots an emulated CPU halts forever inside its timer interrupt (QEMU 10.0, TCG: its
 /// local APIC has vector 236 in service and further ones pending), and whoever needs that CPU waits
 /// without end. So each is tried before the snapshot is taken, which would keep that for all
 /// stories; later it was never seen.
@@ -311,7 +311,7 @@ impl Host {
         self.ok(&format!("qm stop {id} 2>&1"))
     }
 
-    /// Kills a VM's QEMU and lets everything else lie where it is.
+    /// Kills a VM's QEMU and cleans up nothing else.
     pub fn kill_vm(&self, id: u32) -> Result<()> {
         let pid_file = format!("/run/qemu-server/{id}.pid");
         self.ok(&format!(
@@ -320,7 +320,7 @@ impl Host {
         Ok(())
     }
 
-    /// Does what PVE does after a QEMU has gone by itself; `hook` says whether post-stop comes.
+    /// Does what PVE does after a QEMU has gone by itself; `hook` is whether post-stop is called.
     pub fn cleanup_vm(&self, id: u32, hook: bool) -> Result<String> {
         self.ok(&format!(
             "qm cleanup {id} {} 2>&1",
@@ -353,7 +353,7 @@ impl Host {
         self.ok(&format!("{AGENT_PATH} topology")).map(drop)
     }
 
-    /// Where its files are: socket of the console, its log.
+    /// The folder of its files: socket of the console, its log.
     pub fn slot(&self) -> &Slot {
         &self.slot
     }
@@ -536,7 +536,7 @@ fn settle(slot: &Slot) -> Result<()> {
 /// The files a host is given: the agent, its key, the product's programs.
 struct Payload {
     key: String,
-    /// Source and where it goes in the guest, relative to the root.
+    /// Source and the path in the guest, relative to the root.
     files: Vec<(PathBuf, PathBuf)>,
 }
 
@@ -660,7 +660,7 @@ fn take_slot(cache: &Cache, guest: Guest, wanted: Option<usize>) -> Result<(Slot
     }
 }
 
-/// The slots there are, with the process of each that runs.
+/// All slots, with the process of each that runs.
 pub fn all_slots(cache: &Cache) -> Vec<(String, Slot)> {
     let folders = ["hosts", "booted"]
         .into_iter()
@@ -719,7 +719,7 @@ fn fault_in(console: &str) -> Option<String> {
     (!text.is_empty()).then_some(text)
 }
 
-/// The tags in what `qemu-img snapshot -l` prints, whose lines are `ID TAG SIZE DATE ...`.
+/// The tags in what `qemu-img snapshot -l` prints, in lines of `ID TAG SIZE DATE ...`.
 fn tags(listing: &str) -> Vec<String> {
     let lines = listing
         .lines()
@@ -745,7 +745,7 @@ mod tests {
     }
 
     #[test]
-    fn the_emulators_fault_is_told_from_the_kernels_own() {
+    fn the_emulators_fault_is_distinguished_from_the_kernels_own() {
         let console = "[    1.0] Linux\n[   97.1] Oops: int3: 0000 [#1] PREEMPT SMP NOPTI\n[   97.1] CPU: 2\n";
         assert_eq!(fault_in(console).unwrap().lines().count(), 2);
         assert_eq!(
@@ -755,7 +755,7 @@ mod tests {
     }
 
     #[test]
-    fn programs_are_told_from_what_lies_beside_them() {
+    fn programs_are_distinguished_from_other_files() {
         let folder = tempfile::tempdir().unwrap();
         for (name, mode) in [
             ("hook", 0o755),

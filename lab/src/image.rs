@@ -158,7 +158,7 @@ impl Image {
                 .args([&raw, &part]),
         )?;
         fs::remove_file(&raw).with_context(|| format!("{}: cannot remove", raw.display()))?;
-        // The last step: an image that is there is whole.
+        // The last step, so that an image that exists is complete.
         fs::rename(&part, self.disk()).with_context(|| format!("{}: cannot rename", part.display()))
     }
 }

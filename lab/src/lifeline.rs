@@ -1,5 +1,5 @@
-//! Ends the hosts that a command started when the command ends: by itself, by an error,
-//! or by Ctrl-C.
+//! Ends the hosts that a command started when the command ends: normally, by an error, or
+//! by Ctrl-C.
 //!
 //! A process in a process group of its own waits for the end of its stdin, a pipe that only the
 //! command holds open.

@@ -145,7 +145,7 @@ fn main() -> ExitCode {
     })
 }
 
-/// The folder of the product's programs: as named, or where this one is.
+/// The folder of the product's programs: as named, or that of this one.
 fn beside(bins: Option<PathBuf>) -> Result<PathBuf> {
     match bins {
         Some(bins) => Ok(bins),

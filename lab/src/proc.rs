@@ -28,7 +28,7 @@ pub struct Thread {
     pub cpus: String,
 }
 
-/// All threads there are now; those that end meanwhile are left out.
+/// All present threads; those that end meanwhile are left out.
 pub fn threads() -> Vec<Thread> {
     let mut pids = numbers("/proc");
     pids.sort_unstable();
@@ -66,7 +66,7 @@ fn thread(pid: i32, tid: i32) -> Option<Thread> {
     })
 }
 
-/// Name, parent and flags; a name may hold anything, parentheses too, so the last one ends it.
+/// Name, parent and flags; a name may contain anything, parentheses too, so the last one ends it.
 fn parse_stat(stat: &str) -> Option<(&str, i32, u32)> {
     let (head, rest) = stat.rsplit_once(") ")?;
     let (_, comm) = head.split_once(" (")?;

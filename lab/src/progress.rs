@@ -47,6 +47,6 @@ impl Drop for Progress {
 }
 
 fn print(line: &str) {
-    // A closed stderr is no reason to stop.
+    // A closed stderr is not a reason to stop.
     let _ = writeln!(std::io::stderr(), "lab: {line}");
 }

@@ -44,7 +44,7 @@ const MACHINE: &[&str] = &[
     "none",
     "-vga",
     "none",
-    // A queue, and so a managed IRQ, for each CPU; and one whose IRQs span six CPUs each.
+    // A queue, and so a managed IRQ, for each CPU; and one with IRQs that span six CPUs each.
     "-device",
     "virtio-blk-pci,drive=root,num-queues=24",
     "-device",
@@ -88,7 +88,7 @@ const MACHINE: &[&str] = &[
 pub enum Threads {
     /// All in one thread, in turn: what one CPU does, no other meets half done.
     One,
-    /// Each in a thread of its own, so that where one waits for another, as for a grace period of
+    /// Each in a thread of its own, so that if one waits for another, as for a grace period of
     /// RCU's, it waits as briefly as on real hardware. But then QEMU 10.0 breaks now and then
     /// (docs/design.md, "The lab itself").
     Each,
@@ -264,7 +264,7 @@ impl Slot {
         self.0.join("qemu.log")
     }
 
-    /// The process, if it is ours and alive.
+    /// The process, if this lab started it and it runs.
     pub fn pid(&self) -> Option<Pid> {
         let pid: i32 = fs::read_to_string(self.pid_file())
             .ok()?
@@ -286,7 +286,7 @@ impl Slot {
         let _ = Qmp::connect(&self.qmp_socket(), QUIT_PATIENCE)
             .and_then(|mut qmp| qmp.execute("quit", json!({})));
         for signal in [None, Some(Signal::SIGKILL)] {
-            // It may have gone by itself just now.
+            // It may have ended just now.
             let _ = kill(pid, signal);
             let deadline = Instant::now() + QUIT_PATIENCE;
             while self.pid().is_some() && Instant::now() < deadline {

@@ -384,7 +384,7 @@ impl Vm {
     }
 
     fn report(&self, text: &str) {
-        // A closed stderr is no reason to stop half way.
+        // A closed stderr is not a reason to stop half way.
         let _ = writeln!(std::io::stderr(), "{text}");
     }
 }
@@ -572,7 +572,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_vmid_is_refused() {
+    fn invalid_vmids_are_refused() {
         for id in ["", "99", "x", "1000000000", "-100"] {
             assert!(Vm::new(id).is_err(), "{id}");
         }

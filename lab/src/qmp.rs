@@ -86,7 +86,7 @@ mod tests {
     use std::thread;
 
     #[test]
-    fn events_are_skipped_and_errors_told() {
+    fn events_are_skipped_and_errors_reported() {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("qmp");
         let listener = UnixListener::bind(&socket).unwrap();

@@ -1,4 +1,4 @@
-//! Installs what the lab is made with.
+//! Installs what the lab needs.
 
 use crate::cache::{self, Cache};
 use crate::tool;
@@ -27,7 +27,7 @@ const KEYRING: (&str, &str) = (
     "/usr/share/keyrings/debian-archive-keyring.gpg",
     "debian-archive-keyring",
 );
-/// Sources for a Debian 12 machine, whose own QEMU is 7.2: used for this one call, not left behind.
+/// Sources for a Debian 12 machine, which has QEMU 7.2: used for this one call, not left behind.
 const BACKPORTS: [&str; 3] = ["bookworm", "bookworm-updates", "bookworm-backports"];
 
 /// Installs the packages that are missing; fast and without root when there are none.
@@ -58,7 +58,7 @@ fn missing() -> Vec<&'static str> {
     programs.chain(keyring).collect()
 }
 
-/// Looks also where root's programs are, which an ordinary user's PATH lacks.
+/// Searches also the folders of root's programs, which an ordinary user's PATH lacks.
 fn on_path(program: &str) -> bool {
     let path = env::var_os("PATH").unwrap_or_default();
     let system = ["/usr/sbin", "/sbin"].map(Into::into);
@@ -134,7 +134,7 @@ fn apt(options: &[String], words: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// A command whose PATH holds root's programs too.
+/// A command with root's programs in PATH too.
 pub fn command(program: &str) -> Command {
     let path = env::var("PATH").unwrap_or_default();
     let mut command = Command::new(program);

@@ -1,6 +1,6 @@
 //! The state of the whole host as text, a line for each fact, so that two of them can be compared.
 //!
-//! What comes and goes by itself on an idle host is brought down to what lasts: kworkers to the
+//! What comes and goes on an idle host is reduced to what lasts: kworkers to the
 //! masks of their two kinds, threads to the distinct (name, cgroup, mask), thread ids left out.
 //! An IRQ's effective affinity is left out as well: within its mask it is the kernel's choice.
 
@@ -77,7 +77,7 @@ impl HostState {
     ///
     /// hook's own empty folder and its lock stay until the next boot. A thread that refuses an
     /// affinity has the one that the kernel gives it: a rescuer takes that of the last pool it
-    /// helped, and nobody can set it back.
+    /// helped, and no program can set it back.
     pub fn not_restored(&self, later: &Self) -> String {
         let stays = |line: &str| {
             line.starts_with("file /run/pinfold")
@@ -135,7 +135,7 @@ pub fn take() -> Result<HostState> {
     Ok(HostState(sections.concat()))
 }
 
-/// `NAME=VALUE` for each of these files that there is.
+/// `NAME=VALUE` for each of these files that exists.
 fn values(folder: &Path, files: impl IntoIterator<Item = impl AsRef<str>>) -> String {
     let mut line = String::new();
     for file in files {
@@ -442,8 +442,8 @@ fn mounts() -> Vec<String> {
     lines
 }
 
-/// Of `ID PARENT DEV ROOT POINT OPTIONS [TAGS] - TYPE SOURCE SUPER`, the part that shows what is mounted
-/// where and how.
+/// Of `ID PARENT DEV ROOT POINT OPTIONS [TAGS] - TYPE SOURCE SUPER`, the parts that identify the
+/// mount: root, mount point, options, type and source.
 fn mount_line(line: &str) -> Option<String> {
     let (own, file_system) = line.split_once(" - ")?;
     let fields: Vec<_> = own.split(' ').collect();

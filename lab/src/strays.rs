@@ -18,20 +18,20 @@ pub struct Strays {
     pub kthreads: Vec<Stray>,
     /// Unbound kworkers, which follow only the workqueues' mask.
     pub kworkers: Vec<Stray>,
-    /// IRQs that can be moved and whose mask holds one of the CPUs.
+    /// Movable IRQs with one of the CPUs in their mask.
     pub irqs: Vec<Irq>,
-    /// IRQs whose mask holds none of the CPUs, while the kernel still has their next interrupt,
-    /// which moves them, come there.
+    /// IRQs with none of the CPUs in their mask, but with the next interrupt, which moves them,
+    /// still to come there.
     pub moving: Vec<Irq>,
-    /// `/proc/irq/default_smp_affinity`, where it holds one of the CPUs.
+    /// `/proc/irq/default_smp_affinity`, if one of the CPUs is in it.
     pub default_irq_mask: Option<String>,
-    /// The unbound workqueues' mask, where it holds one of the CPUs.
+    /// The unbound workqueues' mask, if one of the CPUs is in it.
     pub workqueue_mask: Option<String>,
     /// What the kernel binds there itself: no strays.
     pub kernel_bound: Vec<String>,
 }
 
-/// A thread that may run where it should not.
+/// A thread that may run on CPUs that it should not.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stray {
     /// Its process.
@@ -40,13 +40,13 @@ pub struct Stray {
     pub tid: i32,
     /// Its name.
     pub comm: String,
-    /// Where it may run.
+    /// The CPUs on which it may run.
     pub cpus: String,
     /// Its cgroup.
     pub cgroup: String,
 }
 
-/// An IRQ that may come where it should not.
+/// An IRQ that may come to CPUs that it should not.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Irq {
     /// Its number.
@@ -209,7 +209,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn vcpu_threads_are_told_by_name() {
+    fn vcpu_threads_are_found_by_name() {
         for (comm, vcpu) in [
             ("CPU 0/KVM", true),
             ("CPU 11/TCG", true),
@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kernel_bound_is_no_stray() {
+    fn kernel_bound_threads_are_not_strays() {
         let mut strays = Strays {
             kernel_bound: vec!["migration/6 6".to_owned()],
             ..Strays::default()

@@ -4,7 +4,7 @@
 //! over those in sysfs, two for each CPU: systemd has a unit for every mount and looks at all of
 //! them whenever one goes, as it does with its CPU (with a mount for each file, six,
 //! `daemon-reload` and hotplug took twice as long). The kernel takes such a mount away when the CPU
-//! goes offline; calling this again puts back what is missing.
+//! goes offline; calling this again mounts what is missing.
 
 use crate::cache;
 use crate::cpus::Cpus;

@@ -51,7 +51,7 @@ impl VmSpec {
         }
     }
 
-    /// Where its description stands.
+    /// The path of its description.
     pub fn conf_path(&self) -> String {
         format!("/etc/pve/qemu-server/{}.conf", self.id)
     }

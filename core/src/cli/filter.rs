@@ -1,4 +1,4 @@
-//! Which objects a tool moves, and where to: the options `--only`, `--except` and `--narrow`.
+//! Which objects a tool moves, and to which CPUs: the options `--only`, `--except` and `--narrow`.
 
 use std::str::FromStr;
 
@@ -91,7 +91,7 @@ impl FilterArgs {
         }
     }
 
-    /// The change that takes an object to `cpus`, or with `--narrow` holds it to them.
+    /// The change that sets an object to `cpus`, or with `--narrow` narrows it to them.
     pub fn change(&self, object: Setting, cpus: &CpuSet) -> Change {
         let wanted = match object.found.cpus() {
             Some(found) if self.narrow => found.narrow_to(cpus),

@@ -247,7 +247,7 @@ fn refused(answer: &clap::Error) -> ExitCode {
     }
 }
 
-/// An error with its causes. Our own errors already contain theirs.
+/// An error with its causes. [`Error`](crate::Error) already contains its own.
 fn in_words(error: &anyhow::Error) -> String {
     let mut words = Vec::new();
     for cause in error.chain() {

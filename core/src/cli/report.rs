@@ -33,14 +33,14 @@ impl From<Exit> for ExitCode {
     }
 }
 
-/// How much is told.
+/// How much is printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Verbosity {
     /// Errors only.
     Quiet,
     /// A line per changed object.
     Normal,
-    /// A line per object, with those left alone and why.
+    /// A line per object, also for those not changed, and why.
     Verbose,
 }
 
@@ -51,7 +51,7 @@ pub struct Step {
     pub name: &'static str,
     /// Its name in text.
     pub label: &'static str,
-    /// Why its changes are not known, where changes are planned only.
+    /// Why its changes are not known, if changes are only planned.
     pub unknown: Option<String>,
     /// What became of its changes.
     pub changes: Vec<Applied>,
@@ -59,7 +59,7 @@ pub struct Step {
     began: Instant,
 }
 
-/// What a tool says, and what became of its changes.
+/// A tool's messages, and what became of its changes.
 #[derive(Debug)]
 pub struct Report {
     tool: &'static str,
@@ -86,7 +86,7 @@ pub struct Report {
 /// ECMA-48: to the line's first column, and what stands there erased.
 const LINE_ANEW: &str = "\r\x1b[K";
 
-/// How much text is held back before it goes out.
+/// How much text is buffered before it is written.
 const HELD_MAX: usize = 4096;
 
 impl Drop for Report {
@@ -152,8 +152,8 @@ impl Report {
         }
     }
 
-    /// How far a long step has come: on a terminal a line that is rewritten, `offline: 5/12`. In a
-    /// pipe the step's own line has to do, and where each change has a line, that one.
+    /// How far a long step has come: on a terminal a line that is rewritten, `offline: 5/12`. Not
+    /// in a pipe, and not if each change has a line.
     pub fn progress(&self, step: &str, done: usize, of: usize) {
         if let Some(text) = self.progress_text(step, done, of) {
             self.print(&text);
@@ -166,7 +166,7 @@ impl Report {
         shown.then(|| format!("{LINE_ANEW}{step}: {done}/{of}"))
     }
 
-    /// Sends off the lines that are held back, or erases a line of [`progress`](Self::progress).
+    /// Writes the buffered lines, or erases a line of [`progress`](Self::progress).
     fn flush(&self) {
         if self.half_said.take() {
             self.print(LINE_ANEW);
@@ -193,7 +193,7 @@ impl Report {
         }
     }
 
-    /// A remark that is no error, to stderr; none with `-q`.
+    /// A remark that is not an error, to stderr; none with `-q`.
     pub fn note(&mut self, text: &str) {
         if self.verbosity > Verbosity::Quiet {
             self.flush();
@@ -202,7 +202,7 @@ impl Report {
         self.notes.push(text.to_owned());
     }
 
-    /// Something that failed, to stderr whatever was asked for; the exit code tells too.
+    /// Something that failed, to stderr whatever was asked for; the exit code shows it too.
     pub fn error(&mut self, text: &str) {
         self.flush();
         err(&format!("{}: {}\n", self.tool, printable(text)));
@@ -210,8 +210,8 @@ impl Report {
         self.failed += 1;
     }
 
-    /// Names the step that the changes to come belong to. One line per step is told then, by
-    /// [`summary`](Self::summary), and one per change with `-v` only.
+    /// Names the step that the changes to come belong to. One line per step is then printed, by
+    /// [`summary`](Self::summary), and one per change only with `-v`.
     pub fn step(&mut self, step: &'static str) {
         self.labelled_step(step, step);
     }
@@ -227,7 +227,7 @@ impl Report {
         });
     }
 
-    /// Names a step whose changes cannot be planned, and why.
+    /// Names a step with changes that cannot be planned, and why.
     pub fn unknown_step(&mut self, step: &'static str, why: impl Into<String>) {
         self.step(step);
         if let Some(step) = self.steps.last_mut() {
@@ -278,7 +278,7 @@ impl Report {
         }
     }
 
-    /// Something that was done and is no change of a knob (a VM started), for the exit code.
+    /// Something that was done and is not a change of a knob (a VM started), for the exit code.
     pub fn did(&mut self, text: &str) {
         self.done += 1;
         self.line(text);
@@ -331,7 +331,7 @@ impl Report {
         }
     }
 
-    /// Prints what is left to print (the count of refusals, the JSON) and gives the exit code.
+    /// Prints the rest (the count of refusals, the JSON) and returns the exit code.
     pub fn finish(&mut self) -> Exit {
         self.flush();
         if self.refused > 0 && self.verbosity == Verbosity::Normal && !self.json {
@@ -453,7 +453,7 @@ mod tests {
                 "{verbosity:?} {json} {terminal}"
             );
         }
-        // Whatever is said next takes its place.
+        // The next message replaces it.
         let report = report(Verbosity::Normal, false, true);
         report.progress("offline", 5, 12);
         assert!(report.half_said.get());

@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 
 use crate::text::printable;
 
-/// A list of what is, for `--list`: columns for people, an array of objects for programs.
+/// A list for `--list`: columns for people, an array of objects for programs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Table {
     columns: Vec<&'static str>,

@@ -17,18 +17,18 @@ pub fn print(text: &str) -> anyhow::Result<()> {
     }
 }
 
-/// Writes to stdout, for one that writes as long as somebody reads.
+/// Writes to stdout, for a command that writes until the reader has gone.
 ///
 /// # Errors
-/// `BrokenPipe` where the reader has gone.
+/// `BrokenPipe` if the reader has gone.
 pub fn try_out(text: &str) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
     stdout.write_all(text.as_bytes())?;
     stdout.flush()
 }
 
-/// Text with ANSI colours as stdout takes it: plain in a pipe, and where `NO_COLOR` or `TERM` say
-/// so; `CLICOLOR_FORCE` keeps them in a pipe too.
+/// Text with ANSI colours as stdout takes it: plain in a pipe, and if `NO_COLOR` or `TERM` ask for
+/// that; `CLICOLOR_FORCE` keeps them in a pipe too.
 pub fn coloured(text: &str) -> String {
     match anstream::AutoStream::choice(&io::stdout()) {
         anstream::ColorChoice::Never => anstream::adapter::strip_str(text).to_string(),
@@ -36,7 +36,7 @@ pub fn coloured(text: &str) -> String {
     }
 }
 
-/// The columns and rows of the terminal that stdout is; `None` where it is none.
+/// The columns and rows of the terminal that stdout is; `None` if it is not one.
 pub fn size() -> Option<(usize, usize)> {
     let (columns, rows) = terminal_size::terminal_size_of(io::stdout())?;
     Some((columns.0.into(), rows.0.into()))

@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn those_that_wait_are_told_in_their_order() {
+    fn queued_changes_are_reported_in_their_order() {
         let (dir, host) = tree();
         let policy = |n: usize| {
             dir.path()
@@ -288,7 +288,7 @@ mod tests {
             Knob::Irq(24).read(&host).unwrap().unwrap().to_string(),
             "0-23"
         );
-        // What the kernel holds is told without trying, where it can be.
+        // What is not movable is reported without a write, if it can be known.
         let file = host.path("proc/irq/24/smp_affinity_list");
         fs::set_permissions(file, std::os::unix::fs::PermissionsExt::from_mode(0o444)).unwrap();
         let refused = apply_one(&host, change(Knob::Irq(24), "0-23", "0-5"));

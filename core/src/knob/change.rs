@@ -14,7 +14,7 @@ pub struct Setting {
     pub knob: Knob,
     /// Its name for people: `IRQ 24 (nvme0q1)`.
     pub label: String,
-    /// What it holds.
+    /// Its value.
     pub found: Value,
 }
 
@@ -39,17 +39,17 @@ impl Setting {
     }
 }
 
-/// One thing to be set: the object, the value found and the value wanted. Where they are equal
-/// there is nothing to do.
+/// One thing to set: the object, the value found and the value wanted. If they are equal there is
+/// nothing to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Change {
     /// What is set.
     pub knob: Knob,
     /// Its name for people.
     pub label: String,
-    /// What it holds.
+    /// Its value.
     pub found: Value,
-    /// What it shall hold.
+    /// The value wanted.
     pub wanted: Value,
 }
 
@@ -92,9 +92,9 @@ pub enum Outcome {
     Already,
     /// The object vanished meanwhile: a thread ended, a device went.
     Gone,
-    /// Never allowed by the kernel, which is no failure: a managed IRQ, a per-CPU kthread.
+    /// Never allowed by the kernel, which is not a failure: a managed IRQ, a per-CPU kthread.
     Refused(String),
-    /// It belongs to somebody else by now, and was left as it is.
+    /// Another program has set it since, so it was not changed.
     #[serde(rename = "left")]
     Foreign(String),
     /// Tried and failed, in the system's words.

@@ -1,5 +1,5 @@
-//! Every knob there is. To add one, add a variant: the compiler then lists all places that need to
-//! know it.
+//! Every knob. To add one, add a variant: the compiler then lists all places that need an arm for
+//! it.
 
 use serde::{Deserialize, Serialize};
 
@@ -25,20 +25,20 @@ pub enum Knob {
     Kthread(TaskId),
     /// A user thread's CPUs, by sched_setaffinity(2).
     Thread(TaskId),
-    /// `1` where the CPU is online, `0` where not: /sys/devices/system/cpu/cpuN/online
+    /// `1` if the CPU is online, else `0`: /sys/devices/system/cpu/cpuN/online
     /// (core-api/cpu_hotplug.rst).
     CpuOnline(usize),
     /// A cpufreq policy's governor, by the policy's folder name, `policy6`
     /// (admin-guide/pm/cpufreq.rst).
     Governor(String),
-    /// A systemd unit's AllowedCPUs=, empty where unset; see systemd.resource-control(5). Set at
+    /// A systemd unit's AllowedCPUs=, empty if unset; see systemd.resource-control(5). Set at
     /// run time only.
     UnitCpus(String),
-    /// The units whose AllowedCPUs= is overridden until the next boot, by name with spaces between:
+    /// The units with AllowedCPUs= overridden until the next boot, by name, separated by spaces:
     /// what `systemctl set-property --runtime` leaves below /run/systemd. Taking a unit out removes
     /// its override.
     UnitOverrides,
-    /// cpuset.cpus of a cgroup that is no systemd unit, by its path below the cgroup root
+    /// cpuset.cpus of a cgroup that is not a systemd unit, by its path below the cgroup root
     /// (cgroup-v2.rst).
     CgroupCpus(String),
     /// A cgroup folder: `present` or `absent`.
@@ -48,7 +48,7 @@ pub enum Knob {
     /// The cgroup a thread is in, within the threaded cgroups of its process (cgroup-v2.rst,
     /// "Threads").
     CgroupOfThread(TaskId),
-    /// A cgroup that holds threads, not processes: `threaded`, `absent`, or another type as in
+    /// A cgroup of threads, not processes: `threaded`, `absent`, or another type as in
     /// cgroup.type. Made and removed as a whole, since a threaded cgroup stays one.
     ThreadedCgroup(String),
     /// Whether the children of a cgroup have the cpuset controller: `present` or `absent` in
@@ -58,19 +58,19 @@ pub enum Knob {
     /// (cgroup-v2.rst).
     ExclusiveCpus(String),
     /// cpuset.cpus.partition of a cgroup: `member`, `root` or `isolated`, with ` invalid (why)`
-    /// where the kernel cannot.
+    /// if the kernel cannot.
     Partition(String),
     /// Whether hook has systemd delegate the cpuset controller to a scope that is yet to be made:
     /// `present` or `absent`.
     Delegation(String),
     /// A sysctl by its path below /proc/sys: `vm/stat_interval`.
     Sysctl(String),
-    /// `1` written to a file below /proc/sys that does something and holds no state:
+    /// `1` written to a file below /proc/sys that triggers an action and has no state:
     /// `vm/compact_memory`.
     Trigger(String),
     /// A PCI function, by its full address: `present`, or `absent` (removed until a rescan).
     PciFunction(String),
-    /// The name of the driver a PCI function is bound to, `none` where there is none.
+    /// The name of the driver a PCI function is bound to, or `none`.
     PciDriver(String),
 }
 

@@ -37,7 +37,7 @@ impl Knob {
         }
     }
 
-    /// Refuses a knob whose name would leave its folder; for knobs read from saved state.
+    /// Refuses a knob with a name that would leave its folder; for knobs read from saved state.
     ///
     /// # Errors
     /// [`Error::Malformed`] naming the knob.

@@ -1,4 +1,4 @@
-//! What knobs hold.
+//! Reads the values of knobs.
 
 use super::knobs::{EMPTIED, Knob, NO_DRIVER};
 use super::names::pci_path;
@@ -10,7 +10,7 @@ use crate::sys::{cgroup, task};
 use crate::systemd;
 
 impl Knob {
-    /// What the knob holds now; `None` if the object is not there (any more).
+    /// The knob's present value; `None` if the object does not exist (any more).
     ///
     /// # Errors
     /// Any [`Error`] except one that [is gone](Error::is_gone).
@@ -21,7 +21,7 @@ impl Knob {
             | Self::Governor(_)
             | Self::Sysctl(_)
             | Self::Partition(_) => self.read_file(host),
-            // Without the controller there is no file, which means the same as an empty one.
+            // Without the controller the file does not exist, which is the same as an empty one.
             Self::CgroupCpus(path) | Self::ExclusiveCpus(path) => match self.read_file(host) {
                 Ok(None) => Ok(host
                     .exists(cgroup::path(path))
@@ -75,7 +75,7 @@ impl Knob {
         }
     }
 
-    /// The value in the knob's file; `None` if there is no such file.
+    /// The value in the knob's file; `None` if the file does not exist.
     fn read_file(&self, host: &Host) -> Result<Option<Value>> {
         let text = host.read_value(self.path())?;
         text.map(|text| self.parse(&text)).transpose()

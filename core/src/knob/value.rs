@@ -1,4 +1,4 @@
-//! What a knob holds, as a type; as text only in files, messages and JSON.
+//! The value of a knob, as a type; as text only in files, messages and JSON.
 
 use std::fmt;
 

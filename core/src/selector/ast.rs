@@ -7,7 +7,7 @@ use serde::{Serialize, Serializer};
 use crate::cpuset::{CpuSet, CpuSetError};
 use crate::vm::VmId;
 
-/// Why a text names no CPUs. The message has the offending token and where it is.
+/// Why a text names no CPUs. The message has the offending token and its position.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SelectorError {
     /// A plain list that cannot be read.
@@ -40,9 +40,9 @@ pub struct Selector {
 pub(super) enum Node {
     /// CPUs by number.
     Cpus(CpuSet),
-    /// What the machine has, by the numbers it goes by there.
+    /// Parts of the machine, by their numbers.
     Parts(Part, CpuSet),
-    /// Where the vCPU threads of VMs may run.
+    /// The CPUs that the vCPU threads of VMs may run on.
     Vms(Vec<VmId>),
     /// What a word stands for.
     Word(Word),

@@ -1,11 +1,11 @@
 //! CPUs as people name them: by number (`0-5,12-17`), by what the machine has (`llc:1`), or by
 //! both. docs/selectors.md is the reference.
 //!
-//! Not to be confused with [`crate::cli::filter`], whose `--only` and `--except` choose IRQs and
-//! threads.
+//! Not to be confused with [`crate::cli::filter`], for `--only` and `--except`, which choose IRQs
+//! and threads.
 //!
-//! Reading the text and looking at the host are apart: `FromStr` knows the grammar alone,
-//! [`Selector::resolve`] asks the host what the names stand for. A plain list asks nothing.
+//! Parsing the text and reading the host are separate: `FromStr` knows only the grammar,
+//! [`Selector::resolve`] reads from the host what the names stand for. A plain list needs no host.
 
 mod ast;
 mod parse;

@@ -190,7 +190,7 @@ impl<'a> Parser<'a> {
         }
     }
 
-    /// A list of numbers and ranges; `what` says what was expected.
+    /// A list of numbers and ranges; `what` names what was expected.
     fn numbers(&mut self, what: &str) -> Result<CpuSet> {
         let mut numbers = CpuSet::new();
         for (at, range) in self.list() {
@@ -222,7 +222,7 @@ impl<'a> Parser<'a> {
         Ok(Node::Vms(list.into_iter().map(vm).collect::<Result<_>>()?))
     }
 
-    /// The items of a list and where they are. There is always one, which may be empty.
+    /// The items of a list and their positions: at least one, which may be empty.
     fn list(&mut self) -> Vec<(usize, &'a str)> {
         let mut items = Vec::new();
         loop {

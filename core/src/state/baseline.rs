@@ -17,8 +17,7 @@ pub(super) struct Entry {
     /// The value before the first touch.
     before: Value,
     /// Values set since, oldest first; the last may not have been written yet. Before them, what
-    /// the kernel made of one by itself: it may return to any (a thread's mask, as CPUs go and
-    /// come).
+    /// the kernel changed one to: it may return to any (a thread's mask, as CPUs go and come).
     #[serde(skip_serializing_if = "Vec::is_empty")]
     set: Vec<Value>,
 }
@@ -79,10 +78,10 @@ impl Entry {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Baseline {
     pub(super) entries: BTreeMap<Knob, Entry>,
-    /// Knobs that held, when this run began, what neither we nor anyone before us had set.
+    /// Knobs that had, when this run began, a value that hook had not set.
     foreign: BTreeMap<Knob, Value>,
-    /// What knobs would hold by now, where changes are planned only: the host does not show it to
-    /// the steps that follow.
+    /// The values that knobs would have by now, if changes are only planned: the host does not show
+    /// them to the steps that follow.
     planned: BTreeMap<Knob, Value>,
 }
 
@@ -98,8 +97,8 @@ impl Baseline {
         }
     }
 
-    /// Puts an object in, with the value it had before the first touch, or would have had: what it
-    /// holds instead is ours then. One that is in already stays as it is.
+    /// Adds an object, with the value it had before the first touch, or would have had: its present
+    /// value then counts as set by hook. One that is in already stays as it is.
     pub fn adopt(&mut self, object: &Setting, before: &Value) {
         self.entries
             .entry(object.knob.clone())
@@ -147,12 +146,11 @@ impl Baseline {
             .map(|entry| (&entry.knob, entry.label.as_str(), &entry.before))
     }
 
-    /// Looks which knobs hold a value that is neither theirs from before nor one we set, nor one
-    /// that the kernel has made of one of these by itself (`is_kernels`, by that one and the one
-    /// found): they belong to somebody else now, and [`plan`](Self::plan) leaves them. Threads that
-    /// have ended are dropped. To be called once, before a run changes anything. Says whether
-    /// something of the kernel's was learned, to be saved before the run does what would hide why
-    /// it is.
+    /// Finds knobs with a value that is neither their earlier one nor one that hook set, nor one
+    /// that the kernel has changed one of these to (`is_kernels`, by that one and the one found):
+    /// another program has set them since, and [`plan`](Self::plan) skips them. Threads that have
+    /// ended are dropped. To be called once, before a run changes anything. Returns whether a value
+    /// of the kernel's was added, to be saved before the run changes what explains it.
     pub fn detect_foreign(
         &mut self,
         root: &Host,
@@ -187,14 +185,14 @@ impl Baseline {
         learned
     }
 
-    /// Whether a knob was found to be somebody else's by [`detect_foreign`](Self::detect_foreign).
+    /// Whether [`detect_foreign`](Self::detect_foreign) found that another program had set a knob.
     pub fn is_foreign(&self, knob: &Knob) -> bool {
         self.foreign.contains_key(knob)
     }
 
-    /// The changes that bring objects to what they should hold, which is computed from each one's
-    /// value before the first touch. Objects that are not in the baseline yet are put in with the
-    /// value found. What is to be set is noted: save the state before applying.
+    /// The changes that set objects to the value wanted, which is computed from each one's value
+    /// before the first touch. Objects that are not in the baseline yet are added with the value
+    /// found. The values to be set are recorded: save the state before applying.
     pub fn plan(
         &mut self,
         objects: Vec<Setting>,
@@ -234,7 +232,7 @@ impl Baseline {
             return;
         };
         match done.outcome {
-            // It holds nothing of ours, even if it held by itself what was wanted the last time.
+            // It has no value of hook's, even if it already had the value wanted the last time.
             Outcome::Refused(_) => entry.set.clear(),
             Outcome::Planned => {
                 self.planned
@@ -245,17 +243,17 @@ impl Baseline {
         }
     }
 
-    /// Takes a knob out: it is back to what it was, or belongs to somebody else.
+    /// Removes a knob: it is restored, or another program has set it.
     pub fn forget(&mut self, knob: &Knob) {
         self.entries.remove(knob);
     }
 }
 
-/// A change of a plan, or why its object is left alone.
+/// A change of a plan, or why its object is not changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Planned {
     /// The change.
     pub change: Change,
-    /// Why it is not to be made: the object is somebody else's now.
+    /// Why it is not to be made: another program has set the object since.
     pub skip_reason: Option<String>,
 }

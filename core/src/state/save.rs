@@ -24,7 +24,7 @@ pub struct Entry {
     pub knob: Knob,
     /// Its name for people.
     pub label: String,
-    /// What it held.
+    /// Its value before.
     pub before: Value,
     /// What it was set to.
     pub set: Value,
@@ -83,7 +83,7 @@ struct Saved {
 /// are not written over.
 ///
 /// # Errors
-/// [`Error::Unusable`] where the file is there already, [`Error::Io`] where it cannot be written.
+/// [`Error::Unusable`] if the file exists already, [`Error::Io`] if it cannot be written.
 pub fn write(path: &Path, tool: &str, entries: Vec<Entry>) -> Result<()> {
     let io = |tried: &str, source| Error::io(path, tried, source);
     let mut file = match OpenOptions::new()
@@ -116,7 +116,7 @@ pub fn remove(path: &Path) -> Result<()> {
 /// Reads the file that `tool` wrote.
 ///
 /// # Errors
-/// [`Error::Io`] where it cannot be read, [`Error::Malformed`] where it is not such a file.
+/// [`Error::Io`] if it cannot be read, [`Error::Malformed`] if it is not such a file.
 pub fn read(path: &Path, tool: &str) -> Result<Vec<Entry>> {
     let text = fs::read_to_string(path).map_err(|source| Error::io(path, "restore", source))?;
     parse(&text, tool).map_err(|why| Error::malformed(path.display().to_string(), why))
@@ -125,7 +125,7 @@ pub fn read(path: &Path, tool: &str) -> Result<Vec<Entry>> {
 /// The file's text, which [`parse`] reads.
 ///
 /// # Errors
-/// Where the entries are not to be had as JSON.
+/// If the entries cannot be written as JSON.
 pub fn to_text(tool: &str, entries: Vec<Entry>) -> std::result::Result<String, String> {
     let saved = Saved {
         version: VERSION,
@@ -154,7 +154,7 @@ pub fn parse(text: &str, tool: &str) -> std::result::Result<Vec<Entry>, String> 
     Ok(saved.entries)
 }
 
-/// Puts the values back, last change first. One that was set by somebody else meanwhile is left.
+/// Puts the values back, last change first. One that another program has set since is not changed.
 pub fn restore(root: &Host, entries: Vec<Entry>, dry_run: bool) -> Vec<Applied> {
     entries
         .into_iter()
@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_such_file_is_refused() {
+    fn other_files_are_refused() {
         for text in [
             "",
             "{}",

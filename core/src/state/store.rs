@@ -1,9 +1,9 @@
 //! What hook keeps under /run/pinfold: reservations and one baseline, behind one lock.
 //!
-//! The *baseline* holds, for every knob that was ever touched, the value before the first touch and
-//! the values set since. It is on disk before the write that it covers, so a run that is killed at
-//! any point leaves enough behind for the next one to mend the host. It lives in /run: it goes with
-//! the boot, as the kernel's own state does.
+//! The *baseline* has, for every knob that was ever touched, the value before the first touch and
+//! the values set since. It is on disk before the write that it covers, so that after a run that
+//! was killed at any point the next one can restore the host. It is in /run: a boot clears it, as
+//! it does the kernel's own state.
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -30,7 +30,7 @@ const FOLDER: &str = "run/pinfold";
 const STATE: &str = "state.json";
 /// The layout of the state file; another number is refused.
 const VERSION: u32 = 1;
-/// How often a lock that is held is tried again.
+/// How often a lock that another process holds is tried again.
 const LOCK_INTERVAL: Duration = Duration::from_millis(10);
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -55,7 +55,7 @@ impl<R: DeserializeOwned> OnDisk<R> {
     }
 }
 
-/// The state, held under its lock, or looked at. `R` is what is kept per VM, by its number.
+/// The state, under its lock or for reading only. `R` is what is kept per VM, by its number.
 #[derive(Debug)]
 pub struct Store<R> {
     root: Host,
@@ -63,18 +63,18 @@ pub struct Store<R> {
     _lock: Option<Flock<File>>,
     /// What is kept per VM.
     pub reservations: BTreeMap<u32, R>,
-    /// What every touched knob held before.
+    /// The earlier values of every touched knob.
     pub baseline: Baseline,
 }
 
 impl<R: Serialize + DeserializeOwned> Store<R> {
-    /// Takes the lock, waiting for another hook to end, and reads the state; empty where there is
-    /// none. On a root that is [for a dry run](Host::for_dry_run) there is no lock, and nothing is
+    /// Takes the lock, waiting for another hook to end, and reads the state; empty if there is
+    /// none. On a host that is [for a dry run](Host::for_dry_run) no lock is taken, and nothing is
     /// ever saved.
     ///
     /// # Errors
-    /// [`Error::Unusable`] where the lock is not to be had in time, the folder is not ours alone,
-    /// or the state file cannot be trusted; the text says what to do.
+    /// [`Error::Unusable`] if the lock cannot be taken in time, other users can write to the
+    /// folder, or the state file cannot be trusted; the text names what to do.
     pub fn open(root: &Host, deadline: Duration) -> Result<Self> {
         let folder = root.path(FOLDER);
         let lock = if root.dry_run() {
@@ -103,10 +103,10 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
         &self.root
     }
 
-    /// Reads the state without the lock, for looking only; `None` where there is none.
+    /// Reads the state without the lock, for display only; `None` if there is none.
     ///
     /// # Errors
-    /// As [`open`](Self::open), less the lock.
+    /// As [`open`](Self::open), without the lock.
     pub fn peek(root: &Sysroot) -> Result<Option<(BTreeMap<u32, R>, Baseline)>> {
         let folder = root.path(FOLDER);
         match fs::symlink_metadata(folder.join(STATE)) {
@@ -138,7 +138,7 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
     /// The text of a state file, which [`parse`](Self::parse) reads.
     ///
     /// # Errors
-    /// Where what is kept per VM is not to be had as JSON.
+    /// If what is kept per VM cannot be written as JSON.
     pub fn to_text(
         reservations: &BTreeMap<u32, R>,
         baseline: &Baseline,
@@ -273,7 +273,7 @@ fn made(host: &Host, plan: &[Planned]) -> Vec<Applied> {
     dones
 }
 
-/// Makes planned changes in order; those that are not ours to change are only reported.
+/// Makes planned changes in order; skipped ones are only reported.
 fn make(host: &Host, plan: &[Planned], mut on_done: impl FnMut(Applied)) {
     for group in plan.chunk_by(|a, b| a.skip_reason.is_none() && b.skip_reason.is_none()) {
         match group {
@@ -294,15 +294,15 @@ fn make(host: &Host, plan: &[Planned], mut on_done: impl FnMut(Applied)) {
     }
 }
 
-/// Reads a file that [`Store::keep`] wrote; `None` where there is none.
+/// Reads a file that [`Store::keep`] wrote; `None` if there is none.
 ///
 /// # Errors
-/// Where it cannot be read, or is not ours alone.
+/// If it cannot be read, or other users can write to it.
 pub fn kept(root: &Sysroot, name: &str) -> Result<Option<String>> {
     read_own(&root.path(FOLDER).join(name))
 }
 
-/// Writes a file of the folder, whole or not at all, unless it holds that text already.
+/// Writes a file of the folder, whole or not at all, unless that is its text already.
 fn write_own(path: &Path, text: &str) -> Result<()> {
     if holds(path, text).unwrap_or(false) {
         return Ok(());
@@ -326,7 +326,7 @@ fn write_own(path: &Path, text: &str) -> Result<()> {
     write().map_err(|source| Error::io(path, "save", source))
 }
 
-/// Whether a file of ours is this text.
+/// Whether a file of the folder has this text.
 fn holds(path: &Path, text: &str) -> io::Result<bool> {
     let file = OpenOptions::new()
         .read(true)
@@ -355,7 +355,7 @@ fn holds(path: &Path, text: &str) -> io::Result<bool> {
 /// Removes a state that cannot be read, under the lock; what it covered is not put back.
 ///
 /// # Errors
-/// Where the lock is not to be had or the file cannot be removed.
+/// If the lock cannot be taken or the file cannot be removed.
 pub fn discard(root: &Sysroot, deadline: Duration) -> Result<bool> {
     let folder = root.path(FOLDER);
     if !folder.exists() {
@@ -371,8 +371,8 @@ pub fn discard(root: &Sysroot, deadline: Duration) -> Result<bool> {
     }
 }
 
-/// The folder must be a real one, ours, and closed to others: whoever can write the state can write
-/// the kernel.
+/// The folder must be a real one, this user's, and closed to others: who can write the state can
+/// write to the kernel.
 fn check_private(folder: &Path) -> Result<()> {
     let meta =
         fs::symlink_metadata(folder).map_err(|source| Error::io(folder, "look at", source))?;
@@ -441,8 +441,8 @@ fn read_state<R: DeserializeOwned>(folder: &Path) -> Result<OnDisk<R>> {
     OnDisk::parse(&text).map_err(bad)
 }
 
-/// Reads a file of the folder; `None` where there is none. [`Error::Malformed`] is one that is not
-/// ours alone.
+/// Reads a file of the folder; `None` if there is none. [`Error::Malformed`] is one that
+/// other users can write to.
 fn read_own(path: &Path) -> Result<Option<String>> {
     let bad = |why: &str| Error::malformed(path.display().to_string(), why);
     match OpenOptions::new()
@@ -512,12 +512,12 @@ mod tests {
         let plan = store.baseline.plan(objects(root), |_, before| {
             value.map_or_else(|| before.clone(), cpus)
         });
-        let mut told = Vec::new();
+        let mut report = Vec::new();
         store
-            .carry_out(plan, |done| told.push(done.to_string()))
+            .carry_out(plan, |done| report.push(done.to_string()))
             .unwrap();
         store.save().unwrap();
-        told
+        report
     }
 
     #[test]
@@ -592,7 +592,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_beside_the_state_is_ours_alone() {
+    fn files_beside_the_state_must_be_private() {
         let (dir, root) = host();
         let store: Store<String> = Store::open(&root, SOON).unwrap();
         assert_eq!(kept(&root, "times.json").unwrap(), None);
@@ -610,7 +610,7 @@ mod tests {
     }
 
     #[test]
-    fn what_somebody_else_set_is_left() {
+    fn what_another_program_set_is_not_changed() {
         let (dir, root) = host();
         let mut store: Store<String> = Store::open(&root, SOON).unwrap();
         set(&mut store, &root, Some("0"));
@@ -625,7 +625,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_kernel_makes_of_it_is_nobodys() {
+    fn what_the_kernel_changed_is_not_foreign() {
         let (dir, root) = host();
         let mut store: Store<String> = Store::open(&root, SOON).unwrap();
         set(&mut store, &root, Some("0"));
@@ -669,8 +669,8 @@ mod tests {
         let (dir, root) = host();
         let mut store: Store<String> = Store::open(&root, SOON).unwrap();
         set(&mut store, &root, Some("0-1"));
-        // A CPU goes: what is wanted next is there by itself, and the earlier value comes back with
-        // the CPU.
+        // A CPU goes: the value wanted next is already set, and the earlier one returns with the
+        // CPU.
         let file = dir.path().join("proc/irq/1/smp_affinity_list");
         fs::write(&file, "0").unwrap();
         let plan = store.baseline.plan(objects(&root), |_, _| cpus("0"));

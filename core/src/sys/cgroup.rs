@@ -7,10 +7,10 @@ use crate::error::{Error, Result};
 use crate::sys::task::TaskId;
 use crate::sysroot::{Sysroot, cpu_list};
 
-/// Where the unified hierarchy is mounted on every host with systemd.
+/// The mount point of the unified hierarchy on every host with systemd.
 const ROOT: &str = "sys/fs/cgroup";
 
-/// The type of a cgroup that holds threads.
+/// The type of a cgroup of threads.
 pub const THREADED: &str = "threaded";
 
 /// A cgroup's folder, below the sysroot.
@@ -26,7 +26,7 @@ pub fn file(cgroup: &str, name: &str) -> String {
 /// Makes sure that the host has the unified hierarchy with the cpuset controller.
 ///
 /// # Errors
-/// [`Error::Unusable`] that says what is missing.
+/// [`Error::Unusable`] that names what is missing.
 pub fn check_unified(root: &Sysroot) -> Result<()> {
     let controllers = file("", "cgroup.controllers");
     let why = match root.read_value(&controllers)? {
@@ -45,7 +45,7 @@ pub fn check_unified(root: &Sysroot) -> Result<()> {
 /// The children of a cgroup, sorted.
 ///
 /// # Errors
-/// Where the cgroup cannot be listed.
+/// If the cgroup cannot be listed.
 pub fn children(root: &Sysroot, cgroup: &str) -> Result<Vec<String>> {
     let mut names = root.names(path(cgroup))?;
     names.retain(|name| root.path(file(cgroup, name)).is_dir());
@@ -55,7 +55,7 @@ pub fn children(root: &Sysroot, cgroup: &str) -> Result<Vec<String>> {
 /// The processes in a cgroup.
 ///
 /// # Errors
-/// Where the cgroup cannot be read.
+/// If the cgroup cannot be read.
 pub fn processes(root: &Sysroot, cgroup: &str) -> Result<Vec<i32>> {
     let procs = root.read(file(cgroup, "cgroup.procs"))?;
     Ok(procs
@@ -72,7 +72,7 @@ pub fn parse_proc_cgroup(text: &str) -> Option<&str> {
 /// The cgroup a process is in, with its leading slash.
 ///
 /// # Errors
-/// One that [is gone](Error::is_gone) where the process has ended.
+/// One that [is gone](Error::is_gone) if the process has ended.
 pub fn of_process(root: &Sysroot, pid: i32) -> Result<String> {
     read_proc_cgroup(root, format!("proc/{pid}/cgroup"))
 }
@@ -87,7 +87,7 @@ fn read_proc_cgroup(root: &Sysroot, path: String) -> Result<String> {
 /// The cgroup a thread is in, with its leading slash.
 ///
 /// # Errors
-/// One that [is gone](Error::is_gone) where the thread has ended.
+/// One that [is gone](Error::is_gone) if the thread has ended.
 pub fn of_thread(root: &Sysroot, task: &TaskId) -> Result<String> {
     read_proc_cgroup(root, format!("proc/{}/task/{}/cgroup", task.pid, task.tid))
 }
@@ -95,7 +95,7 @@ pub fn of_thread(root: &Sysroot, task: &TaskId) -> Result<String> {
 /// The threads in a threaded cgroup, of whatever process.
 ///
 /// # Errors
-/// Where the cgroup cannot be read.
+/// If the cgroup cannot be read.
 pub fn threads(root: &Sysroot, cgroup: &str) -> Result<Vec<i32>> {
     let threads = root.read(file(cgroup, "cgroup.threads"))?;
     Ok(threads
@@ -114,11 +114,10 @@ pub fn with_ancestors(cgroup: &str) -> impl Iterator<Item = &str> {
 }
 
 /// The CPUs in isolated partitions now, those of the boot's isolcpus= too: cpuset.cpus.isolated of
-/// the root cgroup. `None` where the kernel is older than 6.8, which has no partitions but at the
-/// top.
+/// the root cgroup. `None` if the kernel is older than 6.8, which has partitions only at the top.
 ///
 /// # Errors
-/// Where the file cannot be read or understood.
+/// If the file cannot be read or understood.
 pub fn isolated(root: &Sysroot) -> Result<Option<CpuSet>> {
     let file = file("", "cpuset.cpus.isolated");
     root.read_value(&file)?
@@ -126,8 +125,8 @@ pub fn isolated(root: &Sysroot) -> Result<Option<CpuSet>> {
         .transpose()
 }
 
-/// Whether the children of a cgroup have the cpuset controller; `None` where there is no such
-/// cgroup.
+/// Whether the children of a cgroup have the cpuset controller; `None` if the
+/// cgroup does not exist.
 pub(crate) fn has_child_cpusets(root: &Sysroot, cgroup: &str) -> Result<Option<bool>> {
     let enabled = root.read_value(file(cgroup, "cgroup.subtree_control"))?;
     Ok(enabled.map(|names| names.split_whitespace().any(|name| name == "cpuset")))

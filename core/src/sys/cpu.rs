@@ -1,4 +1,4 @@
-//! CPUs: which there are, and which are online; see Documentation/core-api/cpu_hotplug.rst and
+//! CPUs: which are present, and which are online; see Documentation/core-api/cpu_hotplug.rst and
 //! Documentation/admin-guide/cputopology.rst.
 
 use crate::cpuset::CpuSet;
@@ -15,7 +15,7 @@ fn list(root: &Sysroot, file: &str) -> Result<CpuSet> {
 /// The CPUs that are in the machine.
 ///
 /// # Errors
-/// Where the kernel's list cannot be read.
+/// If the kernel's list cannot be read.
 pub fn present(root: &Sysroot) -> Result<CpuSet> {
     list(root, "present")
 }
@@ -23,16 +23,16 @@ pub fn present(root: &Sysroot) -> Result<CpuSet> {
 /// The CPUs that are online.
 ///
 /// # Errors
-/// Where the kernel's list cannot be read.
+/// If the kernel's list cannot be read.
 pub fn online(root: &Sysroot) -> Result<CpuSet> {
     list(root, "online")
 }
 
-/// The SMT siblings of a CPU, itself among them; just itself where the kernel does not say
+/// The SMT siblings of a CPU, itself among them; only itself if the kernel does not list them
 /// (offline).
 ///
 /// # Errors
-/// Where the kernel's list cannot be understood.
+/// If the kernel's list cannot be understood.
 pub fn siblings(root: &Sysroot, cpu: usize) -> Result<CpuSet> {
     let path = format!("{CPUS}/cpu{cpu}/topology/thread_siblings_list");
     match root.read_value(&path)? {
@@ -44,7 +44,7 @@ pub fn siblings(root: &Sysroot, cpu: usize) -> Result<CpuSet> {
 /// Makes sure that all CPUs exist.
 ///
 /// # Errors
-/// [`Error::Unusable`] naming those that do not, and those there are.
+/// [`Error::Unusable`] naming those that do not, and those that do.
 pub fn check_present(root: &Sysroot, cpus: &CpuSet) -> Result<()> {
     check_among(cpus, &present(root)?, "no such CPU", "this host has")
 }
@@ -61,7 +61,7 @@ pub fn check_online(root: &Sysroot, cpus: &CpuSet) -> Result<()> {
 /// Makes sure that all CPUs exist and something can run on them.
 ///
 /// # Errors
-/// [`Error::Unusable`] naming those that do not exist, or all of them where none is online.
+/// [`Error::Unusable`] naming those that do not exist, or all of them if none is online.
 pub fn check_usable(root: &Sysroot, cpus: &CpuSet) -> Result<()> {
     check_present(root, cpus)?;
     let online = online(root)?;

@@ -69,7 +69,7 @@ pub fn policies(root: &Sysroot) -> Result<Vec<Policy>> {
 
 fn value(root: &Sysroot, policy: &str, file: &str) -> Result<Option<String>> {
     match root.read_value(format!("{POLICIES}/{policy}/{file}")) {
-        // The kernel's answer for a policy whose CPUs are all offline, for any of its files.
+        // The kernel's answer for a policy with all CPUs offline, for any of its files.
         Err(Error::Io { source, .. }) if source.raw_os_error() == Some(nix::libc::EBUSY) => {
             Ok(Some(String::new()))
         }

@@ -30,7 +30,7 @@ struct Interrupts {
 /// The first line, which names the CPUs.
 struct Head {
     cpus: usize,
-    /// Where the colon of each line is, if the columns are as wide as the kernel makes them.
+    /// The offset of the colon in each line, if the columns are as wide as the kernel makes them.
     colon: Option<usize>,
 }
 
@@ -89,7 +89,7 @@ impl Interrupts {
     }
 }
 
-/// The number and the device names of one IRQ; `None` if there are none.
+/// The number and the device names of one IRQ; `None` if it has none.
 fn parse_line(head: &Head, line: &str) -> Option<(u32, String)> {
     let colon = line.find(':')?;
     let number = line[..colon].trim().parse().ok()?;
@@ -118,7 +118,7 @@ fn is_trigger(word: &str) -> bool {
 /// 6.12 the file is read-only then (register_irq_proc in kernel/irq/proc.c).
 ///
 /// # Errors
-/// Where the file cannot be looked at. An IRQ that has gone is not held.
+/// If the file cannot be examined. An IRQ that has gone is not unmovable.
 pub fn is_unmovable(root: &Sysroot, number: u32) -> Result<bool> {
     const OWNER_MAY_WRITE: u32 = 0o200;
     let path = root.path(format!("proc/irq/{number}/smp_affinity_list"));
@@ -132,10 +132,10 @@ pub fn is_unmovable(root: &Sysroot, number: u32) -> Result<bool> {
     }
 }
 
-/// The CPU or CPUs that an IRQ is really delivered to; empty for one without a handler.
+/// The CPU or CPUs that an IRQ is delivered to; empty for one without a handler.
 ///
 /// # Errors
-/// Where it cannot be read.
+/// If it cannot be read.
 pub fn effective(root: &Sysroot, number: u32) -> Result<CpuSet> {
     let path = format!("proc/irq/{number}/effective_affinity_list");
     let text = root.read_value(&path)?.unwrap_or_default();

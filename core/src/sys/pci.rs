@@ -10,14 +10,14 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::sysroot::Sysroot;
 
-/// Where every PCI function has a link to its folder.
+/// The folder with a link to the folder of each PCI function.
 const DEVICES: &str = "sys/bus/pci/devices";
 /// The largest device number in a PCI address: five bits.
 const MAX_DEVICE: u8 = 0x1f;
 /// The largest function number in a PCI address: three bits.
 const MAX_FUNCTION: u8 = 7;
 
-/// Where one PCI function sits: `0000:01:00.0`.
+/// The address of one PCI function: `0000:01:00.0`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PciAddress {
     /// The PCI domain, 0 on most machines; Intel VMD makes ones beyond 16 bits.
@@ -34,13 +34,13 @@ pub struct PciAddress {
 /// the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PciSelector {
-    /// The PCI domain; 0 where the text has none.
+    /// The PCI domain; 0 if the text has none.
     pub domain: u32,
     /// The bus.
     pub bus: u8,
     /// The device on the bus, at most 1f.
     pub device: u8,
-    /// The function; `None` stands for all there are.
+    /// The function; `None` stands for all functions.
     pub function: Option<u8>,
 }
 
@@ -72,7 +72,7 @@ impl PciSelector {
     /// The functions on this host that are selected, ascending.
     ///
     /// # Errors
-    /// [`Error::Unusable`] where there is none, [`Error::Io`] where sysfs cannot be read.
+    /// [`Error::Unusable`] if there are none, [`Error::Io`] if sysfs cannot be read.
     pub fn functions(&self, root: &Sysroot) -> Result<Vec<PciAddress>> {
         let found: Vec<_> = addresses(root)?
             .into_iter()
@@ -209,10 +209,10 @@ impl<'de> Deserialize<'de> for PciSelector {
     }
 }
 
-/// What sysfs tells of a PCI function.
+/// A PCI function as sysfs describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PciFunction {
-    /// Where it sits.
+    /// Its address.
     pub address: PciAddress,
     /// Class, subclass and interface: 0x030000 is a VGA controller.
     pub class: u32,
@@ -227,7 +227,7 @@ pub struct PciFunction {
 /// The addresses of all PCI functions, ascending.
 ///
 /// # Errors
-/// [`Error::Io`] where sysfs cannot be read.
+/// [`Error::Io`] if sysfs cannot be read.
 pub fn addresses(root: &Sysroot) -> Result<Vec<PciAddress>> {
     let mut addresses: Vec<PciAddress> = root
         .names(DEVICES)?
@@ -243,11 +243,11 @@ pub fn is_present(root: &Sysroot, address: &PciAddress) -> bool {
     root.exists(file(address, ""))
 }
 
-/// What sysfs tells of one function.
+/// Reads one function from sysfs.
 ///
 /// # Errors
-/// One that [is gone](Error::is_gone) where it is not there, [`Error::Malformed`] where a number is
-/// none.
+/// One that [is gone](Error::is_gone) if it does not exist, [`Error::Malformed`] if a number
+/// cannot be parsed.
 pub fn function(root: &Sysroot, address: PciAddress) -> Result<PciFunction> {
     Ok(PciFunction {
         address,
@@ -305,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_address_is_refused() {
+    fn invalid_addresses_are_refused() {
         for text in [
             "",
             "\n",

@@ -9,7 +9,7 @@ use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
 use crate::sysroot::{Sysroot, cpu_list};
 
-/// The pid of kthreadd, the parent of every kernel thread, whose CPUs a new one starts with.
+/// The pid of kthreadd, the parent of every kernel thread. A new one inherits its CPUs.
 pub const KTHREADD: i32 = 2;
 
 /// Process id, thread id and start time, so that a reused id is not mistaken for the thread.
@@ -24,7 +24,7 @@ pub struct TaskId {
     pub start: u64,
 }
 
-/// One thread as /proc/PID/task/TID/stat tells it.
+/// One thread as in /proc/PID/task/TID/stat.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Task {
     /// Pid, thread id and start time, so that a reused id is not mistaken for it.
@@ -56,7 +56,7 @@ pub fn parse_stat(pid: i32, line: &str) -> Result<Task> {
     })
 }
 
-/// `TID (NAME) STATE PPID ...`. The name may hold anything, brackets too.
+/// `TID (NAME) STATE PPID ...`. The name may contain anything, brackets too.
 fn parse_fields(pid: i32, line: &str) -> Option<Task> {
     let (tid, rest) = line.split_once(" (")?;
     let (name, fields) = rest.split_at_checked(rest.rfind(')')?)?;
@@ -82,7 +82,7 @@ fn parse_fields(pid: i32, line: &str) -> Option<Task> {
 /// One thread.
 ///
 /// # Errors
-/// One that [is gone](Error::is_gone) where the thread has ended.
+/// One that [is gone](Error::is_gone) if the thread has ended.
 pub fn task(root: &Sysroot, pid: i32, tid: i32) -> Result<Task> {
     parse_stat(
         pid,
@@ -93,7 +93,7 @@ pub fn task(root: &Sysroot, pid: i32, tid: i32) -> Result<Task> {
 /// A process's threads; those that end meanwhile are left out.
 ///
 /// # Errors
-/// One that [is gone](Error::is_gone) where the process has ended.
+/// One that [is gone](Error::is_gone) if the process has ended.
 pub fn tasks(root: &Sysroot, pid: i32) -> Result<Vec<Task>> {
     let tids = root.names(format!("proc/{pid}/task"))?;
     tids.iter()
@@ -106,7 +106,7 @@ pub fn tasks(root: &Sysroot, pid: i32) -> Result<Vec<Task>> {
 /// The ids of all processes, kernel threads included.
 ///
 /// # Errors
-/// [`Error::Io`] where /proc cannot be listed.
+/// [`Error::Io`] if /proc cannot be listed.
 pub fn pids(root: &Sysroot) -> Result<Vec<i32>> {
     Ok(root
         .names("proc")?
@@ -115,10 +115,10 @@ pub fn pids(root: &Sysroot) -> Result<Vec<i32>> {
         .collect())
 }
 
-/// The ids of all processes but kernel threads; of those too where the kernel does not list them.
+/// The ids of all processes but kernel threads; of those too if the kernel does not list them.
 ///
 /// # Errors
-/// [`Error::Io`] where /proc cannot be read.
+/// [`Error::Io`] if /proc cannot be read.
 pub fn user_pids(root: &Sysroot) -> Result<Vec<i32>> {
     let kthreads: BTreeSet<i32> = kthread_pids(root)?.into_iter().flatten().collect();
     Ok(pids(root)?
@@ -127,7 +127,7 @@ pub fn user_pids(root: &Sysroot) -> Result<Vec<i32>> {
         .collect())
 }
 
-/// kthreadd and its children, by one read; `None` where the kernel has no CONFIG_PROC_CHILDREN.
+/// kthreadd and its children, by one read; `None` if the kernel has no CONFIG_PROC_CHILDREN.
 fn kthread_pids(root: &Sysroot) -> Result<Option<Vec<i32>>> {
     match root.read(format!("proc/{KTHREADD}/task/{KTHREADD}/children")) {
         Ok(children) => {
@@ -149,9 +149,9 @@ pub fn kthreads(root: &Sysroot) -> Result<Vec<Task>> {
     kthreads_again(root, &BTreeMap::new())
 }
 
-/// As [`kthreads`], but takes threads in `known`, by pid, from there: a file less for each.
+/// As [`kthreads`], but takes threads in `known`, by pid, from there, without reading their files.
 ///
-/// A pid that was used again since is mistaken for the earlier thread. Writes are not, since they
+/// A pid that was reused since is mistaken for the earlier thread. Writes are safe, because they
 /// compare start times.
 ///
 /// # Errors
@@ -180,10 +180,10 @@ pub fn kthreads_again(root: &Sysroot, known: &BTreeMap<i32, Task>) -> Result<Vec
     Ok(kthreads)
 }
 
-/// Makes sure that a number still means the thread it meant: its start time is the same.
+/// Makes sure that a thread id was not reused: the start time is the same.
 ///
 /// # Errors
-/// One that [is gone](Error::is_gone) where it is not.
+/// One that [is gone](Error::is_gone) if it was.
 pub fn check_start(root: &Sysroot, task: &TaskId) -> Result<()> {
     let path = stat_path(task);
     if parse_stat(task.pid, &root.read_record(&path)?)?.id.start == task.start {
@@ -219,7 +219,7 @@ fn stat_path(task: &TaskId) -> String {
 /// from the thread.
 ///
 /// # Errors
-/// One that [is gone](Error::is_gone) where the thread has ended.
+/// One that [is gone](Error::is_gone) if the thread has ended.
 pub fn affinity(root: &Sysroot, task: &TaskId) -> Result<CpuSet> {
     let path = format!("proc/{}/task/{}/status", task.pid, task.tid);
     let status = root.read_record(&path)?;
@@ -235,10 +235,10 @@ pub fn affinity(root: &Sysroot, task: &TaskId) -> Result<CpuSet> {
 
 /// Whether the kernel keeps what CPUs a thread has asked for, and gives it those of them that its
 /// cgroup allows, whichever these are: Linux 6.2 or newer ("sched: Always preserve the user
-/// requested cpumask"). Before, a thread's own mask is gone with the next change of its cpuset.
+/// requested cpumask"). Before, the next change of its cpuset drops a thread's own mask.
 ///
 /// # Errors
-/// Where the kernel's release cannot be read.
+/// If the kernel's release cannot be read.
 pub fn keeps_requested_cpus(root: &Sysroot) -> Result<bool> {
     let path = "proc/sys/kernel/osrelease";
     let release = root.read_value(path)?.unwrap_or_default();

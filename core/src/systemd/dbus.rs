@@ -1,6 +1,6 @@
 //! A small D-Bus client: one method call at a time over a Unix socket, under a deadline.
 //!
-//! It knows the types that systemd is asked with and no more; see the D-Bus specification, "Message
+//! It knows only the types that calls to systemd need; see the D-Bus specification, "Message
 //! Protocol" and "Authentication Protocol". Strings are UTF-8, numbers little-endian, everything
 //! aligned to its own size.
 
@@ -19,9 +19,9 @@ use crate::error::os_text;
 
 /// A longer message is none that we asked for: a reply to us has some 200 bytes.
 const MAX_MESSAGE: usize = 1 << 20;
-/// A longer line is no authentication.
+/// A longer line is not part of the authentication.
 const MAX_LINE: usize = 1 << 10;
-/// How often a server whose queue of new clients is full is tried again.
+/// How often to retry a server with a full queue of new clients.
 const FULL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Kinds of messages: the answers to a call. Others, signals mostly, come in between.
@@ -52,7 +52,7 @@ pub(crate) enum DbusError {
     /// The connection ended, or broke.
     #[error("it hung up: {}", os_text(.0))]
     Closed(io::Error),
-    /// What came is no D-Bus, or no answer to what was asked.
+    /// The reply is not D-Bus, or does not answer the call.
     #[error("it sends garbage: {0}")]
     Garbage(&'static str),
     /// The call was answered with an error.
@@ -145,13 +145,13 @@ impl Connection {
         }
     }
 
-    /// The same, where each call may take so long.
+    /// The same, with a time limit for each call.
     pub(crate) fn with_timeout(self, timeout: Duration) -> Self {
         Self { timeout, ..self }
     }
 
-    /// Whether it can be called on once more: it was left in order, and the other end still holds
-    /// it.
+    /// Whether it can be used for another call: the last one ended in order, and the other end has
+    /// not closed it.
     pub(crate) fn is_usable(&self) -> bool {
         let peek = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         !self.in_call
@@ -161,8 +161,8 @@ impl Connection {
             )
     }
 
-    /// Calls a method with the arguments in `body`, whose types `signature` says, and waits for
-    /// what it returns.
+    /// Calls a method with the arguments in `body`, of the types in `signature`, and waits for what
+    /// it returns.
     pub(crate) fn call(
         &mut self,
         method: Method<'_>,
@@ -324,7 +324,7 @@ impl Writer {
         self
     }
 
-    /// A signature; ours have some ten characters.
+    /// A signature; those in use have some ten characters.
     fn signature(&mut self, text: &str) -> &mut Self {
         self.bytes.push(text.len() as u8);
         self.bytes.extend(text.as_bytes());
@@ -416,7 +416,7 @@ impl Message {
     }
 }
 
-/// What tells a message's size: the fixed fields and the length of the others.
+/// What a message's size follows from: the fixed fields and the length of the others.
 const FIXED: usize = 16;
 
 /// The whole size of the message that begins with [`FIXED`] bytes.
@@ -436,7 +436,7 @@ fn message_size(bytes: &[u8]) -> Result<usize> {
     Ok(FIXED + fields.next_multiple_of(8) + body)
 }
 
-/// Parses a whole message of the size that [`message_size`] says.
+/// Parses a whole message of the size that [`message_size`] returned.
 fn parse_message(bytes: &[u8]) -> Result<Message> {
     let mut reader = Reader { bytes, at: 0 };
     let kind = reader.take(4)?[1];
@@ -547,7 +547,7 @@ impl<'a> Reader<'a> {
         str::from_utf8(text).map_err(|_| DbusError::Garbage("a text that is no UTF-8"))
     }
 
-    /// Goes into a variant, which must hold this type.
+    /// Goes into a variant, which must be of this type.
     pub(crate) fn variant(&mut self, signature: &str) -> Result<&mut Self> {
         if self.signature()? != signature {
             return Err(DbusError::Garbage("a value of another type"));
@@ -581,7 +581,7 @@ pub(crate) mod fake {
         std::result::Result<(&'static str, Writer), (&'static str, &'static str)>;
 
     impl Writer {
-        /// The type of a variant, whose value follows.
+        /// The type of a variant; the value follows.
         pub(crate) fn variant(&mut self, signature: &str) {
             self.signature(signature);
         }
@@ -632,7 +632,7 @@ pub(crate) mod fake {
         }
     }
 
-    /// What a call makes of a server that says `bytes` and no more.
+    /// What a call returns if the server sends only `bytes`.
     pub(crate) fn hostile(bytes: Vec<u8>, timeout: Duration) -> Result<Message> {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let (done, wait) = mpsc::channel::<()>();
@@ -918,7 +918,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_not_let_in_is_told() {
+    fn refused_authentication_is_reported() {
         let dir = tempfile::tempdir().unwrap();
         for (number, (answer, words)) in [
             (

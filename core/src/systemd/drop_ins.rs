@@ -3,8 +3,8 @@
 use crate::error::Result;
 use crate::sysroot::Sysroot;
 
-/// Where `systemctl set-property --runtime` keeps what it was told: slices and services, and
-/// scopes.
+/// The folders in which `systemctl set-property --runtime` writes: for slices and services, and
+/// for scopes.
 pub(crate) const OVERRIDE_FOLDERS: [&str; 2] = [CONTROL, "run/systemd/transient"];
 
 pub(crate) const CONTROL: &str = "run/systemd/system.control";
@@ -15,12 +15,12 @@ pub(crate) const OVERRIDE: &str = "50-AllowedCPUs.conf";
 /// Says of [`CONTROL`] that it is there and empty; no unit has a name with a slash.
 pub(crate) const EMPTY: &str = "system.control/";
 
-/// The units whose AllowedCPUs= is overridden until the next boot, sorted; those too whose folder
-/// is there and empty, and `system.control/` where that is, as a hook that was killed while it took
-/// the overrides back leaves them.
+/// The units with AllowedCPUs= overridden until the next boot, sorted; also units with an empty
+/// folder, and `system.control/` if that is empty, as a hook leaves them that was killed while it
+/// removed the overrides.
 ///
 /// # Errors
-/// Where the folders cannot be listed.
+/// If the folders cannot be listed.
 pub fn overrides(root: &Sysroot) -> Result<Vec<String>> {
     let mut units = Vec::new();
     for folder in OVERRIDE_FOLDERS {
@@ -46,21 +46,21 @@ pub fn overrides(root: &Sysroot) -> Result<Vec<String>> {
     Ok(units)
 }
 
-/// Whether a drop-in is there; nothing where its folder is, with nothing in it.
+/// Whether a drop-in exists; `None` if its folder does, but is empty.
 fn is_there_or_emptied(root: &Sysroot, folder: &str, drop_in: &str) -> Option<bool> {
     let names = root.names(folder).unwrap_or_else(|_| vec![String::new()]);
     (!names.is_empty()).then(|| names.iter().any(|name| name == drop_in))
 }
 
-/// The drop-in by which a scope that is yet to be made has the cpuset controller delegated: to the
-/// partition within it systemd keeps its hands off then (systemd.resource-control(5), `Delegate=`;
+/// The drop-in that delegates the cpuset controller to a scope that will be made: systemd then does
+/// not change the partition within it (systemd.resource-control(5), `Delegate=`;
 /// CGROUP_DELEGATION.md).
 pub(crate) fn delegation(scope: &str) -> String {
     format!("run/systemd/system/{scope}.d/50-pinfold.conf")
 }
 
-/// Whether the drop-in of [`delegation`] is there; nothing where a hook was killed that had removed
-/// it and not yet its folder.
+/// Whether the drop-in of [`delegation`] exists; `None` if a hook was killed that had removed it
+/// and not yet its folder.
 pub(crate) fn is_to_delegate(root: &Sysroot, scope: &str) -> Option<bool> {
     let file = delegation(scope);
     file.rsplit_once('/').map_or(Some(false), |(folder, name)| {

@@ -84,7 +84,7 @@ pub(crate) fn answer(path: &str, member: &str, body: &[&str]) -> Answer {
     }
 }
 
-/// A host whose systemd listens at `socket`.
+/// A host with a systemd that listens at `socket`.
 pub(crate) fn fake(socket: &str) -> (tempfile::TempDir, Host, Fake) {
     let dir = tempfile::tempdir().unwrap();
     let host = Host::new(dir.path());

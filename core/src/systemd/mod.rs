@@ -1,4 +1,4 @@
-//! systemd: what its units and drop-ins hold, read over D-Bus and from /run/systemd.
+//! systemd: the values of its units and drop-ins, read over D-Bus and from /run/systemd.
 //!
 //! Nothing here changes a unit; that is in [`crate::knob`].
 

@@ -72,7 +72,7 @@ pub(super) fn label(unit: &str) -> String {
 }
 
 impl Client {
-    /// A unit's object; `None` where the unit has another name, or its name is none.
+    /// A unit's object; `None` if the unit has another name, or the name is invalid.
     fn unit(&mut self, unit: &str) -> Called<Option<String>> {
         let mut body = Writer::default();
         body.string(unit);
@@ -87,7 +87,7 @@ impl Client {
         Ok((path.rsplit('/').next() == Some(label(unit).as_str())).then_some(path))
     }
 
-    /// A unit's AllowedCPUs= as a bitmap; `None` where it is not loaded or its kind has none.
+    /// A unit's AllowedCPUs= as a bitmap; `None` if it is not loaded or has no such setting.
     fn allowed_cpus(&mut self, unit: &str) -> Called<Option<Vec<u8>>> {
         let Some(interface) = interface(unit) else {
             return Ok(None);
@@ -112,7 +112,7 @@ impl Client {
             .contains(&"cpuset"))
     }
 
-    /// A unit's cgroup; `None` where it has none.
+    /// A unit's cgroup; `None` if it has none.
     pub(crate) fn cgroup(&mut self, unit: &str) -> Called<Option<String>> {
         let Some(interface) = interface(unit) else {
             return Ok(None);
@@ -155,7 +155,7 @@ pub fn allowed_cpus_of(
     Ok(known)
 }
 
-/// One unit's AllowedCPUs=; `None` if there is no such unit.
+/// One unit's AllowedCPUs=; `None` if the unit does not exist.
 ///
 /// # Errors
 /// As [`allowed_cpus_of`].
@@ -274,7 +274,7 @@ mod tests {
                 .unwrap()
                 .is_empty()
         );
-        // A socket that was copied along has nobody behind it.
+        // No process listens on a socket that was copied along.
         write(&host, BUS_SOCKET, "");
         assert!(
             allowed_cpus_of(host.systemd(), &host, &names(&["x.slice"]))

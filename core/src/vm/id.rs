@@ -44,7 +44,7 @@ impl FromStr for VmId {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        // One spelling only: what gets into file names is what was typed.
+        // Only one spelling, so that file names contain the id as it was typed.
         match text.parse::<u32>() {
             Ok(number) if number.to_string() == text => number.try_into(),
             _ => Err(Error::malformed(

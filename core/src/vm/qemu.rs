@@ -14,11 +14,11 @@ use crate::sysroot::Sysroot;
 /// A running QEMU.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Qemu {
-    /// The process, for good.
+    /// Pid plus start time, so that a reused pid is not mistaken for it.
     pub id: TaskId,
-    /// Its VM, where Proxmox VE started it.
+    /// Its VM, if Proxmox VE started it.
     pub vmid: Option<VmId>,
-    /// The path of its QMP socket, on the host, where it has one.
+    /// The path of its QMP socket, on the host, if it has one.
     pub monitor: Option<String>,
     /// The threads of each core of its guest.
     pub threads_per_core: usize,
@@ -40,22 +40,22 @@ impl fmt::Display for Qemu {
 pub enum Status {
     /// It does.
     Running(Qemu),
-    /// It does not, for this reason: there is no pid file, or a stale one.
+    /// It does not, for this reason: no pid file, or a stale one.
     Stopped(String),
 }
 
-/// Looks whether a VM runs, as Proxmox VE does (`PVE::QemuServer::Helpers::vm_running_locally`):
-/// the process that the pid file names must be a QEMU that was started with that very pid file.
+/// Checks whether a VM runs, as Proxmox VE does (`PVE::QemuServer::Helpers::vm_running_locally`):
+/// the process that the pid file names must be a QEMU that was started with that pid file.
 ///
 /// # Errors
-/// Where /run or /proc cannot be read.
+/// If /run or /proc cannot be read.
 pub fn status(root: &Sysroot, vmid: VmId) -> Result<Status> {
     let file = run::pid_file(vmid);
     let shown = root.path(&file).display().to_string();
     let stale = |why: String| Ok(Status::Stopped(format!("{shown} is stale: {why}")));
     let text = match root.read_value(&file) {
-        // QEMU makes it for root alone; other users can find the process by what it was started
-        // with.
+        // QEMU makes it readable for root only; other users can find the process by its command
+        // line.
         Err(error) if error.is_denied() => return by_pid_file(root, vmid, &file, error),
         other => other?,
     };
@@ -103,7 +103,7 @@ fn of_vm(vmid: VmId, id: TaskId, args: &[String]) -> Qemu {
     }
 }
 
-/// A VM's QEMU; `None` where it does not run.
+/// A VM's QEMU; `None` if it does not run.
 ///
 /// # Errors
 /// As [`status`].
@@ -117,8 +117,8 @@ pub fn find(root: &Sysroot, vmid: VmId) -> Result<Option<Qemu>> {
 /// The QEMU of a VM that must run.
 ///
 /// # Errors
-/// [`Error::Unusable`] that says why it does not: a container, no such VM, no pid file, a stale
-/// one.
+/// [`Error::Unusable`] that names the reason if it does not: a container, no such VM, no pid file,
+/// a stale one.
 pub fn require_running(root: &Sysroot, vmid: VmId) -> Result<Qemu> {
     match status(root, vmid)? {
         Status::Running(qemu) => Ok(qemu),
@@ -133,7 +133,7 @@ pub fn require_running(root: &Sysroot, vmid: VmId) -> Result<Qemu> {
 /// The QEMU with a process id, whoever started it.
 ///
 /// # Errors
-/// [`Error::Unusable`] where there is no such process, or where it is no QEMU.
+/// [`Error::Unusable`] if the process does not exist, or is not a QEMU.
 pub fn by_pid(root: &Sysroot, pid: i32) -> Result<Qemu> {
     let unusable = |why: String| Error::unusable(format!("process {pid}"), why);
     let Some((id, args)) = process_with_args(root, pid)? else {
@@ -155,7 +155,7 @@ pub fn by_pid(root: &Sysroot, pid: i32) -> Result<Qemu> {
     })
 }
 
-/// A process and its arguments; `None` where it is gone.
+/// A process and its arguments; `None` if it is gone.
 fn process_with_args(root: &Sysroot, pid: i32) -> Result<Option<(TaskId, Vec<String>)>> {
     let read = || -> Result<_> {
         let task = task::task(root, pid, pid)?;
@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_run_says_why() {
+    fn a_stopped_vm_has_a_reason() {
         let (dir, root) = host();
         let run = dir.path().join("run/qemu-server");
         let shown = run.join("102.pid").display().to_string();
@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn without_the_pid_file_the_process_tells() {
+    fn without_the_pid_file_the_process_is_found() {
         let (_dir, root) = host();
         let denied = || {
             Error::io(

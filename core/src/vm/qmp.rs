@@ -25,7 +25,7 @@ const TRY: Duration = Duration::from_secs(1);
 /// The pause between two tries is a random time up to twice this, so that two clients do not keep
 /// meeting.
 const PAUSE: Duration = Duration::from_millis(50);
-/// More than this in one conversation is no QMP: 500 vCPUs make some 100 KiB.
+/// More than this in one conversation is not QMP: 500 vCPUs make some 100 KiB.
 const MAX_BYTES: usize = 1 << 20;
 
 /// What is asked for, in this order.
@@ -36,7 +36,7 @@ const COMMANDS: [&str; 4] = [
     "query-status",
 ];
 
-/// What QEMU says of itself.
+/// What QEMU reports of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct ThreadRoles {
     /// vCPU numbers by thread id.
@@ -63,7 +63,7 @@ pub enum QmpError {
     /// The connection ended, or broke.
     #[error("its monitor hung up: {}", os_text(.0))]
     Closed(io::Error),
-    /// What came is no QMP.
+    /// The reply is not QMP.
     #[error("its monitor sends garbage: {0}")]
     Garbage(String),
     /// QEMU answered with an error.
@@ -76,10 +76,10 @@ pub enum QmpError {
     },
 }
 
-/// Asks the monitor behind `socket`, again after a pause where it is busy, within `budget` in all.
+/// Queries the monitor behind `socket`, again after a pause if it is busy, within `budget` in all.
 ///
 /// # Errors
-/// Why it could not be asked, from the last try.
+/// Why the query failed, from the last try.
 pub fn query(socket: &Path, budget: Duration) -> Result<ThreadRoles, QmpError> {
     let end = Instant::now() + budget;
     loop {
@@ -174,7 +174,7 @@ struct Lines {
     stream: UnixStream,
     until: Instant,
     bytes: Vec<u8>,
-    /// Where the line that was not handed out yet begins.
+    /// The start of the line that was not returned yet.
     start: usize,
     total: usize,
 }
@@ -333,7 +333,7 @@ impl ThreadRoles {
         match command {
             "query-cpus-fast" => {
                 let cpus: Vec<Cpu> = serde_json::from_value(value).map_err(bad)?;
-                // The numbers become a set, whose size is that of the largest.
+                // The numbers become a set, as large as the largest of them.
                 if let Some(Cpu { cpu_index, .. }) = cpus.iter().find(|cpu| cpu.cpu_index > MAX_CPU)
                 {
                     return Err(format!("{command}: vCPU {cpu_index} is beyond {MAX_CPU}"));

@@ -51,7 +51,7 @@ pub struct QemuThread {
 pub struct Threads {
     /// In the order of their ids.
     pub threads: Vec<QemuThread>,
-    /// The state of the guest (`running`, `prelaunch`, …), where QEMU told it.
+    /// The state of the guest (`running`, `prelaunch`, …), if QEMU reported it.
     pub status: Option<String>,
     /// Remarks for the user: that QEMU could not be asked, and roles are from the threads' names.
     pub notes: Vec<String>,
@@ -73,9 +73,9 @@ impl Threads {
 
 /// The threads of a QEMU with their roles; those that end meanwhile are left out.
 ///
-/// QEMU is asked which thread is which, for at most `budget`; what it says holds for this [`Qemu`]
-/// from then on. Where it does not answer, names tell the vCPUs; most iothreads are emulator
-/// threads then, for the kernel has lost names of over 15 bytes.
+/// QEMU is asked which thread is which, for at most `budget`; its answer is kept in this [`Qemu`].
+/// If it does not answer, vCPUs are found by name; most iothreads are emulator threads then,
+/// because the kernel truncates names of over 15 bytes.
 ///
 /// # Errors
 /// One that [is gone](crate::Error::is_gone) if QEMU has ended.
@@ -91,7 +91,7 @@ pub fn threads(root: &Sysroot, qemu: &Qemu, budget: Duration) -> Result<Threads>
     task::check_start(root, &qemu.id)?;
     let tasks = task::tasks(root, qemu.id.pid)?;
     let facts = facts.and_then(|facts| {
-        // A QEMU in a container's pid namespace speaks of ids that mean other threads here.
+        // A QEMU in a container's pid namespace reports ids of other threads on this host.
         let known = facts.vcpus.is_empty()
             || tasks
                 .iter()

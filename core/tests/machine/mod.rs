@@ -1,14 +1,14 @@
-//! Machines for tests: a text file each, with a line per thing, that is expanded to the files of
-//! sysfs that tell of it.
+//! Machines for tests: a text file each, with a line per part, that is expanded to the files of
+//! sysfs that describe it.
 //!
 //! ```text
-//! present CPUS                 the CPUs there are
-//! offline CPUS                 those of them that are offline: no folders, and in nobody's list
+//! present CPUS                 the present CPUs
+//! offline CPUS                 those of them that are offline: without folders, and in no list
 //! package ID CPUS              any ID may be -1, as the kernel has it for unknown
 //! die ID CPUS
 //! pairs CPUS +N                cores of two threads: each of these CPUs, and the one N further
 //! single CPUS                  cores of one thread
-//! cache LEVEL ID SIZE CPUS     a cache, shared by these; - for what is not told
+//! cache LEVEL ID SIZE CPUS     a cache, shared by these; - for a value that is missing
 //! private LEVEL SIZE CPUS      a cache of that level for each core of these; two for level 1
 //! node ID CPUS
 //! pmu NAME CPUS                as cpu_core and cpu_atom of hybrid machines
@@ -53,7 +53,7 @@ pub(crate) fn expand(text: &str, root: &Path) {
                          kind: &str,
                          cpus: &CpuSet| {
         let list = cpus.to_string();
-        let told = [
+        let attributes = [
             ("level", level),
             ("id", id),
             ("size", size),
@@ -62,7 +62,7 @@ pub(crate) fn expand(text: &str, root: &Path) {
         ];
         for cpu in cpus.iter() {
             let index = caches.entry(cpu).or_insert(0);
-            for (file, value) in told.into_iter().filter(|(_, value)| *value != "-") {
+            for (file, value) in attributes.into_iter().filter(|(_, value)| *value != "-") {
                 files.insert(
                     cpu_file(cpu, &format!("cache/index{index}/{file}")),
                     value.to_owned(),

@@ -410,7 +410,7 @@ fn resolve(
     }
 }
 
-/// Continues in `module`, where more `super` may follow.
+/// Continues in `module`; more `super` may follow.
 fn resolve_below(module: &[String], rest: &[String]) -> Option<ModulePath> {
     match rest.split_first() {
         Some((first, rest)) if first == "super" => resolve_below(module.split_last()?.1, rest),

@@ -1,4 +1,4 @@
-//! `hook layout`: this host's CPUs, where each is, and the selectors that name them
+//! `hook layout`: this host's CPUs, the place of each, and the selectors that name them
 //! (docs/selectors.md).
 
 use std::collections::BTreeSet;
@@ -27,14 +27,14 @@ struct Named {
     vcache: bool,
 }
 
-/// Where a core is, by selectors.
+/// The place of a core, by selectors.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub(crate) struct Place {
     pub package: String,
     die: String,
     pub llc: String,
     pub node: String,
-    /// `pcores` or `ecores`; nothing where all are of one kind.
+    /// `pcores` or `ecores`; empty if all are of one kind.
     #[serde(skip_serializing_if = "str::is_empty")]
     pub kind: &'static str,
 }
@@ -42,7 +42,7 @@ pub(crate) struct Place {
 /// The command's whole run.
 ///
 /// # Errors
-/// Where sysfs cannot be read.
+/// If sysfs cannot be read.
 pub(crate) fn run(output: &Output) -> anyhow::Result<Exit> {
     let topology = Topology::read(&output.root())?;
     if output.json {
@@ -75,7 +75,7 @@ fn to_text(topology: &Topology) -> String {
         ..
     } in named(topology)
     {
-        // The kernel tells nothing of the cores of offline CPUs.
+        // The kernel does not report the cores of offline CPUs.
         let cores = if cores == 0 {
             "-".into()
         } else {
@@ -203,7 +203,7 @@ fn place(topology: &Topology, core: &CpuSet) -> Place {
     }
 }
 
-/// The cores by where they are, the places in the order of their first CPUs.
+/// The cores by place, the places in the order of their first CPUs.
 pub(crate) fn by_place(topology: &Topology) -> Vec<(Place, Vec<&CpuSet>)> {
     let mut places: Vec<(Place, Vec<&CpuSet>)> = Vec::new();
     for core in &topology.cores {
@@ -216,7 +216,7 @@ pub(crate) fn by_place(topology: &Topology) -> Vec<(Place, Vec<&CpuSet>)> {
     places
 }
 
-/// The cores by where they are, each as its threads: `0,12  1,13`.
+/// The cores by place, each as its threads: `0,12  1,13`.
 fn map(topology: &Topology) -> Table {
     let cells = by_place(topology);
     let hybrid = cells
@@ -249,7 +249,7 @@ fn map(topology: &Topology) -> Table {
                 .collect::<Vec<_>>()
         });
         for (number, line) in lines.enumerate() {
-            // What the line above says is not said again.
+            // What is in the line above is not repeated.
             let once = |text: &str| {
                 if number == 0 {
                     text.to_owned()

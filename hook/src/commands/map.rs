@@ -10,22 +10,22 @@ use serde::Serialize;
 
 use super::layout::{self, CORES_PER_LINE};
 
-/// The columns there are where stdout is no terminal: those of Proxmox VE's task log.
+/// The columns if stdout is not a terminal: those of Proxmox VE's task log.
 const COLUMNS: usize = 100;
-/// On hosts with more CPUs than this, a domain whose CPUs are all alike is one line.
+/// On hosts with more CPUs than this, a domain with CPUs that are all alike is one line.
 const DRAWN_WHOLE: usize = 64;
 
-/// Whose a CPU is.
+/// What a CPU is used for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Owner {
-    /// Everybody's.
+    /// For the host and all VMs.
     Housekeeping,
-    /// A VM's.
+    /// For one VM.
     Isolated,
-    /// A VM's that is starting: nothing is held off yet.
+    /// For a VM that is starting: nothing is kept off yet.
     Reserved,
-    /// Nobody's: it is offline.
+    /// Not used: it is offline.
     Offline,
 }
 
@@ -34,7 +34,7 @@ pub(crate) enum Owner {
 pub(crate) struct Cpu {
     /// By logical number.
     pub cpu: usize,
-    /// Whose it is.
+    /// What it is used for.
     pub owner: Owner,
     /// The VM it is for.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -47,7 +47,7 @@ pub(crate) struct Cpu {
 }
 
 impl Cpu {
-    /// What stands for it: `.`, `100:v3`, `(100)`, `off`; with `!` where something strays.
+    /// Its mark: `.`, `100:v3`, `(100)`, `off`; with `!` if something strays.
     fn mark(&self) -> String {
         let vm = self.vm.map(|vm| vm.to_string()).unwrap_or_default();
         let mark = match self.owner {
@@ -101,7 +101,7 @@ pub(crate) fn columns() -> usize {
     terminal::size().map_or(COLUMNS, |(columns, _)| columns)
 }
 
-/// Draws the host, with a legend of the marks in use. `cpus` are all there are, by number.
+/// Draws the host, with a legend of the marks in use. `cpus` are all of the host's, by number.
 pub(crate) fn draw(topology: &Topology, cpus: &BTreeMap<usize, Cpu>, columns: usize) -> String {
     let mut vms: Vec<u32> = cpus.values().filter_map(|cpu| cpu.vm).collect();
     vms.dedup();
@@ -179,7 +179,7 @@ pub(crate) fn draw(topology: &Topology, cpus: &BTreeMap<usize, Cpu>, columns: us
 enum Cells<'a> {
     /// CPUs that are all as this one.
     Alike(CpuSet, &'a Cpu),
-    /// One thread of each core; nothing where a core has none (any more).
+    /// One thread of each core; a blank if a core has none (any more).
     Each(Vec<Option<&'a Cpu>>),
 }
 

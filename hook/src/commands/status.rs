@@ -1,4 +1,4 @@
-//! `hook status`: which CPUs are whose, and what may still run on the isolated ones.
+//! `hook status`: which VM owns each CPU, and what can still run on the isolated ones.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -28,7 +28,7 @@ pub(crate) struct Args {
     watch: Option<u64>,
 }
 
-/// What there is to see.
+/// What is shown.
 struct View {
     topology: Topology,
     reservations: BTreeMap<u32, Reservation>,
@@ -38,11 +38,11 @@ struct View {
     cpus: BTreeMap<usize, Cpu>,
 }
 
-/// The command's whole run. Exit code 1 where something movable was missed, so that monitoring can
-/// call it. With an `interval` it looks again and again, until nobody reads any more.
+/// The command's whole run. Exit code 1 if something movable was missed, so that monitoring can
+/// call it. With an `interval` it looks again and again, until the reader has gone.
 ///
 /// # Errors
-/// Where the state or the host cannot be read.
+/// If the state or the host cannot be read.
 pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
     let (root, json) = (&output.root(), output.json);
     let interval = args.watch.map(Duration::from_secs);
@@ -131,7 +131,7 @@ fn look(root: &Host) -> Result<View> {
             .iter()
             .flat_map(|qemu| task::tasks(root, qemu.pid).unwrap_or_default())
         {
-            // What hook pinned inside the fence is where it belongs: the vCPU threads.
+            // What hook pinned inside the fence belongs there: the vCPU threads.
             let last = baseline
                 .last(&Knob::Thread(task.id))
                 .and_then(Value::cpus)
@@ -203,8 +203,8 @@ impl View {
     }
 }
 
-/// The screen over the last one, without a moment in which it is empty; no more lines than there
-/// are `rows`, lest it scroll.
+/// Draws the screen over the last one, so that it is never empty; at most `rows` lines, so that it
+/// does not scroll.
 fn redrawn(text: &str, rows: usize) -> String {
     // ECMA-48: cursor to the first column of the first line; erase to the end of the line; of the
     // screen.
@@ -323,7 +323,7 @@ fn by_cpus(strays: &[&Stray]) -> Vec<Line> {
         .collect()
 }
 
-/// How many of each kind there are on each CPU; CPUs with the same share a line.
+/// The number of each kind on each CPU; CPUs with the same numbers share a line.
 fn by_kinds(strays: &[&Stray], isolated: &CpuSet) -> Vec<Line> {
     let mut counts: BTreeMap<usize, BTreeMap<&str, usize>> = BTreeMap::new();
     for stray in strays {
@@ -471,7 +471,7 @@ mod tests {
     }
 
     #[test]
-    fn an_irq_that_still_comes_is_told_and_no_stray() {
+    fn an_irq_that_still_comes_is_listed_but_not_a_stray() {
         let host = fenced();
         host.file("proc/irq/24/effective_affinity_list", "7");
         assert_eq!(look(&host.root).unwrap().missed(), 0);
@@ -566,7 +566,7 @@ mod tests {
     }
 
     #[test]
-    fn colours_are_there_for_terminals_alone() {
+    fn only_terminals_get_colours() {
         let host = fenced();
         let text = look(&host.root).unwrap().to_text(&host.root, 100);
         assert!(text.contains("\x1b[1m\x1b[32m100:v0\x1b[0m"), "{text:?}");

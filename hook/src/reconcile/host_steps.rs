@@ -42,7 +42,7 @@ impl Reconcile<'_> {
         Ok(())
     }
 
-    /// kthreadd alone, as a step of its own.
+    /// Only kthreadd, as a step of its own.
     pub(super) fn kthreadd_first(&mut self) -> Result<()> {
         let changed = self.kthreadd()?;
         self.sum_up("kthreads", changed);

@@ -74,7 +74,7 @@ impl Reconcile<'_> {
     /// User threads with a mask of their own (taskset, `affinity:`), if the kernel forgets it in
     /// step 1. If it keeps it (Linux 6.2), what a thread asks for while CPUs are fenced cannot be
     /// read, and the kernel gives it back; then only the threads of VMs that ended their fence and
-    /// keep running are set, whose masks are hook's.
+    /// keep running are set, because hook set their masks.
     pub(super) fn tasks(&mut self) -> Result<()> {
         self.report.step("tasks");
         let objects = self.task_objects()?;
@@ -119,7 +119,7 @@ impl Reconcile<'_> {
         Ok(objects)
     }
 
-    /// User threads whose mask is not simply that of their cgroup.
+    /// User threads with a mask other than that of their cgroup.
     fn threads_with_masks(&self) -> Result<Vec<Setting>> {
         let fenced: Vec<i32> = self
             .fenced()

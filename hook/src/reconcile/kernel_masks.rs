@@ -1,8 +1,7 @@
-//! Masks that nobody has set: the kernel and its drivers change them by themselves, as partitions,
-//! cpusets and CPUs come and go.
+//! Masks that no program has set: the kernel and its drivers change them, as partitions, cpusets
+//! and CPUs come and go.
 //!
-//! A run that mends what a killed one has left tells them from what somebody else has set
-//! meanwhile.
+//! A run that completes a killed one distinguishes them from what another program has set since.
 
 use std::collections::BTreeSet;
 
@@ -19,17 +18,17 @@ pub(crate) struct KernelMasks {
     unpartitioned: CpuSet,
     /// Those of VMs, which may be gone by now, each with its VM.
     partitions: Vec<CpuSet>,
-    /// What slices that were narrowed hold their threads to.
+    /// The CPUs that narrowed slices allow their threads.
     narrowed: Vec<CpuSet>,
     online: CpuSet,
 }
 
 impl KernelMasks {
-    /// As the host is, whose partitions have `left` this to all others, and as the store says it
-    /// was changed.
+    /// From the host, on which partitions have `left` these CPUs to all others, and from the
+    /// changes in the store.
     ///
     /// # Errors
-    /// Where the host's CPUs cannot be read.
+    /// If the host's CPUs cannot be read.
     pub(crate) fn on(
         root: &Host,
         store: &Store<Reservation>,
@@ -61,10 +60,10 @@ impl KernelMasks {
         })
     }
 
-    /// Whether a mask that was `given` is as `found` by the kernel's doing. Partitions leave a
-    /// kernel thread what is left of what was set by hand, else all that is left; a cgroup does so
-    /// with its threads, of what is online. A driver that spreads its IRQs anew as CPUs come and go
-    /// (virtio_net, `virtnet_cpu_online`) gives one what is online, and so does RCU with its
+    /// Whether the kernel changed a mask from `given` to `found`. Partitions leave a kernel thread
+    /// the rest of what was set by hand, or else all CPUs outside of them; a cgroup does the same
+    /// with its threads, with what is online. A driver that spreads its IRQs again as CPUs come and
+    /// go (virtio_net, `virtnet_cpu_online`) sets one to what is online, and so does RCU with its
     /// expedited workers (`rcutree_affinity_setting`), of what was set by hand the last time.
     pub(crate) fn explains(&self, knob: &Knob, given: &Value, found: &Value) -> bool {
         let (Some(given), Some(found)) = (given.cpus(), found.cpus()) else {
@@ -93,8 +92,8 @@ impl KernelMasks {
     }
 
     /// What partitions left to all others when the kernel last set this mask, if it did: it does
-    /// not for each one that goes, so that all that the mask has nothing of may have been there.
-    /// `None` where no VM has one.
+    /// not for each one that goes, so that any partition outside of the mask may have been there.
+    /// `None` if no VM has one.
     fn left_at_last(&self, mask: &CpuSet) -> Option<CpuSet> {
         let (there, gone): (Vec<_>, Vec<_>) = self
             .partitions
@@ -114,7 +113,7 @@ mod tests {
     use pinfold_core::TaskId;
 
     #[test]
-    fn what_the_kernel_does_to_masks_is_told_from_what_people_do() {
+    fn masks_changed_by_the_kernel_are_distinguished_from_set_ones() {
         let kthread = Knob::Kthread(TaskId {
             pid: 9,
             tid: 9,
@@ -135,7 +134,7 @@ mod tests {
         };
         for (knob, before, found, kernels) in [
             (&kthread, "0-3,8", "0-3", true),
-            // It had been set by nobody (an IRQ's thread): the kernel gives it all.
+            // No program had set it (an IRQ's thread): the kernel gives it all.
             (&kthread, "2", "0-5,10-23", true),
             (&kthread, "7", "0-5,10-23", true),
             (&kthread, "0-23", "0-5", false),

@@ -1,8 +1,8 @@
-//! From (baseline, reservations) to what every knob should hold, and the steps that bring it there.
+//! From (baseline, reservations) to the value of every knob, and the steps that set it.
 //!
 //! Every phase changes the set of reservations and then comes here. A knob's wanted value is
-//! computed from its value before the first touch: CPUs held to the housekeeping CPUs while any VM
-//! is fenced, the old value when none is. So isolating, releasing, mending after a crash and a
+//! computed from its value before the first touch: narrowed to the housekeeping CPUs while any VM
+//! is fenced, the old value when none is. So isolating, releasing, recovering after a crash and a
 //! second VM are one computation.
 
 mod guest;

@@ -79,8 +79,8 @@ impl Reconcile<'_> {
         self.remember(Vec::new(), isolated, guest)?;
         // The governors wait for the kernel while the other steps run; `isolate` joins them.
         self.start_tuning()?;
-        // Before the kernel does it: only what is set by hand is inherited by new kernel threads
-        // (Linux 6.12; 7.0 no longer needs it).
+        // Before the kernel does it: new kernel threads inherit only what is set by hand (Linux
+        // 6.12; 7.0 does not need it).
         self.kthreadd_first()?;
         match guest {
             Some(guest) => {

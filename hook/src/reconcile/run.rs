@@ -92,7 +92,7 @@ impl<'a> Reconcile<'a> {
         &self.present - &self.isolated()
     }
 
-    /// What a CPU mask should be, by what it was before; `before` is empty where none was set.
+    /// The CPU mask wanted, from the earlier one; `before` is empty if none was set.
     pub(super) fn narrowed(&self) -> impl Fn(&Knob, &Value) -> Value + use<> {
         let fence = (!self.isolated().is_empty()).then(|| self.housekeeping());
         move |_, before| match (&fence, before.cpus()) {
@@ -101,7 +101,7 @@ impl<'a> Reconcile<'a> {
         }
     }
 
-    /// Whether there is anything of a method: a VM, or what one has left in the baseline.
+    /// Whether a method is in use: by a VM, or by what one has left in the baseline.
     pub(super) fn uses(&self, isolation: Isolation, leaves: impl Fn(&Knob) -> bool) -> bool {
         self.store
             .reservations
@@ -146,7 +146,7 @@ impl<'a> Reconcile<'a> {
         Ok(guest)
     }
 
-    /// A step whose failure is reported and does not stop the others.
+    /// Runs a step; a failure is reported and does not stop the others.
     pub(super) fn attempt(&mut self, step: impl FnOnce(&mut Self) -> Result<()>) {
         if let Err(error) = step(self) {
             self.report.error(&error.to_string());
@@ -193,11 +193,10 @@ impl<'a> Reconcile<'a> {
         }
     }
 
-    /// What an object held before the first fence. One that was created while a fence stood
-    /// inherited the default of its kind, which was narrowed then: it gets that default's earlier
-    /// value.
+    /// An object's value before the first fence. One that was created during a fence inherited the
+    /// default of its kind, which was narrowed then: it gets that default's earlier value.
     fn value_before(&self, object: &Setting, kthreadd: Option<&Knob>) -> Value {
-        // A partition narrows what is in the VM's slice by itself.
+        // A partition itself narrows what is in the VM's slice.
         if matches!(object.knob, Knob::Thread(_))
             && self.unpartitioned.is_some()
             && self.unpartitioned.as_ref() == object.found.cpus()
@@ -285,8 +284,8 @@ impl<'a> Reconcile<'a> {
         made
     }
 
-    /// After [`settle`](Self::settle): drops the reservations that are leaving. One whose idle VM
-    /// has yet to be started stays, for the process `until` or, once that has ended, for any hook.
+    /// After [`settle`](Self::settle): drops the reservations that are leaving. One with an idle VM
+    /// to be started stays, for the process `until` or, once that has ended, for any hook.
     /// With the last fence the baseline is dropped, except values that could not be restored.
     ///
     /// # Errors

@@ -134,9 +134,9 @@ impl Reconcile<'_> {
         Ok(objects)
     }
 
-    /// The threads of all fenced VMs except `pinned`: the emulator threads of one may be where the
-    /// vCPUs of another go, or may return there. Of a VM whose hook was interrupted the threads are
-    /// only kept off the CPUs of others; the rest is for its own hook, or recover.
+    /// The threads of all fenced VMs except `pinned`: the emulator threads of one may be on CPUs
+    /// for the vCPUs of another, or may return there. The threads of a VM with an interrupted hook
+    /// are only kept off the CPUs of others; the rest is for its own hook, or recover.
     pub(super) fn all_pins(&mut self, pinned: Option<VmId>) -> Result<()> {
         let fenced: Vec<u32> = self.fenced().map(|(id, _)| *id).collect();
         for id in fenced {

@@ -78,7 +78,7 @@ struct Point {
     bytes: f64,
 }
 
-/// A command whose cost grows faster than the host.
+/// A command with a cost that grows faster than the host.
 #[derive(Debug, Clone, PartialEq)]
 struct Excess {
     what: &'static str,
@@ -267,7 +267,7 @@ impl Five {
 mod tests {
     use super::*;
 
-    /// A command whose cost on x objects of this kind and y of the others is this.
+    /// A command with this cost on x objects of this kind and y of the others.
     fn measured(cost: fn(f64, f64) -> f64, bytes: fn(f64, f64) -> f64) -> Measured {
         let at = |x: f64, y: f64| {
             let calls = cost(x, y);

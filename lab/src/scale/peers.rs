@@ -49,7 +49,8 @@ pub fn print_live(out: &mut impl Write) -> Result<()> {
         let sleepers = Sleepers::start()?;
         let (more_calls, more_instructions) = (run.calls(scratch)?, run.instructions(scratch)?);
         drop(sleepers);
-        let per_thread = |more: u64, less: u64| more.saturating_sub(less) / u64::from(SLEEPERS);
+        let per_thread =
+            |with: u64, without: u64| with.saturating_sub(without) / u64::from(SLEEPERS);
         writeln!(
             out,
             "| `{name}` | {} | {} |",
@@ -68,7 +69,7 @@ fn run(program: &str, args: &[&str]) -> Run {
     }
 }
 
-/// Threads of ours that sleep until this is dropped.
+/// Threads that sleep until this is dropped.
 struct Sleepers(#[expect(dead_code, reason = "its drop ends the threads")] Vec<Sender<()>>);
 
 impl Sleepers {

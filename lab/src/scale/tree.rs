@@ -17,7 +17,7 @@ use crate::cpus::Cpus;
 const KTHREAD: u32 = 0x0020_0000;
 /// PF_NO_SETAFFINITY.
 const BOUND: u32 = 0x0400_0000;
-/// CPUs that share an L3 cache, where the host has that many.
+/// CPUs that share an L3 cache, if the host has that many.
 const L3_CPUS: u32 = 16;
 /// CPUs of a package.
 const PACKAGE_CPUS: u32 = 256;
@@ -31,7 +31,7 @@ const QEMU_PIDS: u32 = 10_000;
 const FIRST_VMID: u32 = 100;
 const CPU_FOLDER: &str = "sys/devices/system/cpu";
 
-/// How many there are of each kind of object.
+/// The number of objects of each kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::Args)]
 pub struct Counts {
     /// CPUs, an even number: SMT siblings are N and N + half of them
@@ -46,7 +46,7 @@ pub struct Counts {
     /// IRQs; one of four is managed by the kernel
     #[arg(long, default_value_t = 100)]
     pub irqs: u32,
-    /// Running VMs, whose settings divide the upper half of the CPUs
+    /// Running VMs; their settings divide the upper half of the CPUs
     #[arg(long, default_value_t = 1)]
     pub vms: u32,
     /// PCI functions; one of eight is an NVMe disk, one of eight a network interface
@@ -139,7 +139,7 @@ impl<'a> Tree<'a> {
             .with_context(|| format!("{}: cannot set the mode", path.display()))
     }
 
-    /// The CPUs of `cpu`'s group, if each holds `size` CPUs, siblings together.
+    /// The CPUs of `cpu`'s group, if each has `size` CPUs, siblings together.
     fn group(&self, cpu: u32, size: u32) -> (u32, Vec<u32>) {
         let cores = self.counts.cpus / 2;
         let size = (size / 2).clamp(1, cores);
@@ -627,7 +627,7 @@ impl<'a> Tree<'a> {
     }
 }
 
-/// What a thread's files say.
+/// The contents of a thread's files.
 #[derive(Clone, Copy)]
 struct Task<'a> {
     name: &'a str,

@@ -40,7 +40,7 @@ fn set_affinity(root: &Sysroot, task: &TaskId, cpus: &CpuSet) -> io::Result<Opti
     }
     task::check_start(root, task).map_err(into_io)?;
     match nix::sched::sched_setaffinity(Pid::from_raw(task.tid), &to_nix(cpus)?) {
-        // The thread's flag tells whether the kernel ever moves it; without the flag EINVAL is
+        // The thread's flag shows whether the kernel ever moves it; without the flag EINVAL is
         // about the CPUs.
         Err(Errno::EINVAL) if task::is_bound(root, task) => Ok(Some(Answer::Refused(
             "the kernel binds this thread itself".into(),

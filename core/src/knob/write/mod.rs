@@ -105,14 +105,14 @@ pub(super) fn write(knob: &Knob, host: &Host, value: &Value) -> io::Result<Answe
     }
 }
 
-/// The CPUs of a value, of a knob that holds CPUs.
+/// The CPUs of a value, for a knob with a CPU list.
 fn cpus(value: &Value) -> io::Result<&CpuSet> {
     value
         .cpus()
         .ok_or_else(|| io::Error::other(format!("\"{value}\" is not a CPU list")))
 }
 
-/// The text of a value, of a knob that holds text.
+/// The text of a value, for a knob with text.
 fn text(value: &Value) -> io::Result<&str> {
     value
         .as_text()

@@ -82,7 +82,7 @@ pub(super) fn retain_overrides(host: &Host, units: &str) -> io::Result<()> {
     let retained: Vec<&str> = units.split_whitespace().collect();
     let units = overrides(host).map_err(into_io)?;
     for folder in OVERRIDE_FOLDERS {
-        // The other folder is systemd's own: it is removed only after a drop-in of ours.
+        // The other folder is systemd's own: it is removed only after a drop-in written here.
         let mut emptied = folder == CONTROL;
         for unit in units
             .iter()
@@ -92,7 +92,7 @@ pub(super) fn retain_overrides(host: &Host, units: &str) -> io::Result<()> {
         }
         let was_empty = folder == CONTROL && retained.contains(&EMPTY);
         if emptied && !was_empty {
-            // It fails if the folder holds anything else.
+            // This fails if the folder is not empty.
             let _ = fs::remove_dir(host.path(folder));
         }
     }
