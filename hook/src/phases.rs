@@ -36,7 +36,9 @@ pub(crate) struct Run<'a> {
 ///
 /// # Errors
 /// If the phase could not do its work.
-pub(crate) fn run(root: Host, mut report: Report, vmid: VmId, phase: &str) -> anyhow::Result<Exit> {
+pub(crate) fn run(root: Host, report: Report, vmid: VmId, phase: &str) -> anyhow::Result<Exit> {
+    // A full disk below the task log stops no VM.
+    let mut report = report.for_log();
     if vm::is_container(&root, vmid) {
         report.note(&format!(
             "{vmid} is a container; only VMs have vCPUs to isolate, nothing to do"

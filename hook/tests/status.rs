@@ -59,6 +59,25 @@ fn a_full_disk_is_a_failure() {
     }
 }
 
+/// Otherwise Proxmox VE would not start a VM because its log cannot be written.
+#[test]
+fn a_full_disk_does_not_fail_a_phase() {
+    let host = host();
+    let containers = host.path().join("etc/pve/lxc");
+    fs::create_dir_all(&containers).unwrap();
+    fs::write(containers.join("200.conf"), "arch: amd64\n").unwrap();
+    for words in [
+        "200 pre-start --json",
+        "200 post-stop --json",
+        "recover --json",
+    ] {
+        let full = fs::File::create("/dev/full").unwrap();
+        let output = hook(host.path(), words).stdout(full).output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(0), "{words}: {stderr}");
+    }
+}
+
 #[test]
 fn control_characters_are_escaped() {
     let host = host();

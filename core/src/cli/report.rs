@@ -81,6 +81,8 @@ pub struct Report {
     half_said: Cell<bool>,
     /// Why stdout could not be written, for the first text that was lost.
     unprinted: RefCell<Option<String>>,
+    /// Whether stdout is a log of what was done, not the result that was asked for.
+    is_log: bool,
 }
 
 /// ECMA-48: to the line's first column, and what stands there erased.
@@ -111,7 +113,15 @@ impl Report {
             held: (!io::stdout().is_terminal()).then(RefCell::default),
             half_said: Cell::new(false),
             unprinted: RefCell::default(),
+            is_log: false,
         }
+    }
+
+    /// The same, for a run whose output is a log: a run that did its work succeeds even if the log
+    /// could not be written.
+    pub fn for_log(mut self) -> Self {
+        self.is_log = true;
+        self
     }
 
     /// Writes to stdout. The run goes on if that fails, and ends with a failure.
@@ -127,7 +137,7 @@ impl Report {
             (None, exit) => exit,
             (Some(why), exit) => {
                 err(&format!("{}: {why}\n", self.tool));
-                if exit == Exit::Success {
+                if exit == Exit::Success && !self.is_log {
                     Exit::Failed
                 } else {
                     exit

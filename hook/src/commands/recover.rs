@@ -19,7 +19,7 @@ pub(crate) struct Args {
 /// # Errors
 /// Where the state or the host cannot be read.
 pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
-    let mut report = output.report(TOOL);
+    let mut report = output.report(TOOL).for_log();
     let mut run = Run {
         root: output.root(),
         report: &mut report,

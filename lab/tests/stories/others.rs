@@ -296,9 +296,9 @@ fn restored_but_for_the_scope(host: &Host, before: &HostState) {
 fn nobody_reads_what_is_said(host: &mut Host) {
     let before = running(host);
     for where_to in ["> /dev/full 2> /dev/full", ">&- 2>&-", "-v 2>&1 | true"] {
-        host.sh(&format!("hook 100 post-start {where_to}")).unwrap();
+        host.ok(&format!("hook 100 post-start {where_to}")).unwrap();
         assert_fenced(host);
-        host.sh(&format!("hook 100 post-stop {where_to}")).unwrap();
+        host.ok(&format!("hook 100 post-stop {where_to}")).unwrap();
         restored_but_for_the_scope(host, &before);
     }
 }
