@@ -180,17 +180,41 @@ fn must_exist(knob: &Knob) -> bool {
 /// The text of a system error, with the next step if one is known.
 fn why(knob: &Knob, error: &io::Error) -> String {
     let text = os_text(error);
-    match (knob, error.raw_os_error()) {
-        (_, Some(nix::libc::EPERM | nix::libc::EACCES)) if !nix::unistd::geteuid().is_root() => {
-            format!("{text}; this needs root")
-        }
-        (Knob::Thread(_), Some(nix::libc::EINVAL)) => {
+    let code = error.raw_os_error();
+    if matches!(code, Some(nix::libc::EPERM | nix::libc::EACCES))
+        && !nix::unistd::geteuid().is_root()
+    {
+        return format!("{text}; this needs root");
+    }
+    match knob {
+        Knob::Thread(_) if code == Some(nix::libc::EINVAL) => {
             format!("{text}; its cgroup allows none of these CPUs, or none of them is online")
         }
-        (Knob::CgroupCpus(_), Some(nix::libc::EBUSY)) => {
+        Knob::CgroupCpus(_) if code == Some(nix::libc::EBUSY) => {
             format!("{text}; a process in it would be left without a CPU")
         }
-        _ => text,
+        Knob::Irq(_)
+        | Knob::DefaultIrq
+        | Knob::Workqueues
+        | Knob::Kthread(_)
+        | Knob::Thread(_)
+        | Knob::CpuOnline(_)
+        | Knob::Governor(_)
+        | Knob::UnitCpus(_)
+        | Knob::UnitOverrides
+        | Knob::CgroupCpus(_)
+        | Knob::Cgroup(_)
+        | Knob::CgroupOf(_)
+        | Knob::CgroupOfThread(_)
+        | Knob::ThreadedCgroup(_)
+        | Knob::ChildCpusets(_)
+        | Knob::ExclusiveCpus(_)
+        | Knob::Partition(_)
+        | Knob::Delegation(_)
+        | Knob::Sysctl(_)
+        | Knob::Trigger(_)
+        | Knob::PciFunction(_)
+        | Knob::PciDriver(_) => text,
     }
 }
 

@@ -76,7 +76,7 @@ fn shown(value: &Value) -> String {
         value if value.is_unset() => "unset".into(),
         Value::Online(false) => "offline".into(),
         Value::Online(true) => "online".into(),
-        value => value.to_string(),
+        Value::Cpus(_) | Value::Present(_) | Value::Text(_) => value.to_string(),
     }
 }
 

@@ -7,6 +7,11 @@
 //!
 //! A knob's [`Value`] (`value.rs`) is typed; it becomes text only in files, messages and JSON.
 
+#![deny(
+    clippy::wildcard_enum_match_arm,
+    reason = "a new knob needs an arm of its own"
+)]
+
 mod apply;
 mod change;
 mod knobs;
