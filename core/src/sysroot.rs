@@ -65,12 +65,12 @@ impl Sysroot {
     ///
     /// # Errors
     /// [`Error::Io`] with the path.
-    pub fn read_record(&self, path: impl AsRef<Path>) -> Result<String> {
+    pub(crate) fn read_record(&self, path: impl AsRef<Path>) -> Result<String> {
         self.read_until(path.as_ref(), true)
     }
 
-    /// As [`read_record`](Self::read_record), without the line's end; `None` if the file does not
-    /// exist.
+    /// A file of the kernel's as a value: one read, without the line's end; `None` if the file does
+    /// not exist.
     ///
     /// # Errors
     /// [`Error::Io`] with the path, for anything but a file that does not exist.
@@ -154,7 +154,7 @@ impl Sysroot {
 
     /// The last component a symbolic link points at (`driver`, `iommu_group`); `None` if there
     /// is none.
-    pub fn link_name(&self, path: impl AsRef<Path>) -> Option<String> {
+    pub(crate) fn link_name(&self, path: impl AsRef<Path>) -> Option<String> {
         let target = fs::read_link(self.path(path)).ok()?;
         Some(target.file_name()?.to_string_lossy().into_owned())
     }

@@ -161,12 +161,12 @@ impl Common {
                     Outcome::Planned
                 }
             };
-            changes.into_iter().for_each(|change| {
+            for change in changes {
                 report.changes(&[Applied {
                     outcome: outcome(&change),
                     change,
-                }])
-            });
+                }]);
+            }
         } else {
             apply_each(root, changes, |done| report.changes(&[done]));
         }

@@ -313,9 +313,10 @@ impl Report {
         match &done.outcome {
             Outcome::Planned | Outcome::Changed => {
                 self.done += 1;
-                match self.steps.is_empty() {
-                    false => self.detail(&self.placed(done)),
-                    true => self.line(&done.to_string()),
+                if self.steps.is_empty() {
+                    self.line(&done.to_string());
+                } else {
+                    self.detail(&self.placed(done));
                 }
             }
             Outcome::Already => {

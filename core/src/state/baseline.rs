@@ -207,16 +207,16 @@ impl Baseline {
             let Some(entry) = self.entries.get_mut(&object.knob) else {
                 continue;
             };
-            let wanted = wanted(&object.knob, &entry.before);
+            let value = wanted(&object.knob, &entry.before);
             if let Some(now) = self.foreign.get(&object.knob) {
                 let why = format!("somebody else has set it to {now}");
                 plan.push(Planned {
                     skip_reason: Some(why),
-                    change: object.want(wanted),
+                    change: object.want(value),
                 });
                 continue;
             }
-            let change = object.want(wanted);
+            let change = object.want(value);
             entry.note(&change.wanted);
             plan.push(Planned {
                 skip_reason: None,

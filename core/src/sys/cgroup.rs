@@ -65,7 +65,7 @@ pub fn processes(root: &Sysroot, cgroup: &str) -> Result<Vec<i32>> {
 }
 
 /// Reads the unified hierarchy's line of /proc/PID/cgroup: `0::/qemu.slice/100.scope`.
-pub fn parse_proc_cgroup(text: &str) -> Option<&str> {
+fn parse_proc_cgroup(text: &str) -> Option<&str> {
     text.lines().find_map(|line| line.strip_prefix("0::"))
 }
 
@@ -88,7 +88,7 @@ fn read_proc_cgroup(root: &Sysroot, path: String) -> Result<String> {
 ///
 /// # Errors
 /// One that [is gone](Error::is_gone) if the thread has ended.
-pub fn of_thread(root: &Sysroot, task: &TaskId) -> Result<String> {
+pub(crate) fn of_thread(root: &Sysroot, task: &TaskId) -> Result<String> {
     read_proc_cgroup(root, format!("proc/{}/task/{}/cgroup", task.pid, task.tid))
 }
 
@@ -119,9 +119,9 @@ pub fn with_ancestors(cgroup: &str) -> impl Iterator<Item = &str> {
 /// # Errors
 /// If the file cannot be read or understood.
 pub fn isolated(root: &Sysroot) -> Result<Option<CpuSet>> {
-    let file = file("", "cpuset.cpus.isolated");
-    root.read_value(&file)?
-        .map(|list| cpu_list(&file, &list))
+    let path = file("", "cpuset.cpus.isolated");
+    root.read_value(&path)?
+        .map(|list| cpu_list(&path, &list))
         .transpose()
 }
 

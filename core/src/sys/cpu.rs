@@ -64,8 +64,8 @@ pub fn check_online(root: &Sysroot, cpus: &CpuSet) -> Result<()> {
 /// [`Error::Unusable`] naming those that do not exist, or all of them if none is online.
 pub fn check_usable(root: &Sysroot, cpus: &CpuSet) -> Result<()> {
     check_present(root, cpus)?;
-    let online = online(root)?;
-    if cpus.intersects(&online) {
+    let now = online(root)?;
+    if cpus.intersects(&now) {
         return Ok(());
     }
     let all = if cpus.len() == 1 {
@@ -75,7 +75,7 @@ pub fn check_usable(root: &Sysroot, cpus: &CpuSet) -> Result<()> {
     };
     Err(Error::unusable(
         format!("CPU {cpus}"),
-        format!("{all}; online are {online}"),
+        format!("{all}; online are {now}"),
     ))
 }
 

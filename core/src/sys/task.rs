@@ -198,7 +198,7 @@ pub fn check_start(root: &Sysroot, task: &TaskId) -> Result<()> {
 }
 
 /// Whether the thread is one that the kernel never lets user space move; no if it is gone.
-pub fn is_bound(root: &Sysroot, task: &TaskId) -> bool {
+pub(crate) fn is_bound(root: &Sysroot, task: &TaskId) -> bool {
     let line = root.read_record(stat_path(task));
     line.and_then(|line| parse_stat(task.pid, &line))
         .is_ok_and(|task| task.bound)

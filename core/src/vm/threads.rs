@@ -110,10 +110,9 @@ pub fn threads(root: &Sysroot, qemu: &Qemu, budget: Duration) -> Result<Threads>
     for task in tasks {
         match task::affinity(root, &task.id) {
             Ok(allowed) => {
-                let role = role(&task);
                 threads.push(QemuThread {
                     id: task.id,
-                    role,
+                    role: role(&task),
                     name: task.name,
                     allowed,
                     last_cpu: task.last_cpu,

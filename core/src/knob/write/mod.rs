@@ -51,12 +51,12 @@ pub(super) fn write(knob: &Knob, host: &Host, value: &Value) -> io::Result<Answe
         }
         Knob::CgroupCpus(path) => cgroup::set_cpus(host, path, cpus(value)?).map(taken),
         Knob::ExclusiveCpus(_) => {
-            let cpus = cpus(value)?;
+            let exclusive = cpus(value)?;
             // An empty write (no byte) would not reach the kernel.
-            let text = if cpus.is_empty() {
+            let text = if exclusive.is_empty() {
                 "\n".to_owned()
             } else {
-                cpus.to_string()
+                exclusive.to_string()
             };
             file::write(host, knob.path(), &text).map(taken)
         }

@@ -42,11 +42,11 @@ pub(super) fn set_allowed_cpus(host: &Host, unit: &str, cpus: &CpuSet) -> io::Re
 }
 
 fn set_property(client: &mut Client, unit: &str, cpus: &CpuSet) -> Called<()> {
-    let bitmap = bitmap(cpus);
+    let bits = bitmap(cpus);
     let mut body = Writer::default();
     // true: until the next boot.
     body.string(unit).bool(true).array(8, |properties| {
-        properties.property("AllowedCPUs", "ay", |value| value.bytes(&bitmap));
+        properties.property("AllowedCPUs", "ay", |value| value.bytes(&bits));
     });
     client
         .manager("SetUnitProperties", "sba(sv)", body)
