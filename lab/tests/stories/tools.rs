@@ -453,7 +453,7 @@ fn without_root(host: &mut Host) {
     let (_, message) = expect(host, &format!("{user} hook status"), 1);
     assert_eq!(
         message,
-        "hook: /run/pinfold: look into: Permission denied; the reservations are root's to see\n"
+        "hook: /run/pinfold: look into: Permission denied; only root can read the reservations\n"
     );
     expect(host, "hook 100 post-stop -q", 0);
     assert_restored(host, &before);
