@@ -68,9 +68,9 @@ qm start 101 2> /dev/null
 # hook, with no VM fenced.
 json hook-layout hook layout --json
 json hook-init hook init 100 --json
+json hook-check-all hook check --json
 rm /etc/pinfold/100.toml
 json hook-status-unfenced hook status --json
-json hook-check-all hook check --json
 json hook-plan-stopped hook plan 100 --json
 json hook-recover-nothing hook recover --json
 
