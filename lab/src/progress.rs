@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 const INTERVAL: Duration = Duration::from_secs(15);
 
-/// Something long under way: a line when it begins, one each [`INTERVAL`], and one when it is
+/// Something long under way: a line when it begins, one each `INTERVAL`, and one when it is
 /// dropped.
 #[derive(Debug)]
 pub struct Progress {
