@@ -68,7 +68,6 @@ qm start 101 2> /dev/null
 # hook, with no VM fenced.
 json hook-layout hook layout --json
 json hook-init hook init 100 --json
-json hook-check-all hook check --json
 rm /etc/pinfold/100.toml
 json hook-status-unfenced hook status --json
 json hook-plan-stopped hook plan 100 --json
@@ -77,6 +76,7 @@ json hook-recover-nothing hook recover --json
 killed="strace -f -P /proc/irq/default_smp_affinity -o /dev/null -e trace=write -e inject=write:signal=KILL:when=1"
 for method in hotplug partition; do
     printf 'layout = "5900x"\nmethod = "%s"\niothreads = "4-5"\nemulator = "0-3"\n' $method > /etc/pinfold/100.toml
+    json hook-check-all hook check --json
     json hook-pre-start-$method hook 100 pre-start --json -v
     state $method-starting
     json hook-status-$method-starting hook status --json
