@@ -55,14 +55,14 @@ install_file() {
 }
 
 install_all() {
-    for tool in $PRODUCT; do
+    for tool in $PRODUCT pinfold; do
         [ -f "$BINDIR/$tool" ] || fail "$BINDIR/$tool: not found; run make release first"
     done
     folder "$SHARE"
     record "$MANIFEST"
 
     folder "$PREFIX/sbin"
-    for tool in $PRODUCT; do
+    for tool in $PRODUCT pinfold; do
         install_file 0755 "$BINDIR/$tool" "$PREFIX/sbin/$tool"
     done
     install_file 0755 packaging/install.sh "$SHARE/install.sh"

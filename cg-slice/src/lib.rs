@@ -23,9 +23,6 @@ pub mod partition;
 
 const TOOL: &str = "cg-slice";
 
-/// The slice in which PVE starts its VMs' scopes.
-pub const VM_SLICE: &str = "qemu.slice";
-
 /// The slice of decoupled VMs, at the top of the cgroup tree.
 ///
 /// To systemd this name means a child of qemu.slice, so `systemctl set-property` never reaches the
@@ -91,9 +88,28 @@ enum PartitionVerb {
     },
 }
 
-/// Runs the command.
-pub fn main() -> ExitCode {
-    cli::main(TOOL, run)
+/// Whether a knob is one that this tool sets, or that changes with a partition.
+fn is_own(knob: &Knob) -> bool {
+    matches!(
+        knob,
+        Knob::UnitCpus(_)
+            | Knob::UnitOverrides
+            | Knob::CgroupCpus(_)
+            | Knob::Cgroup(_)
+            | Knob::CgroupOf(_)
+            | Knob::CgroupOfThread(_)
+            | Knob::ThreadedCgroup(_)
+            | Knob::ChildCpusets(_)
+            | Knob::ExclusiveCpus(_)
+            | Knob::Partition(_)
+            | Knob::Kthread(_)
+            | Knob::Workqueues
+    )
+}
+
+/// Runs the command. `commit` is that of the program, for `--version`.
+pub fn main(commit: Option<&str>) -> ExitCode {
+    cli::main(TOOL, commit, run)
 }
 
 fn run(args: Args) -> anyhow::Result<Exit> {
@@ -102,13 +118,16 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     if args.common.list {
         return Ok(cli::listed(&mut report, &list(&root)?));
     }
-    if let Some(exit) = args.common.restore(&root, &mut report, TOOL)? {
+    if let Some(exit) = args.common.restore(&root, &mut report, TOOL, is_own)? {
         return Ok(exit);
     }
     let changes = match args.verb {
-        None => anyhow::bail!(
-            "nothing to do; use allow, decouple, couple, partition, --list or --restore FILE"
-        ),
+        None => {
+            report.error(
+                "nothing to do; use allow, decouple, couple, partition, --list or --restore FILE",
+            );
+            return Ok(Exit::Usage);
+        }
         Some(Verb::Allow { cpus, units }) => {
             let changes = plan_allow(&root, &cpus.resolve(&root)?, units)?;
             let entries = entries(&root, &changes)?;
@@ -156,7 +175,7 @@ fn named(cgroup: &str) -> pinfold_core::Result<&str> {
 /// make systemd enable the cpuset controller.
 ///
 /// # Errors
-/// Where the tree cannot be read, systemd does not answer, or one of `units` is neither a unit nor
+/// If the tree cannot be read, systemd does not answer, or one of `units` is neither a unit nor
 /// a top cgroup.
 pub fn settings(root: &Host, units: Vec<String>) -> pinfold_core::Result<Vec<Setting>> {
     cgroup::check_unified(root)?;
@@ -165,7 +184,7 @@ pub fn settings(root: &Host, units: Vec<String>) -> pinfold_core::Result<Vec<Set
         units
     } else {
         let mut names = cgroup::children(root, "")?;
-        names.retain(|name| name != VM_SLICE && name != DECOUPLED);
+        names.retain(|name| name != vm::SLICE && name != DECOUPLED);
         names
     };
     let unit_names: Vec<String> = names
@@ -188,7 +207,8 @@ pub fn settings(root: &Host, units: Vec<String>) -> pinfold_core::Result<Vec<Set
         match knob.read(root)? {
             Some(found) => raw.push(Setting::new(knob.clone(), knob.to_string(), found)),
             None if asked => {
-                let why = "neither a unit that systemd has loaded nor a cgroup; see `systemctl list-units -t slice,scope`";
+                let why = "neither a unit that systemd has loaded nor a cgroup; \
+                           see `systemctl list-units -t slice,scope`";
                 return Err(Error::unusable(name, why));
             }
             None => {}
@@ -220,10 +240,19 @@ fn plan_allow(root: &Host, cpus: &CpuSet, units: Vec<String>) -> pinfold_core::R
             "all offline; nothing could run",
         ));
     }
+    let by_name = !units.is_empty();
     Ok(settings(root, units)?
         .into_iter()
+        // As the slice of Proxmox VE's VMs: who names it means it.
+        .filter(|object| by_name || !is_machines(&object.knob))
         .map(|object| object.want(cpus))
         .collect())
+}
+
+/// Whether this is the slice in which systemd and libvirt put other VMs and containers, see
+/// systemd.special(7).
+fn is_machines(knob: &Knob) -> bool {
+    matches!(knob, Knob::UnitCpus(name) | Knob::CgroupCpus(name) if name == "machine.slice")
 }
 
 /// The entries of a saved file: the overrides first, which are restored last.
@@ -274,18 +303,18 @@ fn words(units: &Value) -> impl Iterator<Item = &str> {
 
 /// The cgroup of a decoupled VM, below the root of the tree.
 pub fn decoupled_cgroup(vmid: VmId) -> String {
-    format!("{DECOUPLED}/{vmid}.scope")
+    format!("{DECOUPLED}/{}", vm::scope_unit(vmid))
 }
 
-/// The cgroup that PVE starts a VM in, below the root of the tree.
+/// The cgroup that a VM is started in, below the root of the tree.
 pub fn usual_scope(vmid: VmId) -> String {
-    format!("{VM_SLICE}/{vmid}.scope")
+    format!("{}/{}", vm::SLICE, vm::scope_unit(vmid))
 }
 
 /// The scope that a VM runs in, below the root of the tree.
 ///
 /// # Errors
-/// [`Error::Unusable`] where it is in no scope of its own; one that [is gone](Error::is_gone) where
+/// [`Error::Unusable`] if it is not in a scope of its own; one that [is gone](Error::is_gone) if
 /// QEMU has ended.
 pub fn scope(root: &Host, vmid: VmId, qemu: &Qemu) -> pinfold_core::Result<String> {
     scope_of(vmid, &cgroup::of_process(root, qemu.id.pid)?)
@@ -296,10 +325,11 @@ pub fn scope(root: &Host, vmid: VmId, qemu: &Qemu) -> pinfold_core::Result<Strin
 /// # Errors
 /// [`Error::Unusable`] if that is not a scope of its own.
 pub fn scope_of(vmid: VmId, cgroup: &str) -> pinfold_core::Result<String> {
-    if !cgroup.ends_with(&format!("/{vmid}.scope"))
+    let unit = vm::scope_unit(vmid);
+    if !cgroup.ends_with(&format!("/{unit}"))
         || cgroup.trim_start_matches('/') == decoupled_cgroup(vmid)
     {
-        let why = format!("its QEMU is in {cgroup} and not in a scope of its own, {vmid}.scope");
+        let why = format!("its QEMU is in {cgroup} and not in a scope of its own, {unit}");
         return Err(Error::unusable(format!("VM {vmid}"), why));
     }
     Ok(cgroup.trim_start_matches('/').to_owned())
@@ -344,10 +374,11 @@ pub fn plan_couple(root: &Host, vmid: VmId, qemu: &Qemu) -> pinfold_core::Result
 /// one.
 pub fn plan_remove(root: &Host, vmid: VmId) -> Vec<Change> {
     let own = decoupled_cgroup(vmid);
+    let unit = vm::scope_unit(vmid);
     let others = cgroup::children(root, DECOUPLED)
         .unwrap_or_default()
         .iter()
-        .any(|name| *name != format!("{vmid}.scope"));
+        .any(|name| *name != unit);
     let mut changes = vec![folder(root, &own, ABSENT)];
     if !others {
         changes.push(folder(root, DECOUPLED, ABSENT));
@@ -361,11 +392,11 @@ fn folder(root: &Host, path: &str, wanted: Value) -> Change {
     Setting::new(knob.clone(), knob.to_string(), found).want(wanted)
 }
 
-/// A VM's processes: QEMU first, then what else is in its scope (swtpm, virtiofsd). Where QEMU is
+/// A VM's processes: QEMU first, then what else is in its scope (swtpm, virtiofsd). If QEMU is
 /// in no scope of its own, it stands alone.
 ///
 /// # Errors
-/// One that [is gone](Error::is_gone) where QEMU has ended; where the tree cannot be read.
+/// One that [is gone](Error::is_gone) if QEMU has ended; if the tree cannot be read.
 pub fn processes(root: &Host, vmid: VmId, qemu: &Qemu) -> pinfold_core::Result<Vec<i32>> {
     processes_in(
         root,
@@ -382,7 +413,7 @@ fn processes_in(
     cgroup: &str,
 ) -> pinfold_core::Result<Vec<i32>> {
     let mut pids = vec![qemu];
-    if cgroup.ends_with(&format!("/{vmid}.scope")) {
+    if cgroup.ends_with(&format!("/{}", vm::scope_unit(vmid))) {
         pids.extend(
             cgroup::processes(root, cgroup)?
                 .into_iter()
@@ -418,7 +449,7 @@ fn moves(
 fn list(root: &Host) -> anyhow::Result<Table> {
     let mut table = Table::new(&["cgroup", "kind", "allowed cpus", "effective cpus"]);
     let mut names = cgroup::children(root, "")?;
-    names.extend([VM_SLICE, DECOUPLED].iter().flat_map(|slice| {
+    names.extend([vm::SLICE, DECOUPLED].iter().flat_map(|slice| {
         cgroup::children(root, slice)
             .unwrap_or_default()
             .into_iter()
@@ -453,7 +484,42 @@ fn list(root: &Host) -> anyhow::Result<Table> {
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::OsStr;
+    use std::fs;
+    use std::os::unix::ffi::OsStrExt;
+
     use clap::CommandFactory;
+    use pinfold_core::{CpuSet, Host, Knob, apply};
+
+    #[test]
+    fn a_cgroup_whose_name_is_not_utf_8_is_narrowed_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let cgroup = dir
+            .path()
+            .join("sys/fs/cgroup")
+            .join(OsStr::from_bytes(b"a\xff\x80b"));
+        let cpus = dir.path().join("sys/devices/system/cpu");
+        for folder in [&cgroup, &cpus] {
+            fs::create_dir_all(folder).unwrap();
+        }
+        for (file, text) in [
+            (cpus.join("present"), "0-3"),
+            (cpus.join("online"), "0-3"),
+            (cgroup.with_file_name("cgroup.controllers"), "cpuset"),
+            (cgroup.join("cpuset.cpus"), "0-3"),
+        ] {
+            fs::write(file, text).unwrap();
+        }
+        let root = Host::new(dir.path());
+        let changes = super::plan_allow(&root, &CpuSet::range(0, 1), Vec::new()).unwrap();
+        let knobs: Vec<Knob> = changes.iter().map(|change| change.knob.clone()).collect();
+        assert_eq!(knobs.len(), 1, "{knobs:?}");
+        apply(&root, changes);
+        let set = fs::read_to_string(cgroup.join("cpuset.cpus")).unwrap();
+        assert_eq!(set, "0-1");
+        knobs[0].check().unwrap();
+        assert_eq!(knobs[0].read(&root).unwrap().unwrap().to_string(), "0-1");
+    }
 
     #[test]
     fn slices_are_in_slices() {

@@ -5,19 +5,24 @@
 //! CPUs and balances no load on them; see cgroup-v2.rst, "cpuset.cpus.partition". It needs the
 //! cpuset controller down to the cgroup, and the CPUs *exclusive* to every cgroup on the way.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::sync::Arc;
+
 use pinfold_core::knob::{ABSENT, PRESENT, Value};
 use pinfold_core::state::save::Entry;
 use pinfold_core::sys::cgroup::{self, THREADED};
 use pinfold_core::sys::{cpu, task};
-use pinfold_core::vm::VmId;
+use pinfold_core::vm::{self, VmId};
 use pinfold_core::{Change, CpuSet, Error, Host, Knob, Result, Setting, Table, TaskId, systemd};
 
-/// cpuset.cpus.partition of a cgroup that is none.
+/// cpuset.cpus.partition of a cgroup that is not a partition.
 pub const MEMBER: &str = "member";
-/// cpuset.cpus.partition of one without load balancing.
+/// cpuset.cpus.partition of a partition without load balancing.
 pub const ISOLATED: &str = "isolated";
 
-/// Where the vCPU threads of a VM are, below its scope: threads of one process can be in several
+/// The cgroup of a VM's vCPU threads, below its scope: threads of one process can be in several
 /// cgroups only if these are threaded ones.
 const VCPUS: &str = "vcpu";
 
@@ -26,13 +31,21 @@ pub fn vcpu_cgroup(scope: &str) -> String {
     format!("{}/{VCPUS}", scope.trim_start_matches('/'))
 }
 
-/// Makes sure that this host can give these CPUs to a partition of `cgroup`, which need not be
-/// there yet.
+/// Checks that this host can give these CPUs to a partition of `cgroup`, which may not exist
+/// yet.
 ///
 /// # Errors
-/// [`Error::Unusable`] that says what the kernel lacks, or names the cgroup whose CPUs are in the
-/// way: the kernel says EINVAL alone.
+/// [`Error::Unusable`] with what the kernel lacks, or the cgroup whose CPUs are in the
+/// way: the kernel only returns EINVAL.
 pub fn check(root: &Host, cgroup: &str, cpus: &CpuSet) -> Result<()> {
+    check_beside(&Siblings::default(), root, cgroup, cpus)
+}
+
+/// As [`check`], with what was read for other cgroups before; for several on an unchanged host.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_beside(known: &Siblings, root: &Host, cgroup: &str, cpus: &CpuSet) -> Result<()> {
     cgroup::check_unified(root)?;
     cpu::check_online(root, cpus)?;
     if cgroup::isolated(root)?.is_none() {
@@ -43,33 +56,71 @@ pub fn check(root: &Host, cgroup: &str, cpus: &CpuSet) -> Result<()> {
             "a partition below the top needs Linux 6.8 or newer; the method hotplug does without";
         return Err(Error::unusable(format!("kernel {release}"), why));
     }
-    check_siblings(root, cgroup, cpus)
+    check_siblings(known, root, cgroup, cpus)
 }
 
-/// A cgroup that lives on these CPUs alone, or has some of them exclusively, beside the way to
+/// The CPUs of the cgroups in each one that was read.
+#[derive(Debug, Default)]
+pub struct Siblings(RefCell<BTreeMap<String, Rc<[Child]>>>);
+
+/// A cgroup and its CPUs.
+#[derive(Debug)]
+struct Child {
+    path: String,
+    own: CpuSet,
+    exclusive: CpuSet,
+}
+
+impl Siblings {
+    /// The cgroups in `parent`; `None` if that does not exist.
+    fn children(&self, root: &Host, parent: &str) -> Result<Option<Rc<[Child]>>> {
+        if let Some(children) = self.0.borrow().get(parent) {
+            return Ok(Some(Rc::clone(children)));
+        }
+        let names = match cgroup::children(root, parent) {
+            Err(error) if error.is_gone() => return Ok(None),
+            names => names?,
+        };
+        let children: Result<Rc<[Child]>> = (names.iter())
+            .map(|name| {
+                let path = below(parent, name);
+                Ok(Child {
+                    own: cpus_of(root, &Knob::CgroupCpus(path.clone()))?,
+                    exclusive: cpus_of(root, &Knob::ExclusiveCpus(path.clone()))?,
+                    path,
+                })
+            })
+            .collect();
+        let children = children?;
+        let mut known = self.0.borrow_mut();
+        known.insert(parent.to_owned(), Rc::clone(&children));
+        Ok(Some(children))
+    }
+}
+
+/// A cgroup that has no other CPUs than these, or some of them exclusively, beside the way to
 /// ours.
-fn check_siblings(root: &Host, cgroup: &str, cpus: &CpuSet) -> Result<()> {
+fn check_siblings(known: &Siblings, root: &Host, cgroup: &str, cpus: &CpuSet) -> Result<()> {
     let mut parent = "";
     for step in cgroup::with_ancestors(cgroup) {
-        let siblings = match cgroup::children(root, parent) {
-            Err(error) if error.is_gone() => return Ok(()),
-            siblings => siblings?,
+        let Some(siblings) = known.children(root, parent)? else {
+            return Ok(());
         };
-        for sibling in siblings
-            .iter()
-            .map(|name| below(parent, name))
-            .filter(|sibling| sibling != step)
+        for Child {
+            path: sibling,
+            own,
+            exclusive,
+        } in siblings.iter().filter(|sibling| sibling.path != step)
         {
-            let own = cpus_of(root, &Knob::CgroupCpus(sibling.clone()))?;
-            let exclusive = cpus_of(root, &Knob::ExclusiveCpus(sibling.clone()))?;
             let why = if !own.is_empty() && own.is_subset(cpus) {
                 format!(
-                    "its cpuset.cpus {own} is all in CPU {cpus}: it would have none left; give it others, or stop what is in it"
+                    "its cpuset.cpus {own} is all in CPU {cpus}: it would have none left; \
+                     give it others, or stop what is in it"
                 )
             } else if exclusive.intersects(cpus) {
                 format!(
                     "CPU {} is exclusive to it; see `cg-slice partition show`",
-                    &exclusive & cpus
+                    exclusive & cpus
                 )
             } else {
                 continue;
@@ -100,7 +151,7 @@ fn cpus_of(root: &Host, knob: &Knob) -> Result<CpuSet> {
 /// The changes that make a cgroup an isolated partition of these CPUs.
 ///
 /// # Errors
-/// As [`check`]; that there is no such cgroup.
+/// As [`check`]; if there is no such cgroup.
 pub fn plan_make(root: &Host, cgroup: &str, cpus: &CpuSet) -> Result<Vec<Change>> {
     if !root.exists(cgroup::path(cgroup)) {
         return Err(Error::unusable(
@@ -118,7 +169,7 @@ pub fn plan_make(root: &Host, cgroup: &str, cpus: &CpuSet) -> Result<Vec<Change>
         );
     }
     for step in way {
-        // Before the controller is there the file is not.
+        // The file appears with the controller.
         let knob = Knob::ExclusiveCpus(step.to_owned());
         let found = cpus_of(root, &knob)?;
         let wanted = &found | cpus;
@@ -140,8 +191,8 @@ fn own(root: &Host, cgroup: &str, cpus: &CpuSet) -> Result<[Change; 2]> {
     ])
 }
 
-/// What `--save` keeps: the masks of kernel threads first, which come back last. Where nobody had
-/// set them by hand the kernel forgets them, as those of IRQs' threads, and leaves the threads on
+/// What `--save` keeps: the masks of kernel threads first, which are restored last. If nobody had
+/// set them, the kernel forgets them, as those of IRQs' threads, and leaves the threads on
 /// all CPUs when the partition has gone.
 pub(crate) fn entries(root: &Host, changes: &[Change]) -> Result<Vec<Entry>> {
     let all = Value::from(cpu::present(root)?);
@@ -175,15 +226,15 @@ fn setting(root: &Host, knob: Knob) -> Result<Option<Setting>> {
         .map(|found| Setting::new(knob.clone(), knob.to_string(), found)))
 }
 
-/// The changes that make a partition an ordinary cgroup again, and its CPUs everybody's.
+/// The changes that make a partition an ordinary cgroup again, and its CPUs usable by all.
 ///
 /// # Errors
-/// Where the tree cannot be read; that the cgroup is no partition.
+/// If the tree cannot be read, or the cgroup is not a partition.
 pub fn plan_undo(root: &Host, cgroup: &str) -> Result<Vec<Change>> {
     let Some(partition) = setting(root, Knob::Partition(cgroup.to_owned()))? else {
         return Err(Error::unusable(
             format!("cgroup /{cgroup}"),
-            "it is no partition; see `cg-slice partition show`",
+            "it is not a partition; see `cg-slice partition show`",
         ));
     };
     let cpus = cpus_of(root, &Knob::ExclusiveCpus(cgroup.to_owned()))?;
@@ -201,12 +252,12 @@ pub fn plan_undo(root: &Host, cgroup: &str) -> Result<Vec<Change>> {
     Ok(changes)
 }
 
-/// Makes sure that systemd leaves alone what is made within a VM's scope.
+/// Checks that systemd does not change what is made within a VM's scope.
 ///
 /// # Errors
-/// [`Error::Unusable`] where it does not, or cannot be asked.
+/// [`Error::Unusable`] if it would change it, or does not answer.
 pub fn check_delegated(root: &Host, vmid: VmId) -> Result<()> {
-    let scope = format!("{vmid}.scope");
+    let scope = vm::scope_unit(vmid);
     if systemd::is_delegated(root.systemd(), root, &scope)? {
         return Ok(());
     }
@@ -215,20 +266,20 @@ pub fn check_delegated(root: &Host, vmid: VmId) -> Result<()> {
     Err(Error::unusable(scope, why))
 }
 
-/// The change by which systemd leaves alone what is made within the VM's scope, when that is made
-/// next, or no more.
+/// The change that makes systemd leave the inside of the VM's scope alone when the scope is started
+/// next, or that ends this.
 ///
 /// # Errors
-/// Where it cannot be told whether it does.
+/// If the drop-in cannot be read.
 pub fn delegation(root: &Host, vmid: VmId, wanted: Value) -> Result<Option<Change>> {
-    Ok(setting(root, Knob::Delegation(format!("{vmid}.scope")))?.map(|it| it.want(wanted)))
+    Ok(setting(root, Knob::Delegation(vm::scope_unit(vmid)))?.map(|it| it.want(wanted)))
 }
 
 /// The changes that make a partition for vCPU threads within a VM's scope, whose parents have the
 /// CPUs exclusively.
 ///
 /// # Errors
-/// Where the tree cannot be read.
+/// If the tree cannot be read.
 pub fn plan_vcpus(root: &Host, scope: &str, cpus: &CpuSet) -> Result<Vec<Change>> {
     let scope = scope.trim_start_matches('/');
     let vcpus = vcpu_cgroup(scope);
@@ -247,11 +298,11 @@ pub fn plan_vcpus(root: &Host, scope: &str, cpus: &CpuSet) -> Result<Vec<Change>
     Ok(changes)
 }
 
-/// The changes that take the partition for vCPU threads away from a VM that runs on: its threads go
+/// The changes that remove the partition for vCPU threads of a VM that runs on: its threads go
 /// back to the scope.
 ///
 /// # Errors
-/// Where the tree cannot be read.
+/// If the tree cannot be read.
 pub fn plan_undo_vcpus(root: &Host, scope: &str, qemu: i32) -> Result<Vec<Change>> {
     let scope = scope.trim_start_matches('/');
     let vcpus = vcpu_cgroup(scope);
@@ -278,12 +329,17 @@ pub fn plan_undo_vcpus(root: &Host, scope: &str, qemu: i32) -> Result<Vec<Change
     Ok(changes)
 }
 
-/// The change that moves a thread to a cgroup among those of its process; `None` where it has
+/// The change that moves a thread to a cgroup among those of its process; `None` if it has
 /// ended.
 ///
 /// # Errors
-/// Where it cannot be told which it is in.
-pub fn to_cgroup(root: &Host, task: TaskId, label: String, cgroup: &str) -> Result<Option<Change>> {
+/// If its cgroup cannot be read.
+pub fn to_cgroup(
+    root: &Host,
+    task: TaskId,
+    label: impl Into<Arc<str>>,
+    cgroup: &str,
+) -> Result<Option<Change>> {
     let found = Knob::CgroupOfThread(task).read(root)?;
     let wanted = format!("/{}", cgroup.trim_start_matches('/'));
     Ok(found.map(|found| {
@@ -294,7 +350,7 @@ pub fn to_cgroup(root: &Host, task: TaskId, label: String, cgroup: &str) -> Resu
 /// Every cgroup that is a partition, or has CPUs for one, below `from`.
 ///
 /// # Errors
-/// Where the tree cannot be read.
+/// If the tree cannot be read.
 pub(crate) fn list(root: &Host, from: &str) -> Result<Table> {
     let mut table = Table::new(&[
         "cgroup",

@@ -3,9 +3,11 @@
 //! The list form (`0-5,12-17`) and the mask form (`00fff03f`, 32-bit groups joined by commas) are
 //! those of the kernel's `bitmap_parselist` and `bitmap_parse` (lib/bitmap-str.c) and of cpuset(7).
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::{BitAnd, BitOr, Sub};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -22,7 +24,7 @@ pub enum CpuSetError {
     Empty(String),
     /// A token that is neither a number nor a range.
     #[error(
-        "\"{}\" in \"{}\" is no CPU number or range; write CPUs as in 0-5,12",
+        "\"{}\" in \"{}\" is not a CPU number or range; write CPUs as in 0-5,12",
         excerpt(token),
         excerpt(text)
     )]
@@ -53,7 +55,7 @@ pub enum CpuSetError {
     TooLarge(String),
     /// A mask that is not hexadecimal groups of at most 32 bits.
     #[error(
-        "\"{}\" is no CPU mask; the kernel writes them as in 00fff03f or ff,ffffffff",
+        "\"{}\" is not a CPU mask as in 00fff03f or ff,ffffffff",
         excerpt(.0)
     )]
     Mask(String),
@@ -63,11 +65,15 @@ pub enum CpuSetError {
 ///
 /// `FromStr` reads the kernel's list form and refuses an empty one; `Display` prints it canonical
 /// (`0-5,12-17`, ascending, nothing for the empty set).
+///
+/// Copies share their memory: on a host of 2,048 CPUs each set would be 256 bytes otherwise, for each
+/// of tens of thousands of threads and IRQs. A
+/// [`CpuSetPool`] makes equal sets share it too.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct CpuSet {
     /// Bit `n % 64` of word `n / 64` is CPU `n`. The last word is never zero, so equal sets are
     /// equal.
-    words: Vec<u64>,
+    words: Arc<[u64]>,
 }
 
 impl CpuSet {
@@ -161,16 +167,18 @@ impl CpuSet {
             if index == last / 64 {
                 bits &= u64::MAX >> (63 - last % 64);
             }
-            self.words[index] |= bits;
+            *self.word(index) |= bits;
         }
     }
 
     /// A word that is about to get a CPU.
     fn word(&mut self, index: usize) -> &mut u64 {
         if self.words.len() <= index {
-            self.words.resize(index + 1, 0);
+            let mut words = self.words.to_vec();
+            words.resize(index + 1, 0);
+            self.words = words.into();
         }
-        &mut self.words[index]
+        &mut Arc::make_mut(&mut self.words)[index]
     }
 
     /// Whether the CPU is in the set.
@@ -248,27 +256,49 @@ impl CpuSet {
 
     /// Whether the sets share a CPU.
     pub fn intersects(&self, other: &Self) -> bool {
-        self.words.iter().zip(&other.words).any(|(a, b)| a & b != 0)
+        self.words
+            .iter()
+            .zip(other.words.iter())
+            .any(|(a, b)| a & b != 0)
     }
 
     /// This set narrowed to `fence`: their intersection, or the whole of `fence` if they share
     /// nothing.
     ///
-    /// A mask that was narrower before is not widened by it.
+    /// A mask that was narrower before is not widened by it, as long as they share a CPU.
     pub fn narrow_to(&self, fence: &Self) -> Self {
-        let inside = self & fence;
-        if inside.is_empty() {
+        if self.is_subset(fence) && !self.is_empty() {
+            self.clone()
+        } else if fence.is_subset(self) || !self.intersects(fence) {
             fence.clone()
         } else {
-            inside
+            self & fence
         }
     }
 
-    fn trimmed(mut words: Vec<u64>) -> Self {
-        while words.last() == Some(&0) {
-            words.pop();
+    /// The set with these words, of `len` at most.
+    fn of_words(len: usize, word: impl Fn(usize) -> u64) -> Self {
+        let last = (0..len).rev().find(|index| word(*index) != 0);
+        let words = 0..last.map_or(0, |last| last + 1);
+        Self {
+            words: words.map(word).collect(),
         }
-        Self { words }
+    }
+}
+
+/// Makes equal sets share their memory: nearly all threads and IRQs of a host have one of a few
+/// masks.
+#[derive(Debug, Default)]
+pub struct CpuSetPool(BTreeSet<CpuSet>);
+
+impl CpuSetPool {
+    /// A set that is equal to `cpus`, and the same for all equal ones.
+    pub fn share(&mut self, cpus: CpuSet) -> CpuSet {
+        if let Some(known) = self.0.get(&cpus) {
+            return known.clone();
+        }
+        self.0.insert(cpus.clone());
+        cpus
     }
 }
 
@@ -285,13 +315,8 @@ impl FromIterator<usize> for CpuSet {
 impl BitAnd for &CpuSet {
     type Output = CpuSet;
     fn bitand(self, other: Self) -> CpuSet {
-        CpuSet::trimmed(
-            self.words
-                .iter()
-                .zip(&other.words)
-                .map(|(a, b)| a & b)
-                .collect(),
-        )
+        let (a, b) = (&self.words, &other.words);
+        CpuSet::of_words(a.len().min(b.len()), |index| a[index] & b[index])
     }
 }
 
@@ -299,23 +324,21 @@ impl BitOr for &CpuSet {
     type Output = CpuSet;
     fn bitor(self, other: Self) -> CpuSet {
         let (long, short) = if self.words.len() >= other.words.len() {
-            (self, other)
+            (&self.words, &other.words)
         } else {
-            (other, self)
+            (&other.words, &self.words)
         };
-        let mut words = long.words.clone();
-        for (word, more) in words.iter_mut().zip(&short.words) {
-            *word |= more;
-        }
-        CpuSet { words }
+        CpuSet::of_words(long.len(), |index| {
+            long[index] | short.get(index).unwrap_or(&0)
+        })
     }
 }
 
 impl Sub for &CpuSet {
     type Output = CpuSet;
     fn sub(self, other: Self) -> CpuSet {
-        let take = other.words.iter().copied().chain(std::iter::repeat(0));
-        CpuSet::trimmed(self.words.iter().zip(take).map(|(a, b)| a & !b).collect())
+        let (a, b) = (&self.words, &other.words);
+        CpuSet::of_words(a.len(), |index| a[index] & !b.get(index).unwrap_or(&0))
     }
 }
 
@@ -480,23 +503,23 @@ mod tests {
             ),
             (
                 "1,,2",
-                "\"\" in \"1,,2\" is no CPU number or range; write CPUs as in 0-5,12",
+                "\"\" in \"1,,2\" is not a CPU number or range; write CPUs as in 0-5,12",
             ),
             (
                 "1,x",
-                "\"x\" in \"1,x\" is no CPU number or range; write CPUs as in 0-5,12",
+                "\"x\" in \"1,x\" is not a CPU number or range; write CPUs as in 0-5,12",
             ),
             (
                 "-1",
-                "\"-1\" in \"-1\" is no CPU number or range; write CPUs as in 0-5,12",
+                "\"-1\" in \"-1\" is not a CPU number or range; write CPUs as in 0-5,12",
             ),
             (
                 "1-2-3",
-                "\"1-2-3\" in \"1-2-3\" is no CPU number or range; write CPUs as in 0-5,12",
+                "\"1-2-3\" in \"1-2-3\" is not a CPU number or range; write CPUs as in 0-5,12",
             ),
             (
                 "+1",
-                "\"+1\" in \"+1\" is no CPU number or range; write CPUs as in 0-5,12",
+                "\"+1\" in \"+1\" is not a CPU number or range; write CPUs as in 0-5,12",
             ),
             (
                 "8192",
@@ -535,7 +558,7 @@ mod tests {
     }
 
     #[test]
-    fn narrow_to_narrows_and_never_widens() {
+    fn narrow_to_widens_only_what_would_be_empty() {
         let housekeeping = set("0-5,12-17");
         assert_eq!(set("0-23").narrow_to(&housekeeping), housekeeping);
         assert_eq!(set("4-7").narrow_to(&housekeeping), set("4-5"));
@@ -544,6 +567,18 @@ mod tests {
 
     fn any_set() -> impl Strategy<Value = CpuSet> {
         prop::collection::vec(0..=MAX_CPU, 0..40).prop_map(|cpus| cpus.into_iter().collect())
+    }
+
+    #[test]
+    fn equal_sets_share_their_memory() {
+        let mut pool = CpuSetPool::default();
+        let mut shared = |list| pool.share(set(list));
+        let (all, again, other) = (shared("0-2047"), shared("0-2047"), shared("0-1023"));
+        assert!(Arc::ptr_eq(&all.words, &again.words) && all != other);
+        // So do the results of narrowing, if they are one of the two.
+        let part = all.narrow_to(&other);
+        assert!(Arc::ptr_eq(&part.words, &other.words));
+        assert!(Arc::ptr_eq(&part.narrow_to(&all).words, &part.words));
     }
 
     proptest! {
@@ -577,6 +612,24 @@ mod tests {
             prop_assert_eq!(a.iter().collect::<CpuSet>(), a.clone());
             prop_assert_eq!(a.iter().last(), a.last());
             prop_assert!(a.is_subset(&(&a | &b)));
+        }
+
+        #[test]
+        fn narrowing_is_the_intersection_or_the_fence(a in any_set(), b in any_set()) {
+            let inside = &a & &b;
+            for fence in [&b, &inside, &(&a | &b), &(&b - &a)] {
+                let inside = &a & fence;
+                let wanted = if inside.is_empty() { fence } else { &inside };
+                prop_assert_eq!(&a.narrow_to(fence), wanted);
+            }
+        }
+
+        #[test]
+        fn a_set_does_not_change_with_its_copies(cpus in any_set(), cpu in 0..700_usize) {
+            let (mut copy, list) = (cpus.clone(), cpus.to_string());
+            copy.insert(cpu);
+            prop_assert_eq!(cpus.to_string(), list);
+            prop_assert_eq!(copy.len(), cpus.len() + usize::from(!cpus.contains(cpu)));
         }
 
         #[test]

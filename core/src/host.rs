@@ -1,10 +1,14 @@
 //! The host as a whole: its files, its systemd, and whether it may be changed.
 
+use std::collections::BTreeMap;
 use std::ops::Deref;
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use crate::error::Result;
 use crate::sysroot::Sysroot;
-use crate::systemd::Session;
+use crate::systemd::journal::{self, Entry};
+use crate::systemd::{ScopeProperties, Session};
 
 /// A host: the root of its files, a session with its systemd, and the dry-run flag.
 ///
@@ -14,6 +18,8 @@ use crate::systemd::Session;
 pub struct Host {
     root: Sysroot,
     systemd: Session,
+    /// What scopes are to have that systemd is asked to make again, by name.
+    scopes: Arc<BTreeMap<String, ScopeProperties>>,
     dry_run: bool,
 }
 
@@ -29,6 +35,19 @@ impl Host {
     /// The same host with another systemd session.
     pub fn with_session(self, systemd: Session) -> Self {
         Self { systemd, ..self }
+    }
+
+    /// The same host; a scope of these that has gone gets these properties if it is made again.
+    pub fn with_scopes(self, scopes: BTreeMap<String, ScopeProperties>) -> Self {
+        Self {
+            scopes: Arc::new(scopes),
+            ..self
+        }
+    }
+
+    /// What a scope is to have if it is made again.
+    pub(crate) fn scope(&self, name: &str) -> Option<&ScopeProperties> {
+        self.scopes.get(name)
     }
 
     /// The same host for a dry run: [`apply_one`](crate::apply_one) plans changes instead of making
@@ -49,6 +68,18 @@ impl Host {
     /// The session with this host's systemd.
     pub fn systemd(&self) -> &Session {
         &self.systemd
+    }
+
+    /// Sends a message to this host's journal. In a dry run, and if it has no journal, nothing is
+    /// sent.
+    ///
+    /// # Errors
+    /// [`Error::Io`](crate::Error::Io) if the journal does not take it within a second.
+    pub fn journal(&self, entry: &Entry<'_>) -> Result<()> {
+        if self.dry_run {
+            return Ok(());
+        }
+        journal::send(&self.root, entry)
     }
 }
 

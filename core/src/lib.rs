@@ -41,7 +41,8 @@
 //! ```
 //!
 //! Modules, from the lowest layer up: `error`, `cpuset`, `sysroot`, [`sys`], [`systemd`], `host`,
-//! [`knob`], [`vm`], [`selector`], [`state`], [`cli`]. Imports lead downwards only.
+//! [`knob`], [`vm`], [`selector`], [`state`], [`cli`]. Imports lead downwards only. `testutils`, for
+//! tests, is above all of them.
 
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 
@@ -55,12 +56,14 @@ pub mod state;
 pub mod sys;
 mod sysroot;
 pub mod systemd;
+#[cfg(feature = "testutils")]
+pub mod testutils;
 mod text;
 pub mod vm;
 
 pub use cli::Table;
 pub use cli::report::{Exit, Report, Verbosity};
-pub use cpuset::{CpuSet, CpuSetError, MAX_CPU};
+pub use cpuset::{CpuSet, CpuSetError, CpuSetPool, MAX_CPU};
 pub use error::{Error, Result, os_text};
 pub use host::Host;
 pub use knob::{Applied, Change, Knob, Outcome, Setting, TaskId, apply, apply_one};

@@ -4,8 +4,10 @@
 //! can stand in for a host (`--sysroot DIR`, as lscpu and lsmem have).
 
 use std::borrow::Cow;
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use crate::cpuset::CpuSet;
@@ -43,7 +45,11 @@ impl Sysroot {
     /// too.
     pub fn path(&self, path: impl AsRef<Path>) -> PathBuf {
         let path = path.as_ref();
-        self.root.join(path.strip_prefix("/").unwrap_or(path))
+        let below = path.strip_prefix("/").unwrap_or(path);
+        match below.to_str().filter(|text| text.contains(STAND_INS)) {
+            Some(text) => self.root.join(OsStr::from_bytes(&bytes_of(text))),
+            None => self.root.join(below),
+        }
     }
 
     /// Whether anything is at `path`.
@@ -130,7 +136,9 @@ impl Sysroot {
         inner().map_err(|source| Error::io(path.clone(), "read", source))
     }
 
-    /// The names in a folder, sorted; numbers by their value (`2` before `10`).
+    /// The names in a folder, sorted; numbers by their value (`2` before `10`). In a name that is not
+    /// UTF-8 characters of a private range stand for the bytes that are none, so that
+    /// [`path`](Self::path) finds the file.
     ///
     /// # Errors
     /// [`Error::Io`] with the path.
@@ -141,7 +149,7 @@ impl Sysroot {
                 .map(|entry| {
                     let name = match entry?.file_name().into_string() {
                         Ok(name) => name,
-                        Err(name) => name.to_string_lossy().into_owned(),
+                        Err(name) => with_stand_ins(name.as_bytes()),
                     };
                     Ok((name.parse().unwrap_or(u64::MAX), name))
                 })
@@ -160,9 +168,39 @@ impl Sysroot {
     }
 }
 
-/// Reads a kernel file's CPU list.
+/// Whether a character stands for a byte that is not UTF-8: U+F780 for 0x80 and so on, as in MirBSD's
+/// OPTU-8.
+const STAND_INS: fn(char) -> bool = |c| ('\u{f780}'..='\u{f7ff}').contains(&c);
+
+/// A name with stand-ins for the bytes that are not UTF-8.
+fn with_stand_ins(name: &[u8]) -> String {
+    let mut text = String::with_capacity(name.len());
+    for chunk in name.utf8_chunks() {
+        text.push_str(chunk.valid());
+        let stand_in = |byte: &u8| char::from_u32(0xf700 + u32::from(*byte));
+        text.extend(chunk.invalid().iter().filter_map(stand_in));
+    }
+    text
+}
+
+/// The bytes of a name that may have stand-ins.
+fn bytes_of(name: &str) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(name.len());
+    for c in name.chars() {
+        match u8::try_from(u32::from(c).wrapping_sub(0xf700)) {
+            Ok(byte) if STAND_INS(c) => bytes.push(byte),
+            _ => bytes.extend_from_slice(c.encode_utf8(&mut [0; 4]).as_bytes()),
+        }
+    }
+    bytes
+}
+
+/// Reads a kernel file's CPU list. It ends at the first control character, as hwloc and lscpu, which
+/// read it as a C string, end it at a NUL; those in front of it are skipped.
 pub(crate) fn cpu_list(object: &str, text: &str) -> Result<CpuSet> {
-    CpuSet::from_kernel_list(text).map_err(|source| Error::Cpus {
+    let list = text.trim_start_matches(char::is_control);
+    let list = list.split(char::is_control).next().unwrap_or_default();
+    CpuSet::from_kernel_list(list).map_err(|source| Error::Cpus {
         object: object.to_owned(),
         source,
     })
@@ -194,6 +232,24 @@ mod tests {
     }
 
     #[test]
+    fn a_name_that_is_not_utf_8_leads_back_to_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Sysroot::new(dir.path());
+        let names: [&[u8]; 4] = [b"a\xff\x80b", "ä.slice".as_bytes(), b"\xc3", b"plain"];
+        for name in names {
+            fs::create_dir(dir.path().join(OsStr::from_bytes(name))).unwrap();
+            fs::write(dir.path().join(OsStr::from_bytes(name)).join("x"), name).unwrap();
+        }
+        let listed = root.names("").unwrap();
+        assert_eq!(listed.len(), names.len());
+        for name in listed {
+            let path = root.path(format!("{name}/x"));
+            let bytes = fs::read(&path).unwrap_or_else(|error| panic!("{name:?}: {error}"));
+            assert_eq!(bytes_of(&name), bytes);
+        }
+    }
+
+    #[test]
     fn a_missing_file_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         let root = Sysroot::new(dir.path());
@@ -205,6 +261,21 @@ mod tests {
                 dir.path().join("online").display()
             )
         );
+    }
+
+    #[test]
+    fn a_list_ends_at_a_control_character() {
+        for (text, cpus) in [
+            ("0-3\n", "0-3"),
+            ("0-3\0", "0-3"),
+            ("0-3\0garbage", "0-3"),
+            ("\u{1b}0-3\u{1}\n", "0-3"),
+            ("\0\n", ""),
+            ("", ""),
+        ] {
+            assert_eq!(cpu_list("x", text).unwrap().to_string(), cpus, "{text:?}");
+        }
+        assert!(cpu_list("x", "0-3x").is_err());
     }
 
     #[test]

@@ -3,12 +3,11 @@
 #![allow(clippy::disallowed_methods)]
 #![allow(clippy::unwrap_used)]
 
-mod machine;
-
 use std::collections::BTreeMap;
 
 use pinfold_core::selector;
 use pinfold_core::sys::topology::{Domain, Kind, Topology};
+use pinfold_core::testutils::machine;
 use pinfold_core::{CpuSet, Host, Selector};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
@@ -95,6 +94,40 @@ fn llc_domains() {
 }
 
 #[test]
+fn a_large_l3_of_others_is_no_vcache() {
+    let folder = tempfile::tempdir().unwrap();
+    for (number, (vendor, size, vcache)) in [
+        ("vendor_id : GenuineIntel", "163840K", false),
+        ("vendor_id : AuthenticAMD", "163840K", true),
+        ("vendor_id : AuthenticAMD", "65536K", true),
+        ("vendor_id : AuthenticAMD", "32768K", false),
+        ("processor : 0", "163840K", false),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let root = folder.path().join(number.to_string());
+        let text =
+            format!("present 0-7\nsingle 0-7\ncache 3 0 {size} 0-7\nfile proc/cpuinfo {vendor}\n");
+        machine::expand(&text, &root);
+        let topology = Topology::read(&Host::new(&root)).unwrap();
+        assert_eq!(!topology.vcache().is_empty(), vcache, "{vendor}, {size}");
+    }
+}
+
+#[test]
+fn packages_without_a_number_are_told_apart_by_their_cpus() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = "present 0-7\npackage -1 0-3\npackage -1 4-7\nsingle 0-7\n";
+    machine::expand(text, folder.path());
+    let topology = Topology::read(&Host::new(folder.path())).unwrap();
+    assert_eq!(
+        shown(topology.domains(Kind::Package)),
+        "0=0-3 package; 1=4-7 package"
+    );
+}
+
+#[test]
 fn every_online_cpu_is_in_one_domain_of_each_kind_and_in_one_core() {
     let machines = Machines::new();
     for name in machines.machines.keys() {
@@ -156,6 +189,13 @@ fn expressions_on_machines() {
         ("epyc-7763", "node:3&!llc:6", "56-63,120-127"),
         ("epyc-7763", "llc:0-3", "0-31,64-95"),
         ("epyc-fenced", "llc:2", "16-23,80-87"),
+        ("9950x3d", "vcache", "0-7,16-23"),
+        ("7800x3d", "vcache", "0-15"),
+        ("hx370", "pcores", "0-3,12-15"),
+        ("alderlake-no-pmu", "pcores", "0-11"),
+        ("alderlake-no-pmu", "ecores", "12-19"),
+        ("dgx-gb10", "pcores", "5-9,15-19"),
+        ("265k-interleaved", "ecores", "2-5,10-17"),
         ("epyc-fenced", "offline", "24-31,88-95"),
         ("two-sockets", "socket:1", "1,3,5,7,9,11,13,15"),
         ("two-sockets", "die:1&llc:1&numa:1", "1,3,5,7,9,11,13,15"),
@@ -230,7 +270,7 @@ fn the_documented_examples_hold() {
 #[test]
 fn what_a_machine_lacks_is_named_with_what_it_has() {
     let machines = Machines::new();
-    let offline = "and the kernel does not tell where they belong";
+    let offline = "and the kernel does not report where they belong";
     for (name, text, message) in [
         (
             "5900x",
@@ -255,7 +295,7 @@ fn what_a_machine_lacks_is_named_with_what_it_has() {
         (
             "epyc-fenced",
             "llc:3",
-            "llc:3: it cannot be told whether this is CPU 32-39,96-103: CPU 24-31,88-95 are offline, and could be one \
+            "llc:3: it is unknown whether this is CPU 32-39,96-103: CPU 24-31,88-95 are offline, and could be one \
              before it; bring them online, or write CPUs by number"
                 .into(),
         ),
@@ -273,19 +313,29 @@ fn what_a_machine_lacks_is_named_with_what_it_has() {
         (
             "5900x-offline",
             "smt:10-11",
-            "smt:11: offline, and the kernel does not tell its core; online are 0-1,3-10,12-23".into(),
+            "smt:11: offline, and the kernel does not report its core; online are 0-1,3-10,12-23".into(),
         ),
         (
             "5900x",
             "vcache",
-            "vcache: no L3 is larger than the others; this host has llc:0 (CPU 0-5,12-17, L3 32M) and \
+            "vcache: no L3 has 3D V-Cache (AMD, 64M or more, 8M or more per core); \
+             this host has llc:0 (CPU 0-5,12-17, L3 32M) and \
              llc:1 (CPU 6-11,18-23, L3 32M)"
                 .into(),
         ),
         ("meteor-lake", "vcache&0", {
-            "vcache: no L3 is larger than the others; this host has llc:0 (CPU 0-11, L3 24M) and llc:1 (CPU 12-13, L2 2M)"
+            "vcache: no L3 has 3D V-Cache (AMD, 64M or more, 8M or more per core); \
+             this host has llc:0 (CPU 0-11, L3 24M) and llc:1 (CPU 12-13, L2 2M)"
                 .into()
         }),
+        (
+            "hx370",
+            "vcache",
+            "vcache: no L3 has 3D V-Cache (AMD, 64M or more, 8M or more per core); \
+             this host has llc:0 (CPU 0-3,12-15, L3 16M) and \
+             llc:1 (CPU 4-11,16-23, L3 8M)"
+                .into(),
+        ),
         ("5900x", "pcores", "pcores: all online cores of this host are of one kind".into()),
         ("5900x", "0-5&llc:1", "0-5&llc:1: there is no CPU in it".into()),
         ("5900x", "!all", "!all: there is no CPU in it".into()),
@@ -313,7 +363,7 @@ fn what_the_kernel_could_not_have_written_is_an_error_or_left_out() {
         (
             "cpu0/cache/index3/shared_cpu_list",
             "x",
-            Err("is no CPU number or range"),
+            Err("is not a CPU number or range"),
         ),
         (
             "cpu0/cache/index3/shared_cpu_list",

@@ -1,12 +1,12 @@
 //! Checks before CPUs go offline.
 
-use pinfold_core::knob::TaskId;
-use pinfold_core::sys::{cgroup, cpu, task};
+use pinfold_core::sys::task::{self, Allowed, Processes};
+use pinfold_core::sys::{cgroup, cpu};
 use pinfold_core::{CpuSet, Error, Host, Knob, Result};
 
 /// Whether this CPU may go offline. CPU 0 may not, even if the kernel would allow it.
-pub(crate) fn can_go(root: &Host, cpu: usize) -> bool {
-    cpu != 0 && root.exists(format!("sys/devices/system/cpu/cpu{cpu}/online"))
+pub(crate) fn can_go(root: &Host, number: usize) -> bool {
+    number != cpu::BOOT_CPU && root.exists(format!("sys/devices/system/cpu/cpu{number}/online"))
 }
 
 /// Checks that these CPUs exist, can go offline, and are not all that are online.
@@ -15,7 +15,7 @@ pub(crate) fn can_go(root: &Host, cpu: usize) -> bool {
 /// [`Error::Unusable`] naming the CPUs that cannot.
 pub fn check_possible(root: &Host, cpus: &CpuSet) -> Result<()> {
     cpu::check_present(root, cpus)?;
-    if cpus.contains(0) {
+    if cpus.contains(cpu::BOOT_CPU) {
         return Err(Error::unusable(
             "CPU 0",
             "cannot be taken offline: the kernel needs it; leave it out",
@@ -112,11 +112,12 @@ fn partitions(root: &Host) -> Result<Vec<(String, CpuSet)>> {
 /// # Errors
 /// If /proc or the list of online CPUs cannot be read.
 pub fn bound_tasks(root: &Host, cpus: &CpuSet) -> Result<Vec<String>> {
-    let online = cpu::online(root)?;
+    let allowed = Allowed::among(root, &cpu::online(root)?)?;
     let mut notes = Vec::new();
     let mut hidden = 0;
-    for pid in task::pids(root)? {
-        let tids = match root.names(format!("proc/{pid}/task")) {
+    let processes = Processes::read(root)?;
+    for pid in processes.pids() {
+        let tids = match processes.tids(root, pid) {
             Ok(tids) => tids,
             Err(error) if error.is_gone() => continue,
             Err(error) if error.is_denied() => {
@@ -125,8 +126,8 @@ pub fn bound_tasks(root: &Host, cpus: &CpuSet) -> Result<Vec<String>> {
             }
             Err(error) => return Err(error),
         };
-        for tid in tids.iter().filter_map(|tid| tid.parse().ok()) {
-            match bound_task(root, pid, tid, cpus, &online) {
+        for tid in tids {
+            match bound_task(root, pid, tid, cpus, &allowed) {
                 Ok(note) => notes.extend(note),
                 Err(error) if error.is_gone() => {}
                 Err(error) if error.is_denied() => hidden += 1,
@@ -147,10 +148,9 @@ fn bound_task(
     pid: i32,
     tid: i32,
     cpus: &CpuSet,
-    online: &CpuSet,
+    allowed: &Allowed<'_>,
 ) -> Result<Option<String>> {
-    // The start time is not needed here, which saves a file per thread.
-    let allowed = &task::affinity(root, &TaskId { pid, tid, start: 0 })? & online;
+    let allowed = allowed.of(pid, tid)?;
     if allowed.is_empty() || !allowed.is_subset(cpus) {
         return Ok(None);
     }

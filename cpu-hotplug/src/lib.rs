@@ -48,9 +48,14 @@ enum Verb {
     },
 }
 
-/// Runs the command.
-pub fn main() -> ExitCode {
-    cli::main(TOOL, run)
+/// Whether a knob is one that this tool sets.
+fn is_own(knob: &Knob) -> bool {
+    matches!(knob, Knob::CpuOnline(_))
+}
+
+/// Runs the command. `commit` is that of the program, for `--version`.
+pub fn main(commit: Option<&str>) -> ExitCode {
+    cli::main(TOOL, commit, run)
 }
 
 fn run(args: Args) -> anyhow::Result<Exit> {
@@ -59,7 +64,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     if args.common.list {
         return Ok(cli::listed(&mut report, &list(&root)?));
     }
-    if let Some(exit) = args.common.restore(&root, &mut report, TOOL)? {
+    if let Some(exit) = args.common.restore(&root, &mut report, TOOL, is_own)? {
         return Ok(exit);
     }
     let (cpus, online) = match args.verb {
@@ -116,7 +121,7 @@ fn in_between(cpus: &CpuSet, online_now: &CpuSet, wanted_online: bool) -> CpuSet
 /// cannot.
 ///
 /// # Errors
-/// Where a CPU does not exist, or sysfs cannot be read.
+/// If a CPU does not exist, or sysfs cannot be read.
 pub fn settings(root: &Host, cpus: &CpuSet) -> Result<Vec<Setting>> {
     cpu::check_present(root, cpus)?;
     cpus.iter()

@@ -7,8 +7,8 @@
 use std::alloc::System;
 
 use cap::Cap;
-use pinfold_core::state::Store;
-use pinfold_core::state::save::{self, Entry};
+use pinfold_core::state::State;
+use pinfold_core::state::save::{self, Entry, Restorable};
 use pinfold_core::sys::pci::PciSelector;
 use pinfold_core::sys::task;
 use pinfold_core::vm::qmp;
@@ -127,9 +127,9 @@ pub fn pci_mapping(data: &[u8]) -> bool {
         devices
     );
     let Some(devices) = devices else { return false };
-    devices
-        .iter()
-        .for_each(|selectors| check_selectors(selectors));
+    for selectors in &devices {
+        check_selectors(selectors);
+    }
     let map = |device: &Vec<PciSelector>| format!("\tmap node=pve1,path={}\n", joined(device));
     let rendered: String = devices.iter().map(map).collect();
     assert_eq!(parse(&format!("gpu\n{rendered}")).as_ref(), Some(&devices));
@@ -192,7 +192,9 @@ pub fn settings(data: &[u8]) -> bool {
     let resolved: Value = serde_json::from_str(&resolved).unwrap();
     let cpus = |value: &Value| CpuSet::from_kernel_list(value.as_str().unwrap()).unwrap();
     let isolated = cpus(&resolved["isolated"]);
-    assert!(!isolated.is_empty());
+    // Nothing but CPUs for a VM that must have them.
+    let required = resolved["required"] != false;
+    assert!(!isolated.is_empty() || !required);
     check_cpus(&isolated);
     let pins: Vec<CpuSet> = resolved["pins"]
         .as_array()
@@ -201,7 +203,7 @@ pub fn settings(data: &[u8]) -> bool {
         .map(cpus)
         .collect();
     assert!(
-        !pins.is_empty()
+        pins.is_empty() == isolated.is_empty()
             && pins
                 .iter()
                 .all(|pin| !pin.is_empty() && pin.is_subset(&isolated))
@@ -217,8 +219,8 @@ pub fn settings(data: &[u8]) -> bool {
     );
     // They live on in the state, and have to come back from it.
     let reservation = json!({
-        "phase": "isolated", "isolation": "hotplug", "settings": resolved, "qemu": {"pid": 1, "tid": 1, "start": 1}, "starter": null,
-        "idle_vm_stopped": false,
+        "phase": "isolated", "isolation": "hotplug", "settings": resolved,
+        "qemu": {"pid": 1, "tid": 1, "start": 1}, "starter": null, "idle_vm_stopped": false,
     });
     let state = json!({"version": 1, "reservations": {"100": reservation}, "baseline": []});
     let kept: Value =
@@ -235,22 +237,21 @@ pub fn state(data: &[u8]) -> bool {
     };
     assert_eq!(hook::check_state(&written).unwrap(), written);
     // Whatever is kept per VM, the baseline is read alike.
-    let (_, baseline) = Store::<Value>::parse(&text).unwrap();
-    assert_eq!(Store::<Value>::parse(&written).unwrap().1, baseline);
+    let baseline = State::<Value>::parse(&text).unwrap().baseline;
+    assert_eq!(State::<Value>::parse(&written).unwrap().baseline, baseline);
     for (knob, _, before) in baseline.knobs() {
         check_knob(knob);
         check_value(knob, before);
-        baseline
-            .values_set(knob)
-            .iter()
-            .for_each(|value| check_value(knob, value));
+        for value in baseline.values_set(knob) {
+            check_value(knob, value);
+        }
     }
     true
 }
 
 /// What `--save` of pin-irqs writes.
 pub fn saved(data: &[u8]) -> bool {
-    let Ok(entries) = save::parse(&String::from_utf8_lossy(data), TOOL) else {
+    let Ok(Restorable { entries, .. }) = save::parse(&String::from_utf8_lossy(data), TOOL) else {
         return false;
     };
     for Entry {
@@ -262,7 +263,11 @@ pub fn saved(data: &[u8]) -> bool {
         check_value(knob, set);
     }
     let written = save::to_text(TOOL, entries.clone()).unwrap();
-    assert_eq!(save::parse(&written, TOOL), Ok(entries));
+    let newer = None;
+    assert_eq!(
+        save::parse(&written, TOOL),
+        Ok(Restorable { entries, newer })
+    );
     assert!(save::parse(&written, "governor").is_err());
     true
 }
@@ -294,16 +299,20 @@ fn check_selectors(selectors: &[PciSelector]) {
 fn check_knob(knob: &Knob) {
     match knob {
         Knob::Governor(name)
+        | Knob::EnergyPreference(name)
         | Knob::UnitCpus(name)
         | Knob::Delegation(name)
         | Knob::PciFunction(name)
-        | Knob::PciDriver(name) => {
+        | Knob::PciDriver(name)
+        | Knob::PciResetMethod(name)
+        | Knob::PciReset(name) => {
             assert!(!name.contains('/'), "{knob:?}");
             check_path(name);
         }
         // The root cgroup.
         Knob::ChildCpusets(path) if path.is_empty() => {}
         Knob::CgroupCpus(path)
+        | Knob::ContainerCpus(path)
         | Knob::Cgroup(path)
         | Knob::ThreadedCgroup(path)
         | Knob::ChildCpusets(path)
@@ -317,9 +326,12 @@ fn check_knob(knob: &Knob) {
         | Knob::Kthread(_)
         | Knob::Thread(_)
         | Knob::CpuOnline(_)
+        | Knob::WakeupLatency(_)
+        | Knob::NodeCompaction(_)
         | Knob::UnitOverrides
         | Knob::CgroupOf(_)
-        | Knob::CgroupOfThread(_) => {}
+        | Knob::CgroupOfThread(_)
+        | Knob::ThreadTimer(_) => {}
     }
 }
 
@@ -377,7 +389,8 @@ fn render_conf(conf: &VmConf) -> String {
     line("hookscript", conf.hookscript.clone());
     line("args", conf.args.clone());
     line("machine", conf.machine.clone());
-    line("hotplug", conf.plugs_vcpus.then(|| "cpu".to_owned()));
+    line("hotplug", conf.hotplug.clone());
+    line("cpu", conf.cpu.clone());
     line("tpmstate0", conf.tpm.then(|| "local:x".to_owned()));
     line("virtiofs0", conf.virtiofs.then(|| "share".to_owned()));
     line("memory", conf.memory.map(|size| size.to_string()));
@@ -389,9 +402,12 @@ fn render_conf(conf: &VmConf) -> String {
         line(key, count.map(|count| count.to_string()));
     }
     for node in &conf.numa_nodes {
-        let set = |key: &str, numbers: &CpuSet| match numbers.is_empty() {
-            true => format!(",{key}=99999"),
-            false => format!(",{key}={}", numbers.to_string().replace(',', ";")),
+        let set = |key: &str, numbers: &CpuSet| {
+            if numbers.is_empty() {
+                format!(",{key}=99999")
+            } else {
+                format!(",{key}={}", numbers.to_string().replace(',', ";"))
+            }
         };
         let mut value = set("cpus", &node.vcpus);
         value.extend(node.memory.map(|size| format!(",memory={size}")));

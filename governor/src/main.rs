@@ -1,5 +1,5 @@
 //! See the library: governor is its whole.
 
 fn main() -> std::process::ExitCode {
-    governor::main()
+    governor::main(option_env!("PINFOLD_COMMIT"))
 }

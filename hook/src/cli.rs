@@ -9,7 +9,10 @@ use pinfold_core::Exit;
 use pinfold_core::cli::{self, Output};
 use pinfold_core::vm::VmId;
 
-use crate::commands::{check, init, layout, plan, recover, status, step};
+use crate::commands::{
+    blame, check, complete, init, install, jitter, layout, list, plan, recover, remove, report,
+    status, step,
+};
 use crate::phases;
 use crate::steps::TOOL;
 
@@ -45,17 +48,29 @@ pub struct Args {
 #[derive(Debug, Subcommand)]
 enum Verb {
     /// Show which VM owns each CPU and what can still run on it, grouped by reason
-    ///
-    /// Exits with 1 if something movable can run on an isolated CPU.
+    #[command(after_help = status::EXIT_CODES)]
     Status(status::Args),
     /// Show this host's CPUs: packages, dies, LLC domains, NUMA nodes and cores, and the selectors
     /// that name them
-    Layout,
+    Layout(layout::Args),
     /// Choose CPUs for a VM on this host, by LLC domain, and write its settings file
     ///
     /// Writes /etc/pinfold/VMID.toml, unless the VM has a settings file of its own. Nothing else is
-    /// changed.
+    /// changed without --apply.
     Init(init::Args),
+    /// Set a VM up: settings, hookscript, storage; and check it
+    ///
+    /// Prints each step, with the command that does the same, before it does it. A step that is done
+    /// already is left out, so that it can be run again. A hookscript that the VM has is kept: hook
+    /// runs it too (`chain` in the settings).
+    Install(install::Args),
+    /// Stop using hook for a VM: release its CPUs, and set the hookscript that it had before
+    ///
+    /// Settings stay, unless --purge is given. Prints each step before it does it, and can be run
+    /// again.
+    Remove(remove::Args),
+    /// List the VMs that use hook, on this node and, from /etc/pve, the others
+    List,
     /// Show every change that post-start would make now, in order, and how long each step took last
     /// time; changes nothing
     ///
@@ -64,8 +79,28 @@ enum Verb {
     /// Check a VM's settings and this host, and suggest fixes
     ///
     /// Runs the checks of pre-start and more. Without a number: all VMs that have settings or use
-    /// hook as their hookscript. Exits with 1 if a check reports an error.
+    /// hook as their hookscript.
+    #[command(after_help = check::EXIT_CODES)]
     Check(check::Args),
+    /// Show what disturbs a VM's CPUs, with what can be done about it
+    ///
+    /// Watches for some seconds and changes nothing: how long vCPUs waited for a CPU, and which
+    /// threads, interrupts and softirqs ran on their CPUs. First what could be elsewhere, then the
+    /// rest, each sorted by time; the time of interrupts is estimated from their number.
+    Blame(blame::Args),
+    /// Measure how long a loop on each CPU is interrupted
+    ///
+    /// Runs a loop on each of the CPUs at the same time, for some seconds, which notes gaps of a
+    /// microsecond and more; and counts interrupts meanwhile. Before a VM starts it shows what the VM
+    /// would feel. CPUs of a VM that runs are refused.
+    Jitter(jitter::Args),
+    /// Collect what a bug report needs, without names, paths and what is secret
+    ///
+    /// Prints Markdown: versions, kernel, the parts of command line and VMID.conf that matter, topology,
+    /// settings, plan, check, status and the journal's entries of this VM. Changes nothing. Read it
+    /// before you publish it.
+    #[command(after_help = report::EXIT_CODES)]
+    Report(report::Args),
     /// Release the CPUs of VMs that have stopped, and complete what an interrupted hook left
     Recover(recover::Args),
     /// Run one of the steps that have no tool of their own
@@ -73,10 +108,13 @@ enum Verb {
         #[command(subcommand)]
         step: step::Step,
     },
+    /// Print words for the shells' completions
+    #[command(name = "__complete", hide = true)]
+    Complete(complete::Args),
 }
 
-/// The whole run.
-pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
+/// The whole run; `commit` is that of this program.
+pub(crate) fn run(args: Args, commit: Option<&str>) -> anyhow::Result<Exit> {
     let output = &args.output;
     let Some(verb) = args.verb else {
         let (Some(vmid), Some(phase)) = (args.vmid, args.phase) else {
@@ -85,24 +123,42 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
                 "VMID and PHASE are required",
             ));
         };
-        return phases::run(output.root(), output.report(TOOL), vmid, &phase);
+        // Set by Proxmox VE for the hookscript of a VM that a live migration brings here.
+        let source = std::env::var("PVE_MIGRATED_FROM").ok();
+        return phases::run(output.root(), output.report(TOOL), vmid, &phase, source);
     };
     if let Some(vmid) = args.vmid {
         let what = format!("the number of a VM comes after the command, not before it: {vmid}");
         return Err(usage(ErrorKind::ArgumentConflict, &what));
     }
     match verb {
-        Verb::Status(args) => status::run(&args, output),
-        Verb::Layout => layout::run(output),
-        Verb::Init(args) if args.print && (output.json || output.quiet) => {
-            let what = "--print cannot be used with --json or --quiet";
+        Verb::Status(args) if output.json && (args.metrics || args.nagios) => {
+            let what = "--json cannot be used with --metrics or --nagios";
             Err(usage(ErrorKind::ArgumentConflict, what))
         }
+        Verb::Status(args) => status::run(&args, output),
+        Verb::Layout(args) if args.map && output.json => {
+            let what = "--map cannot be used with --json";
+            Err(usage(ErrorKind::ArgumentConflict, what))
+        }
+        Verb::Layout(args) => layout::run(&args, output),
+        Verb::Init(args) if (args.print || args.map) && (output.json || output.quiet) => {
+            let option = if args.print { "--print" } else { "--map" };
+            let what = format!("{option} cannot be used with --json or --quiet");
+            Err(usage(ErrorKind::ArgumentConflict, &what))
+        }
         Verb::Init(args) => init::run(&args, output),
+        Verb::Install(args) => install::run(&args, output),
+        Verb::Remove(args) => remove::run(&args, output),
+        Verb::List => list::run(output),
         Verb::Plan(args) => plan::run(&args, output),
         Verb::Check(args) => check::run(&args, output),
+        Verb::Blame(args) => blame::run(&args, output),
+        Verb::Jitter(args) => jitter::run(&args, output),
+        Verb::Report(args) => report::run(&args, output, &cli::version(commit)),
         Verb::Recover(args) => recover::run(&args, output),
         Verb::Step { step } => step::run(step, output),
+        Verb::Complete(args) => complete::run(&args, output),
     }
 }
 
@@ -135,6 +191,7 @@ impl TypedValueParser for VmIdParser {
 fn unknown_verb(command: &Command, word: &str) -> clap::Error {
     let verbs: Vec<&str> = command
         .get_subcommands()
+        .filter(|verb| !verb.is_hide_set())
         .map(Command::get_name)
         .filter(|name| *name != "help")
         .collect();
@@ -194,7 +251,10 @@ mod tests {
             "{text}"
         );
         assert!(
-            text.contains("the commands are status, layout, init, plan, check, recover, step"),
+            text.contains(
+                "the commands are status, layout, init, install, remove, list, plan, check, blame, \
+                 jitter, report, recover, step"
+            ),
             "{text}"
         );
         assert!(!text.contains("similar"), "{text}");

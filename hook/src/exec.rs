@@ -1,11 +1,15 @@
 //! Running another program: argv without a shell, a deadline, and its words in the error.
 
-use std::io::{self, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use pinfold_core::Host;
+use pinfold_core::sys::task;
 
 /// How often a program that has closed its output is asked whether it has ended.
 const ENDED_INTERVAL: Duration = Duration::from_millis(2);
@@ -49,6 +53,172 @@ pub(crate) fn run(program: &str, args: &[&str], deadline: Duration) -> io::Resul
                 ))),
             }
         }
+    }
+}
+
+/// How long a program that was killed may take to end.
+const KILLED_WITHIN: Duration = Duration::from_secs(1);
+
+/// Runs a program that may hang in the kernel: nobody has to wait for its output, which is lost.
+/// It is killed in time to be gone at the deadline; one that not even SIGKILL ends is left.
+///
+/// # Errors
+/// In words, if it cannot be started, takes too long or ends with anything but success.
+pub(crate) fn run_apart(program: &Path, args: &[&str], deadline: Duration) -> io::Result<()> {
+    let until = Instant::now() + deadline;
+    let line = format!("{} {}", program.display(), args.join(" "));
+    let named = |why: String| io::Error::other(format!("{line}: {why}"));
+    let mut child = Command::new(program)
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(|error| named(pinfold_core::os_text(&error)))?;
+    let ended = wait_until(
+        &mut child,
+        until.checked_sub(KILLED_WITHIN).unwrap_or(until),
+    );
+    match ended.map_err(|error| named(pinfold_core::os_text(&error)))? {
+        Some(status) if status.success() => return Ok(()),
+        Some(status) => return Err(named(status.to_string())),
+        None => {}
+    }
+    // It may have ended just now.
+    let _ = child.kill();
+    Err(named(match wait_until(&mut child, until) {
+        Ok(Some(_)) => format!(
+            "not done within {} s; it was killed",
+            deadline.as_secs_f64()
+        ),
+        _ => format!(
+            "process {} is not done within {} s and cannot be killed; it is left",
+            child.id(),
+            deadline.as_secs_f64()
+        ),
+    }))
+}
+
+/// How often it is looked whether a script has ended, and how long after its end for what it wrote
+/// last.
+const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+
+/// How a script ended, and what it left.
+#[derive(Debug)]
+pub(crate) struct Script {
+    /// None if it did not end in time, and was killed.
+    pub status: Option<std::process::ExitStatus>,
+    /// Processes that it started and that still run: `1234 (sleep)`.
+    pub left: Vec<String>,
+}
+
+/// Runs a script with an empty stdin and hands on its lines as they come. Its end is awaited, not
+/// that of its pipes, which processes that it leaves behind may hold.
+///
+/// # Errors
+/// In words, if it cannot be started.
+pub(crate) fn run_script(
+    program: &Path,
+    args: &[&str],
+    deadline: Duration,
+    mut each: impl FnMut(&str),
+) -> io::Result<Script> {
+    let until = Instant::now() + deadline;
+    // Orphans of the script become children of this process, which makes them known.
+    nix::sys::prctl::set_child_subreaper(true)?;
+    let before = children();
+    let mut child = Command::new(program)
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let (lines, read) = mpsc::channel();
+    if let Some(stdout) = child.stdout.take() {
+        forward(stdout, lines.clone());
+    }
+    if let Some(stderr) = child.stderr.take() {
+        forward(stderr, lines);
+    }
+    let status = loop {
+        match read.recv_timeout(LOOK_INTERVAL) {
+            Ok(line) => each(&line),
+            // Both pipes are closed: without this it would not wait.
+            Err(mpsc::RecvTimeoutError::Disconnected) => std::thread::sleep(LOOK_INTERVAL),
+            Err(mpsc::RecvTimeoutError::Timeout) => {}
+        }
+        if let Some(status) = child.try_wait()? {
+            break Some(status);
+        }
+        if Instant::now() >= until {
+            let _ = child.kill();
+            let _ = wait_until(&mut child, Instant::now() + KILLED_WITHIN);
+            break None;
+        }
+    };
+    while let Ok(line) = read.recv_timeout(LOOK_INTERVAL) {
+        each(&line);
+    }
+    let mut left = children();
+    left.retain(|process| !before.contains(process));
+    Ok(Script { status, left })
+}
+
+/// Sends the lines of a pipe until that is closed, which may be after all who listen have gone.
+fn forward(pipe: impl Read + Send + 'static, lines: mpsc::Sender<String>) {
+    std::thread::spawn(move || {
+        let mut pipe = BufReader::new(pipe);
+        let mut line = Vec::new();
+        while matches!(pipe.read_until(b'\n', &mut line), Ok(used) if used > 0) {
+            let text = String::from_utf8_lossy(&line);
+            if lines.send(text.trim_end().to_owned()).is_err() {
+                return;
+            }
+            line.clear();
+        }
+    });
+}
+
+/// The children of this process that run, as `PID (NAME)`.
+fn children() -> Vec<String> {
+    let live = Host::new("/");
+    let own = std::process::id().cast_signed();
+    let tids = task::tasks(&live, own).unwrap_or_default();
+    let of_thread = |tid: i32| {
+        let file = format!("proc/{own}/task/{tid}/children");
+        live.read(file).unwrap_or_default()
+    };
+    let pids: Vec<i32> = tids
+        .iter()
+        .flat_map(|thread| {
+            let pids = of_thread(thread.id.tid);
+            let pids = pids.split_whitespace().filter_map(|pid| pid.parse().ok());
+            pids.collect::<Vec<i32>>()
+        })
+        .collect();
+    // What has ended has no command line.
+    let runs = |pid: &i32| {
+        let words = live.read(format!("proc/{pid}/cmdline"));
+        words.is_ok_and(|words| !words.is_empty())
+    };
+    let name = |pid: i32| {
+        Some(format!(
+            "{pid} ({})",
+            task::task(&live, pid, pid).ok()?.name
+        ))
+    };
+    pids.into_iter().filter(runs).filter_map(name).collect()
+}
+
+fn wait_until(child: &mut Child, until: Instant) -> io::Result<Option<std::process::ExitStatus>> {
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        if Instant::now() >= until {
+            return Ok(None);
+        }
+        std::thread::sleep(ENDED_INTERVAL);
     }
 }
 
@@ -128,6 +298,24 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert!(failed.ends_with(": exit status: 3: two"), "{failed}");
+    }
+
+    #[test]
+    fn what_runs_apart_is_bounded_and_holds_no_pipe() {
+        run_apart(Path::new("true"), &[], SOON).unwrap();
+        let began = Instant::now();
+        let why = |program: &str, args: &[&str], deadline| {
+            let ended = run_apart(Path::new(program), args, Duration::from_millis(deadline));
+            ended.unwrap_err().to_string()
+        };
+        assert_eq!(why("false", &[], 20_000), "false : exit status: 1");
+        assert_eq!(
+            why("sleep", &["1000"], 1200),
+            "sleep 1000: not done within 1.2 s; it was killed"
+        );
+        assert!(began.elapsed() < Duration::from_secs(10));
+        let gone = why("pinfold-no-such-program", &[], 20_000);
+        assert!(gone.contains("No such file or directory"), "{gone}");
     }
 
     #[test]

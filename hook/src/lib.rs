@@ -8,9 +8,12 @@
 use std::process::ExitCode;
 
 use pinfold_core::Host;
-use pinfold_core::state::Store;
+use pinfold_core::state::State;
 
+mod chain;
 mod checks;
+mod choice;
+mod claims;
 mod cli;
 mod commands;
 mod exec;
@@ -19,16 +22,29 @@ mod fixture;
 mod phases;
 mod reconcile;
 mod settings;
+mod snippet;
 mod state;
 mod steps;
 mod strays;
 
 pub use cli::Args;
+
+/// The programs of Pinfold. `pinfold` runs each by its name.
+pub const PROGRAMS: [&str; 8] = [
+    "hook",
+    "pin-vcpu",
+    "pin-irqs",
+    "pin-kthreads",
+    "cpu-hotplug",
+    "cg-slice",
+    "pci-reset",
+    "governor",
+];
 use state::reservation::Reservation;
 
-/// The command's whole run.
-pub fn main() -> ExitCode {
-    pinfold_core::cli::main(steps::TOOL, cli::run)
+/// The command's whole run. `commit` is that of the program, for `--version` and the report.
+pub fn main(commit: Option<&str>) -> ExitCode {
+    pinfold_core::cli::main(steps::TOOL, commit, |args| cli::run(args, commit))
 }
 
 /// Checks the text of a settings file as pre-start does, and resolves it for a guest without SMT:
@@ -47,10 +63,6 @@ pub fn check_settings(root: &Host, text: &str, source: &str) -> anyhow::Result<S
 /// # Errors
 /// Why it cannot be trusted.
 pub fn check_state(text: &str) -> anyhow::Result<String> {
-    let (reservations, baseline) = Store::<Reservation>::parse(text).map_err(anyhow::Error::msg)?;
-    Ok(Store::to_text(&reservations, &baseline)?)
+    let state = State::<Reservation>::parse(text).map_err(anyhow::Error::msg)?;
+    Ok(state.to_text()?)
 }
-
-#[cfg(test)]
-#[path = "../../core/tests/machine/mod.rs"]
-mod machine;

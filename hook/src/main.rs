@@ -1,5 +1,5 @@
 //! The program; see the library.
 
 fn main() -> std::process::ExitCode {
-    hook::main()
+    hook::main(option_env!("PINFOLD_COMMIT"))
 }

@@ -1,11 +1,13 @@
 //! What can still run on isolated CPUs.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use pinfold_core::knob::Value;
 use pinfold_core::state::Baseline;
-use pinfold_core::sys::{irq, task};
-use pinfold_core::{CpuSet, Host, Knob, Result, Setting, TaskId};
+use pinfold_core::sys::irq;
+use pinfold_core::sys::task::{self, Allowed, Processes};
+use pinfold_core::{CpuSet, CpuSetPool, Host, Knob, Result, Setting, TaskId};
 use serde::Serialize;
 
 /// Why something can run on an isolated CPU.
@@ -29,9 +31,32 @@ pub(crate) struct Stray {
     /// Why it can.
     pub class: Class,
     /// Its name.
-    pub object: String,
+    pub object: Arc<str>,
     /// The CPUs on which it can.
     pub cpus: CpuSet,
+}
+
+/// The threads of a VM's QEMU that hook has pinned to CPUs of the VM, with these: its vCPUs.
+///
+/// # Errors
+/// If /proc cannot be read.
+pub(crate) fn pinned_inside(
+    root: &Host,
+    baseline: &Baseline,
+    qemu: &TaskId,
+    own: &CpuSet,
+) -> Result<BTreeMap<TaskId, CpuSet>> {
+    let tasks = match task::tasks(root, qemu.pid) {
+        Err(error) if error.is_gone() => Vec::new(),
+        tasks => tasks?,
+    };
+    let pinned = tasks.into_iter().filter_map(|task| {
+        let last = baseline
+            .last(&Knob::Thread(task.id))
+            .and_then(Value::cpus)?;
+        last.is_subset(own).then(|| (task.id, last.clone()))
+    });
+    Ok(pinned.collect())
 }
 
 /// Lists what can run on `isolated`, except the `pinned` threads of VMs on their own CPUs.
@@ -45,25 +70,35 @@ pub(crate) fn strays(
     baseline: &Baseline,
 ) -> Result<Vec<Stray>> {
     let mut strays = Vec::new();
-    let mut see = |class, object: String, cpus: &CpuSet| {
+    let mut masks = CpuSetPool::default();
+    let mut see = |class, object: Arc<str>, cpus: &CpuSet| {
         let cpus = cpus & isolated;
         if !cpus.is_empty() {
             strays.push(Stray {
                 class,
                 object,
-                cpus,
+                cpus: masks.share(cpus),
             });
         }
     };
-    for pid in task::pids(root)? {
-        let tasks = match task::tasks(root, pid) {
+    let allowed = Allowed::among(root, isolated)?;
+    let processes = Processes::read(root)?;
+    for pid in processes.pids() {
+        let tids = match processes.tids(root, pid) {
             Err(error) if error.is_gone() => continue,
-            tasks => tasks?,
+            tids => tids?,
         };
-        for task in tasks {
-            let cpus = match task::affinity(root, &task.id) {
+        for tid in tids {
+            let found = allowed.of(pid, tid).and_then(|cpus| {
+                // Few threads may run there: only their names and flags are read.
+                let task = (!cpus.is_empty()).then(|| task::task(root, pid, tid));
+                Ok((cpus, task.transpose()?))
+            });
+            let (cpus, task) = match found {
                 Err(error) if error.is_gone() => continue,
-                cpus => cpus?,
+                Ok((_, None)) => continue,
+                Ok((cpus, Some(task))) => (cpus, task),
+                Err(error) => return Err(error),
             };
             let class = if task.bound {
                 Class::KernelBound
@@ -77,7 +112,7 @@ pub(crate) fn strays(
             };
             see(
                 class,
-                format!("{kind} {} ({})", task.id.tid, task.name),
+                format!("{kind} {} ({})", task.id.tid, task.name).into(),
                 &cpus,
             );
         }
@@ -98,7 +133,7 @@ pub(crate) fn strays(
         }
     }
     if let Some(Value::Cpus(cpus)) = Knob::Workqueues.read(root)? {
-        see(Class::Stray, Knob::Workqueues.to_string(), &cpus);
+        see(Class::Stray, Knob::Workqueues.to_string().into(), &cpus);
     }
     strays.sort_by(|a, b| {
         (a.class, a.cpus.first(), &a.object).cmp(&(b.class, b.cpus.first(), &b.object))

@@ -4,24 +4,10 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
 
-const KTHREADD: &str = "2 (kthreadd) S 0 0 0 0 -1 2129984 0 0 0 0 0 0 0 0 20 0 1 0 42 0 0 \
-    18446744073709551615 0 0 0 0 0 0 0 2147483647 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0\n";
-
-/// The files in this folder of each earlier version.
-fn frozen(folder: &str) -> Vec<PathBuf> {
-    let versions = Path::new(env!("CARGO_MANIFEST_DIR")).join("../core/tests/frozen");
-    let mut files: Vec<PathBuf> = fs::read_dir(versions)
-        .unwrap()
-        .flat_map(|version| fs::read_dir(version.unwrap().path().join(folder)).unwrap())
-        .map(|file| file.unwrap().path())
-        .collect();
-    files.sort();
-    assert!(!files.is_empty());
-    files
-}
+use pinfold_core::testutils::{assert_restored, frozen, thread, write};
 
 /// A host of 24 CPUs with kthreadd and without other processes or IRQs, and this state.
 fn host(state: &Path) -> tempfile::TempDir {
@@ -34,14 +20,11 @@ fn host(state: &Path) -> tempfile::TempDir {
         ("proc/irq/default_smp_affinity", "03f03f\n"),
         ("proc/sys/kernel/osrelease", "6.12.0\n"),
         ("proc/2/task/2/children", "\n"),
-        ("proc/2/stat", KTHREADD),
-        ("proc/2/task/2/stat", KTHREADD),
-        ("proc/2/task/2/status", "Cpus_allowed_list:\t0-5,12-17\n"),
     ] {
-        let path = host.path().join(path);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(path, text).unwrap();
+        write(host.path(), path, text);
     }
+    let no_fork_kthread = 0x0020_8040;
+    thread(host.path(), 2, 2, "kthreadd", "0-5,12-17", no_fork_kthread);
     let folder = host.path().join("run/pinfold");
     fs::create_dir_all(&folder).unwrap();
     fs::set_permissions(&folder, fs::Permissions::from_mode(0o700)).unwrap();
@@ -92,25 +75,6 @@ fn state_of_earlier_versions_is_read_and_settled() {
 
 #[test]
 fn files_of_earlier_versions_are_restored() {
-    let host = tempfile::tempdir().unwrap();
-    for file in frozen("saved") {
-        if !fs::read_to_string(&file)
-            .unwrap()
-            .contains("\"tool\": \"hook\"")
-        {
-            continue;
-        }
-        let args = ["step", "stat-interval", "--dry-run", "--restore"];
-        let output = hook(
-            host.path(),
-            &[&args[..], &[file.to_str().unwrap()]].concat(),
-        );
-        let stderr = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(
-            (output.status.code(), &*stderr),
-            (Some(0), ""),
-            "{}",
-            file.display()
-        );
-    }
+    let hook = env!("CARGO_BIN_EXE_hook");
+    assert_restored("hook", hook, &["step", "stat-interval"]);
 }

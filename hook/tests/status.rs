@@ -5,26 +5,19 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-#[path = "../../core/tests/machine/mod.rs"]
-mod machine;
+use pinfold_core::testutils::{container_conf, machine, vm_conf};
 
 /// A Ryzen 9 5900X with VM 100.
 fn host() -> tempfile::TempDir {
     let host = tempfile::tempdir().unwrap();
-    let machines = machine::all();
-    let (_, text) = machines.iter().find(|(name, _)| name == "5900x").unwrap();
-    machine::expand(text, host.path());
-    let confs = host.path().join("etc/pve/qemu-server");
-    fs::create_dir_all(&confs).unwrap();
-    fs::write(
-        confs.join("100.conf"),
-        "cores: 4\nhookscript: local:\x1b[31mred\x1b[0m\n",
-    )
-    .unwrap();
+    machine::expand(&machine::text("5900x"), host.path());
+    let conf = "cores: 4\nhookscript: local:\x1b[31mred\x1b[0m\n";
+    vm_conf(host.path(), 100, conf);
     host
 }
 
@@ -42,6 +35,7 @@ fn a_full_disk_is_a_failure() {
         "status --json",
         "layout",
         "layout --json",
+        "layout --map",
         "init 100 --print",
         "check 100",
         "plan 100",
@@ -59,13 +53,85 @@ fn a_full_disk_is_a_failure() {
     }
 }
 
+/// Monitoring has to tell what is wrong from what nobody could look at.
+#[test]
+fn what_cannot_be_read_has_an_exit_code_of_its_own() {
+    let run = |host: &Path, words: &str| {
+        let output = hook(host, words).output().unwrap();
+        let all = [output.stdout, output.stderr].concat();
+        (output.status.code(), String::from_utf8(all).unwrap())
+    };
+    let settings = "isolated = \"6-9\"\npins = \"auto\"\n";
+    for (unreadable, command, code) in [
+        ("", "status", 0),
+        ("", "check 100", 0),
+        ("", "check 101", 1),
+        ("run/pinfold/state.json", "status", 3),
+        ("run/pinfold/state.json", "status --json", 3),
+        ("proc/cmdline", "check 100", 3),
+        // It cannot be trusted, which every phase would refuse.
+        ("run/pinfold/state.json", "check 100", 1),
+        ("etc/pve/qemu-server/100.conf", "check 100", 3),
+        // An error that is sure comes before what is not.
+        ("proc/cmdline", "check 101", 1),
+    ] {
+        let host = host();
+        vm_conf(host.path(), 100, "cores: 4\n");
+        vm_conf(host.path(), 101, "cores: 99\n");
+        let path = host.path().join("etc/pinfold/100.toml");
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, settings).unwrap();
+        for (path, text) in [
+            ("sys/fs/cgroup/cgroup.controllers", "cpuset\n"),
+            ("proc/cmdline", "quiet\n"),
+        ] {
+            let path = host.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        for cpu in 1..24 {
+            let online = format!("sys/devices/system/cpu/cpu{cpu}/online");
+            fs::write(host.path().join(online), "1\n").unwrap();
+        }
+        if !unreadable.is_empty() {
+            // No user can read a folder as a file.
+            let path = host.path().join(unreadable);
+            let _ = fs::remove_file(&path);
+            fs::create_dir_all(&path).unwrap();
+        }
+        let (found, text) = run(host.path(), command);
+        assert_eq!(found, Some(code), "{unreadable}: {command}: {text}");
+        assert!(code != 3 || text.contains(unreadable), "{text}");
+    }
+}
+
+#[test]
+fn only_root_installs_and_removes() {
+    // The program where every user can run it.
+    let folder = tempfile::tempdir().unwrap();
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let program = folder.path().join("hook");
+    fs::copy(env!("CARGO_BIN_EXE_hook"), &program).unwrap();
+    for words in ["install 100", "remove 100", "remove --all"] {
+        let mut user = Command::new("setpriv");
+        user.args(["--reuid", "65534", "--regid", "65534", "--clear-groups"]);
+        let is_root = nix::unistd::geteuid().is_root();
+        let mut hook = if is_root { user } else { Command::new("env") };
+        let output = hook.arg(&program).args(words.split(' ')).output().unwrap();
+        assert_eq!(
+            String::from_utf8(output.stderr).unwrap(),
+            "hook: this needs root; -n prints the steps without it\n",
+            "{words}"
+        );
+        assert_eq!(output.status.code(), Some(1), "{words}");
+    }
+}
+
 /// Otherwise Proxmox VE would not start a VM because its log cannot be written.
 #[test]
 fn a_full_disk_does_not_fail_a_phase() {
     let host = host();
-    let containers = host.path().join("etc/pve/lxc");
-    fs::create_dir_all(&containers).unwrap();
-    fs::write(containers.join("200.conf"), "arch: amd64\n").unwrap();
+    container_conf(host.path(), 200, "arch: amd64\n");
     for words in [
         "200 pre-start --json",
         "200 post-stop --json",

@@ -30,12 +30,11 @@ pub fn expand(root: &Host, selectors: &[PciSelector]) -> Result<Vec<PciAddress>>
 /// the first free one.
 ///
 /// # Errors
-/// If the VM's settings cannot be read, or no device of a mapping is free.
-pub fn functions_of_vm(root: &Host, vmid: VmId) -> Result<Vec<PciAddress>> {
-    let entries = vm::conf(root, vmid)?.hostpci;
+/// If sysfs or the reservations cannot be read, or no device of a mapping is free.
+pub fn functions_of_vm(root: &Host, vmid: VmId, conf: &VmConf) -> Result<Vec<PciAddress>> {
     let reservations = vm::pci_claims(root)?;
     let mut functions = BTreeSet::new();
-    for entry in entries {
+    for entry in &conf.hostpci {
         if entry.mdev.is_some() || entry.keep_driver {
             continue;
         }
@@ -46,6 +45,26 @@ pub fn functions_of_vm(root: &Host, vmid: VmId) -> Result<Vec<PciAddress>> {
         });
     }
     Ok(functions.into_iter().collect())
+}
+
+/// The functions that a VM has and that keep their driver (`driver=keep`), which are not to be reset.
+///
+/// # Errors
+/// If sysfs cannot be read.
+pub fn kept(root: &Host, conf: &VmConf) -> Result<BTreeSet<PciAddress>> {
+    let mut kept = BTreeSet::new();
+    for entry in conf.hostpci.iter().filter(|entry| entry.keep_driver) {
+        match &entry.devices {
+            HostDevices::Addresses(selectors) => kept.extend(functions_of(root, selectors)?),
+            HostDevices::Mapping(id) => {
+                for device in vm::pci_mapping(root, id)? {
+                    kept.extend(functions_of(root, &device)?);
+                }
+            }
+            HostDevices::Refused(_) => {}
+        }
+    }
+    Ok(kept)
 }
 
 /// What Proxmox VE makes of a VM's `hostpciN` on this host.
@@ -220,7 +239,11 @@ mod tests {
         reservations: &str,
     ) -> std::result::Result<Vec<String>, String> {
         let dir = node(conf, mappings, reservations);
-        let found = functions_of_vm(&Host::new(dir.path()), "100".parse().unwrap());
+        let found = functions_of_vm(
+            &Host::new(dir.path()),
+            "100".parse().unwrap(),
+            &VmConf::parse(conf),
+        );
         let shown = |error: Error| {
             error
                 .to_string()

@@ -8,10 +8,11 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 
+use pinfold_core::knob::NO_DRIVER;
 use pinfold_core::sys::pci::{self, PciAddress};
 use pinfold_core::vm;
 use pinfold_core::vm::PciHolder;
-use pinfold_core::{Host, Result};
+use pinfold_core::{Host, Knob, Result};
 
 /// Has a link for each PCI function.
 const DEVICES: &str = "sys/bus/pci/devices";
@@ -77,8 +78,14 @@ impl InUse {
         root: &Host,
         removed_with: &BTreeMap<PciAddress, BTreeSet<PciAddress>>,
     ) -> Result<()> {
+        // Without root or a console there are no names in it.
+        let iomem = root
+            .read_value("proc/iomem")
+            .ok()
+            .flatten()
+            .unwrap_or_default();
         for (function, removed) in removed_with {
-            for reason in reasons_of_function(root, function)? {
+            for reason in reasons_of_function(root, function, &iomem)? {
                 for address in removed {
                     self.add(address, format!("{} {reason}", name(function, address)));
                 }
@@ -93,7 +100,11 @@ impl InUse {
         root: &Host,
         removed_with: &BTreeMap<PciAddress, BTreeSet<PciAddress>>,
     ) -> Result<()> {
-        let mut claims = vm::pci_claims(root)?;
+        let mut claims = match vm::pci_claims(root) {
+            // Only root and www-data can read it; what is listed without root is not reset.
+            Err(error) if error.is_denied() => return Ok(()),
+            claims => claims?,
+        };
         claims.retain(|claim| matches!(claim.holder, PciHolder::Pid(_)));
         for claim in claims {
             for address in removed_with.get(&claim.address).into_iter().flatten() {
@@ -216,7 +227,7 @@ fn name(function: &PciAddress, removed: &PciAddress) -> String {
 }
 
 /// What would be lost with a single function, as the end of a sentence.
-fn reasons_of_function(root: &Host, address: &PciAddress) -> Result<Vec<&'static str>> {
+fn reasons_of_function(root: &Host, address: &PciAddress, iomem: &str) -> Result<Vec<String>> {
     let path = |name: &str| format!("{DEVICES}/{address}/{name}");
     let is_set = |name: &str| {
         root.read_value(path(name))
@@ -224,16 +235,68 @@ fn reasons_of_function(root: &Host, address: &PciAddress) -> Result<Vec<&'static
     };
     let mut reasons = Vec::new();
     if is_set("boot_vga")? {
-        reasons.push("is the boot display");
+        let driver = Knob::PciDriver(address.to_string()).read(root)?;
+        let driver = driver.map_or_else(|| NO_DRIVER.into(), |driver| driver.to_string());
+        reasons.push(boot_display(&driver, framebuffer(iomem, address)));
     }
     // The PF makes its VFs: no rescan finds a VF again, and removing the PF removes its VFs.
     if root.exists(path("physfn")) {
-        reasons.push("is a virtual function, which a rescan does not bring back");
+        reasons.push("is a virtual function, which a rescan does not bring back".into());
     }
     if is_set("sriov_numvfs")? {
-        reasons.push("has virtual functions, which a rescan does not bring back");
+        reasons.push("has virtual functions, which a rescan does not bring back".into());
     }
     Ok(reasons)
+}
+
+/// The boot display, with what holds it and how to keep that off it.
+fn boot_display(driver: &str, framebuffer: Option<&str>) -> String {
+    let mut text = "is the boot display".to_owned();
+    if let Some(framebuffer) = framebuffer {
+        text += &format!(
+            ", and the kernel's framebuffer {framebuffer} holds it (to keep that off: \
+             initcall_blacklist=sysfb_init on the kernel's command line)"
+        );
+    }
+    if !["vfio-pci", NO_DRIVER].contains(&driver) {
+        text += &format!(
+            ", and the driver {driver} holds it (to keep that off: `softdep {driver} pre: vfio-pci` and \
+             `options vfio-pci ids=` in /etc/modprobe.d)"
+        );
+    }
+    text
+}
+
+/// The kernel's framebuffer (efifb, vesafb, simplefb) in a function's memory, as /proc/iomem names
+/// it: the firmware's framebuffer is `BOOTFB` until a driver takes it, and with simpledrm.
+fn framebuffer<'a>(iomem: &'a str, address: &PciAddress) -> Option<&'a str> {
+    const NAMES: [&str; 6] = [
+        "efifb",
+        "vesafb",
+        "simplefb",
+        "simpledrm",
+        "BOOTFB",
+        "vga16fb",
+    ];
+    let address = address.to_string();
+    // The depth of the function's memory, while what is within it is read.
+    let mut within = None;
+    for line in iomem.lines() {
+        let depth = line.len() - line.trim_start().len();
+        let Some((_, name)) = line.split_once(" : ") else {
+            continue;
+        };
+        if within.is_some_and(|outer| depth <= outer) {
+            within = None;
+        }
+        if within.is_some() && NAMES.contains(&name) {
+            return Some(name);
+        }
+        if name == address {
+            within = Some(depth);
+        }
+    }
+    None
 }
 
 /// Whether the text of an interface's `flags` says up; text that cannot be read counts as up, to be
@@ -437,7 +500,7 @@ fn is_claimed(root: &Host, name: &str) -> bool {
 struct Mount {
     /// Major and minor number of its device: `8:1`.
     number: String,
-    /// Where it is mounted.
+    /// Its mount point.
     target: String,
     /// What it is mounted from: `/dev/sda1`, a pool, anything.
     source: String,
@@ -733,6 +796,57 @@ mod tests {
             guards(&root, &nvme).unwrap(),
             ["nvme1n1 is mounted on /fast"]
         );
+    }
+
+    #[test]
+    fn what_holds_the_boot_display_is_named() {
+        let iomem = "00000000-00000fff : Reserved\n\
+            c0000000-dfffffff : PCI Bus 0000:00\n\
+            \x20 c0000000-cfffffff : PCI Bus 0000:01\n\
+            \x20   c0000000-cfffffff : 0000:01:00.0\n\
+            \x20     c0000000-c02fffff : BOOTFB\n\
+            \x20       c0000000-c02fffff : efifb\n\
+            \x20 d0000000-d0ffffff : 0000:02:00.0\n\
+            \x20   d0000000-d0000fff : nvidia\n\
+            \x20 d1000000-d1ffffff : efifb\n";
+        for (address, expected) in [
+            ("01:00.0", Some("BOOTFB")),
+            ("02:00.0", None),
+            ("03:00.0", None),
+        ] {
+            assert_eq!(framebuffer(iomem, &address.parse().unwrap()), expected);
+        }
+        let hidden = iomem.replace(|c: char| c.is_ascii_hexdigit(), "0");
+        assert_eq!(framebuffer(&hidden, &"01:00.0".parse().unwrap()), None);
+        for garbage in ["", "\n\n", "x", " : ", "0-1 : 0000:01:00.0"] {
+            assert_eq!(framebuffer(garbage, &"01:00.0".parse().unwrap()), None);
+        }
+
+        let (dir, root) = host();
+        let device = dir.path().join("sys/devices/pci0000:00/0000:00:04.0");
+        fs::write(device.join("boot_vga"), "1\n").unwrap();
+        let address: PciAddress = "00:04.0".parse().unwrap();
+        let told = |expected: &str| {
+            assert_eq!(
+                guards(&root, &address).unwrap(),
+                [format!("it is the boot display{expected}")]
+            );
+        };
+        let _ = fs::remove_file(device.join("driver"));
+        told("");
+        symlink("../../../bus/pci/drivers/vfio-pci", device.join("driver")).unwrap();
+        told("");
+        let memory = " d0000000-d0ffffff : 0000:00:04.0\n  d0000000-d0000fff : efifb\n";
+        fs::write(dir.path().join("proc/iomem"), memory).unwrap();
+        let framebuffer = ", and the kernel's framebuffer efifb holds it (to keep that off: \
+                           initcall_blacklist=sysfb_init on the kernel's command line)";
+        told(framebuffer);
+        fs::remove_file(device.join("driver")).unwrap();
+        symlink("../../../bus/pci/drivers/amdgpu", device.join("driver")).unwrap();
+        told(&format!(
+            "{framebuffer}, and the driver amdgpu holds it (to keep that off: \
+             `softdep amdgpu pre: vfio-pci` and `options vfio-pci ids=` in /etc/modprobe.d)"
+        ));
     }
 
     #[test]

@@ -13,8 +13,8 @@ use clap::{ArgGroup, Parser};
 use pinfold_core::cli::{self, Common};
 use pinfold_core::state::save::{self, Entry};
 use pinfold_core::sys::pci::{self, PciAddress, PciSelector};
-use pinfold_core::vm::VmId;
-use pinfold_core::{Applied, Exit, Host, Outcome, Report, Result, Table};
+use pinfold_core::vm::{self, VmId};
+use pinfold_core::{Applied, Exit, Host, Knob, Outcome, Report, Result, Table};
 
 mod devices;
 mod in_use;
@@ -22,16 +22,20 @@ mod reset;
 
 use in_use::InUse;
 
-pub use devices::{PassedThrough, expand, functions_of, functions_of_vm, passed_through};
-pub use reset::{check, plan, reset};
+pub use devices::{PassedThrough, expand, functions_of, functions_of_vm, kept, passed_through};
+pub use reset::{check, obstacles, plan, reset};
 
 const TOOL: &str = "pci-reset";
+
+/// How long functions may take to disappear, and then to come back, in seconds.
+pub const DEFAULT_DEADLINE: u64 = 10;
 
 /// Remove PCI functions and rescan the bus, which resets them
 ///
 /// A function that is in use is not removed: one behind a mounted filesystem, swap or a network
 /// interface that is up, the boot display, or one of a running VM. At the end, functions that did
-/// not come back are listed.
+/// not come back are listed. --list prints the ways in which the kernel can reset each function
+/// itself (its reset_method), which `reset_pci` in hook's settings can choose instead.
 #[derive(Debug, Parser)]
 #[command(name = TOOL, version, after_help = cli::EXIT_CODES)]
 #[command(group(ArgGroup::new("what").required(true).multiple(true).args(["vmid", "device", "list", "restore"])))]
@@ -48,16 +52,22 @@ pub struct Args {
     force: bool,
 
     /// How long to wait for functions to disappear, and then to come back
-    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_DEADLINE)]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..=3600))]
     deadline: u64,
 
     #[command(flatten)]
     common: Common,
 }
 
-/// Runs the command.
-pub fn main() -> ExitCode {
-    cli::main(TOOL, run)
+/// Whether a knob is one that this tool sets.
+fn is_own(knob: &Knob) -> bool {
+    matches!(knob, Knob::PciFunction(_) | Knob::PciDriver(_))
+}
+
+/// Runs the command. `commit` is that of the program, for `--version`.
+pub fn main(commit: Option<&str>) -> ExitCode {
+    cli::main(TOOL, commit, run)
 }
 
 fn run(args: Args) -> anyhow::Result<Exit> {
@@ -70,11 +80,11 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     } = args;
     let root = common.output.root();
     let mut report = common.output.report(TOOL);
-    if let Some(exit) = common.restore(&root, &mut report, TOOL)? {
+    if let Some(exit) = common.restore(&root, &mut report, TOOL, is_own)? {
         return Ok(exit);
     }
     let functions = match vmid {
-        Some(vmid) => functions_of_vm(&root, vmid)?,
+        Some(vmid) => functions_of_vm(&root, vmid, &vm::conf(&root, vmid)?)?,
         None if device.is_empty() => pci::addresses(&root)?,
         None => expand(&root, &device)?,
     };
@@ -86,8 +96,9 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     }
     if common.list {
         if cli::check_root(&root).is_err() {
-            report
-                .note("without root, disks used by ZFS and other exclusive users are not detected");
+            report.note(
+                "without root, devices reserved for VMs and disks used by ZFS and other exclusive users are not detected",
+            );
         }
         return Ok(cli::listed(&mut report, &list(&root, &functions)?));
     }
@@ -141,7 +152,14 @@ fn dry_run(root: &Host, functions: &[PciAddress], report: &mut Report) -> Exit {
 }
 
 fn list(root: &Host, functions: &[PciAddress]) -> Result<Table> {
-    let mut table = Table::new(&["address", "class", "id", "driver", "guarded by"]);
+    let mut table = Table::new(&[
+        "address",
+        "class",
+        "id",
+        "driver",
+        "reset methods",
+        "guarded by",
+    ]);
     let in_use = InUse::read(root, functions)?;
     for address in functions {
         let found = match pci::function(root, *address) {
@@ -154,6 +172,7 @@ fn list(root: &Host, functions: &[PciAddress]) -> Result<Table> {
             format!("{:06x}", found.class),
             format!("{:04x}:{:04x}", found.vendor, found.device),
             found.driver.unwrap_or_default(),
+            pci::reset_methods(root, address)?.join(" "),
             in_use.reasons(address).join("; "),
         ]);
     }

@@ -1,5 +1,5 @@
 //! See the library: pci-reset is its whole.
 
 fn main() -> std::process::ExitCode {
-    pci_reset::main()
+    pci_reset::main(option_env!("PINFOLD_COMMIT"))
 }

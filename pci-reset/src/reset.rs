@@ -39,6 +39,18 @@ pub fn check(root: &Host, functions: &[PciAddress]) -> Result<()> {
     Ok(())
 }
 
+/// What prevents functions from being removed: each with all reasons against it.
+///
+/// # Errors
+/// If /proc or sysfs cannot be read.
+pub fn obstacles(root: &Host, functions: &[PciAddress]) -> Result<Vec<(PciAddress, String)>> {
+    let in_use = InUse::read(root, functions)?;
+    let reasons = functions
+        .iter()
+        .map(|address| (*address, in_use.reasons(address).join("; ")));
+    Ok(reasons.filter(|(_, reasons)| !reasons.is_empty()).collect())
+}
+
 /// The removals, the last function first, so that functions behind a bridge go before it.
 pub fn plan(root: &Host, functions: &[PciAddress]) -> Vec<Change> {
     let mut functions: Vec<_> = functions
@@ -309,7 +321,9 @@ mod tests {
     impl Kernel {
         fn start(siblings: &'static [&'static str], lost: &'static [&'static str]) -> Self {
             let dir = tempfile::tempdir().unwrap();
-            ALL.iter().for_each(|address| add(dir.path(), address));
+            for address in ALL {
+                add(dir.path(), address);
+            }
             fs::write(dir.path().join("sys/bus/pci/rescan"), "").unwrap();
             fs::create_dir_all(dir.path().join("proc/self")).unwrap();
             fs::write(dir.path().join("proc/self/mountinfo"), "").unwrap();
@@ -335,9 +349,9 @@ mod tests {
                         log.push("rescan".into());
                         fs::write(&rescan, "").unwrap();
                         thread::sleep(INTERVAL);
-                        ALL.iter()
-                            .filter(|address| !lost.contains(address))
-                            .for_each(|address| add(&base, address));
+                        for address in ALL.iter().filter(|address| !lost.contains(address)) {
+                            add(&base, address);
+                        }
                     }
                     thread::sleep(INTERVAL / 10);
                 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use pinfold_core::sys::irq;
-use pinfold_core::{Host, Knob, Result, Setting};
+use pinfold_core::{CpuSetPool, Host, Knob, Result, Setting};
 
 /// The default mask and then every IRQ: an IRQ that appears in between starts with the new mask.
 ///
@@ -43,9 +43,11 @@ impl Irqs {
     /// If /proc/irq or /proc/interrupts cannot be read. IRQs that go meanwhile are left out.
     pub fn settings(&mut self, root: &Host) -> Result<Vec<Setting>> {
         let mut objects = Vec::new();
+        let mut masks = CpuSetPool::default();
         for number in self.numbers(root)? {
             let knob = Knob::Irq(number);
-            if let Some(found) = knob.read(root)? {
+            if let Some(mut found) = knob.read(root)? {
+                found.share(&mut masks);
                 objects.push(Setting::new(knob, self.label(number), found));
             }
         }
@@ -99,7 +101,8 @@ mod tests {
         let mut irqs = Irqs::default();
         let mut labels = || -> Vec<String> {
             let objects = irqs.settings(&root).unwrap();
-            objects.into_iter().map(|object| object.label).collect()
+            let labels = objects.into_iter().map(|object| object.label.to_string());
+            labels.collect()
         };
         add(1, "CPU0\n 1: 0 IO-APIC 1-edge i8042\n");
         assert_eq!(labels(), ["IRQ 1 (i8042)"]);

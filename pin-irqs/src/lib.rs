@@ -42,9 +42,14 @@ pub struct Args {
     common: Common,
 }
 
-/// Runs the command.
-pub fn main() -> ExitCode {
-    cli::main(TOOL, run)
+/// Whether a knob is one that this tool sets.
+fn is_own(knob: &Knob) -> bool {
+    matches!(knob, Knob::Irq(_) | Knob::DefaultIrq)
+}
+
+/// Runs the command. `commit` is that of the program, for `--version`.
+pub fn main(commit: Option<&str>) -> ExitCode {
+    cli::main(TOOL, commit, run)
 }
 
 fn run(args: Args) -> anyhow::Result<Exit> {
@@ -62,7 +67,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
             &list(&root, &args.filter, unmovable.as_ref())?,
         ));
     }
-    if let Some(exit) = args.common.restore(&root, &mut report, TOOL)? {
+    if let Some(exit) = args.common.restore(&root, &mut report, TOOL, is_own)? {
         return Ok(exit);
     }
     let cpus = args
@@ -184,9 +189,9 @@ mod tests {
                 &FilterArgs::default(),
                 unmovable(&root).unwrap().as_ref(),
             )
-            .unwrap()
-            .to_json();
-            table
+            .unwrap();
+            serde_json::to_value(table.to_json())
+                .unwrap()
                 .as_array()
                 .unwrap()
                 .iter()

@@ -15,7 +15,7 @@ use pinfold_core::cli::{self, Common};
 use pinfold_core::sys::cpu;
 use pinfold_core::sys::task::{self, KTHREADD, Task};
 use pinfold_core::{
-    Applied, CpuSet, Error, Exit, Host, Knob, Outcome, Result, Selector, Setting, Table,
+    Applied, CpuSet, CpuSetPool, Error, Exit, Host, Knob, Outcome, Result, Selector, Setting, Table,
 };
 
 const TOOL: &str = "pin-kthreads";
@@ -51,9 +51,14 @@ struct Kthreads {
     bound: Vec<Task>,
 }
 
-/// Runs the command.
-pub fn main() -> ExitCode {
-    cli::main(TOOL, run)
+/// Whether a knob is one that this tool sets.
+fn is_own(knob: &Knob) -> bool {
+    matches!(knob, Knob::Kthread(_) | Knob::Workqueues)
+}
+
+/// Runs the command. `commit` is that of the program, for `--version`.
+pub fn main(commit: Option<&str>) -> ExitCode {
+    cli::main(TOOL, commit, run)
 }
 
 fn run(args: Args) -> anyhow::Result<Exit> {
@@ -62,7 +67,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     if args.common.list {
         return Ok(cli::listed(&mut report, &list(&root, &args.filter)?));
     }
-    if let Some(exit) = args.common.restore(&root, &mut report, TOOL)? {
+    if let Some(exit) = args.common.restore(&root, &mut report, TOOL, is_own)? {
         return Ok(exit);
     }
     let cpus = args
@@ -112,12 +117,27 @@ impl Threads {
         self.known = tasks.into_iter().map(|task| (task.id.pid, task)).collect();
         Ok(movable)
     }
+
+    /// The threads that may be moved and that were not there at the last look; only these are read.
+    ///
+    /// # Errors
+    /// As [`settings`](Self::settings).
+    pub fn newborns(&mut self, root: &Host) -> Result<Vec<Setting>> {
+        let mut tasks = kthreads(root, &self.known)?;
+        tasks.retain(|task| !self.known.contains_key(&task.id.pid));
+        let Kthreads { mut movable, .. } = chosen(root, &FilterArgs::default(), &tasks)?;
+        movable.retain(|setting| setting.knob != Knob::Workqueues);
+        self.known
+            .extend(tasks.into_iter().map(|task| (task.id.pid, task)));
+        Ok(movable)
+    }
 }
 
 /// The kernel threads that the options choose.
 fn chosen(root: &Host, filter: &FilterArgs, tasks: &[Task]) -> Result<Kthreads> {
     let mut matcher = filter.filter();
     let mut kthreads = Kthreads::default();
+    let mut masks = CpuSetPool::default();
     for task in tasks {
         if !is_chosen(&mut matcher, task) {
             continue;
@@ -125,9 +145,8 @@ fn chosen(root: &Host, filter: &FilterArgs, tasks: &[Task]) -> Result<Kthreads> 
         if task.bound {
             kthreads.bound.push(task.clone());
         } else if let Some(cpus) = affinity(root, task)? {
-            kthreads
-                .movable
-                .push(Setting::new(Knob::Kthread(task.id), label(task), cpus));
+            let (knob, cpus) = (Knob::Kthread(task.id), masks.share(cpus));
+            kthreads.movable.push(Setting::new(knob, label(task), cpus));
         }
     }
     kthreads.movable.extend(workqueues(root, &mut matcher)?);
@@ -202,7 +221,7 @@ fn list(root: &Host, filter: &FilterArgs) -> Result<Table> {
     if let Some(mask) = workqueues(root, &mut matcher)? {
         table.row([
             WORKQUEUES.into(),
-            mask.label,
+            mask.label.to_string(),
             mask.found.to_string(),
             String::new(),
             "movable".into(),

@@ -7,22 +7,18 @@
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 
 use std::process::ExitCode;
-use std::time::Duration;
 
 use clap::{ArgGroup, Parser};
 use pinfold_core::cli::{self, Common};
 use pinfold_core::sys::cpu;
-use pinfold_core::vm::{self, Qemu, VmId};
-use pinfold_core::{Exit, Host, Selector, Table};
+use pinfold_core::vm::{self, Qemu, VmId, qmp};
+use pinfold_core::{Exit, Host, Knob, Selector, Table};
 
 mod pins;
 
 pub use pins::{Asked, IothreadPin, Pins, VcpuPin, plan, setting};
 
 const TOOL: &str = "pin-vcpu";
-
-/// The longest wait for QEMU's monitor, over all tries; after that names from /proc are used.
-const MONITOR_BUDGET: Duration = Duration::from_secs(5);
 
 /// Pin a VM's threads by their roles: vCPUs, iothreads, emulator
 ///
@@ -31,7 +27,8 @@ const MONITOR_BUDGET: Duration = Duration::from_secs(5);
 /// llc:1; see `hook layout`.
 #[derive(Debug, Parser)]
 #[command(name = TOOL, version, after_help = cli::EXIT_CODES)]
-#[command(group(ArgGroup::new("what").required(true).multiple(true).args(["vcpu", "iothread", "emulator", "list", "restore"])))]
+#[command(group(ArgGroup::new("what").required(true).multiple(true)
+    .args(["vcpu", "iothread", "emulator", "list", "restore"])))]
 pub struct Args {
     /// The VM's number
     #[arg(required_unless_present_any = ["pid", "restore"])]
@@ -57,9 +54,14 @@ pub struct Args {
     common: Common,
 }
 
-/// Runs the command.
-pub fn main() -> ExitCode {
-    cli::main(TOOL, run)
+/// Whether a knob is one that this tool sets.
+fn is_own(knob: &Knob) -> bool {
+    matches!(knob, Knob::Thread(_))
+}
+
+/// Runs the command. `commit` is that of the program, for `--version`.
+pub fn main(commit: Option<&str>) -> ExitCode {
+    cli::main(TOOL, commit, run)
 }
 
 fn run(args: Args) -> anyhow::Result<Exit> {
@@ -73,7 +75,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     } = args;
     let root = common.output.root();
     let mut report = common.output.report(TOOL);
-    if let Some(exit) = common.restore(&root, &mut report, TOOL)? {
+    if let Some(exit) = common.restore(&root, &mut report, TOOL, is_own)? {
         return Ok(exit);
     }
     let asked = match Asked::new(vcpu, iothread, emulator) {
@@ -88,7 +90,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         cpu::check_online(&root, cpus)?;
     }
     let qemu = find(&root, vmid, pid)?;
-    let found = vm::threads(&root, &qemu, MONITOR_BUDGET)?;
+    let found = vm::threads(&root, &qemu, qmp::DEFAULT_BUDGET)?;
     for note in &found.notes {
         report.note(note);
     }

@@ -1,4 +1,4 @@
-//! Which role goes to which CPUs, and the changes that take it there.
+//! The CPUs of each role, and the changes that pin its threads.
 
 use std::collections::BTreeMap;
 use std::str::FromStr;
@@ -7,7 +7,7 @@ use pinfold_core::selector::{Resolver, SelectorError};
 use pinfold_core::vm::{QemuThread, Role};
 use pinfold_core::{Change, CpuSet, Error, Host, Knob, Result, Selector, Setting};
 
-/// `N=CPUS`: a vCPU and where it may run.
+/// `N=CPUS`: a vCPU and its CPUs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VcpuPin {
     /// The vCPU's number.
@@ -26,7 +26,8 @@ impl FromStr for VcpuPin {
         let is_number = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
         let vcpu = is_number.then(|| number.parse().ok()).flatten();
         Ok(Self {
-            vcpu: vcpu.ok_or_else(|| format!("{number:?} is no vCPU's number; write as in 0=6"))?,
+            vcpu: vcpu
+                .ok_or_else(|| format!("{number:?} is not a vCPU number; write as in 0=6"))?,
             cpus: cpus
                 .parse()
                 .map_err(|error: SelectorError| error.to_string())?,
@@ -34,7 +35,7 @@ impl FromStr for VcpuPin {
     }
 }
 
-/// `[ID=]CPUS`: an iothread, or all of them, and where they may run.
+/// `[ID=]CPUS`: an iothread, or all of them, and their CPUs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IothreadPin {
     /// The iothread's id; `None` stands for all that no other pin names.
@@ -61,7 +62,7 @@ impl FromStr for IothreadPin {
     }
 }
 
-/// Where a VM's threads shall run, as it was typed: each thread at most once.
+/// The CPUs of a VM's threads as typed, each thread at most once.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Asked {
     vcpus: BTreeMap<usize, Selector>,
@@ -73,7 +74,7 @@ impl Asked {
     /// Puts pins together.
     ///
     /// # Errors
-    /// In words, where one thread is pinned twice.
+    /// A message if a thread is pinned twice.
     pub fn new(
         vcpus: Vec<VcpuPin>,
         iothreads: Vec<IothreadPin>,
@@ -119,7 +120,7 @@ impl Asked {
     }
 }
 
-/// Where a VM's threads shall run; roles that are not in it stay as they are.
+/// The CPUs of a VM's threads by role; roles that are not in it are not changed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Pins {
     /// By vCPU number.
@@ -139,7 +140,7 @@ impl Pins {
             .chain(&self.emulator)
     }
 
-    /// The CPUs for a role; `None` where it stays as it is.
+    /// The CPUs of a role; `None` if it is not changed.
     pub fn of(&self, role: &Role) -> Option<&CpuSet> {
         match role {
             Role::Vcpu(number) => self.vcpus.get(number),
@@ -152,7 +153,7 @@ impl Pins {
     }
 }
 
-/// A thread as something that can be set.
+/// The setting of a thread's CPUs.
 pub fn setting(thread: &QemuThread) -> Setting {
     let tid = thread.id.tid;
     let label = match &thread.role {
@@ -166,7 +167,7 @@ pub fn setting(thread: &QemuThread) -> Setting {
 /// foremost, so that workers born meanwhile have its pin already.
 ///
 /// # Errors
-/// [`Error::Unusable`] where there is no such vCPU or iothread, naming those there are.
+/// [`Error::Unusable`] if there is no such vCPU or iothread, with those that exist.
 pub fn plan(threads: &[QemuThread], pins: &Pins) -> Result<Vec<Change>> {
     let numbers: CpuSet = vcpu_numbers(threads).collect();
     if let Some(vcpu) = pins.vcpus.keys().find(|vcpu| !numbers.contains(**vcpu)) {

@@ -62,7 +62,7 @@ impl FromStr for Pattern {
                     .last()
                     .unwrap_or_default()
                     .trim_start_matches("error: ");
-                format!("\"{text}\" is no regular expression: {reason}")
+                format!("\"{text}\" is not a regular expression: {reason}")
             })?;
             Kind::Name(name)
         };
@@ -134,7 +134,7 @@ impl Filter<'_> {
         asked && !self.select.except.iter().any(matches)
     }
 
-    /// Makes sure that every `--only` has matched something: one that has not is a slip of the pen.
+    /// Checks that every `--only` has matched something: one that has not is a slip of the pen.
     ///
     /// # Errors
     /// [`Error::Unusable`] naming the first that has not; `what` are the objects (`IRQ`).
@@ -231,7 +231,7 @@ mod tests {
         for (only, message) in [
             ("nmve", "--only nmve: no such IRQ; see --list"),
             ("2", "--only 2: no such IRQ; see --list"),
-            ("(", "\"(\" is no regular expression: unclosed group"),
+            ("(", "\"(\" is not a regular expression: unclosed group"),
             (
                 "",
                 "an empty pattern would match everything; leave the option out for that",

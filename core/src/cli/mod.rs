@@ -16,8 +16,8 @@ use self::report::{Exit, Report, Verbosity};
 use self::terminal::err;
 use crate::error::Error;
 use crate::host::Host;
-use crate::knob::{Applied, Change, Outcome, apply_each};
-use crate::state::save::{self, Entry};
+use crate::knob::{Applied, Change, Knob, Outcome, apply_each};
+use crate::state::save::{self, Entry, Restorable};
 use crate::text::printable;
 
 /// The options that every tool has.
@@ -173,25 +173,34 @@ impl Common {
         Ok(())
     }
 
-    /// Carries out `--restore`; `None` if it was not given.
+    /// Carries out `--restore`; `None` if it was not given. `is_own` is true for the knobs that this
+    /// tool sets.
     ///
     /// # Errors
-    /// If the file was not saved by this tool, or cannot be removed at the end.
+    /// If others can write the file, it was not saved by this tool or has other knobs, or it cannot
+    /// be removed at the end.
     pub fn restore(
         &self,
         root: &Host,
         report: &mut Report,
         tool: &str,
+        is_own: impl Fn(&Knob) -> bool,
     ) -> anyhow::Result<Option<Exit>> {
         let Some(path) = &self.restore else {
             return Ok(None);
         };
-        let entries = save::read(path, tool)?;
+        let Restorable { entries, newer } = save::read(path, tool, is_own)?;
         if !self.dry_run {
             check_root(root)?;
         }
         let dones = save::restore(root, entries, self.dry_run);
         report.changes(&dones);
+        if let Some(newer) = newer {
+            report.left(&format!(
+                "{}: kept, since only a later version of {tool} can restore the rest: {newer}",
+                path.display()
+            ));
+        }
         if report.failures() == 0 && !self.dry_run {
             save::remove(path)?;
         }
@@ -218,9 +227,20 @@ pub fn listed(report: &mut Report, table: &Table) -> Exit {
     report.exit(Exit::Success)
 }
 
-/// A tool's run: parses the command line, runs it, prints an error once, and returns the exit code. A [`clap::Error`] that `run` returns is an error of the command line too.
-pub fn main<A: Parser>(tool: &str, run: impl FnOnce(A) -> anyhow::Result<Exit>) -> ExitCode {
-    let args = match A::try_parse() {
+/// A tool's run: parses the command line, runs it, prints an error once, and returns the exit code.
+/// `commit` is what the program was built from, for `--version`. A [`clap::Error`] that `run`
+/// returns is an error of the command line too.
+pub fn main<A: Parser>(
+    tool: &str,
+    commit: Option<&str>,
+    run: impl FnOnce(A) -> anyhow::Result<Exit>,
+) -> ExitCode {
+    // clap wants a text that lives as long as the program.
+    let command = A::command().version(&*version(commit).leak());
+    let parsed = command.clone().try_get_matches().and_then(|matches| {
+        A::from_arg_matches(&matches).map_err(|error| error.format(&mut command.clone()))
+    });
+    let args = match parsed {
         Ok(args) => args,
         Err(error) => return refused(&error),
     };
@@ -229,11 +249,31 @@ pub fn main<A: Parser>(tool: &str, run: impl FnOnce(A) -> anyhow::Result<Exit>) 
         Err(error) => match error.downcast_ref::<clap::Error>() {
             Some(usage) => refused(usage),
             None => {
-                err(&format!("{tool}: {}\n", printable(&in_words(&error))));
+                print_error(tool, &error);
                 Exit::Failed.into()
             }
         },
     }
+}
+
+/// A program's version with its commit and kind of build, as `--version` prints it.
+pub fn version(commit: Option<&str>) -> String {
+    let build = if cfg!(debug_assertions) {
+        "debug"
+    } else {
+        "release"
+    };
+    let commit = commit
+        .filter(|commit| !commit.is_empty())
+        .map_or("unknown commit".to_owned(), |commit| {
+            format!("commit {commit}")
+        });
+    format!("{} ({commit}, {build} build)", env!("CARGO_PKG_VERSION"))
+}
+
+/// Prints an error with its causes.
+pub fn print_error(tool: &str, error: &anyhow::Error) {
+    err(&format!("{tool}: {}\n", printable(&in_words(error))));
 }
 
 /// Prints what clap returns instead of arguments: an error, help or the version.
@@ -271,6 +311,19 @@ Exit codes:
 mod tests {
     use super::*;
     use anyhow::Context;
+
+    #[test]
+    fn a_version_names_commit_and_build() {
+        for (commit, shown) in [
+            (Some("1a2b3c-dirty"), "(commit 1a2b3c-dirty, debug build)"),
+            (Some(""), "(unknown commit, debug build)"),
+            (None, "(unknown commit, debug build)"),
+        ] {
+            let version = version(commit);
+            assert_eq!(version.split_once(' ').unwrap().1, shown);
+            assert!(version.starts_with(env!("CARGO_PKG_VERSION")));
+        }
+    }
 
     #[test]
     fn the_systems_message_is_printed_once() {

@@ -5,15 +5,16 @@ use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 use std::time::Instant;
 
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::table::Table;
-use super::terminal::{err, print};
+use super::terminal::{Each, err, print, print_json, print_json_array};
 
 use crate::knob::{Applied, Change, Outcome};
 use crate::text::printable;
 
-/// The exit codes, the same in every tool (as util-linux's chcpu).
+/// The exit codes, the same in every tool (as util-linux's chcpu), but for [`Exit::Unknown`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Exit {
@@ -23,6 +24,8 @@ pub enum Exit {
     Failed = 1,
     /// The command line is wrong.
     Usage = 2,
+    /// A command that looks could not.
+    Unknown = 3,
     /// Some items failed and some were done.
     Partial = 64,
 }
@@ -117,8 +120,9 @@ impl Report {
         }
     }
 
-    /// The same, for a run whose output is a log: a run that did its work succeeds even if the log
-    /// could not be written.
+    /// The same, for a run whose output is a log: all of it goes to stderr, line by line, as things
+    /// happen. Whoever reads two pipes would see the lines of one after those of the other. A run
+    /// that did its work succeeds even if the log could not be written.
     pub fn for_log(mut self) -> Self {
         self.is_log = true;
         self
@@ -126,7 +130,11 @@ impl Report {
 
     /// Writes to stdout. The run goes on if that fails, and ends with a failure.
     fn print(&self, text: &str) {
-        if let Err(error) = print(text) {
+        self.printed(print(text));
+    }
+
+    fn printed(&self, printed: anyhow::Result<()>) {
+        if let Err(error) = printed {
             self.unprinted.borrow_mut().get_or_insert(error.to_string());
         }
     }
@@ -152,6 +160,10 @@ impl Report {
             return;
         }
         let line = format!("{}\n", printable(text));
+        if self.is_log {
+            self.flush();
+            return err(&line);
+        }
         let Some(held) = &self.held else {
             self.flush();
             return self.print(&line);
@@ -220,6 +232,13 @@ impl Report {
         self.failed += 1;
     }
 
+    /// As [`error`](Self::error), about what a run leaves that did the rest: its exit code is
+    /// [`Partial`](Exit::Partial), not [`Failed`](Exit::Failed).
+    pub fn left(&mut self, text: &str) {
+        self.error(text);
+        self.done += 1;
+    }
+
     /// Names the step that the changes to come belong to. One line per step is then printed, by
     /// [`summary`](Self::summary), and one per change only with `-v`.
     pub fn step(&mut self, step: &'static str) {
@@ -248,6 +267,11 @@ impl Report {
     /// The steps so far; with `json` those of their changes are kept too.
     pub fn steps(&self) -> &[Step] {
         &self.steps
+    }
+
+    /// As [`steps`](Self::steps), with which this report then begins anew.
+    pub fn take_steps(&mut self) -> Vec<Step> {
+        std::mem::take(&mut self.steps)
     }
 
     /// How long each step took in seconds, in order; the last until now.
@@ -282,10 +306,16 @@ impl Report {
     pub fn table(&self, table: &Table) {
         self.flush();
         if self.json {
-            self.print(&format!("{:#}\n", table.to_json()));
+            self.printed(print_json_array(&table.to_json()));
         } else {
             self.print(&table.to_text());
         }
+    }
+
+    /// Complete lines that may have colours, to stdout.
+    pub fn drawing(&self, text: &str) {
+        self.flush();
+        self.print(text);
     }
 
     /// Something that was done and is not a change of a knob (a VM started), for the exit code.
@@ -365,14 +395,16 @@ impl Report {
                 .iter()
                 .flat_map(|step| step.changes.iter().map(|done| (Some(step.name), done)));
             let changes = self.changes.iter().map(|done| (None, done)).chain(of_steps);
-            let changes: Vec<Value> = changes
-                .map(|(step, done)| applied_to_json(step, done))
-                .collect();
-            let report = json!({
-                "tool": self.tool, "steps": steps, "changes": changes, "notes": self.notes,
-                "refused": self.refused, "failed": self.failed, "exit_code": exit as u8,
-            });
-            self.print(&format!("{report:#}\n"));
+            let changes = changes.map(|(step, done)| applied_to_json(step, done));
+            self.printed(print_json(&InJson {
+                changes: Each(|| changes.clone()),
+                exit_code: exit as u8,
+                failed: self.failed,
+                notes: &self.notes,
+                refused: self.refused,
+                steps,
+                tool: self.tool,
+            }));
         }
         self.exit(exit)
     }
@@ -381,6 +413,26 @@ impl Report {
     pub fn failures(&self) -> usize {
         self.failed
     }
+
+    /// Leaves all failures but the first `earlier` out of the exit code: they were reported, and
+    /// concern something that this run is not for. Returns how many.
+    pub fn leave_out_failures(&mut self, earlier: usize) -> usize {
+        let left_out = self.failed.saturating_sub(earlier);
+        self.failed -= left_out;
+        left_out
+    }
+}
+
+/// What [`Report::finish`] prints for programs.
+#[derive(Serialize)]
+struct InJson<'a, C: Serialize> {
+    changes: C,
+    exit_code: u8,
+    failed: usize,
+    notes: &'a [String],
+    refused: usize,
+    steps: Vec<Value>,
+    tool: &'static str,
 }
 
 /// A change and what became of it, for programs.
@@ -441,6 +493,19 @@ mod tests {
     }
 
     #[test]
+    fn failures_that_are_left_out_do_not_count() {
+        let mut report = Report::new("test", Verbosity::Quiet, false);
+        let failed = || done(Outcome::Failed("EIO".into()));
+        report.changes(&[failed()]);
+        let earlier = report.failures();
+        report.changes(&[failed(), done(Outcome::Changed), failed()]);
+        assert_eq!(report.leave_out_failures(earlier), 2);
+        assert_eq!(report.finish(), Exit::Partial);
+        assert_eq!(report.leave_out_failures(0), 1);
+        assert_eq!(report.finish(), Exit::Success);
+    }
+
+    #[test]
     fn progress_is_for_people_at_a_terminal() {
         let report = |verbosity, json, terminal: bool| {
             let mut report = Report::new("test", verbosity, json);
@@ -481,7 +546,8 @@ mod tests {
             table.to_text(),
             "IRQ  NAME   LAST CPU\n4    ttyS0  1\n128         2\n"
         );
-        assert_eq!(table.to_json()[1]["irq"], "128");
-        assert_eq!(table.to_json()[1]["last_cpu"], "2");
+        let json = json!(table.to_json());
+        assert_eq!(json[1]["irq"], "128");
+        assert_eq!(json[1]["last_cpu"], "2");
     }
 }

@@ -1,7 +1,9 @@
 //! Tables, as text and as JSON.
 
+use serde::Serialize;
 use serde_json::{Map, Value};
 
+use super::terminal::{Each, JSON_VERSION};
 use crate::text::printable;
 
 /// A list for `--list`: columns for people, an array of objects for programs.
@@ -54,19 +56,17 @@ impl Table {
         text
     }
 
-    /// The rows as an array of objects.
-    pub fn to_json(&self) -> Value {
+    /// The rows as an array of objects, each with the version of its form.
+    pub fn to_json(&self) -> impl Serialize {
         let object = |row: &Vec<String>| -> Map<String, Value> {
             let keys = self
                 .columns
                 .iter()
                 .map(|name| name.replace([' ', '-'], "_"));
             keys.zip(row.iter().map(|cell| Value::from(cell.as_str())))
+                .chain([("version".to_owned(), JSON_VERSION.into())])
                 .collect()
         };
-        self.rows
-            .iter()
-            .map(|row| Value::Object(object(row)))
-            .collect()
+        Each(move || self.rows.iter().map(object))
     }
 }

@@ -1,6 +1,7 @@
 //! Applies changes: the only caller of [`super::write`].
 
 use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::change::{Applied, Change, Outcome};
 use super::knobs::Knob;
@@ -48,18 +49,22 @@ pub fn apply(host: &Host, changes: Vec<Change>) -> Vec<Applied> {
 
 /// As [`apply()`]; calls `on_done` after each. Neighbouring changes that mostly wait for the kernel
 /// ([`Knob::waits`]) are made at the same time and reported in order.
-pub(crate) fn apply_each(host: &Host, changes: Vec<Change>, mut on_done: impl FnMut(Applied)) {
+pub(crate) fn apply_each(
+    host: &Host,
+    changes: impl IntoIterator<Item = Change>,
+    mut on_done: impl FnMut(Applied),
+) {
     let waits = |change: &Change| change.knob.waits() && !change.is_noop() && !host.dry_run();
-    for group in changes.chunk_by(|a, b| waits(a) && waits(b)) {
-        match group {
-            [change] => on_done(apply_one(host, change.clone())),
-            group => {
-                for chunk in group.chunks(SIDE_BY_SIDE) {
-                    for done in apply_together(host, chunk) {
-                        on_done(done);
-                    }
-                }
-            }
+    let mut changes = changes.into_iter().peekable();
+    while let Some(change) = changes.next() {
+        if !waits(&change) {
+            on_done(apply_one(host, change));
+            continue;
+        }
+        let mut group = vec![change];
+        group.extend(std::iter::from_fn(|| changes.next_if(waits)));
+        for done in apply_together(host, &group) {
+            on_done(done);
         }
     }
 }
@@ -87,9 +92,12 @@ impl Knob {
             | Self::Kthread(_)
             | Self::Thread(_)
             | Self::CpuOnline(_)
+            | Self::EnergyPreference(_)
+            | Self::WakeupLatency(_)
             | Self::UnitCpus(_)
             | Self::UnitOverrides
             | Self::CgroupCpus(_)
+            | Self::ContainerCpus(_)
             | Self::Cgroup(_)
             | Self::CgroupOf(_)
             | Self::CgroupOfThread(_)
@@ -98,40 +106,55 @@ impl Knob {
             | Self::ExclusiveCpus(_)
             | Self::Partition(_)
             | Self::Delegation(_)
+            | Self::ThreadTimer(_)
             | Self::Sysctl(_)
             | Self::Trigger(_)
+            | Self::NodeCompaction(_)
             | Self::PciFunction(_)
-            | Self::PciDriver(_) => false,
+            | Self::PciDriver(_)
+            | Self::PciResetMethod(_)
+            | Self::PciReset(_) => false,
         }
     }
 }
 
-/// How many changes are made at the same time.
-const SIDE_BY_SIDE: usize = 64;
+/// How many changes are made at the same time. Waits for the kernel's grace periods overlap however
+/// many they are, but each thread costs more than the write that it makes.
+const WORKERS: usize = 8;
 
 fn apply_together(host: &Host, changes: &[Change]) -> Vec<Applied> {
-    std::thread::scope(|scope| {
-        let start = |change: &Change| {
-            let own = change.clone();
-            std::thread::Builder::new()
-                .stack_size(STACK)
-                .spawn_scoped(scope, move || apply_one(host, own))
-                .ok()
-        };
-        let running: Vec<_> = changes
-            .iter()
-            .map(|change| (change, start(change)))
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut dones = Vec::new();
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(change) = changes.get(index) else {
+                return dones;
+            };
+            dones.push((index, apply_one(host, change.clone())));
+        }
+    };
+    let mut dones = std::thread::scope(|scope| {
+        let helpers: Vec<_> = (1..WORKERS.min(changes.len()))
+            .filter_map(|_| {
+                std::thread::Builder::new()
+                    .stack_size(STACK)
+                    .spawn_scoped(scope, work)
+                    .ok()
+            })
             .collect();
-        let ended = running.into_iter().map(|(change, thread)| {
-            match thread.map(std::thread::ScopedJoinHandle::join) {
-                Some(Ok(done)) => done,
-                Some(Err(panic)) => std::panic::resume_unwind(panic),
-                // No thread could be started.
-                None => apply_one(host, change.clone()),
+        // This thread works too: alone, if no other could be started.
+        let mut dones = work();
+        for helper in helpers {
+            match helper.join() {
+                Ok(others) => dones.extend(others),
+                Err(panic) => std::panic::resume_unwind(panic),
             }
-        });
-        ended.collect()
-    })
+        }
+        dones
+    });
+    dones.sort_by_key(|(index, _)| *index);
+    dones.into_iter().map(|(_, done)| done).collect()
 }
 
 /// Enough for one write and its error.
@@ -156,15 +179,21 @@ fn must_exist(knob: &Knob) -> bool {
         | Knob::Workqueues
         | Knob::Sysctl(_)
         | Knob::Trigger(_)
-        | Knob::PciDriver(_) => true,
+        | Knob::NodeCompaction(_)
+        | Knob::PciDriver(_)
+        | Knob::PciReset(_) => true,
         Knob::Irq(_)
+        | Knob::PciResetMethod(_)
         | Knob::Kthread(_)
         | Knob::Thread(_)
         | Knob::CpuOnline(_)
         | Knob::Governor(_)
+        | Knob::EnergyPreference(_)
+        | Knob::WakeupLatency(_)
         | Knob::UnitCpus(_)
         | Knob::UnitOverrides
         | Knob::CgroupCpus(_)
+        | Knob::ContainerCpus(_)
         | Knob::Cgroup(_)
         | Knob::CgroupOf(_)
         | Knob::CgroupOfThread(_)
@@ -173,6 +202,7 @@ fn must_exist(knob: &Knob) -> bool {
         | Knob::ExclusiveCpus(_)
         | Knob::Partition(_)
         | Knob::Delegation(_)
+        | Knob::ThreadTimer(_)
         | Knob::PciFunction(_) => false,
     }
 }
@@ -193,6 +223,9 @@ fn why(knob: &Knob, error: &io::Error) -> String {
         Knob::CgroupCpus(_) if code == Some(nix::libc::EBUSY) => {
             format!("{text}; a process in it would be left without a CPU")
         }
+        Knob::PciResetMethod(_) if code == Some(nix::libc::EINVAL) => {
+            format!("{text}; `pci-reset --list` lists the methods that the device has")
+        }
         Knob::Irq(_)
         | Knob::DefaultIrq
         | Knob::Workqueues
@@ -200,9 +233,12 @@ fn why(knob: &Knob, error: &io::Error) -> String {
         | Knob::Thread(_)
         | Knob::CpuOnline(_)
         | Knob::Governor(_)
+        | Knob::EnergyPreference(_)
+        | Knob::WakeupLatency(_)
         | Knob::UnitCpus(_)
         | Knob::UnitOverrides
         | Knob::CgroupCpus(_)
+        | Knob::ContainerCpus(_)
         | Knob::Cgroup(_)
         | Knob::CgroupOf(_)
         | Knob::CgroupOfThread(_)
@@ -211,10 +247,14 @@ fn why(knob: &Knob, error: &io::Error) -> String {
         | Knob::ExclusiveCpus(_)
         | Knob::Partition(_)
         | Knob::Delegation(_)
+        | Knob::ThreadTimer(_)
         | Knob::Sysctl(_)
         | Knob::Trigger(_)
+        | Knob::NodeCompaction(_)
         | Knob::PciFunction(_)
-        | Knob::PciDriver(_) => text,
+        | Knob::PciDriver(_)
+        | Knob::PciResetMethod(_)
+        | Knob::PciReset(_) => text,
     }
 }
 

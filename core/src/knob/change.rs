@@ -1,6 +1,7 @@
 //! A change is data: it is computed first, then applied.
 
 use std::fmt;
+use std::sync::Arc;
 
 use serde::Serialize;
 
@@ -12,15 +13,15 @@ use super::value::Value;
 pub struct Setting {
     /// What would be set.
     pub knob: Knob,
-    /// Its name for people: `IRQ 24 (nvme0q1)`.
-    pub label: String,
+    /// Its name for people: `IRQ 24 (nvme0q1)`. The changes made of it share it.
+    pub label: Arc<str>,
     /// Its value.
     pub found: Value,
 }
 
 impl Setting {
     /// A knob with its label and value.
-    pub fn new(knob: Knob, label: impl Into<String>, found: impl Into<Value>) -> Self {
+    pub fn new(knob: Knob, label: impl Into<Arc<str>>, found: impl Into<Value>) -> Self {
         Self {
             knob,
             label: label.into(),
@@ -46,7 +47,7 @@ pub struct Change {
     /// What is set.
     pub knob: Knob,
     /// Its name for people.
-    pub label: String,
+    pub label: Arc<str>,
     /// Its value.
     pub found: Value,
     /// The value wanted.
@@ -62,7 +63,7 @@ impl Change {
 
 impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Knob::Trigger(_) = &self.knob {
+        if let Knob::Trigger(_) | Knob::NodeCompaction(_) | Knob::PciReset(_) = &self.knob {
             return write!(f, "{}: {}", self.label, self.wanted);
         }
         let (found, wanted) = (shown(&self.found), shown(&self.wanted));

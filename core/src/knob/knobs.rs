@@ -31,6 +31,15 @@ pub enum Knob {
     /// A cpufreq policy's governor, by the policy's folder name, `policy6`
     /// (admin-guide/pm/cpufreq.rst).
     Governor(String),
+    /// A cpufreq policy's energy_performance_preference, by the policy's folder name
+    /// (admin-guide/pm/amd-pstate.rst, intel_pstate.rst). The kernel changes it too: with the
+    /// governor performance, and when a CPU goes offline.
+    #[serde(rename = "energy-performance-preference")]
+    EnergyPreference(String),
+    /// The longest that a CPU may take to wake up, in microseconds, which keeps it out of deeper
+    /// idle states: `0` for any time, `n/a` for no time at all, which leaves none
+    /// (ABI/testing/sysfs-devices-power, pm_qos_resume_latency_us).
+    WakeupLatency(usize),
     /// A systemd unit's AllowedCPUs=, empty if unset; see systemd.resource-control(5). Set at
     /// run time only.
     UnitCpus(String),
@@ -41,6 +50,9 @@ pub enum Knob {
     /// cpuset.cpus of a cgroup that is not a systemd unit, by its path below the cgroup root
     /// (cgroup-v2.rst).
     CgroupCpus(String),
+    /// cpuset.cpus of a container's cgroup, by its path below the cgroup root: `lxc/101`,
+    /// `lxc/101/ns`. Proxmox VE's pvestatd sets it too.
+    ContainerCpus(String),
     /// A cgroup folder: `present` or `absent`.
     Cgroup(String),
     /// The cgroup a process is in, as in /proc/PID/cgroup: `/qemu.slice/100.scope`.
@@ -63,15 +75,27 @@ pub enum Knob {
     /// Whether hook has systemd delegate the cpuset controller to a scope that is yet to be made:
     /// `present` or `absent`.
     Delegation(String),
+    /// Whether systemd has hook look for new threads of this VM every few seconds: `present` or
+    /// `absent`. A transient timer.
+    ThreadTimer(u32),
     /// A sysctl by its path below /proc/sys: `vm/stat_interval`.
     Sysctl(String),
     /// `1` written to a file below /proc/sys that triggers an action and has no state:
     /// `vm/compact_memory`.
     Trigger(String),
+    /// `1` written to the file that compacts the memory of a NUMA node, which has no state:
+    /// /sys/devices/system/node/nodeN/compact.
+    NodeCompaction(usize),
     /// A PCI function, by its full address: `present`, or `absent` (removed until a rescan).
     PciFunction(String),
     /// The name of the driver a PCI function is bound to, or `none`.
     PciDriver(String),
+    /// The ways of resetting a PCI function that the kernel uses, in their order, separated by
+    /// spaces: its reset_method (ABI/testing/sysfs-bus-pci, since Linux 5.15).
+    PciResetMethod(String),
+    /// `1` written to a PCI function's reset, which has no state: the kernel resets it by the first
+    /// of its methods that works.
+    PciReset(String),
 }
 
 #[cfg(test)]
@@ -90,7 +114,10 @@ mod tests {
             Knob::DefaultIrq,
             Knob::Thread(task),
             Knob::Governor("policy6".into()),
-            Knob::CgroupCpus("lxc/101".into()),
+            Knob::EnergyPreference("policy6".into()),
+            Knob::WakeupLatency(6),
+            Knob::CgroupCpus("lxc".into()),
+            Knob::ContainerCpus("lxc/101".into()),
         ] {
             let json = serde_json::to_string(&knob).unwrap();
             assert_eq!(serde_json::from_str::<Knob>(&json).unwrap(), knob, "{json}");

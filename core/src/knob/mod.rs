@@ -24,6 +24,7 @@ pub(crate) use apply::apply_each;
 pub use apply::{apply, apply_one};
 pub use change::{Applied, Change, Outcome, Setting};
 pub use knobs::{Knob, NO_DRIVER};
-pub use value::{ABSENT, PRESENT, Value};
+pub use value::{ABSENT, NO_TIME, PRESENT, Value};
+pub use write::UNMOVABLE_IRQ;
 
 pub use crate::sys::task::TaskId;

@@ -18,11 +18,20 @@ impl Knob {
             Self::Governor(policy) => {
                 format!("sys/devices/system/cpu/cpufreq/{policy}/scaling_governor")
             }
-            Self::CgroupCpus(path) => cgroup::file(path, "cpuset.cpus"),
+            Self::EnergyPreference(policy) => {
+                format!("sys/devices/system/cpu/cpufreq/{policy}/energy_performance_preference")
+            }
+            Self::WakeupLatency(cpu) => {
+                format!("sys/devices/system/cpu/cpu{cpu}/power/pm_qos_resume_latency_us")
+            }
+            Self::CgroupCpus(path) | Self::ContainerCpus(path) => cgroup::file(path, "cpuset.cpus"),
             Self::ExclusiveCpus(path) => cgroup::file(path, "cpuset.cpus.exclusive"),
             Self::Partition(path) => cgroup::file(path, "cpuset.cpus.partition"),
             Self::ChildCpusets(path) => cgroup::file(path, "cgroup.subtree_control"),
             Self::Sysctl(name) | Self::Trigger(name) => format!("proc/sys/{name}"),
+            Self::NodeCompaction(node) => format!("sys/devices/system/node/node{node}/compact"),
+            Self::PciResetMethod(address) => pci_path(address, "reset_method"),
+            Self::PciReset(address) => pci_path(address, "reset"),
             Self::Kthread(_)
             | Self::Thread(_)
             | Self::UnitCpus(_)
@@ -32,6 +41,7 @@ impl Knob {
             | Self::CgroupOfThread(_)
             | Self::ThreadedCgroup(_)
             | Self::Delegation(_)
+            | Self::ThreadTimer(_)
             | Self::PciFunction(_)
             | Self::PciDriver(_) => String::new(),
         }
@@ -44,13 +54,17 @@ impl Knob {
     pub fn check(&self) -> Result<()> {
         match self {
             Self::Governor(name)
+            | Self::EnergyPreference(name)
             | Self::UnitCpus(name)
             | Self::Delegation(name)
             | Self::PciFunction(name)
-            | Self::PciDriver(name) => check_name(name),
+            | Self::PciDriver(name)
+            | Self::PciResetMethod(name)
+            | Self::PciReset(name) => check_name(name),
             // The root cgroup.
             Self::ChildCpusets(path) if path.is_empty() => Ok(()),
             Self::CgroupCpus(path)
+            | Self::ContainerCpus(path)
             | Self::Cgroup(path)
             | Self::ThreadedCgroup(path)
             | Self::ChildCpusets(path)
@@ -64,9 +78,12 @@ impl Knob {
             | Self::Kthread(_)
             | Self::Thread(_)
             | Self::CpuOnline(_)
+            | Self::WakeupLatency(_)
+            | Self::NodeCompaction(_)
             | Self::UnitOverrides
             | Self::CgroupOf(_)
-            | Self::CgroupOfThread(_) => Ok(()),
+            | Self::CgroupOfThread(_)
+            | Self::ThreadTimer(_) => Ok(()),
         }
     }
 
@@ -102,17 +119,24 @@ impl Knob {
             | Self::Thread(_)
             | Self::CpuOnline(_)
             | Self::Governor(_)
+            | Self::EnergyPreference(_)
+            | Self::WakeupLatency(_)
             | Self::UnitCpus(_)
             | Self::CgroupCpus(_)
+            | Self::ContainerCpus(_)
             | Self::Cgroup(_)
             | Self::ThreadedCgroup(_)
             | Self::ChildCpusets(_)
             | Self::ExclusiveCpus(_)
             | Self::Partition(_)
             | Self::Delegation(_)
+            | Self::ThreadTimer(_)
             | Self::Sysctl(_)
             | Self::Trigger(_)
-            | Self::PciFunction(_) => Ok(()),
+            | Self::NodeCompaction(_)
+            | Self::PciFunction(_)
+            | Self::PciResetMethod(_)
+            | Self::PciReset(_) => Ok(()),
         }
     }
 }
@@ -139,19 +163,26 @@ impl fmt::Display for Knob {
             Self::Thread(task) => write!(f, "thread {}", task.tid),
             Self::CpuOnline(cpu) => write!(f, "CPU {cpu}"),
             Self::Governor(policy) => write!(f, "{policy}"),
+            Self::EnergyPreference(policy) => write!(f, "energy preference of {policy}"),
+            Self::WakeupLatency(cpu) => write!(f, "wake-up latency of CPU {cpu}"),
             Self::UnitCpus(unit) => write!(f, "{unit}"),
             Self::UnitOverrides => write!(f, "run-time AllowedCPUs"),
             Self::CgroupCpus(path) | Self::Cgroup(path) | Self::ThreadedCgroup(path) => {
                 write!(f, "cgroup /{path}")
             }
+            Self::ContainerCpus(path) => write!(f, "container /{path}"),
             Self::ChildCpusets(path) => write!(f, "cpusets below /{path}"),
             Self::ExclusiveCpus(path) => write!(f, "exclusive CPUs of /{path}"),
             Self::Partition(path) => write!(f, "partition /{path}"),
             Self::Delegation(scope) => write!(f, "delegation to {scope}"),
+            Self::ThreadTimer(vmid) => write!(f, "timer for the threads of VM {vmid}"),
             Self::CgroupOf(task) => write!(f, "process {}", task.pid),
             Self::CgroupOfThread(task) => write!(f, "thread {}", task.tid),
             Self::Sysctl(name) | Self::Trigger(name) => write!(f, "{}", name.replace('/', ".")),
+            Self::NodeCompaction(node) => write!(f, "compact memory of node {node}"),
             Self::PciFunction(address) | Self::PciDriver(address) => write!(f, "PCI {address}"),
+            Self::PciResetMethod(address) => write!(f, "reset methods of PCI {address}"),
+            Self::PciReset(address) => write!(f, "reset PCI {address}"),
         }
     }
 }
@@ -188,12 +219,13 @@ mod tests {
             Knob::Sysctl("../../etc/passwd".into()),
             Knob::Governor("a/b".into()),
             Knob::CgroupCpus("/lxc".into()),
+            Knob::ContainerCpus("lxc/../system.slice".into()),
             Knob::UnitCpus("..".into()),
             Knob::PciFunction(String::new()),
         ] {
             assert!(knob.check().is_err(), "{knob:?}");
         }
-        assert!(Knob::CgroupCpus("lxc/101/ns".into()).check().is_ok());
+        assert!(Knob::ContainerCpus("lxc/101/ns".into()).check().is_ok());
         assert!(Knob::UnitCpus("system.slice".into()).check().is_ok());
     }
 

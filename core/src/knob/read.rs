@@ -6,7 +6,7 @@ use super::value::{ABSENT, Value};
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
 use crate::host::Host;
-use crate::sys::{cgroup, task};
+use crate::sys::{cgroup, cpufreq, task};
 use crate::systemd;
 
 impl Knob {
@@ -18,9 +18,12 @@ impl Knob {
         let found = match self {
             Self::Irq(_)
             | Self::CpuOnline(_)
+            | Self::ContainerCpus(_)
             | Self::Governor(_)
+            | Self::WakeupLatency(_)
             | Self::Sysctl(_)
-            | Self::Partition(_) => self.read_file(host),
+            | Self::Partition(_)
+            | Self::PciResetMethod(_) => self.read_file(host),
             // Without the controller the file does not exist, which is the same as an empty one.
             Self::CgroupCpus(path) | Self::ExclusiveCpus(path) => match self.read_file(host) {
                 Ok(None) => Ok(host
@@ -28,6 +31,10 @@ impl Knob {
                     .then(|| CpuSet::new().into())),
                 other => other,
             },
+            // A value that the driver has no name for, or of a CPU that is offline, is unknown.
+            Self::EnergyPreference(policy) => {
+                cpufreq::preference(host, policy).map(|found| found.map(Value::text))
+            }
             Self::DefaultIrq | Self::Workqueues => self.read_mask(host),
             Self::Kthread(task) | Self::Thread(task) => task::check_start(host, task)
                 .and_then(|()| task::affinity(host, task))
@@ -60,7 +67,12 @@ impl Knob {
                 systemd::drop_ins::is_to_delegate(host, scope)
                     .map_or_else(|| Value::text(EMPTIED), Value::Present),
             )),
-            Self::Trigger(_) => Ok(Some(Value::text(""))),
+            Self::ThreadTimer(vmid) => {
+                Ok(Some(Value::Present(systemd::timer::is_there(host, *vmid))))
+            }
+            Self::Trigger(_) | Self::NodeCompaction(_) | Self::PciReset(_) => {
+                Ok(Some(Value::text("")))
+            }
             Self::PciFunction(address) => {
                 Ok(Some(Value::Present(host.exists(pci_path(address, "")))))
             }

@@ -5,7 +5,7 @@ use std::fmt;
 use serde::{Serialize, Serializer};
 
 use super::knobs::Knob;
-use crate::cpuset::CpuSet;
+use crate::cpuset::{CpuSet, CpuSetPool};
 use crate::error::{Error, Result};
 use crate::sysroot::cpu_list;
 
@@ -26,6 +26,8 @@ pub enum Value {
 pub const PRESENT: Value = Value::Present(true);
 /// The value of a folder or device that is not there.
 pub const ABSENT: Value = Value::Present(false);
+/// The text of a wake-up latency of no time at all, where `0` is any time.
+pub const NO_TIME: &str = "n/a";
 
 impl Value {
     /// A value that is a text.
@@ -48,6 +50,13 @@ impl Value {
             Some(text)
         } else {
             None
+        }
+    }
+
+    /// Makes its CPUs share their memory with equal sets.
+    pub fn share(&mut self, pool: &mut CpuSetPool) {
+        if let Self::Cpus(cpus) = self {
+            *cpus = pool.share(std::mem::take(cpus));
         }
     }
 
@@ -112,13 +121,21 @@ impl Knob {
             | Self::Thread(_)
             | Self::UnitCpus(_)
             | Self::CgroupCpus(_)
+            | Self::ContainerCpus(_)
             | Self::ExclusiveCpus(_) => cpu_list(&self.to_string(), text).map(Value::Cpus),
             Self::CpuOnline(_) => match text {
                 "1" => Ok(Value::Online(true)),
                 "0" => Ok(Value::Online(false)),
                 _ => Err(self.malformed(text, "1 or 0")),
             },
-            Self::Cgroup(_) | Self::ChildCpusets(_) | Self::PciFunction(_) => {
+            Self::WakeupLatency(_) => match text == NO_TIME || text.parse::<u32>().is_ok() {
+                true => Ok(Value::text(text)),
+                false => Err(self.malformed(text, "microseconds or n/a")),
+            },
+            Self::Cgroup(_)
+            | Self::ChildCpusets(_)
+            | Self::ThreadTimer(_)
+            | Self::PciFunction(_) => {
                 presence(text).ok_or_else(|| self.malformed(text, "present or absent"))
             }
             // A cgroup's type or `emptied` is possible too.
@@ -126,13 +143,17 @@ impl Knob {
                 Ok(presence(text).unwrap_or_else(|| Value::text(text)))
             }
             Self::Governor(_)
+            | Self::EnergyPreference(_)
             | Self::UnitOverrides
             | Self::CgroupOf(_)
             | Self::CgroupOfThread(_)
             | Self::Partition(_)
             | Self::Sysctl(_)
             | Self::Trigger(_)
-            | Self::PciDriver(_) => Ok(Value::text(text)),
+            | Self::NodeCompaction(_)
+            | Self::PciDriver(_)
+            | Self::PciResetMethod(_)
+            | Self::PciReset(_) => Ok(Value::text(text)),
         }
     }
 
@@ -182,7 +203,7 @@ mod tests {
             (
                 Knob::Irq(1),
                 "x",
-                "IRQ 1: \"x\" in \"x\" is no CPU number or range; write CPUs as in 0-5,12",
+                "IRQ 1: \"x\" in \"x\" is not a CPU number or range; write CPUs as in 0-5,12",
             ),
             (Knob::CpuOnline(6), "", "CPU 6: \"\" is not 1 or 0"),
             (

@@ -107,8 +107,8 @@ pub(super) const WORDS: [(&str, Word); 7] = [
 ];
 
 /// The selectors, for messages.
-pub(super) const NAMES: &str = "llc:N, die:N, node:N, package:N, core:N, smt:N, vm:N, cpu:N, first-threads, vcache, pcores, ecores, \
-                     online, offline and all";
+pub(super) const NAMES: &str = "llc:N, die:N, node:N, package:N, core:N, smt:N, vm:N, cpu:N, \
+                                first-threads, vcache, pcores, ecores, online, offline and all";
 
 fn name_of<T: PartialEq>(names: &[(&'static str, T)], value: &T) -> &'static str {
     names
@@ -136,6 +136,17 @@ impl Node {
             Self::Not(node) | Self::Group(node) => node.names_vms(),
             Self::Both(nodes) | Self::Any(nodes) => nodes.iter().any(Self::names_vms),
             Self::Cpus(_) | Self::Parts(..) | Self::Word(_) => false,
+        }
+    }
+}
+
+impl Node {
+    fn names_cpu(&self, cpu: usize) -> bool {
+        match self {
+            Self::Cpus(cpus) | Self::Parts(Part::Core | Part::Smt, cpus) => cpus.contains(cpu),
+            Self::Group(node) => node.names_cpu(cpu),
+            Self::Both(nodes) | Self::Any(nodes) => nodes.iter().any(|node| node.names_cpu(cpu)),
+            Self::Not(_) | Self::Parts(..) | Self::Vms(_) | Self::Word(_) => false,
         }
     }
 }
@@ -204,5 +215,10 @@ impl Selector {
     /// next.
     pub fn names_vms(&self) -> bool {
         self.node.names_vms()
+    }
+
+    /// Whether it names a CPU by its number, or its core by that: `0-7`, `core:0`.
+    pub fn names_cpu(&self, cpu: usize) -> bool {
+        self.node.names_cpu(cpu)
     }
 }

@@ -35,11 +35,7 @@ fn parse(text: &str) -> Result<Node> {
     let node = parser.expression()?;
     match parser.rest() {
         "" => Ok(node),
-        ")" => Err(parser.wrong(
-            parser.at,
-            ")",
-            "closes nothing; there is no \"(\" before it",
-        )),
+        ")" => Err(parser.wrong(parser.at, ")", "has no matching \"(\"")),
         rest => Err(parser.wrong(
             parser.at,
             rest,
@@ -168,7 +164,11 @@ impl<'a> Parser<'a> {
             .find(|(known, _)| is(known))
             .map(|(_, part)| *part);
         if part.is_none() && !is("cpu") && !is("vm") {
-            return Err(self.wrong(at, name, format!("is no selector; there are {NAMES}")));
+            return Err(self.wrong(
+                at,
+                name,
+                format!("is not a selector; selectors are {NAMES}"),
+            ));
         }
         if !self.takes(':') {
             let example = if is("vm") { 100 } else { 0 };
@@ -202,7 +202,7 @@ impl<'a> Parser<'a> {
                     CpuSetError::TooLarge(_) => {
                         format!("is beyond {}, the largest number there is", MAX_CPU)
                     }
-                    _ => format!("is no {what}"),
+                    _ => format!("is not a {what}"),
                 };
                 self.wrong(at, range, why)
             })?;
@@ -215,7 +215,7 @@ impl<'a> Parser<'a> {
         let list = self.list();
         let vm = |(at, number): (usize, &str)| {
             number.parse::<VmId>().map_err(|_| {
-                let why = "is no VM's number, which run from 100 to 999999999; write them one by one, as in vm:100,101";
+                let why = "is not a VM number (100 to 999999999); write each one, as in vm:100,101";
                 self.wrong(at, number, why)
             })
         };

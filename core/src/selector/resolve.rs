@@ -1,21 +1,17 @@
 //! What the names in an expression stand for on a host.
 
 use std::cell::OnceCell;
-use std::time::Duration;
 
 use super::ast::{Node, Part, Selector, Word};
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
 use crate::sys::cpu;
-use crate::sys::topology::{Domain, Kind, Topology};
+use crate::sys::topology::{self, Domain, Kind, Topology};
 use crate::sysroot::Sysroot;
-use crate::vm::{self, Role, VmId};
+use crate::vm::{self, Role, VmId, qmp};
 
-/// How long QEMU's monitor is waited for; then the threads' names tell the vCPUs.
-const MONITOR_BUDGET: Duration = Duration::from_secs(5);
-
-/// How many domains a message tells of, with their CPUs.
-const TOLD: usize = 8;
+/// How many domains a message lists with their CPUs.
+const MAX_LISTED: usize = 8;
 
 /// A host that expressions are resolved on: what was read of it once is kept.
 #[derive(Debug)]
@@ -37,8 +33,8 @@ impl<'a> Resolver<'a> {
     /// the host.
     ///
     /// # Errors
-    /// [`Error::Unusable`] where the host lacks something named, with what it has, where a VM does
-    /// not run, or where no CPU is left.
+    /// [`Error::Unusable`] if the host lacks something named, with what it has, if a VM does
+    /// not run, or if no CPU is left.
     pub fn resolve(&self, expr: &Selector) -> Result<CpuSet> {
         if let Node::Cpus(cpus) = &expr.node {
             return Ok(cpus.clone());
@@ -51,12 +47,26 @@ impl<'a> Resolver<'a> {
     }
 
     /// The machine, read once.
-    fn topology(&self) -> Result<&Topology> {
+    ///
+    /// # Errors
+    /// As [`Topology::read`].
+    pub fn topology(&self) -> Result<&Topology> {
         if let Some(topology) = self.topology.get() {
             return Ok(topology);
         }
         let topology = Topology::read(self.root)?;
         Ok(self.topology.get_or_init(|| topology))
+    }
+
+    /// As [`topology::near`], without reading the NUMA nodes again if the machine was read.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn near(&self, cpus: &CpuSet) -> Result<CpuSet> {
+        match self.topology.get() {
+            Some(topology) => Ok(topology.near(cpus)),
+            None => topology::near(self.root, cpus),
+        }
     }
 
     fn cpus(&self, node: &Node) -> Result<CpuSet> {
@@ -104,14 +114,10 @@ impl<'a> Resolver<'a> {
             Word::FirstThreads => Ok(self.topology()?.first_threads()),
             Word::Vcache => {
                 let topology = self.topology()?;
-                let cpus = topology
-                    .vcache()
-                    .iter()
-                    .flat_map(|llc| llc.cpus.iter())
-                    .collect::<CpuSet>();
+                let cpus = topology.vcache_cpus();
                 if cpus.is_empty() {
                     return lacks(format!(
-                        "no L3 is larger than the others; {}",
+                        "no L3 has 3D V-Cache (AMD, 64M or more, 8M or more per core); {}",
                         there_are(topology, Kind::Llc, true)
                     ));
                 }
@@ -168,7 +174,7 @@ impl<'a> Resolver<'a> {
         }
         if let Some(domain) = domains.iter().find(|domain| !domain.sure) {
             let why = format!(
-                "it cannot be told whether this is CPU {}: CPU {} are offline, and could be one before it; bring them \
+                "it is unknown whether this is CPU {}: CPU {} are offline, and could be one before it; bring them \
                  online, or write CPUs by number",
                 domain.cpus,
                 topology.offline()
@@ -187,7 +193,7 @@ impl<'a> Resolver<'a> {
         let offline = cpus - &topology.online;
         if !offline.is_empty() {
             let why = format!(
-                "offline, and the kernel does not tell its core; online are {}",
+                "offline, and the kernel does not report its core; online are {}",
                 topology.online
             );
             return Err(Error::unusable(format!("{part}:{offline}"), why));
@@ -200,13 +206,13 @@ impl<'a> Resolver<'a> {
             .collect())
     }
 
-    /// Where a VM's vCPU threads may run now: their masks have CPUs, too, that are offline or could
+    /// The CPUs of a VM's vCPU threads now: their masks have CPUs, too, that are offline or could
     /// be plugged in.
     fn vcpus(&self, vmid: VmId) -> Result<CpuSet> {
         let threads = vm::threads(
             self.root,
             &vm::require_running(self.root, vmid)?,
-            MONITOR_BUDGET,
+            qmp::DEFAULT_BUDGET,
         )?;
         let vcpus = threads
             .threads
@@ -250,7 +256,7 @@ fn there_are(topology: &Topology, kind: Kind, with_extent: bool) -> String {
     };
     let all = match domains {
         [] => format!("no {part}"),
-        [others @ .., last] if domains.len() <= TOLD => {
+        [others @ .., last] if domains.len() <= MAX_LISTED => {
             let before: Vec<String> = others.iter().map(one).collect();
             let and = if before.is_empty() { "" } else { " and " };
             format!("{}{and}{}", before.join(", "), one(last))
@@ -268,7 +274,7 @@ fn but_offline(topology: &Topology) -> String {
     if offline.is_empty() {
         return String::new();
     }
-    format!("; CPU {offline} offline, and the kernel does not tell where they belong")
+    format!("; CPU {offline} offline, and the kernel does not report where they belong")
 }
 
 impl Selector {

@@ -65,11 +65,11 @@ fn bad_ones_name_the_token_and_its_place() {
     for (text, message) in [
         (
             "lcl:1",
-            "\"lcl\" in \"lcl:1\" (character 1) is no selector; there are llc:N, ",
+            "\"lcl\" in \"lcl:1\" (character 1) is not a selector; selectors are llc:N, ",
         ),
         (
             "0-5,vcash",
-            "\"vcash\" in \"0-5,vcash\" (character 5) is no selector; there are ",
+            "\"vcash\" in \"0-5,vcash\" (character 5) is not a selector; selectors are ",
         ),
         (
             "llc",
@@ -81,15 +81,15 @@ fn bad_ones_name_the_token_and_its_place() {
         ),
         (
             "llc:",
-            "\"\" in \"llc:\" (character 5) is no number or range; write as in 0 or 0-1",
+            "\"\" in \"llc:\" (character 5) is not a number or range; write as in 0 or 0-1",
         ),
         (
             "llc:x",
-            "\"x\" in \"llc:x\" (character 5) is no number or range; ",
+            "\"x\" in \"llc:x\" (character 5) is not a number or range; ",
         ),
         (
             "llc:-1",
-            "\"-1\" in \"llc:-1\" (character 5) is no number or range; ",
+            "\"-1\" in \"llc:-1\" (character 5) is not a number or range; ",
         ),
         (
             "llc:3-1",
@@ -105,19 +105,19 @@ fn bad_ones_name_the_token_and_its_place() {
         ),
         (
             "cpu:x",
-            "\"x\" in \"cpu:x\" (character 5) is no CPU number or range; write CPUs as in cpu:0-5,12",
+            "\"x\" in \"cpu:x\" (character 5) is not a CPU number or range; write CPUs as in cpu:0-5,12",
         ),
         (
             "vm:99",
-            "\"99\" in \"vm:99\" (character 4) is no VM's number, which run from 100 to 999999999; ",
+            "\"99\" in \"vm:99\" (character 4) is not a VM number (100 to 999999999); ",
         ),
         (
             "vm:100-102",
-            "\"100-102\" in \"vm:100-102\" (character 4) is no VM's number, ",
+            "\"100-102\" in \"vm:100-102\" (character 4) is not a VM number ",
         ),
         (
             "vm:0100",
-            "\"0100\" in \"vm:0100\" (character 4) is no VM's number, ",
+            "\"0100\" in \"vm:0100\" (character 4) is not a VM number ",
         ),
         (
             "online:1",
@@ -125,29 +125,29 @@ fn bad_ones_name_the_token_and_its_place() {
         ),
         (
             "llc:0,",
-            "\"\" in \"llc:0,\" (character 7) is no CPU number, range or selector; write CPUs as in ",
+            "\"\" in \"llc:0,\" (character 7) is not a CPU number, range or selector; write CPUs as in ",
         ),
         (
             "&llc:0",
-            "\"\" in \"&llc:0\" (character 1) is no CPU number, ",
+            "\"\" in \"&llc:0\" (character 1) is not a CPU number, ",
         ),
         (
             "llc:0&",
-            "\"\" in \"llc:0&\" (character 7) is no CPU number, ",
+            "\"\" in \"llc:0&\" (character 7) is not a CPU number, ",
         ),
-        ("!", "\"\" in \"!\" (character 2) is no CPU number, "),
-        ("()", "\"\" in \"()\" (character 2) is no CPU number, "),
+        ("!", "\"\" in \"!\" (character 2) is not a CPU number, "),
+        ("()", "\"\" in \"()\" (character 2) is not a CPU number, "),
         (
             "0-5,(llc:1",
             "\"(\" in \"0-5,(llc:1\" (character 5) is not closed",
         ),
         (
             "llc:1)",
-            "\")\" in \"llc:1)\" (character 6) closes nothing; there is no \"(\" before it",
+            "\")\" in \"llc:1)\" (character 6) has no matching \"(\"",
         ),
         (
             "llc:0 llc:1",
-            "\"0 llc\" in \"llc:0 llc:1\" (character 5) is no number or range; ",
+            "\"0 llc\" in \"llc:0 llc:1\" (character 5) is not a number or range; ",
         ),
         (
             "online all",
@@ -163,11 +163,11 @@ fn bad_ones_name_the_token_and_its_place() {
         ),
         (
             "é&llc:1,",
-            "\"é\" in \"é&llc:1,\" (character 1) is no CPU number, ",
+            "\"é\" in \"é&llc:1,\" (character 1) is not a CPU number, ",
         ),
         (
             "llc:é",
-            "\"é\" in \"llc:é\" (character 5) is no number or range; ",
+            "\"é\" in \"llc:é\" (character 5) is not a number or range; ",
         ),
         (
             "llc:1,!6&!7",
@@ -222,6 +222,23 @@ fn vms_are_seen_wherever_they_are_named() {
             names,
             "{text}"
         );
+    }
+}
+
+#[test]
+fn cpus_that_are_named_by_number() {
+    for (text, names) in [
+        ("0", true),
+        ("0-7,16-23", true),
+        ("core:0", true),
+        ("llc:1,(smt:0,!4)", true),
+        ("llc:0", false),
+        ("pcores,!core:0", false),
+        ("1-7", false),
+        ("vcache", false),
+    ] {
+        let named = text.parse::<Selector>().unwrap().names_cpu(0);
+        assert_eq!(named, names, "{text}");
     }
 }
 

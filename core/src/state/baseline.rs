@@ -1,19 +1,22 @@
 //! The baseline: for every knob that was touched, the value before and the values set since.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::cpuset::CpuSetPool;
 use crate::error::{Error, Result};
-use crate::host::Host;
 use crate::knob::{Applied, Change, Knob, Outcome, Setting, Value};
+
+use super::newer::Saved;
 
 /// One knob of the baseline.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Unchecked")]
 pub(super) struct Entry {
-    knob: Knob,
-    label: String,
+    pub(super) knob: Knob,
+    label: Arc<str>,
     /// The value before the first touch.
     before: Value,
     /// Values set since, oldest first; the last may not have been written yet. Before them, what
@@ -26,12 +29,25 @@ pub(super) struct Entry {
 /// their folders.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Unchecked {
+pub(super) struct Unchecked {
     knob: Knob,
     label: String,
     before: String,
     #[serde(default)]
     set: Vec<String>,
+}
+
+impl Saved for Unchecked {
+    type Entry = Entry;
+
+    fn knob(&self) -> &Knob {
+        &self.knob
+    }
+
+    fn values(&self) -> impl Iterator<Item = &str> {
+        let values = std::iter::once(&self.before).chain(&self.set);
+        values.map(String::as_str)
+    }
 }
 
 impl TryFrom<Unchecked> for Entry {
@@ -52,7 +68,7 @@ impl TryFrom<Unchecked> for Entry {
                 .map(|value| knob.parse_checked(value))
                 .collect::<Result<_>>()?,
             knob,
-            label,
+            label: label.into(),
         })
     }
 }
@@ -61,6 +77,8 @@ impl Entry {
     fn note(&mut self, value: &Value) {
         if self.set.last().is_none_or(|last| last != value) {
             self.set.retain(|earlier| earlier != value);
+            // Most have no other.
+            self.set.reserve_exact(1);
             self.set.push(value.clone());
         }
     }
@@ -87,12 +105,15 @@ pub struct Baseline {
 
 impl Baseline {
     pub(super) fn from_entries(entries: Vec<Entry>) -> Self {
-        let entries = entries
-            .into_iter()
-            .map(|entry| (entry.knob.clone(), entry))
-            .collect();
+        let mut pool = CpuSetPool::default();
+        let mut shared = |mut entry: Entry| {
+            for value in [&mut entry.before].into_iter().chain(&mut entry.set) {
+                value.share(&mut pool);
+            }
+            (entry.knob.clone(), entry)
+        };
         Self {
-            entries,
+            entries: entries.into_iter().map(&mut shared).collect(),
             ..Self::default()
         }
     }
@@ -112,6 +133,15 @@ impl Baseline {
                     vec![object.found.clone()]
                 },
             });
+    }
+
+    /// Notes a value that the kernel gave a knob of the baseline as a consequence of what was set.
+    pub fn learn(&mut self, object: &Setting) {
+        if let Some(entry) = self.entries.get_mut(&object.knob)
+            && object.found != entry.before
+        {
+            entry.note(&object.found);
+        }
     }
 
     /// Whether a knob is in.
@@ -143,17 +173,18 @@ impl Baseline {
     pub fn knobs(&self) -> impl Iterator<Item = (&Knob, &str, &Value)> {
         self.entries
             .values()
-            .map(|entry| (&entry.knob, entry.label.as_str(), &entry.before))
+            .map(|entry| (&entry.knob, &*entry.label, &entry.before))
     }
 
     /// Finds knobs with a value that is neither their earlier one nor one that hook set, nor one
     /// that the kernel has changed one of these to (`is_kernels`, by that one and the one found):
     /// another program has set them since, and [`plan`](Self::plan) skips them. Threads that have
-    /// ended are dropped. To be called once, before a run changes anything. Returns whether a value
+    /// ended are dropped. To be called once, before a run changes anything; `read` is
+    /// [`Knob::read`], or what is known of the knob already. Returns whether a value
     /// of the kernel's was added, to be saved before the run changes what explains it.
     pub fn detect_foreign(
         &mut self,
-        root: &Host,
+        read: impl Fn(&Knob) -> Result<Option<Value>>,
         is_kernels: impl Fn(&Knob, &Value, &Value) -> bool,
     ) -> bool {
         let mut learned = false;
@@ -162,7 +193,7 @@ impl Baseline {
             if entry.set.is_empty() {
                 return true;
             }
-            match knob.read(root) {
+            match read(knob) {
                 Ok(Some(found)) if entry.before == found || entry.set.contains(&found) => true,
                 Ok(Some(found)) => {
                     if [&entry.before]
@@ -209,7 +240,7 @@ impl Baseline {
             };
             let value = wanted(&object.knob, &entry.before);
             if let Some(now) = self.foreign.get(&object.knob) {
-                let why = format!("somebody else has set it to {now}");
+                let why = format!("something else has set it to {now}");
                 plan.push(Planned {
                     skip_reason: Some(why),
                     change: object.want(value),
@@ -232,8 +263,9 @@ impl Baseline {
             return;
         };
         match done.outcome {
-            // It has no value of hook's, even if it already had the value wanted the last time.
-            Outcome::Refused(_) => entry.set.clear(),
+            // It does not have a value that hook set, even if it had the value wanted the last time. If
+            // it refuses its old value, it still has the one that hook set.
+            Outcome::Refused(_) if done.change.wanted != entry.before => entry.set.clear(),
             Outcome::Planned => {
                 self.planned
                     .insert(done.change.knob.clone(), done.change.wanted.clone());
@@ -246,6 +278,7 @@ impl Baseline {
     /// Removes a knob: it is restored, or another program has set it.
     pub fn forget(&mut self, knob: &Knob) {
         self.entries.remove(knob);
+        self.foreign.remove(knob);
     }
 }
 

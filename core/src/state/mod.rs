@@ -3,8 +3,12 @@
 #![expect(clippy::disallowed_methods, reason = "the writers of saved state")]
 
 mod baseline;
+mod newer;
+mod replace;
 pub mod save;
 pub mod store;
+pub mod trust;
 
 pub use baseline::{Baseline, Planned};
-pub use store::{Pending, Store};
+pub use newer::Newer;
+pub use store::{Pending, State, Store};

@@ -1,20 +1,25 @@
 //! What a single tool changed, kept in a file of the user's (`--save`), and put back from it
 //! (`--restore`).
 
+use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use serde_json as json;
 
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::knob::Knob;
 use crate::knob::{Applied, Change, Outcome, Value, apply_one};
 
-/// The layout of the file; another number is refused.
-const VERSION: u32 = 1;
+use super::{newer, trust};
+
+/// The layout of the file. A later version may have a higher number.
+const VERSION: u64 = 1;
 
 /// One knob as it was before, and what it was set to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,7 +28,7 @@ pub struct Entry {
     /// The knob.
     pub knob: Knob,
     /// Its name for people.
-    pub label: String,
+    pub label: Arc<str>,
     /// Its value before.
     pub before: Value,
     /// What it was set to.
@@ -38,6 +43,18 @@ struct Unchecked {
     label: String,
     before: String,
     set: String,
+}
+
+impl newer::Saved for Unchecked {
+    type Entry = Entry;
+
+    fn knob(&self) -> &Knob {
+        &self.knob
+    }
+
+    fn values(&self) -> impl Iterator<Item = &str> {
+        [self.before.as_str(), self.set.as_str()].into_iter()
+    }
 }
 
 impl TryFrom<Unchecked> for Entry {
@@ -55,7 +72,7 @@ impl TryFrom<Unchecked> for Entry {
             before: knob.parse_checked(&before)?,
             set: knob.parse_checked(&set)?,
             knob,
-            label,
+            label: label.into(),
         })
     }
 }
@@ -71,12 +88,20 @@ impl From<&Change> for Entry {
     }
 }
 
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Serialize)]
 struct Saved {
-    version: u32,
+    version: u64,
     tool: String,
     entries: Vec<Entry>,
+}
+
+/// What is in a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Restorable {
+    /// What this version can restore.
+    pub entries: Vec<Entry>,
+    /// What else a later version of the tool has saved, if anything.
+    pub newer: Option<String>,
 }
 
 /// Writes the file, before the first change is made. It must be new: the values of an earlier run
@@ -85,24 +110,57 @@ struct Saved {
 /// # Errors
 /// [`Error::Unusable`] if the file exists already, [`Error::Io`] if it cannot be written.
 pub fn write(path: &Path, tool: &str, entries: Vec<Entry>) -> Result<()> {
-    let io = |tried: &str, source| Error::io(path, tried, source);
-    let mut file = match OpenOptions::new()
+    let text =
+        to_text(tool, entries).map_err(|why| Error::malformed(path.display().to_string(), why))?;
+    let Some(name) = path.file_name() else {
+        let why = "save: this is not the name of a file";
+        return Err(Error::unusable(path.display().to_string(), why));
+    };
+    // Under a name of its own until it is whole: half a file would block the next run.
+    let mut new = OsString::from(".");
+    new.push(name);
+    new.push(".new");
+    let new = path.with_file_name(new);
+    let written = write_new(&new, &text).and_then(|()| rename_to_new(&new, path));
+    if written.is_err() {
+        // Nothing more can be done about it.
+        let _ = fs::remove_file(&new);
+    }
+    match written {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            let why = "save: it holds the values of an earlier run; --restore it first, or name another file";
+            Err(Error::unusable(path.display().to_string(), why))
+        }
+        other => other.map_err(|source| Error::io(path, "save", source)),
+    }
+}
+
+fn write_new(path: &Path, text: &str) -> io::Result<()> {
+    // A leftover of a run that was killed while it wrote.
+    if let Err(error) = fs::remove_file(path)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        return Err(error);
+    }
+    let mut file = OpenOptions::new()
         .write(true)
         .create_new(true)
         .mode(0o600)
-        .open(path)
-    {
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-            let why = "save: it holds the values of an earlier run; --restore it first, or name another file";
-            return Err(Error::unusable(path.display().to_string(), why));
-        }
-        other => other.map_err(|source| io("save", source))?,
+        .open(path)?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()
+}
+
+/// Renames a file, unless the new name is taken; on disk when this returns.
+fn rename_to_new(from: &Path, to: &Path) -> io::Result<()> {
+    // A second name instead of renameat2(2), which not every file system has.
+    fs::hard_link(from, to)?;
+    fs::remove_file(from)?;
+    let folder = match to.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
     };
-    let text =
-        to_text(tool, entries).map_err(|why| Error::malformed(path.display().to_string(), why))?;
-    file.write_all(text.as_bytes())
-        .and_then(|()| file.sync_all())
-        .map_err(|source| io("save", source))
+    fs::File::open(folder)?.sync_all()
 }
 
 /// Removes the file after everything in it was restored.
@@ -113,13 +171,23 @@ pub fn remove(path: &Path) -> Result<()> {
     fs::remove_file(path).map_err(|source| Error::io(path, "remove", source))
 }
 
-/// Reads the file that `tool` wrote.
+/// Reads the file that `tool` wrote. It decides what root writes, so nobody else may have written
+/// it, and it has only knobs that are the tool's own.
 ///
 /// # Errors
-/// [`Error::Io`] if it cannot be read, [`Error::Malformed`] if it is not such a file.
-pub fn read(path: &Path, tool: &str) -> Result<Vec<Entry>> {
-    let text = fs::read_to_string(path).map_err(|source| Error::io(path, "restore", source))?;
-    parse(&text, tool).map_err(|why| Error::malformed(path.display().to_string(), why))
+/// [`Error::Io`] if it cannot be read, [`Error::Unusable`] if it is not
+/// [root's alone](super::trust), [`Error::Malformed`] if it is not such a file.
+pub fn read(path: &Path, tool: &str, is_own: impl Fn(&Knob) -> bool) -> Result<Restorable> {
+    let malformed = |why| Error::malformed(path.display().to_string(), why);
+    let text = trust::read_typed(path).map_err(|error| match error {
+        Error::Io { source, .. } => Error::io(path, "restore", source),
+        other => other,
+    })?;
+    let saved = parse(&text, tool).map_err(malformed)?;
+    match saved.entries.iter().find(|entry| !is_own(&entry.knob)) {
+        None => Ok(saved),
+        Some(Entry { knob, .. }) => Err(malformed(format!("{tool} does not set this: {knob}"))),
+    }
 }
 
 /// The file's text, which [`parse`] reads.
@@ -135,23 +203,55 @@ pub fn to_text(tool: &str, entries: Vec<Entry>) -> std::result::Result<String, S
     serde_json::to_string_pretty(&saved).map_err(|error| error.to_string())
 }
 
-/// Reads the file's text.
+/// Reads the file's text. Of one that a later version has written, what this one knows.
 ///
 /// # Errors
 /// Why it is none that `tool` wrote.
-pub fn parse(text: &str, tool: &str) -> std::result::Result<Vec<Entry>, String> {
-    let saved: Saved =
-        serde_json::from_str(text).map_err(|error| format!("no file of --save: {error}"))?;
-    if saved.version != VERSION {
-        return Err(format!(
-            "version {} of the file; this is for version {VERSION}",
-            saved.version
-        ));
+pub fn parse(text: &str, tool: &str) -> std::result::Result<Restorable, String> {
+    let bad = |why: &str| format!("no file of --save: {why}");
+    let raw = serde_json::from_str(text).map_err(|error| bad(&error.to_string()))?;
+    let json::Value::Object(mut fields) = raw else {
+        return Err(bad("it is not an object"));
+    };
+    let (Some(version), Some(json::Value::String(of)), Some(json::Value::Array(all))) = (
+        fields
+            .remove("version")
+            .and_then(|version| version.as_u64()),
+        fields.remove("tool"),
+        fields.remove("entries"),
+    ) else {
+        return Err(bad("a version, a tool or entries are missing"));
+    };
+    if version < VERSION {
+        return Err(bad(&format!("it has version {version}")));
     }
-    if saved.tool != tool {
-        return Err(format!("saved by {0}; restore it with {0}", saved.tool));
+    if of != tool {
+        return Err(format!("saved by {of}; restore it with {of}"));
     }
-    Ok(saved.entries)
+    let is_newer = version > VERSION;
+    let (mut entries, mut whole, mut newer) = (Vec::new(), Vec::new(), Vec::new());
+    for raw in all {
+        match newer::entry::<Unchecked>(&raw, is_newer).map_err(|why| bad(&why))? {
+            Some((entry, unknown)) => {
+                newer.extend(
+                    unknown
+                        .names()
+                        .map(|name| format!("{name:?} of {}", entry.knob)),
+                );
+                entries.push(entry);
+            }
+            None => whole.push(raw),
+        }
+    }
+    if !whole.is_empty() {
+        newer.insert(0, format!("values of {}", newer::kinds(&whole)));
+    }
+    newer.extend(fields.keys().map(|name| format!("the field {name:?}")));
+    newer.extend(is_newer.then(|| format!("version {version} of the file")));
+    Ok(Restorable {
+        entries,
+        newer: (!newer.is_empty()).then(|| newer.join("; ")),
+    })
 }
 
 /// Puts the values back, last change first. One that another program has set since is not changed.
@@ -171,7 +271,7 @@ fn restore_one(root: &Host, entry: Entry, dry_run: bool) -> Applied {
         set,
     } = entry;
     let found = knob.read(root);
-    let change = |found: Value| Change {
+    let restoring = |found: Value| Change {
         knob,
         label,
         found,
@@ -179,15 +279,15 @@ fn restore_one(root: &Host, entry: Entry, dry_run: bool) -> Applied {
     };
     match found {
         Err(error) => Applied {
-            change: change(Value::text("")),
+            change: restoring(Value::text("")),
             outcome: Outcome::Failed(error.to_string()),
         },
         Ok(None) => Applied {
-            change: change(Value::text("")),
+            change: restoring(Value::text("")),
             outcome: Outcome::Gone,
         },
         Ok(Some(found)) => {
-            let change = change(found);
+            let change = restoring(found);
             if change.found != set && !change.is_noop() {
                 let outcome = Outcome::Foreign(format!(
                     "it was set to {set} and holds {} now",
@@ -222,7 +322,7 @@ mod tests {
         }
         let entry = |irq| Entry {
             knob: Knob::Irq(irq),
-            label: format!("IRQ {irq}"),
+            label: format!("IRQ {irq}").into(),
             before: CpuSet::range(0, 23).into(),
             set: CpuSet::range(0, 5).into(),
         };
@@ -235,14 +335,16 @@ mod tests {
                 .contains("earlier run")
         );
         assert!(
-            read(&file, "governor")
+            read(&file, "governor", |_| true)
                 .unwrap_err()
                 .to_string()
                 .contains("saved by pin-irqs")
         );
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "and proc");
 
         let texts = |dry_run| -> Vec<String> {
-            restore(&root, read(&file, "pin-irqs").unwrap(), dry_run)
+            let entries = read(&file, "pin-irqs", |knob| matches!(knob, Knob::Irq(_)));
+            restore(&root, entries.unwrap().entries, dry_run)
                 .iter()
                 .map(ToString::to_string)
                 .collect()
@@ -260,12 +362,61 @@ mod tests {
     }
 
     #[test]
+    fn a_run_that_was_killed_while_it_saved_blocks_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("saved");
+        fs::write(dir.path().join(".saved.new"), "{\"version\":1,\"to").unwrap();
+        write(&file, "pin-irqs", vec![]).unwrap();
+        assert!(
+            read(&file, "pin-irqs", |_| true)
+                .unwrap()
+                .entries
+                .is_empty()
+        );
+        // Whole or not at all, and no other name is left.
+        let names = || fs::read_dir(dir.path()).unwrap().count();
+        assert_eq!(names(), 1);
+        let text = fs::read_to_string(&file).unwrap();
+        write(&file, "governor", vec![]).unwrap_err();
+        assert_eq!((names(), fs::read_to_string(&file).unwrap()), (1, text));
+        assert!(write(Path::new(".."), "governor", vec![]).is_err());
+    }
+
+    #[test]
+    fn a_file_restores_only_what_its_tool_sets() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("saved");
+        let entry = |knob: Knob, value: &str| Entry {
+            before: knob.parse(value).unwrap(),
+            set: knob.parse(value).unwrap(),
+            label: "IRQ 24".into(),
+            knob,
+        };
+        let made_up = vec![
+            entry(Knob::Irq(24), "0-5"),
+            entry(Knob::Sysctl("kernel/core_pattern".into()), "|/tmp/x"),
+        ];
+        write(&file, "pin-irqs", made_up).unwrap();
+        let is_own = |knob: &Knob| matches!(knob, Knob::Irq(_) | Knob::DefaultIrq);
+        let why = read(&file, "pin-irqs", is_own).unwrap_err().to_string();
+        assert!(
+            why.ends_with("saved: pin-irqs does not set this: kernel.core_pattern"),
+            "{why}"
+        );
+        fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o666)).unwrap();
+        let why = read(&file, "pin-irqs", |_| true).unwrap_err().to_string();
+        assert!(why.contains("others than root can write it"), "{why}");
+    }
+
+    #[test]
     fn other_files_are_refused() {
         for text in [
             "",
             "{}",
             "[]",
-            "{\"version\":2,\"tool\":\"t\",\"entries\":[]}",
+            "{\"version\":0,\"tool\":\"t\",\"entries\":[]}",
+            "{\"version\":2,\"tool\":\"x\",\"entries\":[]}",
+            "{\"version\":2,\"tool\":\"t\"}",
             "{\"version\":1,\"tool\":\"x\",\"entries\":[]}",
         ] {
             assert!(parse(text, "t").is_err(), "{text}");
@@ -277,9 +428,59 @@ mod tests {
         ] {
             let entry =
                 format!(r#"{{"knob":{knob},"label":"","before":"{before}","set":"{set}"}}"#);
-            let leaving = format!(r#"{{"version":1,"tool":"t","entries":[{entry}]}}"#);
-            let why = parse(&leaving, "t").unwrap_err();
-            assert!(why.contains("leaves its folder"), "{why}");
+            // No matter how new.
+            for version in [1, 2] {
+                let leaving =
+                    format!(r#"{{"version":{version},"tool":"t","x":1,"entries":[{entry}]}}"#);
+                let why = parse(&leaving, "t").unwrap_err();
+                assert!(why.contains("leaves its folder"), "{why}");
+            }
         }
+    }
+
+    #[test]
+    fn of_a_later_versions_file_what_is_known_is_restored() {
+        let irq = r#"{"knob":{"irq":24},"label":"IRQ 24","before":"0-5","set":"0"}"#;
+        let newer_field = irq
+            .replace("24", "25")
+            .replace("\"set\"", "\"how\":1,\"set\"");
+        let newer_value = irq.replace("24", "26").replace("0-5", "all but 3");
+        let newer_knob = irq.replace("\"irq\":24", "\"irq-thread\":24");
+        let knows = |text: &str| {
+            let Restorable { entries, newer } = parse(text, "t").unwrap();
+            let knobs: Vec<String> = entries.iter().map(|entry| entry.knob.to_string()).collect();
+            (knobs.join(", "), newer.unwrap_or_default())
+        };
+        let file = |version: u32, field: &str, entries: &[&str]| {
+            let entries = entries.join(",");
+            knows(&format!(
+                r#"{{"version":{version},"tool":"t"{field},"entries":[{entries}]}}"#
+            ))
+        };
+        let restored = |knobs: &str, newer: &str| (knobs.to_owned(), newer.to_owned());
+        assert_eq!(file(1, "", &[irq]), restored("IRQ 24", ""));
+        assert_eq!(
+            file(2, "", &[irq]),
+            restored("IRQ 24", "version 2 of the file")
+        );
+        let field = r#","boot":"x""#;
+        assert_eq!(
+            file(1, field, &[irq]),
+            restored("IRQ 24", "the field \"boot\"")
+        );
+        assert_eq!(
+            file(1, "", &[irq, &newer_field]),
+            restored("IRQ 24, IRQ 25", "\"how\" of IRQ 25")
+        );
+        assert_eq!(
+            file(1, "", &[&newer_value, &newer_knob, irq]),
+            restored("IRQ 24", "values of \"irq\" (1), \"irq-thread\" (1)")
+        );
+        // In a format of its own an entry may be anything.
+        assert_eq!(
+            file(2, "", &["7", irq]),
+            restored("IRQ 24", "values of \"\" (1); version 2 of the file")
+        );
+        assert!(parse(r#"{"version":1,"tool":"t","entries":[7]}"#, "t").is_err());
     }
 }

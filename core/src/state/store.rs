@@ -5,9 +5,10 @@
 //! was killed at any point the next one can restore the host. It is in /run: a boot clears it, as
 //! it does the kernel's own state.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, BufRead, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
@@ -16,43 +17,201 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{Flock, FlockArg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::knob::{Applied, Outcome, apply_each};
+use crate::sys::locks;
 use crate::sysroot::Sysroot;
 
-use super::baseline::{Baseline, Entry, Planned};
+use super::baseline::{Baseline, Entry, Planned, Unchecked};
+use super::newer::{self, Newer, Unread};
+use super::replace::replace;
 
 /// The folder, below the sysroot.
 const FOLDER: &str = "run/pinfold";
 /// The file with the state, in it.
 const STATE: &str = "state.json";
-/// The layout of the state file; another number is refused.
-const VERSION: u32 = 1;
+/// The file beside it with the version of the hook that wrote it, for reports. Not in the state,
+/// since earlier versions refuse a state with a field that they do not know.
+pub const WRITER: &str = "writer";
+/// The layout of the state file. A later version may have a higher number.
+const VERSION: u64 = 1;
 /// How often a lock that another process holds is tried again.
 const LOCK_INTERVAL: Duration = Duration::from_millis(10);
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct OnDisk<R, E = Entry> {
-    version: u32,
+    version: u64,
     reservations: BTreeMap<u32, R>,
     baseline: Vec<E>,
 }
 
-impl<R: DeserializeOwned> OnDisk<R> {
-    fn parse(text: &str) -> std::result::Result<Self, String> {
-        let state: Self = serde_json::from_str(text)
-            .map_err(|error| format!("it is no state of hook's: {error}"))?;
-        if state.version != VERSION {
-            return Err(format!(
-                "it has version {}, this hook knows version {VERSION}",
-                state.version
-            ));
+/// What is in the state. `R` is what is kept per VM, by its number.
+#[derive(Debug, Clone, PartialEq)]
+pub struct State<R> {
+    /// What is kept per VM.
+    pub reservations: BTreeMap<u32, R>,
+    /// The earlier values of every touched knob.
+    pub baseline: Baseline,
+    /// What a later version of the program keeps in it, and this one does not know.
+    pub newer: Newer,
+}
+
+impl<R> Default for State<R> {
+    fn default() -> Self {
+        Self {
+            reservations: BTreeMap::new(),
+            baseline: Baseline::default(),
+            newer: Newer::default(),
         }
-        Ok(state)
     }
+}
+
+impl<R: Serialize + DeserializeOwned> State<R> {
+    /// Reads the text of a state file. Of one that a later version has written, what this one knows.
+    ///
+    /// # Errors
+    /// Why it is none, or cannot be trusted.
+    pub fn parse(text: &str) -> std::result::Result<Self, String> {
+        let error = match serde_json::from_str::<OnDisk<R>>(text) {
+            Ok(state) if state.version == VERSION => {
+                return Ok(Self {
+                    reservations: state.reservations,
+                    baseline: Baseline::from_entries(state.baseline),
+                    newer: Newer::default(),
+                });
+            }
+            Ok(state) => format!("its version is {}", state.version),
+            Err(error) => error.to_string(),
+        };
+        let bad = |why: String| format!("not a hook state file: {why}");
+        match Self::parse_newer(text).map_err(bad)? {
+            state if state.newer.is_empty() => Err(bad(error)),
+            state => Ok(state),
+        }
+    }
+
+    fn parse_newer(text: &str) -> std::result::Result<Self, String> {
+        let raw = serde_json::from_str(text).map_err(|error| error.to_string())?;
+        let Value::Object(mut fields) = raw else {
+            return Err("it is not an object".into());
+        };
+        let (Some(version), Some(Value::Object(reservations)), Some(Value::Array(entries))) = (
+            fields
+                .remove("version")
+                .and_then(|version| version.as_u64()),
+            fields.remove("reservations"),
+            fields.remove("baseline"),
+        ) else {
+            return Err("a version, reservations or a baseline are missing".into());
+        };
+        if version < VERSION {
+            return Err(format!("it has a version below {VERSION}"));
+        }
+        let is_newer = version > VERSION;
+        let mut newer = Newer {
+            version: is_newer.then_some(version),
+            fields,
+            ..Newer::default()
+        };
+        let mut known = BTreeMap::new();
+        for (key, raw) in reservations {
+            // As it is written: two keys of one VM would be one reservation lost.
+            let vmid: u32 = (key.parse().ok())
+                .filter(|vmid: &u32| vmid.to_string() == key)
+                .ok_or_else(|| format!("{key:?} is not a VM's number"))?;
+            match newer::read::<R>(&raw) {
+                Ok((reservation, unknown)) => {
+                    if !unknown.is_empty() {
+                        let written = serde_json::to_value(&reservation);
+                        let unknown = unknown.note(&written.map_err(|error| error.to_string())?);
+                        newer.reservations.insert(vmid, unknown);
+                    }
+                    known.insert(vmid, reservation);
+                }
+                Err(Unread::Malformed(why)) if !is_newer => {
+                    return Err(format!("the reservation of VM {vmid}: {why}"));
+                }
+                Err(_) => {
+                    newer.whole_reservations.insert(vmid, raw);
+                }
+            }
+        }
+        let mut baseline = Vec::new();
+        for raw in entries {
+            match newer::entry::<Unchecked>(&raw, is_newer)? {
+                Some((entry, unknown)) => {
+                    if !unknown.is_empty() {
+                        newer.entries.insert(entry.knob.clone(), unknown);
+                    }
+                    baseline.push(entry);
+                }
+                None => newer.whole_entries.push(raw),
+            }
+        }
+        Ok(Self {
+            reservations: known,
+            baseline: Baseline::from_entries(baseline),
+            newer,
+        })
+    }
+
+    /// The text of a state file, which [`parse`](Self::parse) reads.
+    ///
+    /// # Errors
+    /// If what is kept per VM cannot be written as JSON.
+    pub fn to_text(&self) -> serde_json::Result<String> {
+        let mut text = Vec::new();
+        write_text(&mut text, &self.reservations, &self.baseline, &self.newer)?;
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    }
+}
+
+/// Writes the text of a state file, of what this version knows as it is made.
+fn write_text<R: Serialize>(
+    out: impl Write,
+    reservations: &BTreeMap<u32, R>,
+    baseline: &Baseline,
+    newer: &Newer,
+) -> serde_json::Result<()> {
+    let known = OnDisk {
+        version: newer.version.unwrap_or(VERSION),
+        reservations: reservations
+            .iter()
+            .map(|(vmid, kept)| (*vmid, kept))
+            .collect(),
+        baseline: baseline.entries.values().collect(),
+    };
+    if newer.is_empty() {
+        return serde_json::to_writer(out, &known);
+    }
+    let mut all = serde_json::to_value(&known)?;
+    for (vmid, raw) in &newer.whole_reservations {
+        let of_vms = &mut all["reservations"];
+        if of_vms.get(vmid.to_string()).is_none() {
+            of_vms[vmid.to_string()] = raw.clone();
+        }
+    }
+    for (vmid, unknown) in &newer.reservations {
+        if let Some(reservation) = all["reservations"].get_mut(vmid.to_string()) {
+            unknown.put_back(reservation);
+        }
+    }
+    if let Value::Array(entries) = &mut all["baseline"] {
+        for (entry, knob) in entries.iter_mut().zip(baseline.entries.keys()) {
+            if let Some(unknown) = newer.entries.get(knob) {
+                unknown.put_back(entry);
+            }
+        }
+        entries.extend(newer.whole_entries.iter().cloned());
+    }
+    for (name, value) in &newer.fields {
+        all[name] = value.clone();
+    }
+    serde_json::to_writer(out, &all)
 }
 
 /// The state, under its lock or for reading only. `R` is what is kept per VM, by its number.
@@ -61,10 +220,14 @@ pub struct Store<R> {
     root: Host,
     folder: PathBuf,
     _lock: Option<Flock<File>>,
+    /// Whether it was noted who writes the state.
+    is_signed: Cell<bool>,
     /// What is kept per VM.
     pub reservations: BTreeMap<u32, R>,
     /// The earlier values of every touched knob.
     pub baseline: Baseline,
+    /// What a later version of the program keeps in the state, and this one does not know.
+    pub newer: Newer,
 }
 
 impl<R: Serialize + DeserializeOwned> Store<R> {
@@ -76,6 +239,19 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
     /// [`Error::Unusable`] if the lock cannot be taken in time, other users can write to the
     /// folder, or the state file cannot be trusted; the text names what to do.
     pub fn open(root: &Host, deadline: Duration) -> Result<Self> {
+        Self::open_telling(root, deadline, |_| {})
+    }
+
+    /// As [`open`](Self::open); calls `on_wait` once with who holds the lock, if it has to be waited
+    /// for.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_telling(
+        root: &Host,
+        deadline: Duration,
+        on_wait: impl FnMut(&str),
+    ) -> Result<Self> {
         let folder = root.path(FOLDER);
         let lock = if root.dry_run() {
             None
@@ -86,15 +262,17 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
                 return Err(Error::io(folder, "make the folder", source));
             }
             check_private(&folder)?;
-            Some(take_lock(&folder, deadline)?)
+            Some(take_lock(root, &folder, deadline, on_wait)?)
         };
-        let on_disk = read_state::<R>(&folder)?;
+        let state = read_state::<R>(&folder)?;
         Ok(Self {
             root: root.clone(),
             folder,
             _lock: lock,
-            reservations: on_disk.reservations,
-            baseline: Baseline::from_entries(on_disk.baseline),
+            is_signed: Cell::new(false),
+            reservations: state.reservations,
+            baseline: state.baseline,
+            newer: state.newer,
         })
     }
 
@@ -107,54 +285,17 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
     ///
     /// # Errors
     /// As [`open`](Self::open), without the lock.
-    pub fn peek(root: &Sysroot) -> Result<Option<(BTreeMap<u32, R>, Baseline)>> {
+    pub fn peek(root: &Sysroot) -> Result<Option<State<R>>> {
         let folder = root.path(FOLDER);
         match fs::symlink_metadata(folder.join(STATE)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(source) => Err(Error::io(folder, "look into", source)),
-            Ok(_) => {
-                let on_disk = read_state::<R>(&folder)?;
-                Ok(Some((
-                    on_disk.reservations,
-                    Baseline::from_entries(on_disk.baseline),
-                )))
-            }
+            Ok(_) => read_state(&folder).map(Some),
         }
     }
 
-    /// Reads the text of a state file.
-    ///
-    /// # Errors
-    /// Why it is none, or cannot be trusted.
-    pub fn parse(text: &str) -> std::result::Result<(BTreeMap<u32, R>, Baseline), String> {
-        OnDisk::parse(text).map(|on_disk| {
-            (
-                on_disk.reservations,
-                Baseline::from_entries(on_disk.baseline),
-            )
-        })
-    }
-
-    /// The text of a state file, which [`parse`](Self::parse) reads.
-    ///
-    /// # Errors
-    /// If what is kept per VM cannot be written as JSON.
-    pub fn to_text(
-        reservations: &BTreeMap<u32, R>,
-        baseline: &Baseline,
-    ) -> serde_json::Result<String> {
-        serde_json::to_string(&OnDisk {
-            version: VERSION,
-            reservations: reservations
-                .iter()
-                .map(|(vmid, kept)| (*vmid, kept))
-                .collect(),
-            baseline: baseline.entries.values().collect(),
-        })
-    }
-
     /// Writes the state, whole or not at all. With no reservation and no baseline left the file
-    /// goes.
+    /// goes, unless a later version of the program could restore something from it.
     ///
     /// # Errors
     /// [`Error::Io`] with the path.
@@ -163,7 +304,10 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
             return Ok(());
         }
         let path = self.folder.join(STATE);
-        if self.reservations.is_empty() && self.baseline.entries.is_empty() {
+        if self.reservations.is_empty()
+            && self.baseline.entries.is_empty()
+            && !self.newer.has_values()
+        {
             return match fs::remove_file(&path) {
                 Err(source) if source.kind() != io::ErrorKind::NotFound => {
                     Err(Error::io(path, "remove", source))
@@ -171,9 +315,19 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
                 _ => Ok(()),
             };
         }
-        let text = Self::to_text(&self.reservations, &self.baseline)
-            .map_err(|error| Error::io(&path, "save", error.into()))?;
-        write_own(&path, &text)
+        if !self.is_signed.replace(true) {
+            // Nothing depends on it.
+            let _ = self.keep(WRITER, env!("CARGO_PKG_VERSION"));
+        }
+        replace(&path, |out| {
+            Ok(write_text(
+                out,
+                &self.reservations,
+                &self.baseline,
+                &self.newer,
+            )?)
+        })
+        .map_err(|source| Error::io(path, "save", source))
     }
 
     /// Writes another file of hook's beside the state, whole or not at all; nothing that undo
@@ -185,7 +339,9 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
         if self.root.dry_run() {
             Ok(())
         } else {
-            write_own(&self.folder.join(name), text)
+            let path = self.folder.join(name);
+            replace(&path, |out| out.write_all(text.as_bytes()))
+                .map_err(|source| Error::io(path, "save", source))
         }
     }
 
@@ -199,7 +355,7 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
         mut on_done: impl FnMut(&Applied),
     ) -> Result<()> {
         self.save_before(&plan)?;
-        make(&self.root, &plan, |done| {
+        make(&self.root, plan, |done| {
             self.baseline.settle(&done);
             on_done(&done);
         });
@@ -215,12 +371,12 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
         self.save_before(&plan)?;
         if !self.root.dry_run() {
             let (host, own) = (self.root.clone(), plan.clone());
-            let thread = std::thread::Builder::new().spawn(move || made(&host, &own));
+            let thread = std::thread::Builder::new().spawn(move || made(&host, own));
             if let Ok(thread) = thread {
                 return Ok(Pending(Progress::Running(thread)));
             }
         }
-        Ok(Pending(Progress::Ended(made(&self.root, &plan))))
+        Ok(Pending(Progress::Ended(made(&self.root, plan))))
     }
 
     /// Waits for changes that were [started](Self::start) and calls `on_done` for each, in order.
@@ -267,30 +423,28 @@ enum Progress {
     Ended(Vec<Applied>),
 }
 
-fn made(host: &Host, plan: &[Planned]) -> Vec<Applied> {
+fn made(host: &Host, plan: Vec<Planned>) -> Vec<Applied> {
     let mut dones = Vec::with_capacity(plan.len());
     make(host, plan, |done| dones.push(done));
     dones
 }
 
 /// Makes planned changes in order; skipped ones are only reported.
-fn make(host: &Host, plan: &[Planned], mut on_done: impl FnMut(Applied)) {
-    for group in plan.chunk_by(|a, b| a.skip_reason.is_none() && b.skip_reason.is_none()) {
-        match group {
-            [
-                Planned {
-                    change,
-                    skip_reason: Some(why),
-                },
-            ] => on_done(Applied {
-                change: change.clone(),
-                outcome: Outcome::Foreign(why.clone()),
-            }),
-            group => {
-                let changes = group.iter().map(|planned| planned.change.clone()).collect();
-                apply_each(host, changes, &mut on_done);
-            }
+fn make(host: &Host, plan: Vec<Planned>, mut on_done: impl FnMut(Applied)) {
+    let mut plan = plan.into_iter().peekable();
+    while let Some(Planned {
+        change,
+        skip_reason,
+    }) = plan.next()
+    {
+        if let Some(why) = skip_reason {
+            let outcome = Outcome::Foreign(why);
+            on_done(Applied { change, outcome });
+            continue;
         }
+        let following = || plan.next_if(|next| next.skip_reason.is_none());
+        let following = std::iter::from_fn(following).map(|next| next.change);
+        apply_each(host, std::iter::once(change).chain(following), &mut on_done);
     }
 }
 
@@ -300,56 +454,6 @@ fn make(host: &Host, plan: &[Planned], mut on_done: impl FnMut(Applied)) {
 /// If it cannot be read, or other users can write to it.
 pub fn kept(root: &Sysroot, name: &str) -> Result<Option<String>> {
     read_own(&root.path(FOLDER).join(name))
-}
-
-/// Writes a file of the folder, whole or not at all, unless that is its text already.
-fn write_own(path: &Path, text: &str) -> Result<()> {
-    if holds(path, text).unwrap_or(false) {
-        return Ok(());
-    }
-    let new = path.with_extension("json.new");
-    let write = || -> io::Result<()> {
-        // A leftover of a run that was killed while it wrote.
-        if let Err(error) = fs::remove_file(&new)
-            && error.kind() != io::ErrorKind::NotFound
-        {
-            return Err(error);
-        }
-        OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&new)?
-            .write_all(text.as_bytes())?;
-        fs::rename(&new, path)
-    };
-    write().map_err(|source| Error::io(path, "save", source))
-}
-
-/// Whether a file of the folder has this text.
-fn holds(path: &Path, text: &str) -> io::Result<bool> {
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(nix::libc::O_NOFOLLOW)
-        .open(path)?;
-    let meta = file.metadata()?;
-    if meta.len() != text.len() as u64 || meta.mode() & 0o077 != 0 {
-        return Ok(false);
-    }
-    let mut file = io::BufReader::with_capacity(64 * 1024, file);
-    let mut rest = text.as_bytes();
-    loop {
-        let part = file.fill_buf()?;
-        if part.is_empty() {
-            return Ok(rest.is_empty());
-        }
-        let Some(after) = rest.strip_prefix(part) else {
-            return Ok(false);
-        };
-        rest = after;
-        let read = part.len();
-        file.consume(read);
-    }
 }
 
 /// Removes a state that cannot be read, under the lock; what it covered is not put back.
@@ -362,7 +466,7 @@ pub fn discard(root: &Sysroot, deadline: Duration) -> Result<bool> {
         return Ok(false);
     }
     check_private(&folder)?;
-    let _lock = take_lock(&folder, deadline)?;
+    let _lock = take_lock(root, &folder, deadline, |_| {})?;
     let path = folder.join(STATE);
     match fs::remove_file(&path) {
         Ok(()) => Ok(true),
@@ -377,19 +481,24 @@ fn check_private(folder: &Path) -> Result<()> {
     let meta =
         fs::symlink_metadata(folder).map_err(|source| Error::io(folder, "look at", source))?;
     let fault = if !meta.is_dir() {
-        "it is no folder"
+        "it is not a folder"
     } else if meta.uid() != nix::unistd::geteuid().as_raw() {
-        "it belongs to somebody else"
+        "it belongs to another user"
     } else if meta.mode() & 0o077 != 0 {
-        "others can look into it or write there"
+        "other users can read or change it"
     } else {
         return Ok(());
     };
-    let why = format!("{fault}; look who made it, then remove it and run `hook recover`");
+    let why = format!("{fault}; find out what made it, then remove it and run `hook recover`");
     Err(Error::unusable(folder.display().to_string(), why))
 }
 
-fn take_lock(folder: &Path, deadline: Duration) -> Result<Flock<File>> {
+fn take_lock(
+    root: &Sysroot,
+    folder: &Path,
+    deadline: Duration,
+    mut on_wait: impl FnMut(&str),
+) -> Result<Flock<File>> {
     let path = folder.join("lock");
     let open = OpenOptions::new()
         .read(true)
@@ -401,13 +510,21 @@ fn take_lock(folder: &Path, deadline: Duration) -> Result<Flock<File>> {
         .open(&path);
     let mut file = open.map_err(|source| Error::io(&path, "open", source))?;
     let until = Instant::now() + deadline;
+    let mut waits = false;
     loop {
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => return Ok(lock),
-            Err((back, nix::errno::Errno::EWOULDBLOCK)) if Instant::now() < until => file = back,
-            Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
+            Err((back, nix::errno::Errno::EWOULDBLOCK)) if Instant::now() < until => {
+                if !waits {
+                    on_wait(&lock_holder(root, &back));
+                    waits = true;
+                }
+                file = back;
+            }
+            Err((back, nix::errno::Errno::EWOULDBLOCK)) => {
                 let why = format!(
-                    "another hook has held it for {} s; see `ps -C hook`",
+                    "{} has held it for {} s; see `ps -C hook`",
+                    lock_holder(root, &back),
                     deadline.as_secs()
                 );
                 return Err(Error::unusable(path.display().to_string(), why));
@@ -418,7 +535,26 @@ fn take_lock(folder: &Path, deadline: Duration) -> Result<Flock<File>> {
     }
 }
 
-fn read_state<R: DeserializeOwned>(folder: &Path) -> Result<OnDisk<R>> {
+/// Who holds the lock, as far as the kernel shows it: `process 4711 (hook 101 post-start)`.
+fn lock_holder(root: &Sysroot, file: &File) -> String {
+    let holder = file
+        .metadata()
+        .ok()
+        .and_then(|meta| locks::holder(root, &meta).ok().flatten());
+    let Some(pid) = holder else {
+        return "another hook".to_owned();
+    };
+    let line = root
+        .read(format!("proc/{pid}/cmdline"))
+        .unwrap_or_default()
+        .replace('\0', " ");
+    match line.trim_end() {
+        "" => format!("process {pid}"),
+        line => format!("process {pid} ({line})"),
+    }
+}
+
+fn read_state<R: Serialize + DeserializeOwned>(folder: &Path) -> Result<State<R>> {
     let path = folder.join(STATE);
     let bad = |why: String| {
         let why = format!(
@@ -426,19 +562,12 @@ fn read_state<R: DeserializeOwned>(folder: &Path) -> Result<OnDisk<R>> {
         );
         Error::unusable(path.display().to_string(), why)
     };
-    let text = match read_own(&path) {
-        Ok(None) => {
-            return Ok(OnDisk {
-                version: VERSION,
-                reservations: BTreeMap::new(),
-                baseline: Vec::new(),
-            });
-        }
-        Ok(Some(text)) => text,
-        Err(Error::Malformed { why, .. }) => return Err(bad(why)),
-        Err(error) => return Err(error),
-    };
-    OnDisk::parse(&text).map_err(bad)
+    match read_own(&path) {
+        Ok(None) => Ok(State::default()),
+        Ok(Some(text)) => State::parse(&text).map_err(bad),
+        Err(Error::Malformed { why, .. }) => Err(bad(why)),
+        Err(error) => Err(error),
+    }
 }
 
 /// Reads a file of the folder; `None` if there is none. [`Error::Malformed`] is one that
@@ -460,7 +589,7 @@ fn read_own(path: &Path) -> Result<Option<String>> {
                 .metadata()
                 .map_err(|source| Error::io(path, "look at", source))?;
             if meta.uid() != nix::unistd::geteuid().as_raw() || meta.mode() & 0o077 != 0 {
-                return Err(bad("it is not ours alone"));
+                return Err(bad("other users can read or change it"));
             }
             let mut text = String::new();
             io::Read::read_to_string(&mut file, &mut text)
@@ -474,10 +603,10 @@ fn read_own(path: &Path) -> Result<Option<String>> {
 mod tests {
     use super::*;
     use crate::cpuset::CpuSet;
-    use crate::knob::{Knob, Setting, Value, apply_one};
+    use crate::knob::{self, Knob, Setting, apply_one};
     use proptest::prelude::*;
 
-    fn cpus(list: &str) -> Value {
+    fn cpus(list: &str) -> knob::Value {
         CpuSet::from_kernel_list(list).unwrap().into()
     }
 
@@ -508,7 +637,9 @@ mod tests {
     }
 
     fn set(store: &mut Store<String>, root: &Host, value: Option<&str>) -> Vec<String> {
-        let _ = store.baseline.detect_foreign(root, |_, _, _| false);
+        let _ = store
+            .baseline
+            .detect_foreign(|knob| knob.read(root), |_, _, _| false);
         let plan = store.baseline.plan(objects(root), |_, before| {
             value.map_or_else(|| before.clone(), cpus)
         });
@@ -528,8 +659,8 @@ mod tests {
         let plan = store.baseline.plan(objects(&root), |_, _| cpus("0"));
         let pending = store.start(plan).unwrap();
         let on_disk = fs::read_to_string(dir.path().join("run/pinfold/state.json")).unwrap();
-        let (_, saved) = Store::<String>::parse(&on_disk).unwrap();
-        assert_eq!(saved.before(&Knob::Irq(1)), Some(&cpus("0-3")));
+        let saved = State::<String>::parse(&on_disk).unwrap();
+        assert_eq!(saved.baseline.before(&Knob::Irq(1)), Some(&cpus("0-3")));
         let mut reported = Vec::new();
         store.finish(pending, |done| reported.push(done.to_string()));
         assert_eq!(reported, ["IRQ 1: 0-3 -> 0", "IRQ 2: 0-3 -> 0"]);
@@ -592,6 +723,36 @@ mod tests {
     }
 
     #[test]
+    fn who_wrote_the_state_is_beside_it() {
+        let (dir, root) = host();
+        let mut store: Store<String> = Store::open(&root, SOON).unwrap();
+        store.save().unwrap();
+        assert_eq!(kept(&root, WRITER).unwrap(), None);
+        store.reservations.insert(100, "a".into());
+        store.save().unwrap();
+        let version = env!("CARGO_PKG_VERSION");
+        assert_eq!(kept(&root, WRITER).unwrap().unwrap(), version);
+        // Fields of the state are what the first version knows.
+        let state = fs::read_to_string(dir.path().join("run/pinfold/state.json")).unwrap();
+        assert!(!state.contains(version), "{state}");
+        // Without it the state is saved all the same.
+        fs::remove_file(dir.path().join("run/pinfold/writer")).unwrap();
+        fs::create_dir(dir.path().join("run/pinfold/writer")).unwrap();
+        drop(store);
+        let mut store: Store<String> = Store::open(&root, SOON).unwrap();
+        store.reservations.insert(101, "b".into());
+        store.save().unwrap();
+        assert_eq!(
+            Store::<String>::peek(&root)
+                .unwrap()
+                .unwrap()
+                .reservations
+                .len(),
+            2
+        );
+    }
+
+    #[test]
     fn files_beside_the_state_must_be_private() {
         let (dir, root) = host();
         let store: Store<String> = Store::open(&root, SOON).unwrap();
@@ -605,8 +766,25 @@ mod tests {
             kept(&root, "times.json")
                 .unwrap_err()
                 .to_string()
-                .contains("not ours alone")
+                .contains("other users can read or change it")
         );
+    }
+
+    #[test]
+    fn a_value_that_is_refused_at_the_end_is_still_ours() {
+        let (_dir, root) = host();
+        let mut store: Store<String> = Store::open(&root, SOON).unwrap();
+        set(&mut store, &root, Some("0"));
+        for (wanted, left) in [("0-3", 2), ("1", 0)] {
+            let mut baseline = store.baseline.clone();
+            let plan = baseline.plan(objects(&root), |_, _| cpus(wanted));
+            let refused = Applied {
+                change: plan[0].change.clone(),
+                outcome: Outcome::Refused("No space left on device".into()),
+            };
+            baseline.settle(&refused);
+            assert_eq!(baseline.values_set(&Knob::Irq(1)).len(), left, "{wanted}");
+        }
     }
 
     #[test]
@@ -618,7 +796,7 @@ mod tests {
         assert_eq!(
             set(&mut store, &root, None),
             [
-                "IRQ 1: left as it is: somebody else has set it to 2",
+                "IRQ 1: left as it is: something else has set it to 2",
                 "IRQ 2: 0 -> 0-3"
             ]
         );
@@ -631,16 +809,23 @@ mod tests {
         set(&mut store, &root, Some("0"));
         fs::write(dir.path().join("proc/irq/1/smp_affinity_list"), "1-3").unwrap();
         for (made_of, kernels) in [("2", false), ("0-3", true)] {
-            let learned = store.baseline.detect_foreign(&root, |_, given, found| {
-                assert!([cpus("0-3"), cpus("0")].contains(given) && *found == cpus("1-3"));
-                *given == cpus(made_of)
-            });
+            let learned = store.baseline.detect_foreign(
+                |knob| knob.read(&root),
+                |_, given, found| {
+                    assert!([cpus("0-3"), cpus("0")].contains(given) && *found == cpus("1-3"));
+                    *given == cpus(made_of)
+                },
+            );
             assert_eq!(store.baseline.is_foreign(&Knob::Irq(1)), !kernels);
             assert_eq!(learned, kernels);
         }
         assert_eq!(store.baseline.last(&Knob::Irq(1)), Some(&cpus("0")));
         // That is known from now on, whatever the kernel would do next.
-        assert!(!store.baseline.detect_foreign(&root, |_, _, _| false));
+        assert!(
+            !store
+                .baseline
+                .detect_foreign(|knob| knob.read(&root), |_, _, _| false)
+        );
         assert!(!store.baseline.is_foreign(&Knob::Irq(1)));
     }
 
@@ -649,13 +834,15 @@ mod tests {
         let (_dir, root) = host();
         for (value, writes) in [("0", 1), ("1", 0), ("2", 0)] {
             let mut store: Store<String> = Store::open(&root, SOON).unwrap();
-            let _ = store.baseline.detect_foreign(&root, |_, _, _| false);
+            let _ = store
+                .baseline
+                .detect_foreign(|knob| knob.read(&root), |_, _, _| false);
             let plan = store.baseline.plan(objects(&root), |_, _| cpus(value));
             store.save().unwrap();
             // Killed after so many writes.
-            plan.into_iter()
-                .take(writes)
-                .for_each(|planned| drop(apply_one(&root, planned.change)));
+            for planned in plan.into_iter().take(writes) {
+                apply_one(&root, planned.change);
+            }
         }
         let mut store: Store<String> = Store::open(&root, SOON).unwrap();
         assert_eq!(
@@ -686,9 +873,9 @@ mod tests {
     fn what_one_was_born_with_is_ours() {
         let (_dir, root) = host();
         let mut store: Store<String> = Store::open(&root, SOON).unwrap();
-        objects(&root)
-            .iter()
-            .for_each(|object| store.baseline.adopt(object, &cpus("0-7")));
+        for object in &objects(&root) {
+            store.baseline.adopt(object, &cpus("0-7"));
+        }
         let _plan = store.baseline.plan(objects(&root), |_, _| cpus("0"));
         store.save().unwrap();
         // Killed before the first write.
@@ -728,7 +915,9 @@ mod tests {
         for text in [
             "",
             "{",
-            "{\"version\":9,\"reservations\":{},\"baseline\":[]}",
+            "{\"version\":0,\"reservations\":{},\"baseline\":[]}",
+            "{\"version\":9,\"reservations\":{}}",
+            "{\"version\":9,\"reservations\":{\"0100\":\"\"},\"baseline\":[]}",
             "[]",
         ] {
             let _ = fs::remove_file(&path);
@@ -744,7 +933,7 @@ mod tests {
         }
         fs::remove_file(&path).unwrap();
         fs::write(&path, "{}").unwrap();
-        refused("not ours alone");
+        refused("other users can read or change it");
         fs::remove_file(&path).unwrap();
         std::os::unix::fs::symlink("/etc/passwd", &path).unwrap();
         refused("symbolic link");
@@ -763,7 +952,7 @@ mod tests {
             let text = format!(
                 r#"{{"version":1,"reservations":{{}},"baseline":[{{"label":"",{entry}}}]}}"#
             );
-            let why = Store::<String>::parse(&text).unwrap_err();
+            let why = State::<String>::parse(&text).unwrap_err();
             assert!(why.contains("leaves its folder"), "{why}");
         }
     }
@@ -790,30 +979,52 @@ mod tests {
                 baseline.adopt(&Setting::new(knob, "", before.clone()), &before);
             }
             for (name, before) in sysctls {
-                let before = Value::text(before);
+                let before = knob::Value::text(before);
                 baseline.adopt(&Setting::new(Knob::Sysctl(name), "", before.clone()), &before);
             }
             for entry in baseline.entries.values_mut() {
                 entry.note_before();
             }
-            let text = Store::to_text(&reservations, &baseline).unwrap();
-            prop_assert_eq!(Store::parse(&text).unwrap(), (reservations, baseline));
+            let state = State { reservations, baseline, newer: Newer::default() };
+            prop_assert_eq!(State::parse(&state.to_text().unwrap()).unwrap(), state);
         }
     }
 
-    fn any_cpus() -> impl Strategy<Value = Value> {
+    fn any_cpus() -> impl Strategy<Value = knob::Value> {
         prop::collection::btree_set(0..=crate::cpuset::MAX_CPU, 0..9)
             .prop_map(|cpus| cpus.into_iter().collect::<CpuSet>().into())
     }
 
     #[test]
     fn one_hook_at_a_time() {
-        let (_dir, root) = host();
+        let (dir, root) = host();
         let first = Store::<String>::open(&root, SOON).unwrap();
         let error = Store::<String>::open(&root, Duration::from_millis(30))
             .unwrap_err()
             .to_string();
         assert!(error.contains("another hook has held it"), "{error}");
+        // As the kernel shows it.
+        let meta = fs::metadata(dir.path().join("run/pinfold/lock")).unwrap();
+        let (major, minor) = (
+            nix::sys::stat::major(meta.dev()),
+            nix::sys::stat::minor(meta.dev()),
+        );
+        let line = format!(
+            "1: FLOCK  ADVISORY  WRITE 4711 {major:02x}:{minor:02x}:{} 0 EOF\n",
+            meta.ino()
+        );
+        fs::write(dir.path().join("proc/locks"), line).unwrap();
+        fs::create_dir_all(dir.path().join("proc/4711")).unwrap();
+        fs::write(
+            dir.path().join("proc/4711/cmdline"),
+            "hook\x00101\x00post-start\0",
+        )
+        .unwrap();
+        let mut told = Vec::new();
+        let wait = Duration::from_millis(30);
+        let tell = |holder: &str| told.push(holder.to_owned());
+        Store::<String>::open_telling(&root, wait, tell).unwrap_err();
+        assert_eq!(told, ["process 4711 (hook 101 post-start)"]);
         drop(first);
         Store::<String>::open(&root, SOON).unwrap();
     }

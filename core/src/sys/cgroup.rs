@@ -4,6 +4,7 @@
 
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
+use crate::sys::cpu;
 use crate::sys::task::TaskId;
 use crate::sysroot::{Sysroot, cpu_list};
 
@@ -23,7 +24,7 @@ pub fn file(cgroup: &str, name: &str) -> String {
     format!("{}/{name}", path(cgroup).trim_end_matches('/'))
 }
 
-/// Makes sure that the host has the unified hierarchy with the cpuset controller.
+/// Checks that the host has the unified hierarchy with the cpuset controller.
 ///
 /// # Errors
 /// [`Error::Unusable`] that names what is missing.
@@ -125,6 +126,50 @@ pub fn isolated(root: &Sysroot) -> Result<Option<CpuSet>> {
         .transpose()
 }
 
+/// The CPUs of all partitions, isolated ones and others, of whatever cgroup.
+///
+/// # Errors
+/// If the tree cannot be read.
+pub fn partitioned(root: &Sysroot) -> Result<CpuSet> {
+    let mut cpus = CpuSet::new();
+    // A partition takes its CPUs from all cgroups above it. Read only where one has: there are
+    // hundreds of cgroups.
+    let path = file("", "cpuset.cpus.effective");
+    let left = root.read_value(&path)?;
+    if let Some(left) = left.map(|list| cpu_list(&path, &list)).transpose()?
+        && cpu::online(root)?.is_subset(&left)
+    {
+        return Ok(cpus);
+    }
+    add_partitions(root, "", &mut cpus)?;
+    Ok(cpus)
+}
+
+fn add_partitions(root: &Sysroot, parent: &str, cpus: &mut CpuSet) -> Result<()> {
+    let names = match children(root, parent) {
+        Err(error) if error.is_gone() => return Ok(()),
+        names => names?,
+    };
+    for name in names {
+        let cgroup = format!("{parent}/{name}");
+        // Without the controller it has none, nor has what is in it.
+        let Some(state) = root.read_value(file(&cgroup, "cpuset.cpus.partition"))? else {
+            continue;
+        };
+        if ["root", "isolated"].contains(&state.as_str()) {
+            // The first is there from Linux 6.7 on. What another partition within has is its own.
+            for list in ["cpuset.cpus.exclusive.effective", "cpuset.cpus.effective"] {
+                let path = file(&cgroup, list);
+                if let Some(list) = root.read_value(&path)? {
+                    *cpus = &*cpus | &cpu_list(&path, &list)?;
+                }
+            }
+        }
+        add_partitions(root, &cgroup, cpus)?;
+    }
+    Ok(())
+}
+
 /// Whether the children of a cgroup have the cpuset controller; `None` if the
 /// cgroup does not exist.
 pub(crate) fn has_child_cpusets(root: &Sysroot, cgroup: &str) -> Result<Option<bool>> {
@@ -146,6 +191,45 @@ mod tests {
         assert_eq!(parse_proc_cgroup("0::/"), Some("/"));
         assert_eq!(parse_proc_cgroup(""), None);
         assert_eq!(parse_proc_cgroup("1::/x"), None);
+    }
+
+    #[test]
+    fn partitions_of_any_cgroup() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Sysroot::new(dir.path());
+        for (name, content) in [
+            ("a/cpuset.cpus.partition", "member\n"),
+            ("a/b/cpuset.cpus.partition", "isolated\n"),
+            ("a/b/cpuset.cpus.exclusive.effective", "3,15\n"),
+            ("a/b/cpuset.cpus.effective", "3,15\n"),
+            // Linux 6.1.
+            ("c/cpuset.cpus.partition", "root\n"),
+            ("c/cpuset.cpus.effective", "4\n"),
+            (
+                "d/cpuset.cpus.partition",
+                "isolated invalid (Cpu list in cpuset.cpus not exclusive)\n",
+            ),
+            ("d/cpuset.cpus.effective", "0-23\n"),
+            ("e/f/cpuset.cpus.partition", "isolated\n"),
+            ("e/f/cpuset.cpus.effective", "5\n"),
+        ] {
+            let path = dir.path().join("sys/fs/cgroup").join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, content).unwrap();
+        }
+        let at_root = |content: &str| {
+            let path = dir.path().join("sys/fs/cgroup/cpuset.cpus.effective");
+            std::fs::write(path, content).unwrap();
+        };
+        let cpus = dir.path().join("sys/devices/system/cpu");
+        std::fs::create_dir_all(&cpus).unwrap();
+        std::fs::write(cpus.join("online"), "0-11,13-15\n").unwrap();
+        assert_eq!(partitioned(&root).unwrap().to_string(), "3-4,15");
+        at_root("0-2,5-14\n");
+        assert_eq!(partitioned(&root).unwrap().to_string(), "3-4,15");
+        // No cgroup is read where the root has lost none of the online CPUs.
+        at_root("0-15\n");
+        assert!(partitioned(&root).unwrap().is_empty());
     }
 
     #[test]

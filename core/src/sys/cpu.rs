@@ -7,6 +7,10 @@ use crate::sysroot::{Sysroot, cpu_list};
 
 const CPUS: &str = "sys/devices/system/cpu";
 
+/// The CPU that the kernel boots on. It stays with the host: the kernel runs work of its own on it,
+/// and few machines can take it offline.
+pub const BOOT_CPU: usize = 0;
+
 fn list(root: &Sysroot, file: &str) -> Result<CpuSet> {
     let path = format!("{CPUS}/{file}");
     cpu_list(&path, &root.read_record(&path)?)
@@ -28,6 +32,18 @@ pub fn online(root: &Sysroot) -> Result<CpuSet> {
     list(root, "online")
 }
 
+/// The CPUs that the kernel's command line isolates (`isolcpus=`).
+///
+/// # Errors
+/// If the kernel's list cannot be understood.
+pub fn isolated_at_boot(root: &Sysroot) -> Result<CpuSet> {
+    let path = format!("{CPUS}/isolated");
+    match root.read_value(&path)? {
+        Some(text) => cpu_list(&path, &text),
+        None => Ok(CpuSet::new()),
+    }
+}
+
 /// The SMT siblings of a CPU, itself among them; only itself if the kernel does not list them
 /// (offline).
 ///
@@ -41,7 +57,7 @@ pub fn siblings(root: &Sysroot, cpu: usize) -> Result<CpuSet> {
     }
 }
 
-/// Makes sure that all CPUs exist.
+/// Checks that all CPUs exist.
 ///
 /// # Errors
 /// [`Error::Unusable`] naming those that do not, and those that do.
@@ -49,7 +65,7 @@ pub fn check_present(root: &Sysroot, cpus: &CpuSet) -> Result<()> {
     check_among(cpus, &present(root)?, "no such CPU", "this host has")
 }
 
-/// Makes sure that all CPUs are online.
+/// Checks that all CPUs are online.
 ///
 /// # Errors
 /// [`Error::Unusable`] naming those that are not, and those that are.
@@ -58,7 +74,7 @@ pub fn check_online(root: &Sysroot, cpus: &CpuSet) -> Result<()> {
     check_among(cpus, &online(root)?, "offline", "online are")
 }
 
-/// Makes sure that all CPUs exist and something can run on them.
+/// Checks that all CPUs exist and something can run on them.
 ///
 /// # Errors
 /// [`Error::Unusable`] naming those that do not exist, or all of them if none is online.

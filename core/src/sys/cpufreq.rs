@@ -17,6 +17,8 @@ pub struct Policy {
     pub cpus: CpuSet,
     /// The current governor; empty while all of its CPUs are offline.
     pub governor: String,
+    /// The current energy_performance_preference; none if the driver has none or it is unknown.
+    pub preference: Option<String>,
 }
 
 impl Policy {
@@ -57,14 +59,28 @@ pub fn policies(root: &Sysroot) -> Result<Vec<Policy>> {
                 .into_iter()
                 .collect();
         }
+        let preference = preference(root, &name)?;
         policies.push(Policy {
             name,
             cpus,
             governor,
+            preference,
         });
     }
     policies.sort_by_key(|policy| policy.cpus.first());
     Ok(policies)
+}
+
+/// A policy's energy_performance_preference; `None` if its driver has none, or if the kernel does
+/// not report it: EBUSY while its CPUs are offline, EINVAL for a value without a name (amd-pstate).
+///
+/// # Errors
+/// If the user may not read it.
+pub(crate) fn preference(root: &Sysroot, policy: &str) -> Result<Option<String>> {
+    match root.read_value(format!("{POLICIES}/{policy}/energy_performance_preference")) {
+        Err(error) if !error.is_denied() => Ok(None),
+        found => Ok(found?.filter(|name| !name.is_empty())),
+    }
 }
 
 fn value(root: &Sysroot, policy: &str, file: &str) -> Result<Option<String>> {

@@ -93,8 +93,14 @@ impl Interrupts {
 fn parse_line(head: &Head, line: &str) -> Option<(u32, String)> {
     let colon = line.find(':')?;
     let number = line[..colon].trim().parse().ok()?;
-    // After the counters: chip, hardware number with trigger (one or two words), actions.
-    let mut words = head.after_counters(line, colon)?.split_whitespace().skip(1);
+    Some((number, devices(head.after_counters(line, colon)?)?))
+}
+
+/// The names of the devices behind an IRQ, by what follows the counters in its line of
+/// /proc/interrupts: the chip, the hardware number with the trigger (one or two words), the actions.
+/// `None` if it has none.
+pub fn devices(after_counters: &str) -> Option<String> {
+    let mut words = after_counters.split_whitespace().skip(1);
     let trigger = words.next()?;
     let mut words: Vec<&str> = words.collect();
     let trigger_is_apart = words
@@ -105,7 +111,7 @@ fn parse_line(head: &Head, line: &str) -> Option<(u32, String)> {
     {
         words.remove(0);
     }
-    (!words.is_empty()).then(|| (number, words.join(" ")))
+    (!words.is_empty()).then(|| words.join(" "))
 }
 
 fn is_trigger(word: &str) -> bool {

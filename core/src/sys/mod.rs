@@ -1,9 +1,11 @@
 //! Readers of the kernel: a file per surface, none of which writes.
 
+pub mod activity;
 pub mod cgroup;
 pub mod cpu;
 pub mod cpufreq;
 pub mod irq;
+pub(crate) mod locks;
 pub mod pci;
 pub mod task;
 pub mod topology;

@@ -96,7 +96,7 @@ impl FromStr for PciSelector {
         let bad = || {
             Error::malformed(
                 format!("{text:?}"),
-                "it is no PCI address; write one as in 0000:01:00.0 or 01:00",
+                "it is not a PCI address; write one as in 0000:01:00.0 or 01:00",
             )
         };
         let hex = |digits: &str, most: usize| {
@@ -258,6 +258,31 @@ pub fn function(root: &Sysroot, address: PciAddress) -> Result<PciFunction> {
     })
 }
 
+/// The NUMA node that a function is at; `None` if the kernel does not know it (-1).
+///
+/// # Errors
+/// [`Error::Io`] with the path, for anything but a file that does not exist.
+pub fn numa_node(root: &Sysroot, address: &PciAddress) -> Result<Option<usize>> {
+    let text = root.read_value(file(address, "numa_node"))?;
+    Ok(text.and_then(|text| text.parse().ok()))
+}
+
+/// Whether a function is a virtual one, which belongs to a physical function (SR-IOV).
+pub fn is_virtual(root: &Sysroot, address: &PciAddress) -> bool {
+    root.exists(file(address, "physfn"))
+}
+
+/// The ways in which the kernel can reset a function, in its order; none if it knows none, or before
+/// Linux 5.15.
+///
+/// # Errors
+/// [`Error::Io`] with the path, for anything but a file that does not exist.
+pub fn reset_methods(root: &Sysroot, address: &PciAddress) -> Result<Vec<String>> {
+    let text = root.read_value(file(address, "reset_method"))?;
+    let text = text.unwrap_or_default();
+    Ok(text.split_ascii_whitespace().map(str::to_owned).collect())
+}
+
 /// Reads a function's attribute of the form `0x8086`.
 fn number<N: TryFrom<u32>>(root: &Sysroot, address: &PciAddress, name: &str) -> Result<N> {
     let path = file(address, name);
@@ -267,7 +292,10 @@ fn number<N: TryFrom<u32>>(root: &Sysroot, address: &PciAddress, name: &str) -> 
         .and_then(|digits| u32::from_str_radix(digits, 16).ok())
         .and_then(|number| N::try_from(number).ok());
     number.ok_or_else(|| {
-        Error::malformed(path, format!("{:?} is no number as in 0x8086", text.trim()))
+        Error::malformed(
+            path,
+            format!("{:?} is not a number as in 0x8086", text.trim()),
+        )
     })
 }
 
@@ -329,7 +357,7 @@ mod tests {
             let error = text.parse::<PciSelector>().unwrap_err().to_string();
             assert_eq!(
                 error,
-                format!("{text:?}: it is no PCI address; write one as in 0000:01:00.0 or 01:00")
+                format!("{text:?}: it is not a PCI address; write one as in 0000:01:00.0 or 01:00")
             );
         }
     }
@@ -371,7 +399,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn selector_round_trip(domain: u32, bus: u8, device in 0..=MAX_DEVICE, function in prop::option::of(0..=MAX_FUNCTION)) {
+        fn selector_round_trip(
+            domain: u32,
+            bus: u8,
+            device in 0..=MAX_DEVICE,
+            function in prop::option::of(0..=MAX_FUNCTION),
+        ) {
             let selector = PciSelector { domain, bus, device, function };
             prop_assert_eq!(selector.to_string().parse::<PciSelector>().unwrap(), selector);
         }

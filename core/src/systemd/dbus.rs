@@ -66,6 +66,11 @@ pub(crate) enum DbusError {
 }
 
 impl DbusError {
+    /// Whether the unit is not there (any more).
+    pub(crate) fn is_gone(&self) -> bool {
+        matches!(self, Self::Refused { name, .. } if name == "org.freedesktop.systemd1.NoSuchUnit")
+    }
+
     /// Whether the caller may not do it.
     pub(crate) fn is_denied(&self) -> bool {
         let denied = ["AccessDenied", "InteractiveAuthorizationRequired"];
@@ -305,6 +310,13 @@ impl Writer {
         self
     }
 
+    /// A signed number.
+    pub(crate) fn i32(&mut self, number: i32) -> &mut Self {
+        self.align(4);
+        self.bytes.extend(number.to_le_bytes());
+        self
+    }
+
     /// A number.
     pub(crate) fn u64(&mut self, number: u64) -> &mut Self {
         self.align(8);
@@ -361,6 +373,12 @@ impl Writer {
         self.align(8);
         self.string(name).signature(signature);
         value(self);
+    }
+
+    /// The start of a struct, or of an entry of an array of structs.
+    pub(crate) fn record(&mut self) -> &mut Self {
+        self.align(8);
+        self
     }
 
     /// A header field `(yv)`.
@@ -544,7 +562,7 @@ impl<'a> Reader<'a> {
         if self.take(1)? != [0] {
             return Err(DbusError::Garbage("a text without an end"));
         }
-        str::from_utf8(text).map_err(|_| DbusError::Garbage("a text that is no UTF-8"))
+        str::from_utf8(text).map_err(|_| DbusError::Garbage("a text that is not UTF-8"))
     }
 
     /// Goes into a variant, which must be of this type.
@@ -581,6 +599,11 @@ pub(crate) mod fake {
         std::result::Result<(&'static str, Writer), (&'static str, &'static str)>;
 
     impl Writer {
+        /// Whether these bytes are in it.
+        pub(crate) fn has(&self, bytes: &[u8]) -> bool {
+            self.bytes.windows(bytes.len()).any(|part| part == bytes)
+        }
+
         /// The type of a variant; the value follows.
         pub(crate) fn variant(&mut self, signature: &str) {
             self.signature(signature);
@@ -983,7 +1006,10 @@ mod tests {
 
         #[test]
         fn no_change_to_an_answer_does_harm(
-            text in "[a-z./]{0,40}", at in any::<prop::sample::Index>(), byte in any::<u8>(), end in any::<prop::sample::Index>(),
+            text in "[a-z./]{0,40}",
+            at in any::<prop::sample::Index>(),
+            byte in any::<u8>(),
+            end in any::<prop::sample::Index>(),
         ) {
             let mut body = Writer::default();
             body.signature("s").string(&text);

@@ -76,7 +76,11 @@ pub(crate) fn answer(path: &str, member: &str, body: &[&str]) -> Answer {
             Err(("org.freedesktop.DBus.Error.AccessDenied", "Access denied"))
         }
         ("SetUnitProperties" | "Reload", _) => Ok(("", reply)),
-        ("StartTransientUnit", _) => {
+        ("StopUnit", ["pinfold-threads-404.timer", ..]) => Err((
+            "org.freedesktop.systemd1.NoSuchUnit",
+            "Unit pinfold-threads-404.timer not loaded.",
+        )),
+        ("StartTransientUnit" | "StopUnit", _) => {
             reply.string("/org/freedesktop/systemd1/job/7");
             Ok(("o", reply))
         }

@@ -115,7 +115,8 @@ mod tests {
     fn monitors_by_arguments() {
         for (line, path) in [
             (
-                "kvm -chardev socket,id=qmp,path=/var/run/qemu-server/100.qmp,server=on,wait=off -mon chardev=qmp,mode=control \
+                "kvm -chardev socket,id=qmp,path=/var/run/qemu-server/100.qmp,server=on,wait=off \
+                 -mon chardev=qmp,mode=control \
                  -chardev socket,id=qmp-event,path=/var/run/qmeventd.sock -mon chardev=qmp-event,mode=control",
                 Some("/var/run/qemu-server/100.qmp"),
             ),

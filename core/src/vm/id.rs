@@ -28,7 +28,7 @@ impl TryFrom<u32> for VmId {
         } else {
             Err(Error::malformed(
                 number.to_string(),
-                "no VM's number; they run from 100 to 999999999",
+                "not a VM number (100 to 999999999)",
             ))
         }
     }
@@ -49,7 +49,7 @@ impl FromStr for VmId {
             Ok(number) if number.to_string() == text => number.try_into(),
             _ => Err(Error::malformed(
                 format!("{text:?}"),
-                "no VM's number; they run from 100 to 999999999",
+                "not a VM number (100 to 999999999)",
             )),
         }
     }
@@ -86,7 +86,7 @@ mod tests {
         ] {
             let error = text.parse::<VmId>().unwrap_err().to_string();
             assert!(
-                error.ends_with("no VM's number; they run from 100 to 999999999"),
+                error.ends_with("not a VM number (100 to 999999999)"),
                 "{error}"
             );
         }

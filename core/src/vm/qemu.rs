@@ -5,7 +5,7 @@ use std::fmt;
 
 use super::id::VmId;
 use super::proxmox::conf::check_exists;
-use super::proxmox::run;
+use super::proxmox::paths;
 use super::{cmdline, guest_topology, qmp};
 use crate::error::{Error, Result};
 use crate::sys::task::{self, TaskId};
@@ -22,7 +22,7 @@ pub struct Qemu {
     pub monitor: Option<String>,
     /// The threads of each core of its guest.
     pub threads_per_core: usize,
-    /// What it qmp_info when it was first asked; an answer takes it a while.
+    /// What it reported when it was first queried; an answer takes it a while.
     pub(super) qmp_info: OnceCell<qmp::ThreadRoles>,
 }
 
@@ -50,7 +50,7 @@ pub enum Status {
 /// # Errors
 /// If /run or /proc cannot be read.
 pub fn status(root: &Sysroot, vmid: VmId) -> Result<Status> {
-    let file = run::pid_file(vmid);
+    let file = paths::pid_file(vmid);
     let shown = root.path(&file).display().to_string();
     let stale = |why: String| Ok(Status::Stopped(format!("{shown} is stale: {why}")));
     let text = match root.read_value(&file) {
@@ -63,14 +63,14 @@ pub fn status(root: &Sysroot, vmid: VmId) -> Result<Status> {
         return Ok(Status::Stopped(format!("there is no {shown}")));
     };
     let Some(pid) = text.parse::<i32>().ok().filter(|pid| *pid > 0) else {
-        return stale(format!("{text:?} is no process id"));
+        return stale(format!("{text:?} is not a process id"));
     };
     let Some((id, args)) = process_with_args(root, pid)? else {
         return stale(format!("process {pid} is gone"));
     };
     if !cmdline::is_qemu(&args) {
         let program = args.first().map_or("a kernel thread", String::as_str);
-        return stale(format!("process {pid} is {program}, no QEMU"));
+        return stale(format!("process {pid} is {program}, not QEMU"));
     }
     if !cmdline::options(&args, "pidfile").any(|path| cmdline::in_run(path) == file) {
         return stale(format!("process {pid} is another QEMU"));
@@ -92,13 +92,11 @@ fn by_pid_file(root: &Sysroot, vmid: VmId, file: &str, denied: Error) -> Result<
 }
 
 fn of_vm(vmid: VmId, id: TaskId, args: &[String]) -> Qemu {
-    let monitor = cmdline::monitor(args).unwrap_or_else(|| run::monitor(vmid));
-    let threads_per_core = guest_topology::threads_per_core(cmdline::options(args, "smp"));
     Qemu {
         id,
         vmid: Some(vmid),
-        monitor: Some(monitor),
-        threads_per_core,
+        monitor: Some(cmdline::monitor(args).unwrap_or_else(|| paths::monitor(vmid))),
+        threads_per_core: guest_topology::threads_per_core(cmdline::options(args, "smp")),
         qmp_info: OnceCell::new(),
     }
 }
@@ -141,16 +139,15 @@ pub fn by_pid(root: &Sysroot, pid: i32) -> Result<Qemu> {
     };
     if !cmdline::is_qemu(&args) {
         return Err(unusable(format!(
-            "it is {}, no QEMU",
+            "it is {}, not QEMU",
             args.first().map_or("a kernel thread", String::as_str)
         )));
     }
-    let threads_per_core = guest_topology::threads_per_core(cmdline::options(&args, "smp"));
     Ok(Qemu {
         id,
         vmid: None,
         monitor: cmdline::monitor(&args),
-        threads_per_core,
+        threads_per_core: guest_topology::threads_per_core(cmdline::options(&args, "smp")),
         qmp_info: OnceCell::new(),
     })
 }
@@ -158,9 +155,9 @@ pub fn by_pid(root: &Sysroot, pid: i32) -> Result<Qemu> {
 /// A process and its arguments; `None` if it is gone.
 fn process_with_args(root: &Sysroot, pid: i32) -> Result<Option<(TaskId, Vec<String>)>> {
     let read = || -> Result<_> {
-        let task = task::task(root, pid, pid)?;
+        let main = task::task(root, pid, pid)?;
         Ok((
-            task.id,
+            main.id,
             cmdline::parse_cmdline(&root.read(format!("proc/{pid}/cmdline"))?),
         ))
     };
@@ -227,12 +224,12 @@ mod tests {
             require_running(&root, id(102)).unwrap_err().to_string()
         };
         for (text, reason) in [
-            ("900\n", "process 900 is /bin/bash, no QEMU"),
+            ("900\n", "process 900 is /bin/bash, not QEMU"),
             ("4711", "process 4711 is another QEMU"),
             ("5555\n", "process 5555 is gone"),
-            ("", "\"\" is no process id"),
-            ("-1\n", "\"-1\" is no process id"),
-            ("../1\n", "\"../1\" is no process id"),
+            ("", "\"\" is not a process id"),
+            ("-1\n", "\"-1\" is not a process id"),
+            ("../1\n", "\"../1\" is not a process id"),
         ] {
             assert_eq!(
                 why(text),
@@ -259,7 +256,7 @@ mod tests {
         );
         assert_eq!(
             by_pid(&root, 900).unwrap_err().to_string(),
-            "process 900: it is /bin/bash, no QEMU"
+            "process 900: it is /bin/bash, not QEMU"
         );
         assert_eq!(
             by_pid(&root, 5555).unwrap_err().to_string(),
@@ -277,9 +274,9 @@ mod tests {
                 std::io::ErrorKind::PermissionDenied.into(),
             )
         };
-        let found = by_pid_file(&root, id(100), &run::pid_file(id(100)), denied()).unwrap();
+        let found = by_pid_file(&root, id(100), &paths::pid_file(id(100)), denied()).unwrap();
         assert_eq!(found, status(&root, id(100)).unwrap());
-        let none = by_pid_file(&root, id(102), &run::pid_file(id(102)), denied()).unwrap();
+        let none = by_pid_file(&root, id(102), &paths::pid_file(id(102)), denied()).unwrap();
         assert_eq!(
             none,
             Status::Stopped("/run/qemu-server/100.pid: read: permission denied".into())

@@ -20,6 +20,9 @@ use serde_json::Value;
 use crate::cpuset::MAX_CPU;
 use crate::error::os_text;
 
+/// How long QEMU may take in all, tries and pauses, if nothing else is asked for.
+pub const DEFAULT_BUDGET: Duration = Duration::from_secs(5);
+
 /// How long one try may take; with QEMU idle it takes 5 ms.
 const TRY: Duration = Duration::from_secs(1);
 /// The pause between two tries is a random time up to twice this, so that two clients do not keep
@@ -387,9 +390,13 @@ mod tests {
     use std::os::unix::net::UnixListener;
     use std::thread::{self, JoinHandle};
 
-    const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}}, "capabilities": ["oob"]}}"#;
-    const EVENT: &str = r#"{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "NIC_RX_FILTER_CHANGED", "data": {}}"#;
-    const CPUS: &str = r#"{"return": [{"thread-id": 11, "props": {"core-id": 0}, "cpu-index": 0, "target": "x86_64"}, {"thread-id": 12, "cpu-index": 1}]}"#;
+    const GREETING: &str = "{\"QMP\": {\"version\": {\"qemu\": {\"micro\": 2, \"minor\": 0, \
+                            \"major\": 10}}, \"capabilities\": [\"oob\"]}}";
+    const EVENT: &str = "{\"timestamp\": {\"seconds\": 1, \"microseconds\": 2}, \
+                         \"event\": \"NIC_RX_FILTER_CHANGED\", \"data\": {}}";
+    const CPUS: &str = "{\"return\": [{\"thread-id\": 11, \"props\": {\"core-id\": 0}, \
+                        \"cpu-index\": 0, \"target\": \"x86_64\"}, \
+                        {\"thread-id\": 12, \"cpu-index\": 1}]}";
     const IOTHREADS: &str =
         r#"{"return": [{"poll-grow": 0, "thread-id": 13, "id": "iothread-virtioscsi0"}]}"#;
     const STATUS: &str = r#"{"return": {"status": "running", "running": true}}"#;

@@ -89,25 +89,25 @@ pub fn threads(root: &Sysroot, qemu: &Qemu, budget: Duration) -> Result<Threads>
         (None, None) => Err("it has no QMP monitor".into()),
     };
     task::check_start(root, &qemu.id)?;
-    let tasks = task::tasks(root, qemu.id.pid)?;
+    let found = task::tasks(root, qemu.id.pid)?;
     let facts = facts.and_then(|facts| {
         // A QEMU in a container's pid namespace reports ids of other threads on this host.
         let known = facts.vcpus.is_empty()
-            || tasks
+            || found
                 .iter()
                 .any(|task| facts.vcpus.contains_key(&task.id.tid));
         if known {
             Ok(facts)
         } else {
-            Err("its monitor speaks of other threads".into())
+            Err("its monitor reports threads of another process".into())
         }
     });
     let role = |task: &Task| match &facts {
         Ok(facts) => role_by_facts(facts, task.id.tid),
         Err(_) => role_by_name(&task.name),
     };
-    let mut threads = Vec::with_capacity(tasks.len());
-    for task in tasks {
+    let mut threads = Vec::with_capacity(found.len());
+    for task in found {
         match task::affinity(root, &task.id) {
             Ok(allowed) => {
                 threads.push(QemuThread {

@@ -1,8 +1,8 @@
 //! Finds which source files of a crate use which others, by parsing them.
 //!
 //! A file uses another if a `use` or a path in its code, macro arguments included, leads to an item of it. Declaring a
-//! child by `mod` is not a use; re-exporting an item of it is. Code under `cfg(test)` and the `testutils` feature does
-//! not count.
+//! child by `mod` is not a use; re-exporting an item of it is. Code under `cfg(test)` does not count; the feature
+//! `testutils` is a module like others.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
@@ -24,8 +24,8 @@ pub(crate) struct Imports {
     pub(crate) files: BTreeSet<PathBuf>,
     /// From a file, to a file: the line of the first use.
     pub(crate) uses: BTreeMap<(PathBuf, PathBuf), usize>,
-    /// String literals that name a kernel file by its absolute path: file and line.
-    pub(crate) kernel_paths: BTreeSet<(PathBuf, usize)>,
+    /// String literals outside of tests: file, line and text.
+    pub(crate) literals: BTreeSet<(PathBuf, usize, String)>,
     /// Files that could not be read or parsed.
     pub(crate) errors: Vec<String>,
 }
@@ -58,8 +58,8 @@ pub(crate) fn read(workspace: &Path, root: &Path) -> Imports {
     for source in &sources {
         let mut found = Vec::new();
         references(&source.items, &source.module, &modules, &mut found);
-        for line in kernel_paths(&source.items) {
-            imports.kernel_paths.insert((source.path.clone(), line));
+        for (line, text) in literals(&source.items) {
+            imports.literals.insert((source.path.clone(), line, text));
         }
         for (target, line) in found {
             let file = &modules[longest_module(&target, &modules)];
@@ -193,7 +193,7 @@ fn normalize(path: &Path) -> PathBuf {
     normal
 }
 
-/// Whether a `cfg` names `test` or the feature `testutils`, and does not negate it.
+/// Whether a `cfg` names `test`, and does not negate it.
 fn is_test_only(attributes: &[Attribute]) -> bool {
     attributes
         .iter()
@@ -202,7 +202,7 @@ fn is_test_only(attributes: &[Attribute]) -> bool {
             let condition = attribute.meta.to_token_stream().to_string();
             let names_test = condition
                 .split(|c: char| !c.is_alphanumeric() && c != '_')
-                .any(|word| word == "test" || word == "testutils");
+                .any(|word| word == "test");
             names_test && !condition.contains("not")
         })
 }
@@ -244,30 +244,29 @@ fn references(
     }
 }
 
-/// The lines of string literals that begin with /sys or /proc.
-fn kernel_paths(items: &[Item]) -> Vec<usize> {
-    let mut lines = Vec::new();
+/// The string literals with their lines.
+fn literals(items: &[Item]) -> Vec<(usize, String)> {
+    let mut found = Vec::new();
     for item in items.iter().filter(|item| !is_module_or_test(item)) {
-        literals_in(without_tests(item).to_token_stream(), &mut lines);
+        literals_in(without_tests(item).to_token_stream(), &mut found);
     }
     for module in items.iter().filter_map(as_module) {
         if let Some((_, items)) = &module.content {
-            lines.extend(kernel_paths(items));
+            found.extend(literals(items));
         }
     }
-    lines
+    found
 }
 
-fn literals_in(tokens: TokenStream, lines: &mut Vec<usize>) {
+fn literals_in(tokens: TokenStream, found: &mut Vec<(usize, String)>) {
     for token in tokens {
         match token {
-            TokenTree::Group(group) => literals_in(group.stream(), lines),
+            TokenTree::Group(group) => literals_in(group.stream(), found),
             TokenTree::Literal(literal) => {
                 let text = literal.to_string();
-                let path = text.trim_start_matches(['b', 'c', 'r', '#', '"']);
-                if path.starts_with("/sys/") || path.starts_with("/proc/") {
-                    lines.push(literal.span().start().line);
-                }
+                let prefix = text.find('"').unwrap_or(text.len());
+                let text = text[prefix..].trim_matches(['"', '#']).to_owned();
+                found.push((literal.span().start().line, text));
             }
             _ => {}
         }

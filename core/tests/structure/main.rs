@@ -1,5 +1,5 @@
-//! The structure of the whole workspace: no circle of files in any crate, imports that lead downwards only, dependencies
-//! between crates. The rules are in rules.rs.
+//! The structure of the whole workspace: no circle of files in any crate, imports that lead
+//! downwards only, dependencies between crates. The rules are in rules.rs.
 
 #![allow(clippy::disallowed_methods)]
 #![allow(clippy::unwrap_used)]
@@ -37,9 +37,11 @@ fn small_workspace() -> tempfile::TempDir {
         ("core/Cargo.toml", "[dependencies]\nnix.workspace = true\n"),
         (
             "core/src/lib.rs",
-            "mod error;\nmod knob;\nmod sys;\npub use error::Error;\npub use knob::Knob;\n",
+            "mod error;\nmod knob;\nmod sys;\n#[cfg(feature = \"testutils\")]\npub mod testutils;\n\
+             pub use error::Error;\npub use knob::Knob;\n",
         ),
         ("core/src/error.rs", "pub struct Error;\n"),
+        ("core/src/testutils.rs", ""),
         ("core/src/sys/mod.rs", "pub mod cpu;\npub mod irq;\n"),
         ("core/src/sys/cpu.rs", "use crate::error::Error;\n"),
         ("core/src/sys/irq.rs", "use super::cpu;\n"),
@@ -112,10 +114,7 @@ fn allowed_uses_are_not_reported() {
             "core/src/error.rs",
             "#[cfg(test)]\nmod tests {\n    use crate::knob::Knob;\n}\n",
         ),
-        (
-            "core/src/error.rs",
-            "#[cfg(feature = \"testutils\")]\npub mod made {\n    use crate::knob::Knob;\n}\n",
-        ),
+        ("core/src/testutils.rs", "use crate::knob::Knob;\n"),
         (
             "core/src/error.rs",
             "use std::fmt;\nfn f() {\n    knob::Knob;\n}\n",
@@ -221,6 +220,11 @@ fn an_upward_import_is_reported() {
             "core/src/sys/mod.rs:3: upward import of core/src/lib.rs",
         ),
         (
+            "core/src/error.rs",
+            "#[cfg(feature = \"testutils\")]\nuse crate::testutils;\n",
+            "core/src/error.rs:3: upward import of core/src/testutils.rs",
+        ),
+        (
             "hook/src/settings.rs",
             "use crate::commands;\n",
             "hook/src/settings.rs:1: upward import of hook/src/commands.rs",
@@ -248,6 +252,19 @@ fn a_kernel_file_opened_by_absolute_path_is_reported() {
     }
     let quoted = "/// \"/proc/stat\"\nfn f() {\n    open(\"proc/stat\"); \"see /proc/stat\"\n}\n";
     assert_eq!(violations_with("hook/src/settings.rs", quoted), [""; 0]);
+}
+
+#[test]
+fn a_path_of_proxmox_outside_of_vm_is_reported() {
+    for literal in ["\"/etc/pve/{id}.conf\"", "r#\"run/qemu-server/\"#"] {
+        let text = format!("fn f() {{\n    open({literal})\n}}\n");
+        let expected =
+            "hook/src/settings.rs:2: a path of Proxmox VE; add it to core/src/vm/proxmox";
+        assert_eq!(violations_with("hook/src/settings.rs", &text), [expected]);
+        assert_eq!(violations_with("lab/src/host.rs", &text), [""; 0]);
+    }
+    let printed = "/// etc/pve\nfn f() {\n    \"see /etc/pve\"\n}\n";
+    assert_eq!(violations_with("hook/src/settings.rs", printed), [""; 0]);
 }
 
 #[test]
@@ -293,7 +310,38 @@ fn a_dependency_against_the_rules_is_reported() {
             [expected]
         );
     }
-    let dev =
-        "\n[dev-dependencies]\npinfold-core = { workspace = true, features = [\"testutils\"] }\n";
-    assert_eq!(violations_with("lab/Cargo.toml", dev), [""; 0]);
+}
+
+#[test]
+fn testutils_in_a_program_are_reported() {
+    let enabled = "pinfold-core = { workspace = true, features = [\"testutils\"] }\n";
+    for (file, text, expected) in [
+        (
+            "hook/Cargo.toml",
+            enabled.to_owned(),
+            &["hook/Cargo.toml:4: testutils is for dev-dependencies only"][..],
+        ),
+        (
+            "Cargo.toml",
+            "[workspace.dependencies]\n".to_owned() + enabled,
+            &["Cargo.toml:9: testutils is for dev-dependencies only"],
+        ),
+        (
+            "core/Cargo.toml",
+            "[features]\ndefault = [\"testutils\"]\n".to_owned(),
+            &["core/Cargo.toml:4: testutils is for dev-dependencies only"],
+        ),
+        (
+            "core/Cargo.toml",
+            "[features]\ntestutils = [\"dep:tempfile\"]\n".to_owned(),
+            &[],
+        ),
+        (
+            "lab/Cargo.toml",
+            "\n[dev-dependencies]\n".to_owned() + enabled,
+            &[],
+        ),
+    ] {
+        assert_eq!(violations_with(file, &text), expected, "{file}: {text}");
+    }
 }

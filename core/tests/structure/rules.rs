@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use crate::imports::{self, Imports};
 
-/// Layers from the lowest to the highest, each with its modules. A module may use those of lower layers, and those of its
-/// own layer without a circle of files.
+/// Layers from the lowest to the highest, each with its modules. A module may use those of lower
+/// layers, and those of its own layer without a circle of files.
 type Layers = &'static [&'static [&'static str]];
 
 const CORE: Layers = &[
@@ -21,16 +21,20 @@ const CORE: Layers = &[
     &["selector"],
     &["state"],
     &["cli"],
+    &["testutils"],
 ];
 
 const HOOK: Layers = &[
     &["exec"],
+    &["choice"],
     &["settings"],
     &["state"],
+    &["claims"],
     &["steps"],
     &["strays"],
     &["reconcile"],
     &["checks"],
+    &["chain", "snippet"],
     &["phases"],
     &["commands"],
     &["cli"],
@@ -47,22 +51,39 @@ const TOOLS: [&str; 7] = [
 ];
 
 /// Crates that may open kernel files without core's `Sysroot`.
-const NOT_SHIPPED: [&str; 2] = ["fuzz", "lab"];
+const NOT_SHIPPED: [&str; 3] = ["fuzz", "lab", "packaging"];
 
 /// Files with absolute kernel paths that are printed, not opened.
 const PRINTS_KERNEL_PATHS: [&str; 1] = ["hook/src/checks/advice.rs"];
 
+/// What the paths of Proxmox VE's files begin with.
+const PROXMOX: [&str; 5] = [
+    "etc/pve",
+    "run/qemu-server",
+    "var/run/qemu-server",
+    "var/lib/vz",
+    "qemu.slice",
+];
+
+/// The folders that know Proxmox VE's files.
+const KNOWS_PROXMOX: [&str; 2] = ["core/src/vm", "core/src/testutils"];
+
 /// Every violation of the rules in the tree at `workspace`, each a line with the file and what to do about it.
 pub(crate) fn violations(workspace: &Path) -> Vec<String> {
-    let mut found = Vec::new();
+    let mut found = testutils_in_programs(workspace, "Cargo.toml");
     for crate_folder in members(workspace) {
         found.extend(forbidden_dependencies(workspace, &crate_folder));
+        found.extend(testutils_in_programs(
+            workspace,
+            &format!("{crate_folder}/Cargo.toml"),
+        ));
         for root in roots(workspace, &crate_folder) {
             let imports = imports::read(workspace, &root);
             found.extend(imports.errors.iter().cloned());
             found.extend(circles(&imports));
             if !NOT_SHIPPED.contains(&crate_folder.as_str()) {
                 found.extend(absolute_kernel_paths(&imports));
+                found.extend(proxmox_paths(&imports));
             }
             let source = Path::new(&crate_folder).join("src");
             match crate_folder.as_str() {
@@ -81,17 +102,36 @@ pub(crate) fn violations(workspace: &Path) -> Vec<String> {
 
 /// Kernel files named by absolute path instead of relative to a `Sysroot`. Tests may contain them.
 fn absolute_kernel_paths(imports: &Imports) -> Vec<String> {
-    imports
-        .kernel_paths
-        .iter()
-        .filter(|(file, _)| file.iter().nth(1).is_some_and(|folder| folder == "src"))
-        .filter(|(file, _)| {
-            !PRINTS_KERNEL_PATHS
-                .iter()
-                .any(|known| file == Path::new(known))
-        })
-        .map(|(file, line)| format!("{}:{line}: absolute path of a kernel file", file.display()))
+    let is_kernel_path = |text: &str| text.starts_with("/sys/") || text.starts_with("/proc/");
+    paths_outside(imports, is_kernel_path, &PRINTS_KERNEL_PATHS)
+        .map(|place| format!("{place}: absolute path of a kernel file"))
         .collect()
+}
+
+/// Files and folders of Proxmox VE, which only `vm/` knows.
+fn proxmox_paths(imports: &Imports) -> Vec<String> {
+    let is_proxmox_path = |text: &str| {
+        let text = text.trim_start_matches('/');
+        PROXMOX.iter().any(|folder| text.starts_with(folder))
+    };
+    paths_outside(imports, is_proxmox_path, &KNOWS_PROXMOX)
+        .map(|place| format!("{place}: a path of Proxmox VE; add it to core/src/vm/proxmox"))
+        .collect()
+}
+
+/// Where programs and libraries have such a literal, except in the `allowed` files and folders.
+fn paths_outside(
+    imports: &Imports,
+    is_such: impl Fn(&str) -> bool,
+    allowed: &[&str],
+) -> impl Iterator<Item = String> {
+    imports
+        .literals
+        .iter()
+        .filter(|(file, ..)| file.iter().nth(1).is_some_and(|folder| folder == "src"))
+        .filter(|(file, ..)| !allowed.iter().any(|known| file.starts_with(known)))
+        .filter(move |(_, _, text)| is_such(text))
+        .map(|(file, line, _)| format!("{}:{line}", file.display()))
 }
 
 /// The members of the workspace, and the fuzz targets.
@@ -129,10 +169,12 @@ fn roots(workspace: &Path, crate_folder: &str) -> Vec<PathBuf> {
     roots
 }
 
-/// core depends on no other crate of the workspace, a tool on core only, hook on core and the tools, the lab on none.
+/// core depends on no other crate of the workspace, a tool on core only, hook on core and the tools,
+/// packaging on all of these, the lab on none.
 fn forbidden_dependencies(workspace: &Path, crate_folder: &str) -> Vec<String> {
     let allowed: BTreeSet<&str> = match crate_folder {
         "hook" => TOOLS.into_iter().chain(["pinfold-core"]).collect(),
+        "packaging" => TOOLS.into_iter().chain(["hook", "pinfold-core"]).collect(),
         "fuzz" => BTreeSet::from(["hook", "pinfold-core"]),
         tool if TOOLS.contains(&tool) => BTreeSet::from(["pinfold-core"]),
         _ => BTreeSet::new(),
@@ -148,6 +190,23 @@ fn forbidden_dependencies(workspace: &Path, crate_folder: &str) -> Vec<String> {
         .filter(|name| ours.contains(name.as_str()) && !allowed.contains(name.as_str()))
         .map(|name| format!("{file}: {crate_folder} may not depend on {name}"))
         .collect()
+}
+
+/// Lines of a manifest that enable the feature `testutils` for more than tests.
+fn testutils_in_programs(workspace: &Path, manifest: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut section = "";
+    let text = fs::read_to_string(workspace.join(manifest)).unwrap();
+    for (number, line) in (1..).zip(text.lines()) {
+        if line.starts_with('[') {
+            section = line;
+        } else if line.contains("\"testutils\"") && section != "[dev-dependencies]" {
+            found.push(format!(
+                "{manifest}:{number}: testutils is for dev-dependencies only"
+            ));
+        }
+    }
+    found
 }
 
 /// The names in the section `dependencies` of a manifest.

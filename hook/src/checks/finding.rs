@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use pinfold_core::Error;
 use serde::Serialize;
 
 /// How severe a finding is.
@@ -16,6 +17,43 @@ pub(crate) enum Level {
     Error,
 }
 
+/// The keys of all findings, by which settings mute warnings (`ignore`). They are permanent.
+pub(crate) const KEYS: [&str; 33] = [
+    "affinity",
+    "command-line",
+    "containers",
+    "emulator",
+    "governor",
+    "guest-cores",
+    "helpers",
+    "hookscript",
+    "host",
+    "hugepages",
+    "iothreads",
+    "irqbalance",
+    "isolated",
+    "kinds",
+    "l3",
+    "method",
+    "numa",
+    "other-nodes",
+    "other-vms",
+    "pinning",
+    "pins",
+    "profiles",
+    "recover",
+    "reset_pci",
+    "settings",
+    "smt",
+    "state",
+    "storage",
+    "topoext",
+    "vcpus",
+    "vm",
+    "vmid.conf",
+    "zfs",
+];
+
 /// What a check found.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(crate) struct Finding {
@@ -28,15 +66,24 @@ pub(crate) struct Finding {
     /// What to do about it; empty if that is obvious.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub fix: String,
+    /// Whether it is that something could not be read, so that the check was not made.
+    #[serde(skip)]
+    pub unread: bool,
 }
 
 impl Finding {
+    /// The key of the check, which is the same in all versions: its name in lower case, with dashes.
+    pub(crate) fn key(&self) -> String {
+        self.check.to_lowercase().replace(' ', "-")
+    }
+
     pub(crate) fn ok(check: &'static str, what: impl Into<String>) -> Self {
         Self {
             level: Level::Ok,
             check,
             what: what.into(),
             fix: String::new(),
+            unread: false,
         }
     }
 
@@ -50,6 +97,7 @@ impl Finding {
             check,
             what: what.into(),
             fix: fix.into(),
+            unread: false,
         }
     }
 
@@ -63,6 +111,33 @@ impl Finding {
             check,
             what: what.into(),
             fix: fix.into(),
+            unread: false,
+        }
+    }
+
+    /// That a check could not be made, since something could not be read.
+    pub(crate) fn unread(check: &'static str, error: &Error) -> Self {
+        Self {
+            unread: true,
+            ..Self::error(check, error.to_string(), "")
+        }
+    }
+
+    /// An error of a reader: of what it read, or that it could not.
+    pub(crate) fn of_error(check: &'static str, error: &Error) -> Self {
+        match error {
+            Error::Io { .. } => Self::unread(check, error),
+            Error::Malformed { .. } | Error::Cpus { .. } | Error::Unusable { .. } => {
+                Self::error(check, error.to_string(), "")
+            }
+        }
+    }
+
+    /// Makes an error a warning: with `required = false` the VM starts without isolated CPUs.
+    pub(crate) fn stops_no_start(&mut self) {
+        if self.level == Level::Error {
+            self.level = Level::Warn;
+            self.what += "; the VM starts without isolated CPUs, as required = false allows";
         }
     }
 }

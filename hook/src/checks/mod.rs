@@ -1,5 +1,14 @@
 //! What is checked: what stops a start, and what is advice.
 
 pub(crate) mod advice;
+pub(crate) mod cluster;
+mod devices;
 pub(crate) mod finding;
+mod host;
+mod memory;
+mod place;
+pub(crate) mod qm_set;
 pub(crate) mod required;
+pub(crate) mod script;
+pub(crate) mod surroundings;
+pub(crate) mod vm_settings;

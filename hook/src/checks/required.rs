@@ -3,12 +3,14 @@
 
 use std::collections::BTreeMap;
 
-use pinfold_core::sys::{cgroup, cpu, cpufreq, task};
-use pinfold_core::vm::VmConf;
-use pinfold_core::vm::{self, Qemu, VmId};
+use cg_slice::partition::Siblings;
+use pinfold_core::sys::{cgroup, cpu};
+use pinfold_core::vm::{Qemu, VmConf, VmId};
 use pinfold_core::{CpuSet, Error, Host, Result};
 
+use super::advice;
 use super::finding::{Finding, Level};
+use super::surroundings::Surroundings;
 use crate::settings::{Method, Settings};
 use crate::state::reservation::{Isolation, Reservation};
 
@@ -22,12 +24,21 @@ pub(crate) fn before_start(
     conf: &VmConf,
     settings: &Settings,
 ) -> Result<Vec<String>> {
-    let findings = findings(root, vmid, conf, settings)?;
+    let around = Surroundings::new(root);
+    let findings = findings(&around, conf, settings)?;
     refuse(&findings, settings)?;
+    // What only warns stops no start, even if it cannot be looked for.
+    let interference = advice::interference(&around, vmid, conf, &settings.isolated)
+        .unwrap_or_else(|error| vec![Finding::warn("host", error.to_string(), "")]);
     let warnings = findings
         .iter()
+        .chain(&interference)
         .filter(|finding| finding.level == Level::Warn);
-    Ok(warnings.map(ToString::to_string).collect())
+    let notes = boot_cpu_stays(&settings.isolated).map(str::to_owned);
+    Ok(notes
+        .into_iter()
+        .chain(warnings.map(ToString::to_string))
+        .collect())
 }
 
 /// The first error there is.
@@ -49,12 +60,11 @@ fn refuse(findings: &[Finding], settings: &Settings) -> Result<()> {
 /// # Errors
 /// If the host cannot be read.
 pub(crate) fn findings(
-    root: &Host,
-    vmid: VmId,
+    around: &Surroundings<'_>,
     conf: &VmConf,
     settings: &Settings,
 ) -> Result<Vec<Finding>> {
-    let isolated = &settings.isolated;
+    let (root, isolated) = (around.root, &settings.isolated);
     let mut findings = vec![isolated_cpus(root, settings)?];
     let places = settings.emulator.iter().map(|cpus| ("emulator", cpus));
     for (key, cpus) in places.chain(settings.iothreads.iter().map(|cpus| ("iothreads", cpus))) {
@@ -67,14 +77,37 @@ pub(crate) fn findings(
             Ok(()) => Finding::ok(key, format!("CPU {cpus}")),
         });
     }
+    for (id, cpus) in &settings.iothread {
+        let what = format!("{id}: CPU {cpus}");
+        findings.push(match cpu::check_online(root, cpus) {
+            Err(error) => Finding::error("iothreads", format!("{id}: {error}"), ""),
+            Ok(()) => Finding::ok("iothreads", what),
+        });
+    }
     let vcpus = conf.vcpus() as usize;
     findings.push(pins(settings, vcpus, vcpus.checked_sub(1)));
     if let Some(governor) = &settings.governor {
-        findings.push(check_governor(root, isolated, governor)?);
+        findings.push(check_governor(around, isolated, governor)?);
     }
-    findings.extend(others(root, vmid, conf, isolated)?);
+    if settings.max_latency_us.is_some() {
+        findings.push(check_latency(root, isolated));
+    }
     Ok(findings)
 }
+
+/// Why no VM gets [`cpu::BOOT_CPU`] by hotplug.
+const BOOT_CPU_IS_NEEDED: &str =
+    "CPU 0 cannot be isolated by hotplug, since the kernel needs it online";
+
+/// What stays on [`cpu::BOOT_CPU`], if it is isolated.
+pub(crate) fn boot_cpu_stays(isolated: &CpuSet) -> Option<&'static str> {
+    isolated.contains(cpu::BOOT_CPU).then_some(
+        "CPU 0 is isolated: timekeeping, IRQs that cannot be moved and the kernel's work for the boot CPU stay there",
+    )
+}
+
+/// nix's set of CPUs for sched_setaffinity(2) ends here.
+const LAST_PINNABLE: usize = 1023;
 
 /// Whether the isolated CPUs are online, and leave enough housekeeping CPUs.
 fn isolated_cpus(root: &Host, settings: &Settings) -> Result<Finding> {
@@ -83,14 +116,16 @@ fn isolated_cpus(root: &Host, settings: &Settings) -> Result<Finding> {
     if let Err(error) = cpu::check_online(root, isolated) {
         return Ok(Finding::error(CHECK, error.to_string(), ""));
     }
-    if isolated.contains(0) {
-        return Ok(Finding::error(
-            CHECK,
-            "CPU 0 cannot be isolated, the kernel needs it",
-            "choose others",
-        ));
+    if let Some(last) = isolated.last().filter(|last| *last > LAST_PINNABLE) {
+        let what =
+            format!("CPU {last} is beyond {LAST_PINNABLE}, the last that threads can be pinned to");
+        return Ok(Finding::error(CHECK, what, "choose others"));
     }
-    let housekeeping = &cpu::online(root)? - isolated;
+    if isolated.contains(cpu::BOOT_CPU) && settings.method == Method::Hotplug {
+        let fix = "choose others, or method = \"partition\"";
+        return Ok(Finding::error(CHECK, BOOT_CPU_IS_NEEDED, fix));
+    }
+    let housekeeping = left_to_the_host(root, isolated)?;
     if housekeeping.len() < settings.min_housekeeping {
         let what = format!(
             "{isolated} leaves {} housekeeping CPUs, fewer than min_housekeeping = {}",
@@ -99,10 +134,16 @@ fn isolated_cpus(root: &Host, settings: &Settings) -> Result<Finding> {
         );
         return Ok(Finding::error(CHECK, what, "isolate fewer"));
     }
-    Ok(Finding::ok(
-        CHECK,
-        format!("CPU {isolated}, leaves CPU {housekeeping} for housekeeping"),
-    ))
+    let mut what = format!("CPU {isolated}, leaves CPU {housekeeping} for housekeeping");
+    if let Some(stays) = boot_cpu_stays(isolated) {
+        what += &format!("; {stays}");
+    }
+    Ok(Finding::ok(CHECK, what))
+}
+
+/// What is for everybody while VMs have these CPUs: not what the kernel's command line isolates.
+fn left_to_the_host(root: &Host, taken: &CpuSet) -> Result<CpuSet> {
+    Ok(&(&cpu::online(root)? - taken) - &cpu::isolated_at_boot(root)?)
 }
 
 /// Whether every vCPU up to number `last` has a pin. With vCPUs unplugged, `last` may exceed their
@@ -124,7 +165,7 @@ fn pins(settings: &Settings, vcpus: usize, last: Option<usize>) -> Finding {
     }
 }
 
-/// Makes sure that each vCPU has a pin.
+/// Checks that each vCPU has a pin.
 ///
 /// # Errors
 /// [`Error::Unusable`] with both counts.
@@ -137,19 +178,24 @@ pub(crate) fn pins_suffice(settings: &Settings, vcpus: usize, last: Option<usize
 /// # Errors
 /// [`Error::Unusable`] that names the other VM and the CPUs.
 pub(crate) fn no_overlap(
+    root: &Host,
     reservations: &BTreeMap<u32, Reservation>,
     vmid: VmId,
     settings: &Settings,
 ) -> Result<()> {
-    refuse(&[overlap(reservations, vmid, settings)], settings)
+    refuse(&[overlap(root, reservations, vmid, settings)?], settings)
 }
 
-/// Whether another VM has some of the CPUs.
+/// Whether another VM has some of the CPUs, or all of them leave too few to the host.
+///
+/// # Errors
+/// If the host's CPUs cannot be read.
 pub(crate) fn overlap(
+    root: &Host,
     reservations: &BTreeMap<u32, Reservation>,
     vmid: VmId,
     settings: &Settings,
-) -> Finding {
+) -> Result<Finding> {
     const CHECK: &str = "isolated";
     let others = || {
         reservations
@@ -160,7 +206,12 @@ pub(crate) fn overlap(
         let shared = &reservation.settings.isolated & &settings.isolated;
         if !shared.is_empty() {
             let what = format!("CPU {shared} is isolated for VM {other}, which runs");
-            return Finding::error(CHECK, what, "stop it or choose others");
+            let fix = if settings.is_built_in() {
+                format!("stop it, or choose others with `hook init {vmid}`")
+            } else {
+                "stop it or choose others".to_owned()
+            };
+            return Ok(Finding::error(CHECK, what, fix));
         }
     }
     let taken = others().fold(settings.isolated.clone(), |taken, (_, reservation)| {
@@ -176,19 +227,32 @@ pub(crate) fn overlap(
             let what = format!(
                 "it would take CPU {emulator}, all that another VM's emulator threads have"
             );
-            return Finding::error(CHECK, what, "");
+            return Ok(Finding::error(CHECK, what, ""));
         }
     }
-    Finding::ok(CHECK, "no running VM has any of them")
+    // Each VM's limit holds for what all of them take.
+    let least = others()
+        .map(|(_, reservation)| reservation.settings.min_housekeeping)
+        .fold(settings.min_housekeeping, usize::max);
+    let left = left_to_the_host(root, &taken)?;
+    if others().next().is_some() && left.len() < least {
+        let what = format!(
+            "with those of other VMs, CPU {taken} leave {} housekeeping CPUs, fewer than min_housekeeping = {least}",
+            left.len()
+        );
+        return Ok(Finding::error(CHECK, what, "isolate fewer"));
+    }
+    Ok(Finding::ok(CHECK, "no running VM has any of them"))
 }
 
-/// How this VM's CPUs are to be isolated, and why so where the settings leave it open. `qemu` is
-/// its QEMU, once that runs.
+/// How this VM's CPUs are to be isolated, and why if the settings leave it open. `qemu` is
+/// its QEMU, once that runs; `known` has what was read for other VMs.
 ///
 /// # Errors
 /// [`Error::Unusable`] that says why the method of the settings cannot be had.
 pub(crate) fn isolation(
     root: &Host,
+    known: &Siblings,
     reservations: &BTreeMap<u32, Reservation>,
     vmid: VmId,
     settings: &Settings,
@@ -207,7 +271,7 @@ pub(crate) fn isolation(
     };
     let partition = || {
         not_beside(Isolation::Partition)
-            .and_then(|()| check_partition(root, vmid, &settings.isolated, qemu))
+            .and_then(|()| check_partition(root, known, vmid, &settings.isolated, qemu))
     };
     let hotplug =
         || not_beside(Isolation::Hotplug).and_then(|()| check_hotplug(root, &settings.isolated));
@@ -219,6 +283,12 @@ pub(crate) fn isolation(
                 Isolation::Partition,
                 Some("method auto: using partition".into()),
             ),
+            Err(why) if settings.isolated.contains(cpu::BOOT_CPU) => {
+                let why = format!(
+                    "isolated: {BOOT_CPU_IS_NEEDED}, and partition is unavailable: {why}; choose others"
+                );
+                return Err(Error::unusable(&settings.source, why));
+            }
             Err(why) => {
                 hotplug()?;
                 (
@@ -232,12 +302,27 @@ pub(crate) fn isolation(
     })
 }
 
-fn check_partition(root: &Host, vmid: VmId, isolated: &CpuSet, qemu: Option<&Qemu>) -> Result<()> {
+/// Checks that this host can isolate CPUs for a VM by partition.
+///
+/// # Errors
+/// Why it cannot.
+pub(crate) fn partition_for(root: &Host, vmid: VmId, isolated: &CpuSet) -> Result<()> {
+    check_partition(root, &Siblings::default(), vmid, isolated, None)
+}
+
+fn check_partition(
+    root: &Host,
+    known: &Siblings,
+    vmid: VmId,
+    isolated: &CpuSet,
+    qemu: Option<&Qemu>,
+) -> Result<()> {
     let scope = match qemu {
         Some(qemu) => cg_slice::scope(root, vmid, qemu)?,
         None => cg_slice::usual_scope(vmid),
     };
-    cg_slice::partition::check(root, &cg_slice::partition::vcpu_cgroup(&scope), isolated)?;
+    let cgroup = cg_slice::partition::vcpu_cgroup(&scope);
+    cg_slice::partition::check_beside(known, root, &cgroup, isolated)?;
     if qemu.is_some() {
         cg_slice::partition::check_delegated(root, vmid)
     } else {
@@ -257,15 +342,15 @@ fn check_hotplug(root: &Host, isolated: &CpuSet) -> Result<()> {
     }
 }
 
-fn check_governor(root: &Host, isolated: &CpuSet, governor: &str) -> Result<Finding> {
+fn check_governor(around: &Surroundings<'_>, isolated: &CpuSet, governor: &str) -> Result<Finding> {
     const CHECK: &str = "governor";
     let failed = |error: Error| Ok(Finding::error(CHECK, error.to_string(), ""));
-    let policies = match cpufreq::policies(root) {
+    let policies = match around.policies() {
         Ok(policies) => policies,
         Err(error) => return failed(error),
     };
     // A host without cpufreq (a VM, or a BIOS that sets the clock) is not a reason to stop a start.
-    match governor::not_offered(root, &policies, governor, isolated) {
+    match governor::not_offered(around.root, policies, governor, isolated) {
         Ok(None) => {}
         Ok(Some(lacking)) => {
             return Ok(Finding::error(
@@ -286,98 +371,14 @@ fn check_governor(root: &Host, isolated: &CpuSet, governor: &str) -> Result<Find
     ))
 }
 
-/// What may interfere while the VM runs.
-fn others(root: &Host, vmid: VmId, conf: &VmConf, isolated: &CpuSet) -> Result<Vec<Finding>> {
-    let mut findings = vec![match &conf.affinity {
-        None => Finding::ok("affinity", "not set, so the pins are the only affinity"),
-        Some(affinity) => Finding::warn(
-            "affinity",
-            format!("VM {vmid}: `affinity: {affinity}` is also set; the pins take precedence"),
-            format!("remove it: qm set {vmid} --delete affinity"),
-        ),
-    }];
-    let mut shut_out = Vec::new();
-    for other in vm::all(root).into_iter().filter(|other| *other != vmid) {
-        let Some(affinity) = vm::conf(root, other).ok().and_then(|conf| conf.affinity) else {
-            continue;
-        };
-        if !affinity.is_empty() && affinity.is_subset(isolated) {
-            shut_out.push(Finding::warn(
-                "other VMs",
-                format!(
-                    "VM {other} has `affinity: {affinity}`, and all of these CPUs are isolated: it cannot start while VM {vmid} runs"
-                ),
-                format!("use other CPUs: qm set {other} --affinity LIST"),
-            ));
-        }
+/// Whether the isolated CPUs have a wake-up latency. Without one the VM can start all the same.
+fn check_latency(root: &Host, isolated: &CpuSet) -> Finding {
+    const CHECK: &str = "max_latency_us";
+    match governor::latencies(root, isolated) {
+        Ok(found) if found.len() == isolated.len() => Finding::ok(CHECK, "all isolated CPUs"),
+        Ok(_) => Finding::warn(CHECK, governor::NO_LATENCY, "leave max_latency_us out"),
+        Err(error) => Finding::of_error(CHECK, &error),
     }
-    if shut_out.is_empty() {
-        shut_out.push(Finding::ok(
-            "other VMs",
-            "none is confined to the isolated CPUs by `affinity:`",
-        ));
-    }
-    findings.append(&mut shut_out);
-    let mut balancers = Vec::new();
-    for pid in task::user_pids(root)? {
-        // Processes that have ended are skipped.
-        if root
-            .read_value(format!("proc/{pid}/comm"))
-            .ok()
-            .flatten()
-            .as_deref()
-            == Some("irqbalance")
-        {
-            balancers.push(if isolated.is_subset(&banned(root, pid)) {
-                Finding::ok(
-                    "irqbalance",
-                    format!("irqbalance (process {pid}) does not use CPU {isolated}"),
-                )
-            } else {
-                Finding::warn(
-                    "irqbalance",
-                    format!("irqbalance (process {pid}) moves IRQs back within 10 s"),
-                    format!("stop it, or set IRQBALANCE_BANNED_CPULIST={isolated}"),
-                )
-            });
-        }
-    }
-    if balancers.is_empty() {
-        balancers.push(Finding::ok("irqbalance", "not running"));
-    }
-    findings.append(&mut balancers);
-    findings.push(if siblings_inside(root, isolated)? {
-        Finding::ok("SMT", "whole cores are isolated")
-    } else {
-        let what = format!(
-            "CPU {isolated} does not include all SMT siblings: what runs on them slows the VM's cores"
-        );
-        Finding::warn("SMT", what, "isolate whole cores; `hook layout` shows them")
-    });
-    Ok(findings)
-}
-
-/// The CPUs that an irqbalance does not use, from its environment; none if that cannot be read. See
-/// irqbalance(1) and its cputree.c, `setup_banned_cpus`: the list takes precedence.
-fn banned(root: &Host, pid: i32) -> CpuSet {
-    let environ = root.read(format!("proc/{pid}/environ")).unwrap_or_default();
-    let value = |name: &str| {
-        environ
-            .split('\0')
-            .find_map(|variable| variable.strip_prefix(name)?.strip_prefix('='))
-    };
-    let list = value("IRQBALANCE_BANNED_CPULIST").map(|list| CpuSet::from_kernel_list(list).ok());
-    let mask = || value("IRQBALANCE_BANNED_CPUS").map(|mask| CpuSet::from_mask(mask).ok());
-    list.or_else(mask).flatten().unwrap_or_default()
-}
-
-fn siblings_inside(root: &Host, isolated: &CpuSet) -> Result<bool> {
-    for cpu in isolated.iter() {
-        if !cpu::siblings(root, cpu)?.is_subset(isolated) {
-            return Ok(false);
-        }
-    }
-    Ok(true)
 }
 
 #[cfg(test)]
@@ -385,6 +386,8 @@ mod tests {
     use super::*;
     use crate::fixture::MadeUpHost;
     use crate::settings;
+    use crate::state::reservation::Phase;
+    use pinfold_core::state::Store;
 
     #[test]
     fn pre_start_refuses_with_the_first_error_and_notes_the_warnings() {
@@ -399,7 +402,8 @@ mod tests {
         assert_eq!(
             notes,
             [
-                "VM 100: `affinity: 0-3` is also set; the pins take precedence; remove it: qm set 100 --delete affinity",
+                "VM 100: `affinity: 0-3` is also set; the pins take precedence; \
+                 remove it: qm set 100 --delete affinity",
                 "CPU 6 does not include all SMT siblings: what runs on them slows the VM's cores; isolate whole cores; \
                  `hook layout` shows them"
             ]
@@ -407,8 +411,9 @@ mod tests {
         for (conf, text, why) in [
             (
                 "cores: 99",
-                "isolated = \"0,6\"\npins = [6]",
-                "test: isolated: CPU 0 cannot be isolated, the kernel needs it",
+                "isolated = \"0,6\"\npins = [6]\nmethod = \"hotplug\"",
+                "test: isolated: CPU 0 cannot be isolated by hotplug, since the kernel needs it online; \
+                 choose others, or method = \"partition\"",
             ),
             (
                 "cores: 13",
@@ -419,5 +424,125 @@ mod tests {
             let error = told(conf, text).unwrap_err().to_string();
             assert!(error.starts_with(why), "{error}");
         }
+    }
+
+    #[test]
+    fn cpu_0_by_partition_only() {
+        let host = MadeUpHost::new("5900x");
+        let vmid: VmId = "100".parse().unwrap();
+        let settings = |rest: &str| {
+            let text = format!("isolated = \"0-5,12-17\"\npins = \"auto\"\n{rest}");
+            settings::resolve(&host.root, &text, "test", 1).unwrap()
+        };
+        let isolation_by = |rest: &str| {
+            let none = BTreeMap::new();
+            isolation(
+                &host.root,
+                &Siblings::default(),
+                &none,
+                vmid,
+                &settings(rest),
+                None,
+            )
+            .map(|(isolation, _)| isolation)
+            .map_err(|error| error.to_string())
+        };
+        // Linux 6.1 has no partitions below the top.
+        let error = isolation_by("").unwrap_err();
+        assert!(
+            error.starts_with("test: isolated: CPU 0 cannot be isolated by hotplug")
+                && error.contains("and partition is unavailable: kernel 6.1.0-44-amd64: "),
+            "{error}"
+        );
+        host.file("sys/fs/cgroup/cpuset.cpus.isolated", "");
+        assert_eq!(isolation_by(""), Ok(Isolation::Partition));
+        assert!(isolation_by("method = \"hotplug\"").is_err());
+        // What stays there is said at the start, and by check.
+        let conf = VmConf::parse("cores: 6");
+        let notes = before_start(&host.root, vmid, &conf, &settings("")).unwrap();
+        assert_eq!(
+            notes,
+            [
+                "CPU 0 is isolated: timekeeping, IRQs that cannot be moved and the kernel's work for the boot CPU \
+                 stay there"
+            ]
+        );
+        let around = Surroundings::new(&host.root);
+        let found = findings(&around, &conf, &settings("")).unwrap();
+        assert!(
+            found[0].level == Level::Ok && found[0].what.ends_with("boot CPU stay there"),
+            "{found:?}"
+        );
+        let least = "min_housekeeping = 13";
+        assert!(before_start(&host.root, vmid, &conf, &settings(least)).is_err());
+    }
+
+    #[test]
+    fn min_housekeeping_holds_over_all_vms() {
+        let host = MadeUpHost::new("5900x");
+        let vmid = "100".parse().unwrap();
+        for (own, other, refused) in [(12, 12, None), (12, 13, Some(13)), (14, 1, Some(14))] {
+            let text = |cpus: &str, least: usize| {
+                format!("isolated = \"{cpus}\"\npins = \"auto\"\nmin_housekeeping = {least}\n")
+            };
+            let settings = settings::resolve(&host.root, &text("6-8,18-20", own), "test", 1);
+            let settings = settings.unwrap();
+            host.reserve(101, Phase::Starting, &text("9-11,21-23", other));
+            let state = Store::<Reservation>::peek(&host.root).unwrap().unwrap();
+            let reservations = state.reservations;
+            let found = no_overlap(&host.root, &reservations, vmid, &settings);
+            let why = found.err().map(|error| error.to_string());
+            assert_eq!(
+                why,
+                refused.map(|least| format!(
+                    "test: isolated: with those of other VMs, CPU 6-11,18-23 leave 12 housekeeping CPUs, \
+                     fewer than min_housekeeping = {least}; isolate fewer"
+                ))
+            );
+        }
+    }
+
+    #[test]
+    fn cpus_of_the_command_line_are_not_left_to_the_host() {
+        let host = MadeUpHost::new("5900x");
+        host.file("sys/devices/system/cpu/isolated", "2,14\n");
+        let check = |least: usize| {
+            let text =
+                format!("isolated = \"6-11,18-23\"\npins = \"auto\"\nmin_housekeeping = {least}\n");
+            let settings = settings::resolve(&host.root, &text, "test", 1).unwrap();
+            isolated_cpus(&host.root, &settings).unwrap().to_string()
+        };
+        assert!(
+            check(10).contains("leaves CPU 0-1,3-5,12-13,15-17 for housekeeping"),
+            "{}",
+            check(10)
+        );
+        assert!(
+            check(11).contains("leaves 10 housekeeping CPUs"),
+            "{}",
+            check(11)
+        );
+    }
+
+    #[test]
+    fn iothreads_by_id_and_cpus_beyond_the_last_are_checked() {
+        let host = MadeUpHost::new("5900x-offline");
+        let refusal = |text: &str| {
+            let settings = settings::resolve(&host.root, text, "test", 1).unwrap();
+            let vmid = "100".parse().unwrap();
+            let refused = before_start(&host.root, vmid, &VmConf::parse("cores: 1"), &settings);
+            refused.unwrap_err().to_string()
+        };
+        let why = refusal("isolated = \"6\"\npins = \"6\"\niothreads = { a = \"3\", b = \"2\" }");
+        assert!(
+            why.starts_with("test: iothreads: b: ") && why.contains("offline"),
+            "{why}"
+        );
+        host.file("sys/devices/system/cpu/present", "0-2047");
+        host.file("sys/devices/system/cpu/online", "0-2047");
+        assert_eq!(
+            refusal("isolated = \"1000,1024\"\npins = \"1024\""),
+            "test: isolated: CPU 1024 is beyond 1023, the last that threads can be pinned to; choose others"
+        );
     }
 }

@@ -3,19 +3,22 @@
 use std::collections::BTreeMap;
 
 use anstyle::{AnsiColor, Style};
-use pinfold_core::cli::Output;
-use pinfold_core::cli::terminal::{coloured, print};
+use pinfold_core::cli::terminal::{coloured, print, print_json};
+use pinfold_core::cli::{Output, print_error};
 use pinfold_core::state::Store;
 use pinfold_core::vm::VmConf;
 use pinfold_core::vm::{self, VmId};
 use pinfold_core::{Exit, Host, printable};
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use serde_json::json;
 
-use crate::checks::finding::{Finding, Level};
-use crate::checks::{advice, required};
-use crate::settings;
+use crate::checks::finding::{Finding, KEYS, Level};
+use crate::checks::surroundings::Surroundings;
+use crate::checks::{advice, cluster, required, script};
+use crate::choice;
+use crate::settings::{self, Loaded};
 use crate::state::reservation::Reservation;
+use crate::steps::TOOL;
 
 /// The options of `hook check`.
 #[derive(Debug, clap::Args)]
@@ -23,9 +26,6 @@ pub(crate) struct Args {
     /// The VM's number
     vmid: Option<VmId>,
 }
-
-/// The folders of settings, the cluster's first.
-const SETTINGS: [&str; 2] = ["etc/pve/pinfold", "etc/pinfold"];
 
 /// The findings of a VM.
 #[derive(Debug, Serialize)]
@@ -36,7 +36,27 @@ struct Checked {
     /// What was read of VMID.conf, if there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     read: Option<Read>,
+    #[serde(serialize_with = "with_keys")]
     findings: Vec<Finding>,
+}
+
+/// Findings with their keys.
+pub(super) fn keyed(findings: &[Finding]) -> serde_json::Value {
+    with_keys(findings, serde_json::value::Serializer).unwrap_or_default()
+}
+
+fn with_keys<S: Serializer>(findings: &[Finding], serializer: S) -> Result<S::Ok, S::Error> {
+    #[derive(Serialize)]
+    struct Keyed<'a> {
+        key: String,
+        #[serde(flatten)]
+        finding: &'a Finding,
+    }
+    let keyed = findings.iter().map(|finding| Keyed {
+        key: finding.key(),
+        finding,
+    });
+    serializer.collect_seq(keyed)
 }
 
 /// What was read of VMID.conf, as Proxmox VE and QEMU take it.
@@ -56,6 +76,10 @@ struct Read {
 }
 
 impl Checked {
+    fn has(&self, is: impl Fn(&Finding) -> bool) -> bool {
+        self.findings.iter().any(is)
+    }
+
     fn count(&self, level: Level) -> usize {
         self.findings
             .iter()
@@ -64,19 +88,34 @@ impl Checked {
     }
 }
 
-/// Runs the command: for one VM, or for all that use hook. Exits with 1 if anything is an error.
+/// The exit codes of the command.
+pub(crate) const EXIT_CODES: &str = "\
+Exit codes:
+  0   no check reports an error
+  1   a check reports an error
+  2   the command line is wrong
+  3   something could not be checked: not root, or a file cannot be read";
+
+/// Runs the command: for one VM, or for all that use hook.
 ///
 /// # Errors
-/// If /etc/pve cannot be listed, or the result cannot be written.
+/// If the result cannot be written.
 pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
     let root = output.root();
+    let (around, reservations) = (Surroundings::new(&root), reservations(&root));
     let vmids = match args.vmid {
         Some(vmid) => vec![vmid],
-        None => managed_vms(&root)?,
+        None => match managed_vms(&around) {
+            Ok(vmids) => vmids,
+            Err(error) => {
+                print_error(TOOL, &error.into());
+                return Ok(Exit::Unknown);
+            }
+        },
     };
     let checked: BTreeMap<u32, Checked> = vmids
         .into_iter()
-        .map(|vmid| (vmid.into(), check(&root, vmid)))
+        .map(|vmid| (vmid.into(), check(&around, &reservations, vmid)))
         .collect();
     let count = |level| {
         checked
@@ -85,47 +124,41 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
             .sum::<usize>()
     };
     let errors = count(Level::Error);
-    let text = if output.json {
+    if output.json {
         let json = json!({"vms": checked, "errors": errors, "warnings": count(Level::Warn)});
-        format!("{json:#}\n")
+        print_json(&json)?;
     } else if checked.is_empty() {
-        "no VM has settings or uses hook as its hookscript\n".to_owned()
+        print("no VM has settings or uses hook as its hookscript\n")?;
     } else {
         let least = if output.quiet { Level::Warn } else { Level::Ok };
         let texts = checked
             .iter()
             .map(|(vmid, checked)| to_text(*vmid, checked, least));
-        coloured(&texts.collect::<String>())
-    };
-    print(&text)?;
-    Ok(if errors == 0 {
-        Exit::Success
-    } else {
-        Exit::Failed
-    })
+        print(&coloured(&texts.collect::<String>()))?;
+    }
+    let any = |is: fn(&Finding) -> bool| checked.values().any(|checked| checked.has(is));
+    Ok(
+        if any(|finding| finding.level == Level::Error && !finding.unread) {
+            Exit::Failed
+        } else if any(|finding| finding.unread) {
+            Exit::Unknown
+        } else {
+            Exit::Success
+        },
+    )
 }
 
 /// The VMs with settings of their own, or with hook as their hookscript.
-fn managed_vms(root: &Host) -> pinfold_core::Result<Vec<VmId>> {
-    let mut vmids = Vec::new();
-    for (folder, end) in SETTINGS
-        .map(|folder| (folder, ".toml"))
-        .into_iter()
-        .chain([("etc/pve/qemu-server", ".conf")])
-    {
-        let names = match root.names(folder) {
-            Err(error) if error.is_gone() => continue,
-            names => names?,
-        };
-        let ids = names
-            .iter()
-            .filter_map(|name| name.strip_suffix(end)?.parse::<VmId>().ok());
-        vmids.extend(ids.filter(|vmid| {
-            end == ".toml" || vm::conf(root, *vmid).is_ok_and(|conf| calls_hook(&conf))
-        }));
+pub(super) fn managed_vms(around: &Surroundings<'_>) -> pinfold_core::Result<Vec<VmId>> {
+    let root = around.root;
+    let mut vmids = settings::vms_with_own_file(root)?;
+    for (vmid, conf) in around.vms()? {
+        if conf.as_ref().is_ok_and(calls_hook) {
+            vmids.push(*vmid);
+        }
     }
     // The cluster's settings are for whichever node has the VM.
-    vmids.retain(|vmid| vm::check_exists(root, *vmid).is_ok() || !is_elsewhere(root, *vmid));
+    vmids.retain(|vmid| vm::check_exists(root, *vmid).is_ok() || !vm::is_elsewhere(root, *vmid));
     vmids.sort_unstable();
     vmids.dedup();
     Ok(vmids)
@@ -139,35 +172,79 @@ fn calls_hook(conf: &VmConf) -> bool {
             .is_some_and(|volume| volume.rsplit('/').next() == Some("hook"))
 }
 
-/// Whether another node of the cluster has the VM.
-fn is_elsewhere(root: &Host, vmid: VmId) -> bool {
-    let nodes = root.names("etc/pve/nodes").unwrap_or_default();
-    nodes
-        .iter()
-        .any(|node| root.exists(format!("etc/pve/nodes/{node}/qemu-server/{vmid}.conf")))
+/// All findings of a VM as text, for a report.
+pub(super) fn text(root: &Host, vmid: VmId) -> String {
+    let checked = check(&Surroundings::new(root), &reservations(root), vmid);
+    to_text(vmid.into(), &checked, Level::Ok)
+}
+
+/// The warnings and errors of a VM.
+pub(super) fn faults(root: &Host, vmid: VmId) -> Vec<Finding> {
+    let checked = check(&Surroundings::new(root), &reservations(root), vmid);
+    let mut findings = checked.findings;
+    findings.retain(|finding| finding.level > Level::Ok);
+    findings
+}
+
+/// The reservations of all VMs, and the finding if they cannot be read, or not all of it.
+fn reservations(root: &Host) -> (BTreeMap<u32, Reservation>, Option<Finding>) {
+    match Store::<Reservation>::peek(root) {
+        Ok(state) => {
+            let state = state.unwrap_or_default();
+            let newer = state.newer.summary().map(|summary| {
+                let fix = "install that version again; it restores the rest";
+                Finding::warn("state", summary, fix)
+            });
+            (state.reservations, newer)
+        }
+        Err(error) => {
+            let finding = if error.is_denied() {
+                Finding {
+                    unread: true,
+                    ..Finding::warn(
+                        "state",
+                        error.to_string(),
+                        "only root can read the reservations",
+                    )
+                }
+            } else {
+                Finding::of_error("state", &error)
+            };
+            (BTreeMap::new(), Some(finding))
+        }
+    }
 }
 
 /// All findings of a VM. What cannot be read is a finding too.
-fn check(root: &Host, vmid: VmId) -> Checked {
-    let told = |check, error: &dyn std::fmt::Display| Finding::error(check, error.to_string(), "");
-    let conf = match vm::conf(root, vmid) {
+fn check(
+    around: &Surroundings<'_>,
+    (reservations, unread): &(BTreeMap<u32, Reservation>, Option<Finding>),
+    vmid: VmId,
+) -> Checked {
+    let root = around.root;
+    let unlisted;
+    let conf = match around.vms().ok().and_then(|vms| vms.get(&vmid)) {
+        Some(conf) => conf,
+        None => {
+            unlisted = vm::conf(root, vmid);
+            &unlisted
+        }
+    };
+    let conf = match conf {
         Ok(conf) => conf,
         Err(error) => {
-            let left = SETTINGS
-                .map(|folder| format!("{folder}/{vmid}.toml"))
-                .into_iter()
-                .find(|file| root.exists(file));
+            let left = settings::own_file(root, vmid);
             let gone = vm::check_exists(root, vmid).is_err();
             let finding = match left.filter(|_| gone) {
                 Some(file) => {
-                    let file = root.path(file).display().to_string();
+                    let file = file.display();
                     Finding::warn(
                         "settings",
                         format!("{file} is for a VM that does not exist"),
                         format!("rm {file}"),
                     )
                 }
-                None => told("VM", &error),
+                None => Finding::of_error("VM", error),
             };
             return Checked {
                 source: None,
@@ -176,13 +253,37 @@ fn check(root: &Host, vmid: VmId) -> Checked {
             };
         }
     };
-    let mut findings = vec![advice::hookscript(root, vmid, &conf)];
-    let (read, found) = read(root, vmid, &conf);
+    let mut findings = script::findings(root, vmid, conf);
+    findings.extend(cluster::findings(root, vmid, conf));
+    let (read, found) = read(root, vmid, conf);
     findings.extend(found);
-    let settings = match settings::load(root, vmid, conf.threads_per_core()) {
-        Ok(settings) => settings,
+    let settings = match settings::load_on(
+        root,
+        &around.cpus,
+        vmid,
+        conf.threads_per_core(),
+        &choice::cells(conf),
+    ) {
+        Ok(Loaded::Fenced(settings)) => settings,
+        Ok(Loaded::Unfenced {
+            settings,
+            why,
+            is_lack,
+        }) => {
+            let what = format!("VM {vmid} starts without isolated CPUs: {why}");
+            findings.push(if is_lack {
+                Finding::warn("settings", what, "")
+            } else {
+                Finding::ok("settings", what)
+            });
+            return Checked {
+                source: Some(settings.source),
+                read: Some(read),
+                findings,
+            };
+        }
         Err(error) => {
-            findings.push(told("settings", &error));
+            findings.push(Finding::of_error("settings", &error));
             return Checked {
                 source: None,
                 read: Some(read),
@@ -190,37 +291,41 @@ fn check(root: &Host, vmid: VmId) -> Checked {
             };
         }
     };
-    match required::findings(root, vmid, &conf, &settings) {
+    let before_required = findings.len();
+    match required::findings(around, conf, &settings) {
         Ok(found) => findings.extend(found),
-        Err(error) => findings.push(told("host", &error)),
+        Err(error) => findings.push(Finding::unread("host", &error)),
     }
-    let reservations = match Store::<Reservation>::peek(root) {
-        Ok(state) => state.unwrap_or_default().0,
-        Err(error) => {
-            findings.push(match error.is_denied() {
-                true => Finding::warn(
-                    "state",
-                    error.to_string(),
-                    "only root can read the reservations",
-                ),
-                false => told("state", &error),
-            });
-            BTreeMap::new()
-        }
-    };
-    findings.push(required::overlap(&reservations, vmid, &settings));
+    match advice::interference(around, vmid, conf, &settings.isolated) {
+        Ok(found) => findings.extend(found),
+        Err(error) => findings.push(Finding::unread("host", &error)),
+    }
+    findings.extend(unread.clone());
+    findings.push(
+        required::overlap(root, reservations, vmid, &settings)
+            .unwrap_or_else(|error| Finding::unread("isolated", &error)),
+    );
     // For its next start: while it runs, the reservation has its method.
     findings.push(
-        match required::isolation(root, &reservations, vmid, &settings, None) {
+        match required::isolation(root, &around.siblings, reservations, vmid, &settings, None) {
             Ok((_, Some(note))) => Finding::ok("method", note),
             Ok((_, None)) => Finding::ok("method", "supported by this kernel"),
-            Err(error) => Finding::error("method", error.to_string(), ""),
+            Err(error) => Finding::of_error("method", &error),
         },
     );
-    match advice::findings(root, vmid, &conf, &settings) {
-        Ok(found) => findings.extend(found),
-        Err(error) => findings.push(told("host", &error)),
+    if !settings.required {
+        for finding in &mut findings[before_required..] {
+            finding.stops_no_start();
+        }
     }
+    match advice::findings(around, vmid, conf, &settings) {
+        Ok(found) => findings.extend(found),
+        Err(error) => findings.push(Finding::unread("host", &error)),
+    }
+    findings.extend(unknown_keys(&settings.ignore));
+    findings.retain(|finding| {
+        finding.level != Level::Warn || !settings.ignore.contains(&finding.key())
+    });
     Checked {
         source: Some(settings.source),
         read: Some(read),
@@ -228,11 +333,29 @@ fn check(root: &Host, vmid: VmId) -> Checked {
     }
 }
 
+/// That `ignore` has keys that no finding has.
+fn unknown_keys(ignore: &[String]) -> Option<Finding> {
+    let is_unknown = |key: &&String| !KEYS.contains(&key.as_str());
+    let unknown: Vec<&str> = ignore
+        .iter()
+        .filter(is_unknown)
+        .map(String::as_str)
+        .collect();
+    if unknown.is_empty() {
+        return None;
+    }
+    Some(Finding::warn(
+        "settings",
+        format!("ignore has {}, which no finding has", unknown.join(", ")),
+        format!("there are {}", KEYS.join(", ")),
+    ))
+}
+
 /// What was read of VMID.conf, and warnings of what Proxmox VE ignores in it and of what keeps the
 /// VM from starting so.
 fn read(root: &Host, vmid: VmId, conf: &VmConf) -> (Read, Vec<Finding>) {
     const CHECK: &str = "VMID.conf";
-    let file = root.path(format!("etc/pve/qemu-server/{vmid}.conf"));
+    let file = root.path(vm::conf_file(vmid));
     let fix = format!("correct or remove it in {}", file.display());
     let ignored = conf.passed_over.iter().map(|passed_over| {
         let what = format!("{passed_over}; Proxmox VE ignores it");
@@ -287,6 +410,7 @@ fn to_text(vmid: u32, checked: &Checked, least: Level) -> String {
         check,
         what,
         fix,
+        ..
     } in checked
         .findings
         .iter()
@@ -316,8 +440,14 @@ mod tests {
     use crate::state::reservation::Phase;
     use std::os::unix::fs::PermissionsExt;
 
-    const CONF: &str = "cores: 12\nargs: -smp 12,sockets=1,cores=6,threads=2\nhookscript: local:snippets/hook\nmemory: 4096";
+    const CONF: &str = "cores: 12\nargs: -smp 12,sockets=1,cores=6,threads=2\n\
+                        hookscript: local:snippets/hook\nmemory: 4096\ncpu: EPYC-v4";
     const HOOK: &str = "var/lib/vz/snippets/hook";
+    const RECOVER: &str = "etc/systemd/system/multi-user.target.wants/pinfold-recover.path";
+
+    fn check_one(root: &Host, vmid: VmId) -> Checked {
+        check(&Surroundings::new(root), &reservations(root), vmid)
+    }
 
     fn vmid() -> VmId {
         "100".parse().unwrap()
@@ -333,7 +463,8 @@ mod tests {
         let host = MadeUpHost::new(machine);
         host.conf(100, CONF);
         host.settings(100, settings);
-        host.file(HOOK, "");
+        host.file(HOOK, "#!/bin/sh\n# pinfold hook stub");
+        host.file(RECOVER, "");
         mode(&host, HOOK, 0o755);
         host
     }
@@ -344,7 +475,7 @@ mod tests {
 
     /// Warnings and errors: `warn affinity: what => fix`.
     fn faults(host: &MadeUpHost) -> Vec<String> {
-        let findings = check(&host.root, vmid())
+        let findings = check_one(&host.root, vmid())
             .findings
             .into_iter()
             .filter(|finding| finding.level > Level::Ok);
@@ -353,6 +484,7 @@ mod tests {
                         check,
                         what,
                         fix,
+                        ..
                     }: Finding| {
             format!(
                 "{} {check}: {what} => {fix}",
@@ -398,7 +530,7 @@ mod tests {
     fn without_faults_each_check_reports_ok() {
         let host = host();
         assert_eq!(faults(&host), [""; 0]);
-        let checked = check(&host.root, vmid());
+        let checked = check_one(&host.root, vmid());
         let checks: Vec<&str> = checked
             .findings
             .iter()
@@ -418,9 +550,14 @@ mod tests {
                 "isolated",
                 "method",
                 "command line",
+                "containers",
+                "profiles",
+                "recover",
                 "L3",
+                "NUMA",
                 "vCPUs",
                 "guest cores",
+                "kinds",
                 "hugepages",
                 "helpers"
             ]
@@ -439,11 +576,12 @@ mod tests {
         let cases: [(Arrange, &str); 27] = [
             (
                 |h| h.conf(100, &CONF.replace("hookscript", "#")),
-                "warn hookscript: not set: Proxmox VE does not call hook for this VM => qm set 100 --hookscript local:snippets/hook",
+                "warn hookscript: not set: Proxmox VE does not call hook for this VM => hook install 100",
             ),
             (
                 |h| std::fs::remove_file(h.root.path(HOOK)).unwrap(),
-                "error hookscript: /var/lib/vz/snippets/hook: No such file or directory => copy hook there: install -m 0755 $(command -v hook) /var/lib/vz/snippets/hook",
+                "error hookscript: /var/lib/vz/snippets/hook: No such file or directory => \
+                 copy hook there: install -m 0755 $(command -v hook) /var/lib/vz/snippets/hook",
             ),
             (
                 |h| mode(h, HOOK, 0o644),
@@ -460,7 +598,8 @@ mod tests {
                         "isolated = \"6-11,18-23\"\npins = \"6,18,7,19,8,20,9,21,10,22,11,23\"\nmin_housekeeping = 13",
                     )
                 },
-                "error isolated: 6-11,18-23 leaves 12 housekeeping CPUs, fewer than min_housekeeping = 13 => isolate fewer",
+                "error isolated: 6-11,18-23 leaves 12 housekeeping CPUs, fewer than \
+                 min_housekeeping = 13 => isolate fewer",
             ),
             (
                 |h| h.file("sys/devices/system/cpu/online", "0-10,12-23"),
@@ -482,7 +621,8 @@ mod tests {
             ),
             (
                 |h| std::fs::remove_file(h.root.path("sys/fs/cgroup/cgroup.controllers")).unwrap(),
-                "error method: /sys/fs/cgroup/cgroup.controllers: no unified cgroup hierarchy (v2) here; boot without systemd.unified_cgroup_hierarchy=0 => ",
+                "error method: /sys/fs/cgroup/cgroup.controllers: no unified cgroup hierarchy \
+                 (v2) here; boot without systemd.unified_cgroup_hierarchy=0 => ",
             ),
             (
                 |h| {
@@ -499,15 +639,18 @@ mod tests {
             ),
             (
                 |h| h.conf(100, &format!("{CONF}\naffinity: 0-3")),
-                "warn affinity: VM 100: `affinity: 0-3` is also set; the pins take precedence => remove it: qm set 100 --delete affinity",
+                "warn affinity: VM 100: `affinity: 0-3` is also set; the pins take precedence => \
+                 remove it: qm set 100 --delete affinity",
             ),
             (
                 |h| h.conf(101, "affinity: 8-9"),
-                "warn other VMs: VM 101 has `affinity: 8-9`, and all of these CPUs are isolated: it cannot start while VM 100 runs => use other CPUs: qm set 101 --affinity LIST",
+                "warn other VMs: VM 101 has `affinity: 8-9`, and all of these CPUs are isolated: \
+                 it cannot start while VM 100 runs => use other CPUs: qm set 101 --affinity LIST",
             ),
             (
                 |h| h.thread(900, 900, "irqbalance", "0-23", 0),
-                "warn irqbalance: irqbalance (process 900) moves IRQs back within 10 s => stop it, or set IRQBALANCE_BANNED_CPULIST=6-11,18-23",
+                "warn irqbalance: irqbalance (process 900) moves IRQs back within 10 s => \
+                 stop it, or set IRQBALANCE_BANNED_CPULIST=6-11,18-23",
             ),
             (
                 |h| {
@@ -516,39 +659,46 @@ mod tests {
                         "quiet isolcpus=managed_irq,domain,6-11,18-23",
                     )
                 },
-                "warn command line: isolcpus=managed_irq,domain,6-11,18-23 isolates these CPUs even while the VM does not run => remove it: hook isolates them while the VM runs",
+                "warn command line: isolcpus=managed_irq,domain,6-11,18-23 isolates these CPUs \
+                 even while the VM does not run => remove it: hook isolates them while the VM runs",
             ),
             (
                 |h| h.file("proc/cmdline", "nohz_full=6-11 quiet"),
-                "warn command line: nohz_full=6-11 includes only some of the isolated CPUs, so vCPUs behave differently => set nohz_full=6-11,18-23, or remove it",
+                "warn command line: nohz_full=6-11 includes only some of the isolated CPUs, so \
+                 vCPUs behave differently => set nohz_full=6-11,18-23, or remove it",
             ),
             (
                 |h| h.file("proc/cmdline", "rcu_nocbs=1"),
-                "warn command line: rcu_nocbs=1 includes only some of the isolated CPUs, so vCPUs behave differently => set rcu_nocbs=6-11,18-23, or remove it",
+                "warn command line: rcu_nocbs=1 includes only some of the isolated CPUs, so vCPUs \
+                 behave differently => set rcu_nocbs=6-11,18-23, or remove it",
             ),
             (
                 |h| {
                     h.conf(100, &CONF.replace("12", "4").replace("cores=6", "cores=2"));
                     h.settings(100, "isolated = \"5-6,17-18\"\npins = \"5,17,6,18\"");
                 },
-                "warn L3: CPU 5-6,17-18 is split across llc:0, llc:1: vCPUs share caches with the host => 1 would be enough; `hook layout` shows which CPUs share one",
+                "warn L3: CPU 5-6,17-18 is split across llc:0, llc:1: vCPUs share caches with the \
+                 host => 1 would be enough; `hook layout` shows which CPUs share one",
             ),
             (
                 |h| {
                     h.conf(100, "cores: 1\nhookscript: local:snippets/hook");
                     h.settings(100, "isolated = \"6\"\npins = [6]");
                 },
-                "warn SMT: CPU 6 does not include all SMT siblings: what runs on them slows the VM's cores => isolate whole cores; `hook layout` shows them",
+                "warn SMT: CPU 6 does not include all SMT siblings: what runs on them slows the \
+                 VM's cores => isolate whole cores; `hook layout` shows them",
             ),
             (
                 |h| {
                     h.conf(100, &CONF.replace("12", "10").replace("cores=6", "cores=5"));
                 },
-                "warn vCPUs: 10, but 12 pins: CPU 11,23 is isolated but unused => give the VM more cores, or isolate fewer CPUs",
+                "warn vCPUs: 10, but 12 pins: CPU 11,23 is isolated but unused => \
+                 give the VM more cores, or isolate fewer CPUs",
             ),
             (
                 |h| h.conf(100, &format!("{CONF}\nfoo: x\u{1b}")),
-                "warn VMID.conf: line 5: `foo: x\\u{1b}`: unknown setting; Proxmox VE ignores it => correct or remove it in /etc/pve/qemu-server/100.conf",
+                "warn VMID.conf: line 6: `foo: x\\u{1b}`: unknown setting; \
+                 Proxmox VE ignores it => correct or remove it in /etc/pve/qemu-server/100.conf",
             ),
             (
                 |h| h.conf(100, &format!("{CONF}\nhugepages: 2")),
@@ -560,11 +710,16 @@ mod tests {
             ),
             (
                 |h| h.conf(100, &CONF.replace("args", "#")),
-                "warn guest cores: vCPUs 0 and 1, 2 and 3, … are threads of one core, but the guest sees each as a core of its own => qm set 100 --args '-smp 12,sockets=1,cores=6,threads=2'",
+                "warn guest cores: vCPUs 0 and 1, 2 and 3, … are threads of one core, but the \
+                 guest sees each as a core of its own => \
+                 qm set 100 --args '-smp 12,sockets=1,cores=6,threads=2,maxcpus=12'",
             ),
             (
                 |h| h.settings(100, "isolated = \"6-11,18-23\"\npins = \"6-11,18-23\""),
-                "warn guest cores: the guest sees vCPUs 0 and 1, 2 and 3, … as threads of one core, but their pins are on two cores => put the threads of a core next to each other: pins = \"6,18,7,19,8,20,9,21,10,22,11,23\"",
+                "warn guest cores: the guest sees vCPUs 0 and 1, 2 and 3, … as threads of one \
+                 core, but their pins are on two cores => \
+                 put the threads of a core next to each other: pins = \
+                 \"6,18,7,19,8,20,9,21,10,22,11,23\"",
             ),
             (
                 |h| {
@@ -594,6 +749,214 @@ mod tests {
             }
         }
         assert!(wrong.is_empty(), "{wrong:#?}");
+    }
+
+    /// What was reported from the field: a host, and what `hook check` has to say.
+    #[test]
+    fn findings_from_the_field() {
+        type Arrange = fn(&MadeUpHost);
+        let boot_display: Arrange = |h| {
+            for (function, vga) in [("0", "1"), ("1", "0")] {
+                let folder = format!("sys/bus/pci/devices/0000:0b:00.{function}");
+                h.file(&format!("{folder}/class"), "0x030000");
+                h.file(&format!("{folder}/boot_vga"), vga);
+            }
+            h.conf(100, &format!("{CONF}\nhostpci0: 0000:0b:00"));
+            h.settings(100, "layout = \"5900x\"\nreset_pci = true");
+        };
+        let cases: [(Arrange, &str); 22] = [
+            (
+                |h| {
+                    h.conf(
+                        100,
+                        &CONF.replace("local:snippets/hook", "nas:snippets/gpu.pl"),
+                    )
+                },
+                "warn hookscript: nas:snippets/gpu.pl is not hook: nothing is isolated for this VM => let hook run it too: hook install 100",
+            ),
+            (
+                |h| {
+                    h.file("var/lib/vz/snippets/exec-cmds", "#!/bin/bash");
+                    mode(h, "var/lib/vz/snippets/exec-cmds", 0o755);
+                    h.conf(100, &CONF.replace("snippets/hook", "snippets/exec-cmds"));
+                },
+                "warn hookscript: /var/lib/vz/snippets/exec-cmds is not hook: nothing is isolated for this VM => let hook run it too: hook install 100",
+            ),
+            (
+                boot_display,
+                "warn reset_pci: PCI 0000:0b:00.0 is not reset: it is the boot display => \
+                 write reset_pci = false, or only the others: reset_pci = [\"0000:0b:00.1\"]",
+            ),
+            (
+                |h| {
+                    h.file("sys/bus/pci/devices/0000:0b:00.0/class", "0x030000");
+                    h.settings(100, "layout = \"5900x\"\nreset_pci = [\"0000:c5:00\"]");
+                },
+                "warn reset_pci: PCI 0000:c5:00.0: no such device on this host => correct the address; `pci-reset --list` shows all devices",
+            ),
+            (
+                |h| h.conf(100, &format!("{CONF}\nhugepages: 1024")),
+                "warn VMID.conf: Proxmox VE refuses to start: hugepages needs `numa: 1` => ",
+            ),
+            (
+                |h| {
+                    h.conf(
+                        100,
+                        &format!("{CONF}\nnuma0: cpus=0-11,hostnodes=0,memory=4096,policy=bind"),
+                    )
+                },
+                "warn numa: numa0 has no effect without `numa: 1`: no memory is bound to a node => qm set 100 --numa 1",
+            ),
+            (
+                |h| h.file("proc/cmdline", "isolcpus=managed_irq,domain,6-N"),
+                "warn command line: isolcpus=managed_irq,domain,6-N isolates these CPUs even while the VM does not run, \
+                 and takes CPU 12-17 from the host too => remove it: hook isolates them while the VM runs",
+            ),
+            (
+                |h| {
+                    h.file(
+                        "proc/cmdline",
+                        "nohz_full=6-11,18-N rcu_nocbs=all irqaffinity=0-15",
+                    )
+                },
+                "warn command line: irqaffinity=0-15 has IRQs begin on CPU 6-11, which are isolated => \
+                 set irqaffinity=0-5,12-17, or remove it",
+            ),
+            (
+                |h| h.file("proc/cmdline", "nohz_full=x"),
+                "warn command line: nohz_full=x has CPUs that the kernel cannot read => correct or remove it",
+            ),
+            (
+                |h| h.file("etc/pve/lxc/201.conf", "lxc.cgroup2.cpuset.cpus: 8-11"),
+                "warn containers: container 201 is pinned to CPU 8-11, and all of these are isolated => \
+                 give it others: lxc.cgroup2.cpuset.cpus in its settings",
+            ),
+            (
+                |h| h.thread(900, 900, "tuned", "0-23", 0),
+                "warn profiles: tuned (process 900) sets governors and masks of the isolated CPUs again => \
+                 systemctl disable --now tuned; hook sets the governor while the VM runs",
+            ),
+            (
+                |h| h.thread(900, 900, "power-profiles-", "0-23", 0),
+                "warn profiles: power-profiles-daemon (process 900) sets governors and masks of the isolated CPUs again => \
+                 systemctl disable --now power-profiles-daemon; hook sets the governor while the VM runs",
+            ),
+            (
+                |h| h.conf(100, &CONF.replace("EPYC-v4", "host")),
+                "warn topoext: the CPU model has no topoext, so that a guest on AMD does not see which vCPUs share a core => add ",
+            ),
+            (
+                |h| {
+                    h.conf(
+                        100,
+                        "cores: 12\nhotplug: disk,cpu\nargs: -device ivshmem\nhookscript: local:snippets/hook",
+                    );
+                },
+                "warn guest cores: vCPUs 0 and 1, 2 and 3, … are threads of one core, but the guest sees each as a core of its own => \
+                 qm set 100 --args '-device ivshmem -smp 12,sockets=1,cores=6,threads=2,maxcpus=12' --hotplug disk",
+            ),
+            (
+                |h| h.file("sys/module/spl/parameters/spl_taskq_thread_bind", "1"),
+                "warn zfs: spl_taskq_thread_bind=1 binds threads of ZFS to CPUs, CPU 6-11,18-23 among them; they cannot be moved => write ",
+            ),
+            (
+                |h| std::fs::remove_file(h.root.path(RECOVER)).unwrap(),
+                "warn recover: pinfold-recover.path is not enabled: CPUs of a VM that is killed stay isolated until hook runs again => \
+                 systemctl enable --now pinfold-recover.path",
+            ),
+            (
+                |h| {
+                    h.file(
+                        "etc/pve/storage.cfg",
+                        "dir: local\n\tpath /var/lib/vz\n\tcontent iso,backup\n",
+                    );
+                },
+                "warn storage: storage local is not for snippets => pvesm set local --content iso,backup,snippets",
+            ),
+            (
+                |h| mode(h, HOOK, 0o777),
+                "warn hookscript: /var/lib/vz/snippets/hook: others than root can write it, and root runs it => \
+                 chown root: /var/lib/vz/snippets/hook && chmod 0755 /var/lib/vz/snippets/hook",
+            ),
+            (
+                |h| h.file(HOOK, "x pinfold hook 0.0.1"),
+                "warn hookscript: /var/lib/vz/snippets/hook is hook 0.0.1, and this is ",
+            ),
+            (
+                |h| h.conf(100, &format!("{CONF}\npinning: 1")),
+                "warn pinning: VM 100: `pinning: 1` is also set; the pins take precedence => remove it: qm set 100 --delete pinning",
+            ),
+            (
+                |h| h.settings(100, "layout = \"5900x\"\nignore = [\"smp\"]"),
+                "warn settings: ignore has smp, which no finding has => there are affinity, ",
+            ),
+            (
+                |h| {
+                    h.conf(100, "cores: 4\nhookscript: local:snippets/hook");
+                    h.settings(
+                        100,
+                        "isolated = \"5-6,17-18,7,19,8,20\"\npins = \"5,6,7,8\"",
+                    );
+                },
+                "warn L3: CPU 5-8,17-20 is split across llc:0, llc:1: vCPUs share caches with the host => \
+                 1 would be enough; `hook layout` shows which CPUs share one",
+            ),
+        ];
+        let mut wrong = Vec::new();
+        for (arrange, fault) in cases {
+            let host = host();
+            arrange(&host);
+            let faults = faults(&host);
+            if !faults.iter().any(|found| found.starts_with(fault)) || faults.len() != 1 {
+                wrong.push((fault, faults));
+            }
+        }
+        assert!(wrong.is_empty(), "{wrong:#?}");
+    }
+
+    #[test]
+    fn who_has_chosen_vcache_is_not_sent_elsewhere() {
+        let host = host_of("9950x3d", "isolated = \"1-7,17-23\"\npins = \"auto\"");
+        host.conf(100, "cores: 8\nhookscript: local:snippets/hook");
+        assert_eq!(faults(&host), [""; 0]);
+    }
+
+    #[test]
+    fn huge_pages_that_proxmox_ve_has_to_make() {
+        let host = host_of("epyc2x7313", "isolated = \"4-7,36-39\"\npins = \"auto\"");
+        host.conf(
+            100,
+            "cores: 4\nhugepages: 1024\nnuma: 1\nmemory: 20480\nhookscript: local:snippets/hook",
+        );
+        for node in [0, 1] {
+            for file in ["nr_hugepages", "free_hugepages"] {
+                let folder = "hugepages/hugepages-1048576kB";
+                host.file(
+                    &format!("sys/devices/system/node/node{node}/{folder}/{file}"),
+                    "10",
+                );
+            }
+        }
+        let fault = "warn hugepages: node 0: 10 of 20 1G pages are free; Proxmox VE has to make 10 at the start => \
+                     reserve them at boot, as with hugepagesz=1G hugepages=N, while memory is not fragmented";
+        assert_eq!(faults(&host), [fault]);
+    }
+
+    #[test]
+    fn warnings_are_muted_by_their_keys_and_errors_are_not() {
+        let host = host();
+        host.conf(100, "cores: 1\nhookscript: local:snippets/hook");
+        let settings = "isolated = \"6\"\npins = [6]";
+        host.settings(100, settings);
+        assert_eq!(faults(&host).len(), 1);
+        host.settings(100, &format!("{settings}\nignore = [\"smt\"]"));
+        assert_eq!(faults(&host), [""; 0]);
+        host.conf(100, "cores: 2\nhookscript: local:snippets/hook");
+        host.settings(100, &format!("{settings}\nignore = [\"smt\", \"pins\"]"));
+        assert_eq!(faults(&host).len(), 1, "an error stays");
+        for finding in check_one(&host.root, vmid()).findings {
+            assert!(KEYS.contains(&finding.key().as_str()), "{}", finding.key());
+        }
     }
 
     #[test]
@@ -658,7 +1021,7 @@ mod tests {
     #[test]
     fn helpers_go_with_the_emulator_threads() {
         let host = host();
-        let told = || check(&host.root, vmid()).findings.pop().unwrap().what;
+        let told = || check_one(&host.root, vmid()).findings.pop().unwrap().what;
         assert_eq!(told(), "none");
         host.conf(100, &format!("{CONF}\ntpmstate0: local:x"));
         assert_eq!(
@@ -687,13 +1050,13 @@ mod tests {
         host.settings(998, "isolated = \"6\"");
         host.file("etc/pve/nodes/other/qemu-server/998.conf", "");
         host.file("etc/pinfold/default.toml", "");
-        let ours: Vec<u32> = managed_vms(&host.root)
+        let ours: Vec<u32> = managed_vms(&Surroundings::new(&host.root))
             .unwrap()
             .into_iter()
             .map(u32::from)
             .collect();
         assert_eq!(ours, [100, 102, 999]);
-        let gone = check(&host.root, "999".parse().unwrap());
+        let gone = check_one(&host.root, "999".parse().unwrap());
         let file = host.root.path("etc/pinfold/999.toml").display().to_string();
         let fault = Finding::warn(
             "settings",
@@ -702,8 +1065,49 @@ mod tests {
         );
         assert_eq!(gone.findings, [fault]);
         assert_eq!(
-            check(&host.root, "997".parse().unwrap()).findings[0].level,
+            check_one(&host.root, "997".parse().unwrap()).findings[0].level,
             Level::Error
         );
+    }
+
+    #[test]
+    fn the_host_is_read_once_for_all_vms() {
+        let host = MadeUpHost::new("5900x");
+        let ids = [100, 101].map(|vmid| VmId::try_from(vmid).unwrap());
+        for vmid in ids {
+            host.conf(vmid.into(), CONF);
+            host.settings(vmid.into(), "isolated = \"llc:1\"\npins = \"auto\"");
+        }
+        host.conf(103, "affinity: 6-7");
+        host.thread(900, 900, "irqbalance", "0-23", 0);
+        let around = Surroundings::new(&host.root);
+        let state = reservations(&host.root);
+        let first = check(&around, &state, ids[0]).findings;
+        let of = |check: &str| {
+            let finding = first.iter().find(|finding| finding.check == check);
+            finding.unwrap().clone()
+        };
+        assert!(of("other VMs").what.contains("VM 103"));
+        assert!(of("irqbalance").what.contains("process 900"));
+        // None of these is looked at again.
+        for gone in ["proc/900", "etc/pve/qemu-server/103.conf"] {
+            let path = host.root.path(gone);
+            std::fs::remove_dir_all(&path)
+                .or_else(|_| std::fs::remove_file(path))
+                .unwrap();
+        }
+        for cpu in 0..24 {
+            let cache = format!("sys/devices/system/cpu/cpu{cpu}/cache");
+            std::fs::remove_dir_all(host.root.path(cache)).unwrap();
+        }
+        let second = check(&around, &state, ids[1]).findings;
+        for check in ["other VMs", "irqbalance", "L3"] {
+            let wanted = of(check).what;
+            assert!(
+                second.iter().any(|finding| finding.check == check
+                    && finding.what.replace("101", "100") == wanted),
+                "{wanted}: {second:?}"
+            );
+        }
     }
 }

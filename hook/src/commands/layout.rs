@@ -4,14 +4,20 @@
 use std::collections::BTreeSet;
 
 use pinfold_core::cli::Output;
-use pinfold_core::cli::terminal::print;
+use pinfold_core::cli::terminal::{coloured, print, print_json};
 use pinfold_core::sys::topology::{Domain, Kind, Topology};
-use pinfold_core::{CpuSet, Exit, Table, printable};
+use pinfold_core::{CpuSet, Exit, Host, Table, printable};
 use serde::Serialize;
 use serde_json::json;
 
-/// How many cores a line of a map has at most.
-pub(crate) const CORES_PER_LINE: usize = 8;
+use super::drawing;
+use super::machine::Machine;
+use super::places::{CORES_PER_LINE, Place, by_place, core_selector, place, selector, wrapped};
+use crate::claims;
+use crate::steps::TOOL;
+
+/// How wide the output may be.
+const WIDTH: usize = 100;
 
 /// CPUs that a selector names.
 #[derive(Debug, Serialize)]
@@ -27,30 +33,42 @@ struct Named {
     vcache: bool,
 }
 
-/// The place of a core, by selectors.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-pub(crate) struct Place {
-    pub package: String,
-    die: String,
-    pub llc: String,
-    pub node: String,
-    /// `pcores` or `ecores`; empty if all are of one kind.
-    #[serde(skip_serializing_if = "str::is_empty")]
-    pub kind: &'static str,
+/// The options of `hook layout`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Draw them: packages, NUMA nodes, LLC domains with their caches, cores and PCI devices, and
+    /// which VM or container has which CPUs by its settings
+    #[arg(long)]
+    pub map: bool,
 }
 
 /// The command's whole run.
 ///
 /// # Errors
 /// If sysfs cannot be read.
-pub(crate) fn run(output: &Output) -> anyhow::Result<Exit> {
-    let topology = Topology::read(&output.root())?;
-    if output.json {
-        print(&format!("{:#}\n", to_json(&topology)))?;
+pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
+    let root = output.root();
+    let topology = Topology::read(&root)?;
+    if args.map {
+        let (claims, notes) = claims::of_all_guests(&root);
+        let mut report = output.report(TOOL);
+        notes.iter().for_each(|note| report.note(note));
+        let machine = Machine::read(&root, &topology)?;
+        print(&coloured(&machine.draw(&claims, None, drawing::columns())))?;
+    } else if output.json {
+        print_json(&to_json(&topology))?;
     } else {
         print(&printable(&to_text(&topology)))?;
     }
     Ok(Exit::Success)
+}
+
+/// The selectors and the map of a host, for a report.
+///
+/// # Errors
+/// If sysfs cannot be read.
+pub(super) fn text(root: &Host) -> anyhow::Result<String> {
+    Ok(to_text(&Topology::read(root)?))
 }
 
 fn to_json(topology: &Topology) -> serde_json::Value {
@@ -67,23 +85,39 @@ fn to_json(topology: &Topology) -> serde_json::Value {
 
 fn to_text(topology: &Topology) -> String {
     let mut table = Table::new(&["selector", "cpus", "cores", "what"]);
+    let named = named(topology);
+    let widest = |width: fn(&Named) -> usize| named.iter().map(width).max().unwrap_or(0);
+    // Beside the CPUs: the other columns, the third one under its head, and what is between them.
+    let beside = widest(|row| row.selector.len()) + "cores".len() + widest(|row| row.what.len());
+    let room = WIDTH.saturating_sub(beside + 6).max(20);
     for Named {
         selector,
         cpus,
         cores,
         what,
         ..
-    } in named(topology)
+    } in &named
     {
         // The kernel does not report the cores of offline CPUs.
-        let cores = if cores == 0 {
+        let cores = if *cores == 0 {
             "-".into()
         } else {
             cores.to_string()
         };
-        table.row([selector, cpus.to_string(), cores, what]);
+        let mut lines = wrapped(&cpus.to_string(), room).into_iter();
+        let first = lines.next().unwrap_or_default();
+        table.row([selector.clone(), first, cores, what.clone()]);
+        for line in lines {
+            table.row([String::new(), line, String::new(), String::new()]);
+        }
     }
     format!("{}\n{}", table.to_text(), map(topology).to_text())
+}
+
+/// The selectors that name something on this host.
+pub(crate) fn selectors(topology: &Topology) -> Vec<String> {
+    let named = named(topology);
+    named.into_iter().map(|it| it.selector).collect()
 }
 
 /// Every selector that stands for something here, but for those of cores and VMs.
@@ -110,9 +144,8 @@ fn named(topology: &Topology) -> Vec<Named> {
             });
         }
     }
-    let vcache: CpuSet = vcache.iter().flat_map(|llc| llc.cpus.iter()).collect();
     for (selector, cpus, what) in [
-        ("vcache", vcache, "what has a larger L3 than others"),
+        ("vcache", topology.vcache_cpus(), "those with 3D V-Cache"),
         ("pcores", topology.pcores.clone(), "fast cores"),
         ("ecores", topology.ecores.clone(), "small cores"),
         (
@@ -124,7 +157,7 @@ fn named(topology: &Topology) -> Vec<Named> {
         (
             "offline",
             topology.offline(),
-            "the kernel does not tell where they are",
+            "the kernel does not report where they are",
         ),
         ("all", topology.present.clone(), "what is in the machine"),
     ] {
@@ -143,22 +176,12 @@ fn named(topology: &Topology) -> Vec<Named> {
     rows
 }
 
-fn selector(kind: Kind, domain: &Domain) -> String {
-    let name = match kind {
-        Kind::Package => "package",
-        Kind::Die => "die",
-        Kind::Llc => "llc",
-        Kind::Node => "node",
-    };
-    format!("{name}:{}", domain.number)
-}
-
 fn what(kind: Kind, domain: &Domain, vcache: bool) -> String {
     let mut what = domain.extent.to_string();
     if kind == Kind::Llc && !domain.extent.is_cache() {
-        what = format!("no shared cache is told: the {what}");
+        what = format!("{what} (no shared cache known)");
     } else if kind == Kind::Die && what == "package" {
-        what = "no die is told: the package".into();
+        what = "package (no die known)".into();
     }
     if vcache {
         what += ", V-Cache";
@@ -167,53 +190,6 @@ fn what(kind: Kind, domain: &Domain, vcache: bool) -> String {
         what += "; the number is not sure, with CPUs offline";
     }
     what
-}
-
-/// Any of its CPUs names a core; this takes the first.
-fn core_selector(core: &CpuSet) -> String {
-    core.first()
-        .map(|cpu| format!("core:{cpu}"))
-        .unwrap_or_default()
-}
-
-fn place(topology: &Topology, core: &CpuSet) -> Place {
-    let of = |kind| {
-        let domain = topology
-            .domains(kind)
-            .iter()
-            .find(|domain| domain.cpus.intersects(core));
-        domain
-            .map(|domain| selector(kind, domain))
-            .unwrap_or_default()
-    };
-    let kind = match (
-        core.intersects(&topology.pcores),
-        core.intersects(&topology.ecores),
-    ) {
-        (true, _) => "pcores",
-        (_, true) => "ecores",
-        _ => "",
-    };
-    Place {
-        package: of(Kind::Package),
-        die: of(Kind::Die),
-        llc: of(Kind::Llc),
-        node: of(Kind::Node),
-        kind,
-    }
-}
-
-/// The cores by place, the places in the order of their first CPUs.
-pub(crate) fn by_place(topology: &Topology) -> Vec<(Place, Vec<&CpuSet>)> {
-    let mut places: Vec<(Place, Vec<&CpuSet>)> = Vec::new();
-    for core in &topology.cores {
-        let place = place(topology, core);
-        match places.iter_mut().find(|(known, _)| *known == place) {
-            Some((_, cores)) => cores.push(core),
-            None => places.push((place, vec![core])),
-        }
-    }
-    places
 }
 
 /// The cores by place, each as its threads: `0,12  1,13`.
@@ -237,8 +213,34 @@ fn map(topology: &Topology) -> Table {
     } else {
         Table::new(&["package", "die", "llc", "node", "cores by their threads"])
     };
+    let widest = |width: fn(&Place) -> usize| {
+        let widths = cells.iter().map(|(place, _)| width(place));
+        widths.max().unwrap_or(0)
+    };
+    let beside = widest(|place| place.package.len())
+        + widest(|place| place.die.len())
+        + widest(|place| place.llc.len())
+        + widest(|place| place.node.len())
+        + if hybrid { "pcores".len() + 10 } else { 8 };
+    let core_width = topology
+        .cores
+        .iter()
+        .map(|core| {
+            core.iter()
+                .map(|cpu| cpu.to_string().len() + 1)
+                .sum::<usize>()
+                + 1
+        })
+        .max()
+        .unwrap_or(1);
+    let fits = beside + CORES_PER_LINE * core_width - 2 <= WIDTH;
+    let per_line = if fits {
+        CORES_PER_LINE
+    } else {
+        CORES_PER_LINE / 2
+    };
     for (place, cores) in cells {
-        let lines = cores.chunks(CORES_PER_LINE).map(|line| {
+        let lines = cores.chunks(per_line).map(|line| {
             line.iter()
                 .map(|core| {
                     core.iter()
@@ -267,26 +269,47 @@ fn map(topology: &Topology) -> Table {
         }
     }
     if !topology.offline().is_empty() {
-        let offline = topology.offline().to_string();
-        let unknown = || "?".to_owned();
-        if hybrid {
-            table.row([
-                unknown(),
-                unknown(),
-                unknown(),
-                unknown(),
-                unknown(),
-                format!("offline: {offline}"),
-            ]);
-        } else {
-            table.row([
-                unknown(),
-                unknown(),
-                unknown(),
-                unknown(),
-                format!("offline: {offline}"),
-            ]);
+        let room = WIDTH.saturating_sub(beside + "offline: ".len()).max(20);
+        let lines = wrapped(&topology.offline().to_string(), room);
+        for (number, line) in lines.into_iter().enumerate() {
+            let unknown = || {
+                if number == 0 {
+                    "?".to_owned()
+                } else {
+                    String::new()
+                }
+            };
+            let line = match number {
+                0 => format!("offline: {line}"),
+                _ => format!("         {line}"),
+            };
+            let places = [unknown(), unknown(), unknown(), unknown()];
+            let [package, die, llc, node] = places;
+            if hybrid {
+                table.row([package, die, llc, node, unknown(), line]);
+            } else {
+                table.row([package, die, llc, node, line]);
+            }
         }
     }
     table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pinfold_core::Host;
+    use pinfold_core::testutils::machine;
+
+    #[test]
+    fn no_line_is_wider_than_a_terminal() {
+        for (name, text) in machine::all() {
+            let dir = tempfile::tempdir().unwrap();
+            machine::expand(&text, dir.path());
+            let topology = Topology::read(&Host::new(dir.path())).unwrap();
+            for line in to_text(&topology).lines() {
+                assert!(line.chars().count() <= WIDTH, "{name}: {line}");
+            }
+        }
+    }
 }

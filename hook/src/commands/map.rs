@@ -1,19 +1,17 @@
 //! The host drawn for people: each hardware thread with its owner, by package, LLC domain and core.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anstyle::{AnsiColor, Style};
 use pinfold_core::CpuSet;
-use pinfold_core::cli::terminal;
 use pinfold_core::sys::topology::Topology;
 use serde::Serialize;
 
-use super::layout::{self, CORES_PER_LINE};
+use super::drawing::{self, Block, Mark};
+use super::places;
 
-/// The columns if stdout is not a terminal: those of Proxmox VE's task log.
-const COLUMNS: usize = 100;
-/// On hosts with more CPUs than this, a domain with CPUs that are all alike is one line.
-const DRAWN_WHOLE: usize = 64;
+/// How far in domains are.
+const INSET: usize = 2;
 
 /// What a CPU is used for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -48,7 +46,7 @@ pub(crate) struct Cpu {
 
 impl Cpu {
     /// Its mark: `.`, `100:v3`, `(100)`, `off`; with `!` if something strays.
-    fn mark(&self) -> String {
+    fn text(&self) -> String {
         let vm = self.vm.map(|vm| vm.to_string()).unwrap_or_default();
         let mark = match self.owner {
             Owner::Housekeeping => ".".into(),
@@ -77,6 +75,13 @@ impl Cpu {
         }
     }
 
+    fn mark(&self, vms: &[u32]) -> Mark {
+        Mark {
+            text: self.text(),
+            style: self.style(vms),
+        }
+    }
+
     /// VMs have a colour each, by turns.
     fn style(&self, vms: &[u32]) -> Style {
         const COLOURS: [AnsiColor; 4] = [
@@ -96,24 +101,17 @@ impl Cpu {
     }
 }
 
-/// How many columns a screen has.
-pub(crate) fn columns() -> usize {
-    terminal::size().map_or(COLUMNS, |(columns, _)| columns)
-}
-
 /// Draws the host, with a legend of the marks in use. `cpus` are all of the host's, by number.
 pub(crate) fn draw(topology: &Topology, cpus: &BTreeMap<usize, Cpu>, columns: usize) -> String {
-    let mut vms: Vec<u32> = cpus.values().filter_map(|cpu| cpu.vm).collect();
-    vms.dedup();
-    vms.sort_unstable();
-    vms.dedup();
-    let places = layout::by_place(topology);
-    let mut nodes: Vec<&str> = places
+    let vms: BTreeSet<u32> = cpus.values().filter_map(|cpu| cpu.vm).collect();
+    let vms: Vec<u32> = vms.into_iter().collect();
+    let places = places::by_package(topology);
+    let nodes: BTreeSet<&str> = places
         .iter()
         .map(|(place, _)| place.node.as_str())
         .collect();
-    nodes.dedup();
-    let mut domains = Vec::new();
+    let mut blocks = Vec::new();
+    let mut package = "";
     for (place, cores) in &places {
         let node = if nodes.len() > 1 {
             place.node.as_str()
@@ -121,96 +119,20 @@ pub(crate) fn draw(topology: &Topology, cpus: &BTreeMap<usize, Cpu>, columns: us
             ""
         };
         let label = [place.llc.as_str(), place.kind, node].join(" ");
-        domains.push((
-            place.package.as_str(),
-            label.split_whitespace().collect::<Vec<_>>().join(" "),
-            cores.clone(),
-        ));
-    }
-    let offline: Vec<CpuSet> = topology
-        .offline()
-        .iter()
-        .map(|cpu| [cpu].into_iter().collect())
-        .collect();
-    if !offline.is_empty() {
-        domains.push(("", "offline".into(), offline.iter().collect()));
-    }
-    let indent = domains
-        .iter()
-        .map(|(_, label, _)| label.len())
-        .max()
-        .unwrap_or(0)
-        + 4;
-    let number = topology.present.last().unwrap_or(0).to_string().len();
-    let mark = cpus.values().map(|cpu| cpu.mark().len()).max().unwrap_or(0);
-    let cell = number + 1 + mark + 2;
-    let per_line = (columns.saturating_sub(indent) / cell).clamp(1, CORES_PER_LINE);
-    let mut text = String::new();
-    let mut package = "";
-    for (of, label, cores) in domains {
-        if of != package {
-            text += &format!("{of}\n");
-            package = of;
+        let mut block = Block {
+            label: label.split_whitespace().collect::<Vec<_>>().join(" "),
+            cores: cores.iter().map(|core| (*core).clone()).collect(),
+            ..Block::default()
+        };
+        if place.package != package {
+            package = &place.package;
+            block.head = format!("{package}\n");
         }
-        for (line, cells) in lines(&cores, cpus, per_line).into_iter().enumerate() {
-            let label = if line == 0 { label.as_str() } else { "" };
-            let mut row = format!("  {label:<width$}", width = indent - 2);
-            match cells {
-                Cells::Alike(list, cpu) => row += &format!("{list} {}", painted(cpu, &vms, 0)),
-                Cells::Each(cells) => {
-                    for cell in cells {
-                        row += &match cell {
-                            Some(cpu) => {
-                                format!("{:>number$} {}  ", cpu.cpu, painted(cpu, &vms, mark))
-                            }
-                            None => " ".repeat(number + 1 + mark + 2),
-                        };
-                    }
-                }
-            }
-            text += row.trim_end();
-            text.push('\n');
-        }
+        blocks.push(block);
     }
-    text + &legend(cpus, &vms, columns)
-}
-
-/// A line of the picture.
-enum Cells<'a> {
-    /// CPUs that are all as this one.
-    Alike(CpuSet, &'a Cpu),
-    /// One thread of each core; a blank if a core has none (any more).
-    Each(Vec<Option<&'a Cpu>>),
-}
-
-/// A domain's lines: cores side by side, the threads of one below each other.
-fn lines<'a>(cores: &[&CpuSet], cpus: &'a BTreeMap<usize, Cpu>, per_line: usize) -> Vec<Cells<'a>> {
-    let own: CpuSet = cores.iter().flat_map(|core| core.iter()).collect();
-    let seen: Vec<&Cpu> = own.iter().filter_map(|cpu| cpus.get(&cpu)).collect();
-    if cpus.len() > DRAWN_WHOLE
-        && let Some(first) = seen.first()
-        && seen.iter().all(|cpu| cpu.mark() == first.mark())
-    {
-        return vec![Cells::Alike(own, first)];
-    }
-    let mut lines = Vec::new();
-    for cores in cores.chunks(per_line) {
-        let threads = cores.iter().map(|core| core.len()).max().unwrap_or(0);
-        for thread in 0..threads {
-            let cells = cores.iter().map(|core| cpus.get(&core.iter().nth(thread)?));
-            lines.push(Cells::Each(cells.collect()));
-        }
-    }
-    lines
-}
-
-/// A mark in its colour, so wide.
-fn painted(cpu: &Cpu, vms: &[u32], width: usize) -> String {
-    let (style, mark) = (cpu.style(vms), cpu.mark());
-    format!(
-        "{style}{mark}{style:#}{}",
-        " ".repeat(width.saturating_sub(mark.len()))
-    )
+    blocks.extend(drawing::offline(topology));
+    let marks: BTreeMap<usize, Mark> = cpus.values().map(|cpu| (cpu.cpu, cpu.mark(&vms))).collect();
+    drawing::draw(&blocks, &marks, INSET, columns) + &legend(cpus, &vms, columns)
 }
 
 /// What the marks in use mean: one example of each kind.
@@ -229,47 +151,15 @@ fn legend(cpus: &BTreeMap<usize, Cpu>, vms: &[u32], columns: usize) -> String {
             ))
             .or_insert(example);
     }
-    let mut items: Vec<(String, usize)> = kinds
-        .values()
-        .map(|cpu| {
-            let meaning = cpu.meaning();
-            (
-                format!("{} {meaning}", painted(cpu, vms, 0)),
-                cpu.mark().len() + 1 + meaning.len(),
-            )
-        })
-        .collect();
+    let examples = kinds.values();
+    let mut marks: Vec<(Mark, String)> =
+        examples.map(|cpu| (cpu.mark(vms), cpu.meaning())).collect();
     if let Some(stray) = cpus.values().find(|cpu| cpu.stray) {
-        let (style, meaning) = (stray.style(vms), "a stray can run there");
-        items.push((format!("{style}!{style:#} {meaning}"), 2 + meaning.len()));
+        let mark = Mark {
+            text: "!".into(),
+            style: stray.style(vms),
+        };
+        marks.push((mark, "a stray can run there".into()));
     }
-    wrapped("", &items, "   ", columns)
-}
-
-/// Items one behind the other, in lines of so many columns; further lines are as far in as the
-/// first's `head` is. An item comes with the columns it takes.
-pub(crate) fn wrapped(
-    head: &str,
-    items: &[(String, usize)],
-    between: &str,
-    columns: usize,
-) -> String {
-    let indent = " ".repeat(head.len());
-    let (mut text, mut used) = (head.to_owned(), head.len());
-    for (at, (item, width)) in items.iter().enumerate() {
-        let last = at + 1 == items.len();
-        let behind = if last { 0 } else { between.trim_end().len() };
-        if used > head.len() && used + width + behind > columns {
-            text.truncate(text.trim_end().len());
-            text += &format!("\n{indent}");
-            used = head.len();
-        }
-        text += item;
-        used += width;
-        if !last {
-            text += between;
-            used += between.len();
-        }
-    }
-    text + "\n"
+    drawing::legend(&marks, columns)
 }

@@ -2,10 +2,10 @@
 
 use pinfold_core::cli::Output;
 use pinfold_core::cli::report::{Step, applied_to_json};
-use pinfold_core::cli::terminal::{err, print};
+use pinfold_core::cli::terminal::{Each, err, print, print_json};
 use pinfold_core::vm::{self, VmId};
 use pinfold_core::{Applied, CpuSet, Exit, Host, Outcome, Report, Verbosity, printable};
-use serde_json::json;
+use serde::Serialize;
 
 use crate::phases::Run;
 use crate::state::step_times::{self, Times};
@@ -45,16 +45,28 @@ struct PlannedStep {
 pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
     let plan = make(&output.root(), args.vmid)?;
     if !output.json && !output.quiet {
-        plan.notes
-            .iter()
-            .for_each(|note| err(&format!("{TOOL}: {note}\n")));
+        for note in &plan.notes {
+            err(&format!("{TOOL}: {note}\n"));
+        }
     }
     if output.json {
-        print(&format!("{:#}\n", plan.to_json()))?;
+        print_json(&plan.to_json())?;
     } else {
         print(&printable(&plan.to_text(output.verbose)))?;
     }
     Ok(Exit::Success)
+}
+
+/// The plan of a VM with its notes, for a report.
+///
+/// # Errors
+/// As [`run`].
+pub(super) fn text(root: &Host, vmid: VmId) -> anyhow::Result<String> {
+    let plan = make(root, vmid)?;
+    let notes: String = (plan.notes.iter())
+        .map(|note| format!("note: {note}\n"))
+        .collect();
+    Ok(notes + &plan.to_text(true))
 }
 
 /// Goes through post-start. Nothing is written, locked or saved.
@@ -67,6 +79,7 @@ fn make(root: &Host, vmid: VmId) -> anyhow::Result<Plan> {
     let isolated = Run {
         root: root.clone(),
         report: &mut report,
+        migrated_from: None,
     }
     .fence_vm(vmid, qemu.as_ref())?;
     anyhow::ensure!(report.failures() == 0, "VM {vmid}: cannot plan post-start");
@@ -79,13 +92,13 @@ fn make(root: &Host, vmid: VmId) -> anyhow::Result<Plan> {
         vmid,
         isolated,
         running: qemu.is_some(),
-        steps: join(report.steps(), last),
+        steps: join(report.take_steps(), last),
         notes,
     })
 }
 
 /// Steps with how long they took; the same one twice in a row is one.
-fn join(steps: &[Step], last: Times) -> Vec<PlannedStep> {
+fn join(steps: Vec<Step>, last: Times) -> Vec<PlannedStep> {
     let mut times = Times::new();
     for (name, seconds) in last {
         match times.last_mut().filter(|(before, _)| *before == name) {
@@ -102,13 +115,13 @@ fn join(steps: &[Step], last: Times) -> Vec<PlannedStep> {
         ..
     } in steps
     {
-        match joined.last_mut().filter(|before| before.name == *name) {
-            Some(before) => before.changes.extend_from_slice(changes),
+        match joined.last_mut().filter(|before| before.name == name) {
+            Some(before) => before.changes.extend(changes),
             None => joined.push(PlannedStep {
                 name,
                 label,
-                unknown: unknown.clone(),
-                changes: changes.clone(),
+                unknown,
+                changes,
                 seconds: None,
             }),
         }
@@ -185,20 +198,45 @@ impl Plan {
         format!("VM {vmid} {state}{whose}: post-start would make {count} changes\n{steps}")
     }
 
-    fn to_json(&self) -> serde_json::Value {
-        let step = |step: &PlannedStep| {
-            let changes: Vec<_> = step
-                .changes
-                .iter()
-                .map(|done| applied_to_json(Some(step.name), done))
-                .collect();
-            json!({"step": step.name, "last_seconds": step.seconds, "unknown": step.unknown, "changes": changes})
+    fn to_json(&self) -> impl Serialize {
+        let steps = || {
+            self.steps.iter().map(|step| StepInJson {
+                changes: Each(|| {
+                    let changes = step.changes.iter();
+                    changes.map(|done| applied_to_json(Some(step.name), done))
+                }),
+                last_seconds: step.seconds,
+                step: step.name,
+                unknown: step.unknown.as_deref(),
+            })
         };
-        json!({
-            "vm": self.vmid, "running": self.running, "isolated": self.isolated,
-            "steps": self.steps.iter().map(step).collect::<Vec<_>>(), "notes": self.notes,
-        })
+        InJson {
+            isolated: &self.isolated,
+            notes: &self.notes,
+            running: self.running,
+            steps: Each(steps),
+            vm: self.vmid,
+        }
     }
+}
+
+/// A plan for programs.
+#[derive(Serialize)]
+struct InJson<'a, S: Serialize> {
+    isolated: &'a CpuSet,
+    notes: &'a [String],
+    running: bool,
+    steps: S,
+    vm: VmId,
+}
+
+/// A step of it.
+#[derive(Serialize)]
+struct StepInJson<'a, C: Serialize> {
+    changes: C,
+    last_seconds: Option<f64>,
+    step: &'static str,
+    unknown: Option<&'a str>,
 }
 
 #[cfg(test)]
@@ -281,6 +319,23 @@ mod tests {
     }
 
     #[test]
+    fn emulator_threads_go_to_the_vms_numa_node() {
+        for (emulator, to) in [("", "1,7,9,15"), ("emulator = \"0-2\"\n", "0-2")] {
+            let host = MadeUpHost::new("two-sockets");
+            host.vm(100, &[3, 5]);
+            host.settings(
+                100,
+                &format!(
+                    "isolated = \"3,5,11,13\"\npins = \"auto\"\nmethod = \"hotplug\"\n{emulator}"
+                ),
+            );
+            let text = make(&host.root, vmid()).unwrap().to_text(false);
+            let line = format!("  emulator thread 100 (kvm): 0-15 -> {to}\n");
+            assert!(text.contains(&line), "{text}");
+        }
+    }
+
+    #[test]
     fn a_vm_that_does_not_run_has_unknown_steps() {
         let host = host();
         host.conf(100, "cores: 3");
@@ -299,7 +354,8 @@ mod tests {
         ] {
             assert!(text.contains(line), "{text}");
         }
-        assert_eq!(plan.to_json()["steps"][8]["unknown"], "its QEMU is needed");
+        let json = serde_json::json!(plan.to_json());
+        assert_eq!(json["steps"][8]["unknown"], "its QEMU is needed");
         assert_eq!(host.snapshot(), before);
     }
 
@@ -404,7 +460,7 @@ mod tests {
         let last = last
             .map(|(name, seconds)| (name.to_owned(), seconds))
             .into();
-        let joined: Vec<_> = join(&steps, last)
+        let joined: Vec<_> = join(steps.into(), last)
             .into_iter()
             .map(|step| (step.name, step.seconds))
             .collect();

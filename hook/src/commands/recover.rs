@@ -17,12 +17,13 @@ pub(crate) struct Args {
 /// The command's whole run.
 ///
 /// # Errors
-/// Where the state or the host cannot be read.
+/// If the state or the host cannot be read.
 pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
     let mut report = output.report(TOOL).for_log();
     let mut run = Run {
         root: output.root(),
         report: &mut report,
+        migrated_from: None,
     };
     if args.discard {
         run.discard()

@@ -3,29 +3,42 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use anyhow::Context;
-use pinfold_core::cli::Output;
-use pinfold_core::cli::terminal::{self, coloured, err, print, try_out};
+use anyhow::{Context, anyhow};
+use pinfold_core::cli::terminal::{self, Each, coloured, print, print_json, try_json, try_out};
+use pinfold_core::cli::{Output, print_error};
 use pinfold_core::knob::Value;
-use pinfold_core::state::Store;
-use pinfold_core::sys::task;
+use pinfold_core::state::{Newer, State, Store};
+use pinfold_core::sys::task::{self, Task};
 use pinfold_core::sys::topology::Topology;
-use pinfold_core::vm::{self, Role};
-use pinfold_core::{CpuSet, Exit, Host, Knob, Result, printable};
+use pinfold_core::vm::{self, Role, VmId};
+use pinfold_core::{CpuSet, Error, Exit, Host, Knob, Result, TaskId, printable};
+use serde::Serialize;
 use serde_json::json;
 
+use super::drawing;
 use super::map::{self, Cpu, Owner};
+use super::monitor;
+use crate::phases::failures;
 use crate::settings::{Bounds, MAX_DEADLINE};
 use crate::state::reservation::{Isolation, Phase, Reservation};
+use crate::steps::TOOL;
 use crate::strays::{Class, Stray, strays};
 
 /// The options of `hook status`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Look again every so many seconds, 2 where none are given, until interrupted
+    /// Repeat every so many seconds until interrupted [default: 2]
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2")]
     #[arg(value_parser = clap::value_parser!(u64).range(1..=MAX_DEADLINE))]
     watch: Option<u64>,
+    /// Print metrics in Prometheus' text format, for node_exporter's textfile collector; the exit
+    /// code is 0 if they could be read
+    #[arg(long, conflicts_with_all = ["watch", "nagios"])]
+    pub metrics: bool,
+    /// Print a line with performance data, with the exit codes of Nagios' plugins: 1 for strays and
+    /// failed changes, 2 for a VM that has stopped and keeps its CPUs, 3 if it could not look
+    #[arg(long, conflicts_with = "watch")]
+    pub nagios: bool,
 }
 
 /// What is shown.
@@ -36,45 +49,56 @@ struct View {
     isolated: CpuSet,
     strays: Vec<Stray>,
     cpus: BTreeMap<usize, Cpu>,
+    /// What only a later version of hook knows of the state.
+    newer: Newer,
 }
 
-/// The command's whole run. Exit code 1 if something movable was missed, so that monitoring can
-/// call it. With an `interval` it looks again and again, until the reader has gone.
+/// The exit codes of the command.
+pub(crate) const EXIT_CODES: &str = "\
+Exit codes:
+  0   nothing that could run elsewhere can run on an isolated CPU
+  1   something can: a stray
+  2   the command line is wrong
+  3   the state or the host could not be read; the state needs root";
+
+/// The command's whole run, with exit codes for monitoring. With an `interval` it looks again and
+/// again, until the reader has gone.
 ///
 /// # Errors
-/// If the state or the host cannot be read.
+/// If the result cannot be written.
 pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
     let (root, json) = (&output.root(), output.json);
+    if args.metrics || args.nagios {
+        return for_monitoring(args, root);
+    }
     let interval = args.watch.map(Duration::from_secs);
     loop {
         let seen = match look(root) {
-            Err(error) if error.is_denied() => {
-                err(&format!(
-                    "hook: {error}; only root can read the reservations\n"
-                ));
-                return Ok(Exit::Failed);
+            Err(error) => {
+                print_error(TOOL, &unread(error));
+                return Ok(Exit::Unknown);
             }
-            seen => seen?,
+            Ok(seen) => seen,
         };
         let exit = if seen.missed() == 0 {
             Exit::Success
         } else {
             Exit::Failed
         };
-        let text = if json {
-            format!("{:#}\n", seen.to_json(root))
-        } else {
-            coloured(&seen.to_text(root, map::columns()))
-        };
+        let text = || coloured(&seen.to_text(root, drawing::columns()));
         let Some(interval) = interval else {
-            print(&text)?;
+            match json {
+                true => print_json(&seen.to_json(root))?,
+                false => print(&text())?,
+            }
             return Ok(exit);
         };
-        let text = match terminal::size() {
-            Some((_, rows)) if !json => redrawn(&text, rows),
-            _ => text + "\n",
+        let shown = match terminal::size() {
+            _ if json => try_json(&seen.to_json(root)).and_then(|()| try_out("\n")),
+            Some((_, rows)) => try_out(&redrawn(&text(), rows)),
+            None => try_out(&(text() + "\n")),
         };
-        match try_out(&text) {
+        match shown {
             Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => return Ok(exit),
             shown => shown.context("stdout")?,
         }
@@ -82,9 +106,55 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
     }
 }
 
+/// Why nothing could be seen.
+fn unread(error: Error) -> anyhow::Error {
+    if error.is_denied() {
+        anyhow!("{error}; only root can read the reservations")
+    } else {
+        error.into()
+    }
+}
+
+/// What is shown on so many columns, for a report.
+///
+/// # Errors
+/// If the state or the host cannot be read.
+pub(super) fn text_of(root: &Host, columns: usize) -> anyhow::Result<String> {
+    Ok(look(root).map_err(unread)?.to_text(root, columns))
+}
+
+/// `--metrics` and `--nagios`.
+fn for_monitoring(args: &Args, root: &Host) -> anyhow::Result<Exit> {
+    let seen = look(root).and_then(|view| {
+        if args.nagios {
+            monitor::nagios(root, &view.seen())
+        } else {
+            Ok((monitor::metrics(root, &view.seen())?, Exit::Success))
+        }
+    });
+    match seen.map_err(unread) {
+        Ok((text, exit)) => {
+            print(&text)?;
+            Ok(exit)
+        }
+        Err(error) => {
+            if args.nagios {
+                print(&printable(&format!("PINFOLD UNKNOWN - {error:#}\n")))?;
+            } else {
+                print_error(TOOL, &error);
+            }
+            Ok(Exit::Unknown)
+        }
+    }
+}
+
 /// Looks at the host and the state, without the lock.
 fn look(root: &Host) -> Result<View> {
-    let (reservations, baseline) = Store::<Reservation>::peek(root)?.unwrap_or_default();
+    let State {
+        reservations,
+        baseline,
+        newer,
+    } = Store::<Reservation>::peek(root)?.unwrap_or_default();
     let topology = Topology::read(root)?;
     let mut cpus: BTreeMap<usize, Cpu> = (topology.present.iter())
         .map(|cpu| {
@@ -112,7 +182,10 @@ fn look(root: &Host) -> Result<View> {
         .filter(|(_, reservation)| reservation.is_claim())
     {
         let own = &reservation.settings.isolated;
-        for cpu in cpus.values_mut().filter(|cpu| own.contains(cpu.cpu)) {
+        for cpu in own.iter() {
+            let Some(cpu) = cpus.get_mut(&cpu) else {
+                continue;
+            };
             cpu.vm = Some(*id);
             if cpu.owner == Owner::Housekeeping {
                 cpu.owner = if reservation.is_fenced() {
@@ -126,11 +199,7 @@ fn look(root: &Host) -> Result<View> {
             continue;
         }
         isolated = &isolated | own;
-        for task in reservation
-            .qemu
-            .iter()
-            .flat_map(|qemu| task::tasks(root, qemu.pid).unwrap_or_default())
-        {
+        for task in qemu_tasks(root, reservation)? {
             // What hook pinned inside the fence belongs there: the vCPU threads.
             let last = baseline
                 .last(&Knob::Thread(task.id))
@@ -139,10 +208,15 @@ fn look(root: &Host) -> Result<View> {
             let Some(last) = last.filter(|last| last.is_subset(own)) else {
                 continue;
             };
-            let now = task::affinity(root, &task.id).unwrap_or_default();
+            let now = match task::affinity(root, &task.id) {
+                Err(error) if error.is_gone() => continue,
+                now => now?,
+            };
             if let (Role::Vcpu(vcpu), true) = (vm::role_by_name(&task.name), now.is_subset(own)) {
-                for cpu in cpus.values_mut().filter(|cpu| now.contains(cpu.cpu)) {
-                    cpu.vcpus.insert(vcpu);
+                for cpu in now.iter() {
+                    if let Some(cpu) = cpus.get_mut(&cpu) {
+                        cpu.vcpus.insert(vcpu);
+                    }
                 }
             }
             pinned.insert(task.id, last);
@@ -167,10 +241,28 @@ fn look(root: &Host) -> Result<View> {
         isolated,
         strays,
         cpus,
+        newer,
     })
 }
 
+/// The threads of a VM's QEMU; none if it has ended.
+fn qemu_tasks(root: &Host, reservation: &Reservation) -> Result<Vec<Task>> {
+    let tasks = |qemu: &TaskId| match task::tasks(root, qemu.pid) {
+        Err(error) if error.is_gone() => Ok(Vec::new()),
+        tasks => tasks,
+    };
+    reservation.qemu.as_ref().map_or(Ok(Vec::new()), tasks)
+}
+
 impl View {
+    fn seen(&self) -> monitor::Seen<'_> {
+        monitor::Seen {
+            reservations: &self.reservations,
+            isolated: &self.isolated,
+            strays: &self.strays,
+        }
+    }
+
     /// How many things could be elsewhere.
     fn missed(&self) -> usize {
         self.strays
@@ -179,33 +271,63 @@ impl View {
             .count()
     }
 
-    fn to_json(&self, root: &Host) -> serde_json::Value {
-        let bounds = |r: &Reservation| r.settings.deadlines.bounds(self.reservations.len() - 1);
-        let vms: BTreeMap<String, serde_json::Value> = (self.reservations.iter())
-            .map(|(id, r)| (id.to_string(), json!({"phase": r.phase, "isolation": r.isolation, "isolated": r.settings.isolated, "alive": r.is_alive(root), "bounds": bounds(r), "settings": r.settings})))
-            .collect();
-        let cpus: Vec<&Cpu> = self.cpus.values().collect();
-        json!({"vms": vms, "isolated": self.isolated, "cpus": cpus, "strays": self.strays, "missed": self.missed()})
+    fn to_json(&self, root: &Host) -> impl Serialize {
+        let bounds = |r: &Reservation| r.settings.bounds(self.reservations.len() - 1);
+        let alive = |id: &u32, r: &Reservation| {
+            VmId::try_from(*id).is_ok_and(|vmid| r.is_alive(root, vmid))
+        };
+        let vm = |(id, r): (&u32, &Reservation)| {
+            let vm = json!({
+                "phase": r.phase,
+                "isolation": r.isolation,
+                "isolated": r.settings.isolated,
+                "alive": alive(id, r),
+                "failed": r.failed,
+                "bounds": bounds(r),
+                "settings": r.settings,
+            });
+            (id.to_string(), vm)
+        };
+        let vms: BTreeMap<String, serde_json::Value> = self.reservations.iter().map(vm).collect();
+        InJson {
+            cpus: Each(|| self.cpus.values().map(|cpu| json!(cpu))),
+            isolated: &self.isolated,
+            missed: self.missed(),
+            newer: self.newer.summary(),
+            strays: Each(|| self.strays.iter().map(|stray| json!(stray))),
+            vms,
+        }
     }
 
     fn to_text(&self, root: &Host, columns: usize) -> String {
         let picture = map::draw(&self.topology, &self.cpus, columns);
-        format!(
-            "{picture}\n{}",
-            text(
-                root,
-                &self.reservations,
-                &self.isolated,
-                &self.strays,
-                columns
-            )
-        )
+        let text = text(
+            root,
+            &self.reservations,
+            &self.isolated,
+            &self.strays,
+            columns,
+        );
+        let newer = self.newer.summary().unwrap_or_default();
+        let end = if newer.is_empty() { "" } else { "\n" };
+        format!("{picture}\n{text}{newer}{end}")
     }
+}
+
+/// What is shown, for programs.
+#[derive(Serialize)]
+struct InJson<'a, C: Serialize, S: Serialize> {
+    cpus: C,
+    isolated: &'a CpuSet,
+    missed: usize,
+    newer: Option<String>,
+    strays: S,
+    vms: BTreeMap<String, serde_json::Value>,
 }
 
 /// Draws the screen over the last one, so that it is never empty; at most `rows` lines, so that it
 /// does not scroll.
-fn redrawn(text: &str, rows: usize) -> String {
+pub(super) fn redrawn(text: &str, rows: usize) -> String {
     // ECMA-48: cursor to the first column of the first line; erase to the end of the line; of the
     // screen.
     const HOME: &str = "\x1b[H";
@@ -241,12 +363,17 @@ fn text(
     for (id, reservation) in reservations {
         let phase = match reservation.phase {
             Phase::Leaving => "is releasing",
+            Phase::Idle if reservation.comes_back() => {
+                "is stopped for a backup, comes back, and has released"
+            }
             Phase::Idle => "is starting its idle VM and has released",
+            Phase::Unfenced => "runs without isolated CPUs",
             Phase::Starting => "is starting and will have",
             Phase::Isolating => "is getting",
             Phase::Isolated => "has",
         };
-        let dead = if reservation.is_alive(root) {
+        let alive = VmId::try_from(*id).is_ok_and(|vmid| reservation.is_alive(root, vmid));
+        let dead = if alive {
             ""
         } else {
             ", but it has stopped; `hook recover` releases them"
@@ -256,18 +383,25 @@ fn text(
         } else {
             ""
         };
+        if reservation.phase == Phase::Unfenced {
+            text += &format!("VM {id} {phase}\n");
+            continue;
+        }
         text += &format!(
             "VM {id} {phase} CPU {}{by}{dead}\n",
             reservation.settings.isolated
         );
+        if reservation.failed > 0 {
+            text += &format!(
+                "  {} when it was isolated; `hook {id} post-start` tries again\n",
+                failures(reservation.failed)
+            );
+        }
         let Bounds {
             pre_start,
             post_start,
             post_stop,
-        } = reservation
-            .settings
-            .deadlines
-            .bounds(reservations.len() - 1);
+        } = reservation.settings.bounds(reservations.len() - 1);
         text += &format!(
             "  time limits: pre-start {pre_start} s, post-start {post_start} s, post-stop {post_stop} s\n"
         );
@@ -299,7 +433,7 @@ fn text(
                     (item, width)
                 })
                 .collect();
-            text += &map::wrapped(&format!("  CPU {cpus}: "), &items, ", ", columns);
+            text += &drawing::wrapped(&format!("  CPU {cpus}: "), &items, ", ", columns);
         }
     }
     text
@@ -454,7 +588,7 @@ mod tests {
             text.contains("\n  CPU 6-7: thread 901 (wide)\n  CPU 7,20: thread 900 (stress)\n"),
             "{text}"
         );
-        let json = seen.to_json(&host.root);
+        let json = json!(seen.to_json(&host.root));
         assert_eq!(
             json["cpus"][7],
             json!({"cpu": 7, "owner": "isolated", "vm": 100, "vcpus": "2", "stray": true})
@@ -468,6 +602,68 @@ mod tests {
             (&json!(2), &json!("6-11,18-23"))
         );
         assert!(json["vms"]["100"]["bounds"]["post_start"].is_u64() && json["strays"].is_array());
+    }
+
+    #[test]
+    fn monitoring_sees_strays_failures_and_dead_vms() {
+        let host = fenced();
+        let nagios = || monitor::nagios(&host.root, &look(&host.root).unwrap().seen()).unwrap();
+        let (text, exit) = nagios();
+        assert_eq!(
+            text,
+            "PINFOLD OK - 1 VMs on 12 isolated CPUs; no strays | vms=1 cpus=12 strays=0;0 failed=0;0\n"
+        );
+        assert_eq!(exit, Exit::Success);
+        host.thread(900, 900, "stress", "7,20", 0);
+        let (text, exit) = nagios();
+        assert!(
+            text.starts_with("PINFOLD WARNING - ") && text.contains("strays: 1 |"),
+            "{text}"
+        );
+        assert_eq!(exit, Exit::Failed);
+        let metrics = monitor::metrics(&host.root, &look(&host.root).unwrap().seen()).unwrap();
+        for line in [
+            "pinfold_vms 1",
+            "pinfold_isolated_cpus 12",
+            "pinfold_vm_cpus{vmid=\"100\"} 12",
+            "pinfold_vm_alive{vmid=\"100\"} 1",
+            "pinfold_vm_failed_changes{vmid=\"100\"} 0",
+            "pinfold_strays{class=\"stray\"} 1",
+            "pinfold_strays{class=\"kernel_bound\"} 1",
+            "# TYPE pinfold_strays gauge",
+        ] {
+            assert!(metrics.lines().any(|it| it == line), "{line}: {metrics}");
+        }
+        assert!(!metrics.contains("partition"), "{metrics}");
+        std::fs::remove_file(host.root.path("run/qemu-server/100.pid")).unwrap();
+        std::fs::remove_dir_all(host.root.path("proc/100")).unwrap();
+        let (text, exit) = nagios();
+        assert!(
+            text.contains("VM 100 has stopped and keeps its CPUs"),
+            "{text}"
+        );
+        assert_eq!(exit as u8, 2);
+        let none = MadeUpHost::new("5900x");
+        let metrics = monitor::metrics(&none.root, &look(&none.root).unwrap().seen()).unwrap();
+        assert!(metrics.contains("pinfold_vms 0\n"), "{metrics}");
+    }
+
+    #[test]
+    fn a_kernel_threads_folder_is_not_listed() {
+        let host = fenced();
+        // Kernel threads have no others, so that their folders need not be read.
+        host.thread(3, 4, "beside kswapd0", "7", 0);
+        assert_eq!(look(&host.root).unwrap().missed(), 0);
+        host.file("proc/2/task/2/children", "");
+        assert_eq!(look(&host.root).unwrap().missed(), 1);
+    }
+
+    #[test]
+    fn a_mask_that_cannot_be_read_is_an_error() {
+        let host = fenced();
+        host.file("proc/900/task/900/status", "Name:\tx");
+        let error = look(&host.root).err().unwrap().to_string();
+        assert!(error.contains("Cpus_allowed_list"), "{error}");
     }
 
     #[test]
@@ -502,7 +698,7 @@ mod tests {
             "{text}"
         );
         assert_eq!(
-            look(&host.root).unwrap().to_json(&host.root)["cpus"][11]["owner"],
+            json!(look(&host.root).unwrap().to_json(&host.root))["cpus"][11]["owner"],
             "offline"
         );
     }
@@ -531,7 +727,9 @@ mod tests {
     #[test]
     fn long_lists_are_wrapped_and_never_cut() {
         let host = fenced();
-        (900..930).for_each(|pid| host.thread(pid, pid, "stress", "7", 0));
+        for pid in 900..930 {
+            host.thread(pid, pid, "stress", "7", 0);
+        }
         let text = screen(&host, 60);
         assert!(
             (900..930).all(|pid| text.contains(&format!("thread {pid} (stress)"))),

@@ -5,10 +5,12 @@ use std::time::Duration;
 use clap::Subcommand;
 use pinfold_core::cli::{self, Output};
 use pinfold_core::knob::Value;
+use pinfold_core::sys::pci::PciSelector;
 use pinfold_core::vm::VmId;
-use pinfold_core::{Exit, Table};
+use pinfold_core::{CpuSet, Exit, Table};
 
-use crate::settings::MAX_DEADLINE;
+use crate::phases::Run;
+use crate::settings::{Deadlines, MAX_DEADLINE};
 use crate::steps::{self, TOOL};
 
 /// The steps.
@@ -16,6 +18,17 @@ use crate::steps::{self, TOOL};
 pub(crate) enum Step {
     /// Drop clean caches and compact memory
     TidyCaches {
+        /// Only compact the memory of these NUMA nodes, by number, as in 0-1
+        #[arg(long)]
+        nodes: Option<CpuSet>,
+        #[command(flatten)]
+        common: cli::Common,
+    },
+    /// Have the kernel reset PCI functions, by the first of their reset methods that works
+    ResetPci {
+        /// The functions, as in 0000:01:00.0, or 01:00 for all functions of a device
+        #[arg(required = true, num_args = 1..)]
+        device: Vec<PciSelector>,
         #[command(flatten)]
         common: cli::Common,
     },
@@ -27,6 +40,13 @@ pub(crate) enum Step {
         #[command(flatten)]
         common: cli::Common,
     },
+    /// Pin threads that a VM has started since post-start, if there are any
+    ///
+    /// A timer calls it while a VM with `hotplug: cpu` runs, or until a guest that waits runs.
+    PinNew {
+        /// The VM's number
+        vmid: VmId,
+    },
     /// Stop or start the VM that runs while another does not
     IdleVm {
         /// What to do with it
@@ -34,7 +54,8 @@ pub(crate) enum Step {
         /// Its number
         vmid: VmId,
         /// How long it may take, in seconds
-        #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(..=MAX_DEADLINE))]
+        #[arg(long, default_value_t = Deadlines::default().idle_vm)]
+        #[arg(value_parser = clap::value_parser!(u64).range(..=MAX_DEADLINE))]
         deadline: u64,
     },
 }
@@ -48,28 +69,45 @@ pub(crate) enum IdleAction {
 /// The command's whole run.
 ///
 /// # Errors
-/// Where the step fails as a whole.
+/// If the step fails as a whole.
 pub(crate) fn run(step: Step, output: &Output) -> anyhow::Result<Exit> {
     match step {
-        Step::TidyCaches { common } => {
+        Step::TidyCaches { nodes, common } => {
             let (root, mut report) = (common.output.root(), common.output.report(TOOL));
             if common.list || common.restore.is_some() || common.save.is_some() {
                 anyhow::bail!(
                     "tidy-caches holds no state: there is nothing to list, save or restore"
                 );
             }
-            common.carry_out(&root, &mut report, TOOL, steps::tidy_caches_plan())
+            common.carry_out(
+                &root,
+                &mut report,
+                TOOL,
+                steps::tidy_caches_plan(nodes.as_ref()),
+            )
+        }
+        Step::ResetPci { device, common } => {
+            let (root, mut report) = (common.output.root(), common.output.report(TOOL));
+            if common.list || common.restore.is_some() || common.save.is_some() {
+                anyhow::bail!(
+                    "reset-pci holds no state: there is nothing to list, save or restore"
+                );
+            }
+            let functions = pci_reset::expand(&root, &device)?;
+            pci_reset::check(&root, &functions)?;
+            let changes = functions.iter().map(steps::pci_reset_by_kernel).collect();
+            common.carry_out(&root, &mut report, TOOL, changes)
         }
         Step::StatInterval { seconds, common } => {
             let (root, mut report) = (common.output.root(), common.output.report(TOOL));
-            if let Some(exit) = common.restore(&root, &mut report, TOOL)? {
+            if let Some(exit) = common.restore(&root, &mut report, TOOL, steps::is_stat_interval)? {
                 return Ok(exit);
             }
             let object = steps::stat_interval(&root)?
                 .ok_or_else(|| anyhow::anyhow!("vm.stat_interval: this kernel has none"))?;
             let Some(seconds) = seconds.filter(|_| !common.list) else {
                 let mut table = Table::new(&["sysctl", "seconds"]);
-                table.row([object.label, object.found.to_string()]);
+                table.row([object.label.to_string(), object.found.to_string()]);
                 return Ok(cli::listed(&mut report, &table));
             };
             common.carry_out(
@@ -78,6 +116,15 @@ pub(crate) fn run(step: Step, output: &Output) -> anyhow::Result<Exit> {
                 TOOL,
                 vec![object.want(Value::text(seconds.to_string()))],
             )
+        }
+        Step::PinNew { vmid } => {
+            let mut report = output.report(TOOL).for_log();
+            let mut run = Run {
+                root: output.root(),
+                report: &mut report,
+                migrated_from: None,
+            };
+            run.pin_new(vmid)
         }
         Step::IdleVm {
             action,

@@ -7,12 +7,10 @@ use pinfold_core::sys::cpufreq::{self, Policy};
 use pinfold_core::sys::task;
 use pinfold_core::{CpuSet, Knob, Outcome, Result, Setting};
 
-use super::run::{Readings, Reconcile};
+use super::run::{Readings, Reconcile, TUNING};
 use crate::state::reservation::Reservation;
 use crate::steps;
 
-/// The step of governor and statistics interval, as programs know it.
-const TUNING: &str = "pace";
 /// The same in a task log.
 const TUNING_LABEL: &str = "tuning";
 /// What it sets.
@@ -35,9 +33,14 @@ impl Reconcile<'_> {
     /// Step 3, and again at the end.
     pub(super) fn kthreads(&mut self) -> Result<()> {
         // kthreadd first, then all, as above.
-        let mut changed = self.kthreadd()?;
+        let of_kthreadd = self.kthreadd()?;
         let kthreads = self.kthread_objects()?;
-        changed += self.change("kthreads", kthreads, self.narrowed())?;
+        let mut changed = of_kthreadd + self.change("kthreads", kthreads, self.narrowed())?;
+        if of_kthreadd > 0 {
+            // One that kthreadd was making then has the earlier CPUs, and was not listed yet.
+            let newborns = self.host_kthreads.newborns(self.root)?;
+            changed += self.change("kthreads", newborns, self.narrowed())?;
+        }
         self.sum_up("kthreads", changed);
         Ok(())
     }
@@ -64,14 +67,66 @@ impl Reconcile<'_> {
         )
     }
 
-    /// Step 5: governor and statistics interval.
+    /// The reset methods of PCI functions that an interrupted hook has set.
+    pub(super) fn reset_methods(&mut self) -> Result<()> {
+        let mut objects = Vec::new();
+        for (knob, label, _) in self.store.baseline.knobs() {
+            if matches!(knob, Knob::PciResetMethod(_))
+                && let Some(found) = knob.read(self.root)?
+            {
+                objects.push(Setting::new(knob.clone(), label, found));
+            }
+        }
+        if objects.is_empty() {
+            return Ok(());
+        }
+        self.report.step("pci");
+        self.set("pci", objects, |_, before| before.clone())
+    }
+
+    /// Step 5: governor, wake-up latency and statistics interval.
     pub(super) fn tuning(&mut self) -> Result<()> {
         self.report.labelled_step(TUNING, TUNING_LABEL);
         let objects = self.tuning_objects(&self.isolated())?;
         let wanted = self.tuning_wanted()?;
         let changed = self.change(TUNING, objects, wanted)?;
+        let changed = changed + self.set_preferences()?;
         self.sum_up(TUNED, changed);
         Ok(())
+    }
+
+    /// After the governors: the energy preferences of the baseline go back to what they were,
+    /// except where a VM has a governor of its own, which brings its preference with it. What the
+    /// kernel has made of these is noted as ours.
+    fn set_preferences(&mut self) -> Result<usize> {
+        let governed: Vec<CpuSet> = self
+            .fenced()
+            .filter(|(_, vm)| vm.settings.governor.is_some())
+            .map(|(_, vm)| vm.settings.isolated.clone())
+            .collect();
+        let is_governed =
+            |policy: &Policy| governed.iter().any(|cpus| cpus.intersects(&policy.cpus));
+        for object in self.preferences(is_governed)? {
+            self.store.baseline.learn(&object);
+        }
+        let mut objects = Vec::new();
+        for policy in self.policies()? {
+            let knob = Knob::EnergyPreference(policy.name.clone());
+            if self.store.baseline.has(&knob) && !is_governed(&policy) {
+                // A value that the kernel does not report is none that it had before.
+                let found = Value::text(policy.preference.clone().unwrap_or_default());
+                objects.push(governor::preference(&policy, found));
+            }
+        }
+        self.change(TUNING, objects, |_, before| before.clone())
+    }
+
+    /// The energy preferences of the policies that `is_chosen` selects, as far as they are known.
+    pub(super) fn preferences(
+        &mut self,
+        is_chosen: impl Fn(&Policy) -> bool,
+    ) -> Result<Vec<Setting>> {
+        Ok(governor::preferences(&self.policies()?, is_chosen))
     }
 
     /// Starts [`tuning`](Self::tuning), which mostly waits for the kernel, while other steps run.
@@ -99,6 +154,7 @@ impl Reconcile<'_> {
             report.changes(std::slice::from_ref(done));
         });
         self.readings = Readings::default();
+        self.attempt(|this| this.set_preferences().map(|more| changed += more));
         self.sum_up(TUNED, changed);
     }
 
@@ -122,14 +178,20 @@ impl Reconcile<'_> {
                             .get(name)
                             .is_some_and(|cpus| cpus.intersects(&vm.settings.isolated))
                     })
-                    .find_map(|vm| vm.settings.governor.clone()),
+                    .find_map(|vm| vm.settings.governor.clone())
+                    .map(Value::Text),
+                Knob::WakeupLatency(cpu) => fenced
+                    .iter()
+                    .filter(|vm| vm.settings.isolated.contains(*cpu))
+                    .find_map(|vm| vm.settings.max_latency_us)
+                    .map(governor::latency),
                 _ => fenced
                     .iter()
                     .filter_map(|vm| vm.settings.stat_interval)
                     .max()
-                    .map(|seconds| seconds.to_string()),
+                    .map(|seconds| Value::Text(seconds.to_string())),
             };
-            wanted.map_or_else(|| before.clone(), Value::Text)
+            wanted.unwrap_or_else(|| before.clone())
         })
     }
 
@@ -141,7 +203,22 @@ impl Reconcile<'_> {
             policy.cpus.intersects(isolated) || governed(&policy.name)
         });
         objects.extend(steps::stat_interval(self.root)?);
+        objects.extend(governor::latencies(self.root, &self.limited())?);
         Ok(objects)
+    }
+
+    /// The CPUs whose wake-up latency hook sets, or has set.
+    fn limited(&self) -> CpuSet {
+        let before = self.store.baseline.knobs();
+        let mut cpus: CpuSet = before
+            .filter_map(|(knob, ..)| governor::cpu_of(knob))
+            .collect();
+        for (_, vm) in self.fenced() {
+            if vm.settings.max_latency_us.is_some() {
+                cpus = &cpus | &vm.settings.isolated;
+            }
+        }
+        cpus
     }
 
     fn policies(&mut self) -> Result<Vec<Policy>> {

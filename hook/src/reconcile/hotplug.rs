@@ -2,12 +2,16 @@
 //! slice and back.
 
 use pinfold_core::knob::Value;
-use pinfold_core::sys::{cgroup, cpu, task};
+use pinfold_core::sys::task::{self, Allowed, Processes};
+use pinfold_core::sys::{cgroup, cpu};
 use pinfold_core::vm::{Qemu, VmId};
-use pinfold_core::{CpuSet, Host, Knob, Result, Setting, vm};
+use pinfold_core::{CpuSet, Host, Knob, Result, Setting, TaskId, vm};
 
 use super::guest::Guest;
 use super::run::Reconcile;
+
+/// The step of user threads with a mask of their own.
+pub(super) const TASKS: &str = "tasks";
 
 impl Reconcile<'_> {
     /// Step 0 of this method, see [`remember`](Self::remember).
@@ -19,7 +23,7 @@ impl Reconcile<'_> {
         let mut objects = self.slice_objects()?;
         objects.push(cg_slice::overrides(self.root)?);
         objects.extend(cpu_hotplug::settings(self.root, isolated)?);
-        objects.extend(self.task_objects()?);
+        objects.extend(self.readable(TASKS, Self::task_objects));
         self.remember(objects, isolated, guest)
     }
 
@@ -63,8 +67,8 @@ impl Reconcile<'_> {
             return Ok(objects.clone());
         }
         let mut objects = cg_slice::settings(self.root, Vec::new())?;
-        if self.root.exists(cgroup::path(cg_slice::VM_SLICE)) {
-            let vms = vec![cg_slice::VM_SLICE.to_owned()];
+        if self.root.exists(cgroup::path(vm::SLICE)) {
+            let vms = vec![vm::SLICE.to_owned()];
             objects.extend(cg_slice::settings(self.root, vms)?);
         }
         self.readings.slices = Some(objects.clone());
@@ -76,10 +80,10 @@ impl Reconcile<'_> {
     /// read, and the kernel gives it back; then only the threads of VMs that ended their fence and
     /// keep running are set, because hook set their masks.
     pub(super) fn tasks(&mut self) -> Result<()> {
-        self.report.step("tasks");
+        self.report.step(TASKS);
         let objects = self.task_objects()?;
         let wanted = self.narrowed();
-        self.set("tasks", objects, wanted)
+        self.set(TASKS, objects, wanted)
     }
 
     fn task_objects(&mut self) -> Result<Vec<Setting>> {
@@ -100,13 +104,19 @@ impl Reconcile<'_> {
         let fenced: Vec<u32> = self.fenced().map(|(id, _)| *id).collect();
         let mut in_vms = Vec::new();
         for id in fenced {
-            let Some(guest) = self.guest(VmId::try_from(id)?)? else {
-                continue;
-            };
-            match cg_slice::processes(self.root, guest.vmid, &guest.qemu) {
-                Err(error) if error.is_gone() => {}
-                processes => in_vms.extend(processes?),
-            }
+            let vmid = VmId::try_from(id)?;
+            // One that cannot be looked up is another VM's trouble; its threads stay as they are,
+            // since they are in the baseline with the CPUs that they had.
+            self.attempt_for(vmid, |this| {
+                let Some(guest) = this.guest(vmid)? else {
+                    return Ok(());
+                };
+                match cg_slice::processes(this.root, guest.vmid, &guest.qemu) {
+                    Err(error) if error.is_gone() => {}
+                    processes => in_vms.extend(processes?),
+                }
+                Ok(())
+            });
         }
         let mut objects = Vec::new();
         for (knob, label, _) in self.store.baseline.knobs() {
@@ -126,8 +136,10 @@ impl Reconcile<'_> {
             .filter_map(|(_, reservation)| Some(reservation.qemu?.pid))
             .collect();
         let online = cpu::online(self.root)?;
+        let allowed = Allowed::among(self.root, &online)?;
+        let processes = Processes::read(self.root)?;
         let mut objects = Vec::new();
-        for pid in task::user_pids(self.root)? {
+        for pid in processes.user_pids() {
             let beside_qemu = || {
                 cgroup::of_process(self.root, pid)
                     .is_ok_and(|path| path.contains(cg_slice::DECOUPLED))
@@ -135,15 +147,23 @@ impl Reconcile<'_> {
             if fenced.contains(&pid) || (!fenced.is_empty() && beside_qemu()) {
                 continue;
             }
-            let tasks = match task::tasks(self.root, pid) {
+            let tids = match processes.tids(self.root, pid) {
                 Err(error) if error.is_gone() => continue,
-                tasks => tasks?,
+                tids => tids?,
             };
-            if tasks.first().is_none_or(|task| task.kernel) {
-                continue;
-            }
             let mut effective = None;
-            for task in tasks {
+            for tid in tids {
+                // Most threads may run anywhere, and one call shows it.
+                if !self.may_be_known(pid, tid) && allowed.by_call(tid).as_ref() == Some(&online) {
+                    continue;
+                }
+                let task = match task::task(self.root, pid, tid) {
+                    Err(error) if error.is_gone() => continue,
+                    task => task?,
+                };
+                if task.kernel {
+                    break;
+                }
                 let knob = Knob::Thread(task.id);
                 let known = self.store.baseline.has(&knob);
                 let cpus = match task::affinity(self.root, &task.id) {
@@ -169,6 +189,13 @@ impl Reconcile<'_> {
             }
         }
         Ok(objects)
+    }
+
+    /// Whether a thread with these ids, started at any time, is in the baseline.
+    fn may_be_known(&self, pid: i32, tid: i32) -> bool {
+        let first = Knob::Thread(TaskId { pid, tid, start: 0 });
+        let next = self.store.baseline.first_from(&first);
+        matches!(next, Some(Knob::Thread(task)) if (task.pid, task.tid) == (pid, tid))
     }
 
     /// Step 2.
@@ -287,7 +314,7 @@ impl Reconcile<'_> {
 }
 
 /// The CPUs that a process's cgroup allows.
-fn effective_cpus(root: &Host, pid: i32) -> Option<CpuSet> {
+pub(super) fn effective_cpus(root: &Host, pid: i32) -> Option<CpuSet> {
     let mut cgroup = cgroup::of_process(root, pid).ok()?;
     loop {
         // A cgroup without the controller has its parent's CPUs.

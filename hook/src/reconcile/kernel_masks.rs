@@ -10,36 +10,47 @@ use pinfold_core::state::Store;
 use pinfold_core::sys::cpu;
 use pinfold_core::{CpuSet, Host, Knob, Result};
 
-use crate::state::reservation::{Isolation, Reservation};
+use crate::state::reservation::{Isolation, Phase, Reservation};
 
 /// What masks the kernel makes of those it is given, now.
 pub(crate) struct KernelMasks {
-    /// What partitions leave to all others now.
-    unpartitioned: CpuSet,
+    present: CpuSet,
+    /// What partitions leave to all others now: without the CPUs of `isolcpus=`, as unbound
+    /// workqueues have it, and with them, as kernel threads do.
+    unpartitioned: [CpuSet; 2],
     /// Those of VMs, which may be gone by now, each with its VM.
     partitions: Vec<CpuSet>,
     /// The CPUs that narrowed slices allow their threads.
     narrowed: Vec<CpuSet>,
     online: CpuSet,
+    /// Whether a run was killed before it had noted what the kernel made of its changes.
+    interrupted: bool,
 }
 
 impl KernelMasks {
-    /// From the host, on which partitions have `left` these CPUs to all others, and from the
-    /// changes in the store.
+    /// From the CPUs of the host, those that are isolated now, those of them that are so since
+    /// the boot, and from the changes in the store.
     ///
     /// # Errors
     /// If the host's CPUs cannot be read.
     pub(crate) fn on(
         root: &Host,
         store: &Store<Reservation>,
-        unpartitioned: &CpuSet,
+        present: &CpuSet,
+        isolated: &CpuSet,
+        at_boot: &CpuSet,
     ) -> Result<Self> {
         let partitions = store
             .reservations
             .values()
             .filter(|it| it.isolation == Isolation::Partition);
         let partitions = partitions.map(|it| it.settings.isolated.clone()).collect();
-        let is_cgroup = |knob: &Knob| matches!(knob, Knob::UnitCpus(_) | Knob::CgroupCpus(_));
+        let is_cgroup = |knob: &Knob| {
+            matches!(
+                knob,
+                Knob::UnitCpus(_) | Knob::CgroupCpus(_) | Knob::ContainerCpus(_)
+            )
+        };
         let cgroups = store
             .baseline
             .knobs()
@@ -53,10 +64,18 @@ impl KernelMasks {
             .collect();
         let narrowed = narrowed.into_iter().cloned().collect();
         Ok(Self {
-            unpartitioned: unpartitioned.clone(),
+            unpartitioned: [
+                present - &(isolated | at_boot),
+                present - &(isolated - at_boot),
+            ],
+            present: present.clone(),
             partitions,
             narrowed,
             online: cpu::online(root)?,
+            interrupted: store
+                .reservations
+                .values()
+                .any(|it| it.phase == Phase::Isolating),
         })
     }
 
@@ -66,12 +85,22 @@ impl KernelMasks {
     /// go (virtio_net, `virtnet_cpu_online`) sets one to what is online, and so does RCU with its
     /// expedited workers (`rcutree_affinity_setting`), of what was set by hand the last time.
     pub(crate) fn explains(&self, knob: &Knob, given: &Value, found: &Value) -> bool {
+        // With a governor, and as CPUs come and go.
+        if matches!(knob, Knob::EnergyPreference(_)) {
+            return self.interrupted;
+        }
         let (Some(given), Some(found)) = (given.cpus(), found.cpus()) else {
             return false;
         };
+        // Where CPUs can be added, a mask may name some that are not there.
+        let (given, found) = (&(given & &self.present), &(found & &self.present));
         let is_left_of = |cpus: &CpuSet| found == cpus || *found == cpus.narrow_to(&self.online);
         let share_of = |cpus: &CpuSet| is_left_of(&given.narrow_to(cpus)) || is_left_of(cpus);
-        let left = self.left_at_last(found);
+        let left: Vec<CpuSet> = self
+            .unpartitioned
+            .iter()
+            .filter_map(|unpartitioned| self.left_at_last(unpartitioned, found))
+            .collect();
         match knob {
             Knob::Workqueues => left.iter().any(share_of),
             Knob::Kthread(_) if left.iter().any(share_of) => true,
@@ -94,16 +123,16 @@ impl KernelMasks {
     /// What partitions left to all others when the kernel last set this mask, if it did: it does
     /// not for each one that goes, so that any partition outside of the mask may have been there.
     /// `None` if no VM has one.
-    fn left_at_last(&self, mask: &CpuSet) -> Option<CpuSet> {
+    fn left_at_last(&self, unpartitioned: &CpuSet, mask: &CpuSet) -> Option<CpuSet> {
         let (there, gone): (Vec<_>, Vec<_>) = self
             .partitions
             .iter()
             .partition(|cpus| !cpus.intersects(mask));
         let left = gone
             .into_iter()
-            .fold(self.unpartitioned.clone(), |all, cpus| &all | cpus);
+            .fold(unpartitioned.clone(), |all, cpus| &all | cpus);
         let left = there.into_iter().fold(left, |all, cpus| &all - cpus);
-        (!self.partitions.is_empty() && mask.is_subset(&self.unpartitioned)).then_some(left)
+        (!self.partitions.is_empty() && mask.is_subset(unpartitioned)).then_some(left)
     }
 }
 
@@ -127,10 +156,12 @@ mod tests {
         let set = |list: &str| list.parse::<CpuSet>().unwrap();
         // Of two partitions one, 6-9, is there; the other, 18, has gone with its VM.
         let kernel = KernelMasks {
-            unpartitioned: set("0-5,10-23"),
+            present: set("0-23"),
+            unpartitioned: [set("0-2,4-5,10-23"), set("0-5,10-23")],
             partitions: vec![set("6-9"), set("18")],
             narrowed: vec![set("0-3"), set("16-18")],
             online: set("0-17,19-23"),
+            interrupted: false,
         };
         for (knob, before, found, kernels) in [
             (&kthread, "0-3,8", "0-3", true),
@@ -150,6 +181,10 @@ mod tests {
             (&kthread, "0-23", "0-23", false),
             (&kthread, "0-23", "6,18", false),
             (&Knob::Workqueues, "0-23", "0-5,10-23", true),
+            // Without what the command line isolates, and with CPUs that are not there.
+            (&Knob::Workqueues, "0-2,4-23", "0-2,4-5,10-23", true),
+            (&kthread, "0-47", "0-5,10-47", true),
+            (&kthread, "0-47", "0-7,10-47", false),
             // Moved into the partition and not pinned yet, when hook was killed.
             (&vcpu, "0-23", "6-9", true),
             (&vcpu, "0-7", "6-7", true),
@@ -173,10 +208,12 @@ mod tests {
             );
         }
         let kernel = KernelMasks {
-            unpartitioned: set("0-23"),
+            present: set("0-23"),
+            unpartitioned: [set("0-23"), set("0-23")],
             partitions: Vec::new(),
             narrowed: Vec::new(),
             online: set("0-23"),
+            interrupted: false,
         };
         assert!(!kernel.explains(&kthread, &set("0-23").into(), &set("0-5,10-23").into()));
     }

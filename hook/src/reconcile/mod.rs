@@ -5,6 +5,9 @@
 //! is fenced, the old value when none is. So isolating, releasing, recovering after a crash and a
 //! second VM are one computation.
 
+mod apart;
+mod boot_masks;
+mod containers;
 mod guest;
 mod host_steps;
 mod hotplug;
@@ -14,4 +17,5 @@ mod partition;
 mod run;
 mod threads;
 
-pub(crate) use run::Reconcile;
+pub(crate) use run::{Reconcile, Refused};
+pub(crate) use threads::thread_timer;

@@ -1,27 +1,33 @@
 //! The documented order (docs/design.md, "The order"), to be read top to bottom: isolate, settle,
 //! undo.
 
+use std::collections::BTreeSet;
+
 use pinfold_core::knob::ABSENT;
 use pinfold_core::vm::{Qemu, VmId};
-use pinfold_core::{Knob, Result};
+use pinfold_core::{CpuSet, Knob, Result};
 
+use super::containers::CONTAINERS;
 use super::guest::Guest;
-use super::run::Reconcile;
+use super::hotplug::TASKS;
+use super::run::{Foundation, Reconcile, TUNING};
 use crate::state::reservation::{Isolation, Phase, Reservation};
 
 impl Reconcile<'_> {
     /// Isolates a VM's CPUs. Its reservation is in the store with its QEMU; only a plan may be made
-    /// without a QEMU, and leaves open what needs the VM's threads. The caller checks the report
-    /// afterwards: after any failure the VM has to be released.
+    /// without a QEMU, and leaves open what needs the VM's threads. If something fails that the
+    /// fence depends on, the run ends at once and [is broken](Self::is_broken): the VM has to be
+    /// released then. Any other failure is reported and the rest is made.
     ///
     /// # Errors
     /// If the host cannot be read or the state cannot be saved; what was done so far is in the
-    /// baseline.
+    /// baseline, and the VM has to be released.
     pub(crate) fn isolate(&mut self, vmid: VmId, qemu: Option<&Qemu>) -> Result<()> {
         let Some(reservation) = self.store.reservations.get(&vmid.into()).cloned() else {
             return Ok(());
         };
         let guest = self.introduce(vmid, qemu, &reservation)?;
+        self.part(TASKS, Self::hold_boot_masks);
         self.report.step("baseline");
         match reservation.isolation {
             Isolation::Hotplug => self.isolate_by_hotplug(vmid, &reservation, guest.as_ref()),
@@ -47,14 +53,24 @@ impl Reconcile<'_> {
             self.settle();
             return Ok(());
         }
+        self.found(isolated, guest);
         self.slices()?;
-        self.tasks()?;
+        if self.is_broken() {
+            return Ok(());
+        }
+        self.part(TASKS, Self::tasks);
         self.offline(isolated)?;
-        self.irqs()?;
-        self.kthreads()?;
+        if self.is_broken() {
+            return Ok(());
+        }
+        self.part("irqs", Self::irqs);
+        self.part("kthreads", Self::kthreads);
         // Also those that an interrupted run of another VM's hook left offline.
         self.online()?;
-        self.tuning()?;
+        if self.is_broken() {
+            return Ok(());
+        }
+        self.part(TUNING, Self::tuning);
         match guest {
             Some(guest) => {
                 self.decouple(guest)?;
@@ -62,10 +78,24 @@ impl Reconcile<'_> {
             }
             None => self.leave_open(&["decouple", "pins"]),
         }
-        self.all_pins(Some(vmid))?;
+        if self.is_broken() {
+            return Ok(());
+        }
+        self.all_pins(Some(vmid));
+        self.part(CONTAINERS, Self::containers);
         // When a CPU comes online, some masks include it again.
-        self.irqs()?;
-        self.kthreads()
+        self.part("irqs", Self::irqs);
+        self.part("kthreads", Self::kthreads);
+        Ok(())
+    }
+
+    /// Notes what the fence of this run depends on, before anything is changed.
+    fn found(&mut self, isolated: &CpuSet, guest: Option<&Guest>) {
+        self.foundation = Some(Foundation {
+            isolated: isolated.clone(),
+            qemu: guest.map(|guest| guest.qemu.id),
+            inside: BTreeSet::new(),
+        });
     }
 
     /// One write to a cpuset partition keeps tasks, kernel threads and unbound workqueues off.
@@ -78,21 +108,33 @@ impl Reconcile<'_> {
         let isolated = &reservation.settings.isolated;
         self.remember(Vec::new(), isolated, guest)?;
         // The governors wait for the kernel while the other steps run; `isolate` joins them.
-        self.start_tuning()?;
+        self.part(TUNING, Self::start_tuning);
         // Before the kernel does it: new kernel threads inherit only what is set by hand (Linux
         // 6.12; 7.0 does not need it).
-        self.kthreadd_first()?;
+        self.part("kthreads", Self::kthreadd_first);
+        if reservation.phase == Phase::Isolating {
+            self.found(isolated, guest);
+        }
         match guest {
             Some(guest) => {
                 self.exclusive()?;
-                self.partition(guest)?;
-                self.pins(guest)?;
+                if !self.is_broken() {
+                    self.partition(guest)?;
+                }
+                if !self.is_broken() {
+                    self.pins(guest)?;
+                }
             }
             None => self.leave_open(&["exclusive", "partition", "pins"]),
         }
-        self.all_pins(Some(vmid))?;
-        self.irqs()?;
-        self.kthreads()
+        if self.is_broken() {
+            return Ok(());
+        }
+        self.all_pins(Some(vmid));
+        self.part(CONTAINERS, Self::containers);
+        self.part("irqs", Self::irqs);
+        self.part("kthreads", Self::kthreads);
+        Ok(())
     }
 
     /// Brings everything to what the reservations ask for, CPUs that an interrupted run left
@@ -109,18 +151,21 @@ impl Reconcile<'_> {
             self.attempt(Self::slices);
             self.attempt(Self::tasks);
         }
+        self.attempt(Self::containers);
         self.attempt(Self::irqs);
         self.attempt(Self::kthreads);
         self.attempt(Self::tuning);
-        self.attempt(|this| this.all_pins(None));
+        self.attempt(Self::reset_methods);
+        self.all_pins(None);
     }
 
     /// Takes back what a VM has outside its slice. A VM that runs goes back to its scope, its
     /// threads to the CPUs they had; of a VM that has stopped the empty cgroup is removed. A failure
     /// is reported.
     pub(crate) fn undo_vm(&mut self, vmid: VmId) {
-        self.attempt(|this| this.couple_or_remove(vmid));
-        self.attempt(|this| this.delegate(vmid, ABSENT));
+        self.attempt_for(vmid, |this| this.couple_or_remove(vmid));
+        self.attempt_for(vmid, |this| this.delegate(vmid, ABSENT));
+        self.attempt_for(vmid, |this| this.stop_looking_for_threads(vmid));
     }
 }
 

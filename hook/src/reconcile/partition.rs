@@ -16,13 +16,26 @@ impl Reconcile<'_> {
     pub(super) fn exclusive(&mut self) -> Result<()> {
         self.report.step("exclusive");
         let mut given: BTreeMap<Knob, CpuSet> = BTreeMap::new();
-        for guest in self.guests_by_partition()? {
-            let scope = guest.scope()?;
+        for (id, isolated) in self.fenced_by_partition() {
+            let vmid = VmId::try_from(id)?;
+            let scope = self
+                .guest(vmid)
+                .and_then(|guest| guest.map(|guest| guest.scope()).transpose());
+            let scope = match scope {
+                Ok(None) => continue,
+                Ok(Some(scope)) => scope,
+                Err(error) if self.is_for(vmid) => return Err(error),
+                Err(error) => {
+                    // Another VM's trouble: its partition is to stay.
+                    self.attempt_for(vmid, |_| Err(error));
+                    cg_slice::usual_scope(vmid)
+                }
+            };
             for above in cgroup::with_ancestors(&scope).filter(|above| *above != scope) {
                 let cpus = given
                     .entry(Knob::ExclusiveCpus(above.to_owned()))
                     .or_default();
-                *cpus = &*cpus | &guest.reservation.settings.isolated;
+                *cpus = &*cpus | &isolated;
             }
         }
         let known = self.store.baseline.knobs().map(|(knob, ..)| knob);
@@ -46,18 +59,12 @@ impl Reconcile<'_> {
         })
     }
 
-    /// The running VMs that are fenced by partition.
-    fn guests_by_partition(&mut self) -> Result<Vec<Guest>> {
-        let fenced: Vec<u32> = self
-            .fenced()
+    /// The VMs that are fenced by partition, with their CPUs.
+    fn fenced_by_partition(&self) -> Vec<(u32, CpuSet)> {
+        self.fenced()
             .filter(|(_, fenced)| fenced.isolation == Isolation::Partition)
-            .map(|(id, _)| *id)
-            .collect();
-        let mut guests = Vec::with_capacity(fenced.len());
-        for id in fenced {
-            guests.extend(self.guest(VmId::try_from(id)?)?);
-        }
-        Ok(guests)
+            .map(|(id, fenced)| (*id, fenced.settings.isolated.clone()))
+            .collect()
     }
 
     /// Makes a VM's partition and checks it.
@@ -66,10 +73,10 @@ impl Reconcile<'_> {
         let isolated = &guest.reservation.settings.isolated;
         let scope = guest.scope()?;
         cg_slice::partition::check_delegated(self.root, guest.vmid)?;
-        let mut made = 0;
+        let (mut made, earlier) = (0, self.report.failures());
         for change in cg_slice::partition::plan_vcpus(self.root, &scope, isolated)? {
             made += usize::from(self.make(change));
-            if self.report.failures() > 0 {
+            if self.report.failures() > earlier {
                 return Ok(());
             }
         }
@@ -96,13 +103,17 @@ impl Reconcile<'_> {
             .map(|(id, _)| *id)
             .collect();
         for id in ids {
-            let Some(guest) = self.guest(VmId::try_from(id)?)? else {
-                continue;
-            };
-            let pid = guest.qemu.id.pid;
-            for change in cg_slice::partition::plan_undo_vcpus(self.root, &guest.cgroup, pid)? {
-                self.make(change);
-            }
+            let vmid = VmId::try_from(id)?;
+            self.attempt_for(vmid, |this| {
+                let Some(guest) = this.guest(vmid)? else {
+                    return Ok(());
+                };
+                let pid = guest.qemu.id.pid;
+                for change in cg_slice::partition::plan_undo_vcpus(this.root, &guest.cgroup, pid)? {
+                    this.make(change);
+                }
+                Ok(())
+            });
         }
         Ok(())
     }

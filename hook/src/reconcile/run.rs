@@ -1,17 +1,24 @@
 //! One run over the host: what all steps know, the baseline, and how a change is made.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use pinfold_core::knob::Value;
 use pinfold_core::state::{Pending, Store};
 use pinfold_core::sys::cpufreq::Policy;
 use pinfold_core::sys::{cgroup, cpu, task};
 use pinfold_core::vm::{self, Qemu, VmId};
-use pinfold_core::{Change, CpuSet, Host, Knob, Outcome, Report, Result, Setting, TaskId};
+use pinfold_core::{Applied, Change, CpuSet, Host, Knob, Outcome, Report, Result, Setting, TaskId};
 
+use super::apart::{Apart, Housekeeping};
 use super::guest::Guest;
 use super::kernel_masks::KernelMasks;
 use crate::state::reservation::{Isolation, Phase, Reservation};
+
+/// The step of governor and statistics interval, as programs know it.
+pub(super) const TUNING: &str = "pace";
+
+/// What the kernel answered for IRQs that it did not move, with these IRQs.
+pub(crate) type Refused = BTreeMap<String, BTreeSet<String>>;
 
 /// One run over the host, under the store's lock.
 pub(crate) struct Reconcile<'a> {
@@ -19,8 +26,10 @@ pub(crate) struct Reconcile<'a> {
     pub(super) store: &'a mut Store<Reservation>,
     pub(super) report: &'a mut Report,
     pub(super) present: CpuSet,
-    /// The CPUs that partitions left to everything else when this run began, if there were any.
-    pub(super) unpartitioned: Option<CpuSet>,
+    /// CPUs that others keep for themselves, when this run began.
+    pub(super) apart: Apart,
+    /// The CPUs that VMs' partitions left to everything else when this run began, if there were any.
+    unpartitioned: Option<CpuSet>,
     pub(super) host_irqs: pin_irqs::Irqs,
     pub(super) host_kthreads: pin_kthreads::Threads,
     /// VMs that were looked up in this run; none for one that does not run.
@@ -28,6 +37,19 @@ pub(crate) struct Reconcile<'a> {
     pub(super) readings: Readings,
     /// Governors and the statistics interval while they are being set.
     pub(super) pending: Option<Pending>,
+    /// The VM that this run is for. What fails for another VM is reported and does not count.
+    subject: Option<VmId>,
+    /// What the fence that is being made depends on; none while nothing is fenced anew.
+    pub(super) foundation: Option<Foundation>,
+    /// Whether something of it failed.
+    pub(super) broken: bool,
+    /// IRQs that the kernel did not move, by its answer.
+    pub(super) refused: Refused,
+    /// Steps that are skipped, because the earlier values of what they change could not be read.
+    unread: BTreeSet<&'static str>,
+    /// The failures in the report when this run began, and those of this run that do not count.
+    earlier_failures: usize,
+    left_out: usize,
 }
 
 /// What was read of the host. It is valid until something is changed.
@@ -40,6 +62,33 @@ pub(super) struct Readings {
     pub policies: Option<Vec<Policy>>,
 }
 
+impl Readings {
+    /// Of the kinds that the state has most of: they are compared with it first, and then set.
+    /// What cannot be read now is read again, and the failure reported, by the step that sets it.
+    fn of_saved(
+        root: &Host,
+        store: &Store<Reservation>,
+        irqs: &mut pin_irqs::Irqs,
+        kthreads: &mut pin_kthreads::Threads,
+    ) -> Self {
+        let has = |is: fn(&Knob) -> bool| store.baseline.knobs().any(|(knob, ..)| is(knob));
+        let (has_irqs, has_kthreads) = (
+            has(|knob| matches!(knob, Knob::Irq(_))),
+            has(|knob| matches!(knob, Knob::Kthread(_))),
+        );
+        Self {
+            irqs: has_irqs.then(|| irqs.settings(root).ok()).flatten(),
+            kthreads: has_kthreads.then(|| kthreads.settings(root).ok()).flatten(),
+            ..Self::default()
+        }
+    }
+
+    fn by_knob(&self) -> BTreeMap<&Knob, &Value> {
+        let all = self.irqs.iter().chain(&self.kthreads).flatten();
+        all.map(|object| (&object.knob, &object.found)).collect()
+    }
+}
+
 impl<'a> Reconcile<'a> {
     /// A run. Detects first which knobs another process has set since hook did.
     ///
@@ -50,28 +99,66 @@ impl<'a> Reconcile<'a> {
         store: &'a mut Store<Reservation>,
         report: &'a mut Report,
     ) -> Result<Self> {
+        let earlier_failures = report.failures();
         let present = cpu::present(root)?;
         let partitioned = cgroup::isolated(root)?.unwrap_or_default();
-        let unpartitioned = &present - &partitioned;
-        let kernel_masks = KernelMasks::on(root, store, &unpartitioned)?;
-        if store.baseline.detect_foreign(root, |knob, given, found| {
-            kernel_masks.explains(knob, given, found)
-        }) {
+        let apart = Apart::on(root, store)?;
+        let kernel_masks = KernelMasks::on(root, store, &present, &partitioned, &apart.at_boot)?;
+        let (mut host_irqs, mut host_kthreads) = Default::default();
+        let readings = Readings::of_saved(root, store, &mut host_irqs, &mut host_kthreads);
+        let known = readings.by_knob();
+        let read = |knob: &Knob| match known.get(knob) {
+            Some(found) => Ok(Some((*found).clone())),
+            None => knob.read(root),
+        };
+        let is_kernels =
+            |knob: &Knob, given: &_, found: &_| kernel_masks.explains(knob, given, found);
+        if store.baseline.detect_foreign(read, is_kernels) {
             store.save()?;
         }
-        let unpartitioned = (!partitioned.is_empty()).then_some(unpartitioned);
+        let of_vms = &(&partitioned - &apart.at_boot) - &apart.partitions;
+        let unpartitioned = (!of_vms.is_empty()).then(|| &present - &of_vms);
         Ok(Self {
             root,
             store,
             report,
             present,
+            apart,
             unpartitioned,
-            host_irqs: pin_irqs::Irqs::default(),
-            host_kthreads: pin_kthreads::Threads::default(),
+            host_irqs,
+            host_kthreads,
             guests: BTreeMap::new(),
-            readings: Readings::default(),
+            readings,
             pending: None,
+            subject: None,
+            foundation: None,
+            broken: false,
+            refused: BTreeMap::new(),
+            unread: BTreeSet::new(),
+            earlier_failures,
+            left_out: 0,
         })
+    }
+
+    /// The same, for a phase of this VM.
+    pub(crate) fn for_vm(mut self, vmid: Option<VmId>) -> Self {
+        self.subject = vmid;
+        self
+    }
+
+    /// Whether this run is for this VM.
+    pub(super) fn is_for(&self, vmid: VmId) -> bool {
+        self.subject == Some(vmid)
+    }
+
+    /// Whether something failed that the fence being made depends on.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    /// IRQs that the kernel did not move.
+    pub(crate) fn take_refused(&mut self) -> Refused {
+        std::mem::take(&mut self.refused)
     }
 
     /// The isolated CPUs of all fenced VMs.
@@ -88,15 +175,21 @@ impl<'a> Reconcile<'a> {
             .filter(|(_, reservation)| reservation.is_fenced())
     }
 
-    pub(super) fn housekeeping(&self) -> CpuSet {
-        &self.present - &self.isolated()
+    pub(super) fn housekeeping(&self) -> Housekeeping {
+        self.apart.housekeeping(&self.present - &self.isolated())
+    }
+
+    /// The CPUs that a thread has that has asked for none, while no VM is fenced.
+    fn common(&self) -> CpuSet {
+        &self.present - &self.apart.at_boot
     }
 
     /// The CPU mask wanted, from the earlier one; `before` is empty if none was set.
     pub(super) fn narrowed(&self) -> impl Fn(&Knob, &Value) -> Value + use<> {
-        let fence = (!self.isolated().is_empty()).then(|| self.housekeeping());
-        move |_, before| match (&fence, before.cpus()) {
-            (Some(fence), Some(cpus)) => cpus.narrow_to(fence).into(),
+        let left = (!self.isolated().is_empty()).then(|| self.housekeeping());
+        move |_, before| match (&left, before.cpus()) {
+            (Some(left), Some(unset)) if unset.is_empty() => left.shared.clone().into(),
+            (Some(left), Some(cpus)) => left.narrow(cpus).into(),
             _ => before.clone(),
         }
     }
@@ -106,7 +199,7 @@ impl<'a> Reconcile<'a> {
         self.store
             .reservations
             .values()
-            .any(|reservation| reservation.isolation == isolation)
+            .any(|reservation| reservation.is_fenced() && reservation.isolation == isolation)
             || self.store.baseline.knobs().any(|(knob, ..)| leaves(knob))
     }
 
@@ -120,6 +213,7 @@ impl<'a> Reconcile<'a> {
         qemu: Option<&Qemu>,
         reservation: &Reservation,
     ) -> Result<Option<Guest>> {
+        self.subject = Some(vmid);
         let Some(qemu) = qemu else {
             return Ok(None);
         };
@@ -153,6 +247,37 @@ impl<'a> Reconcile<'a> {
         }
     }
 
+    /// As [`attempt`](Self::attempt), for a step that only concerns the VM `vmid`: if this run is
+    /// for another one, a failure does not count.
+    pub(super) fn attempt_for(&mut self, vmid: VmId, step: impl FnOnce(&mut Self) -> Result<()>) {
+        let earlier = self.report.failures();
+        self.attempt(step);
+        if self.subject.is_some_and(|subject| subject != vmid) {
+            self.left_out += self.report.leave_out_failures(earlier);
+        }
+    }
+
+    /// As [`attempt`](Self::attempt), for a step with a name: skipped if the earlier values of what
+    /// it changes are unknown.
+    pub(super) fn part(&mut self, name: &'static str, step: impl FnOnce(&mut Self) -> Result<()>) {
+        if !self.unread.contains(name) {
+            self.attempt(step);
+        }
+    }
+
+    /// What there is to remember for a step; if that cannot be read, the step is skipped.
+    pub(super) fn readable(
+        &mut self,
+        name: &'static str,
+        read: impl FnOnce(&mut Self) -> Result<Vec<Setting>>,
+    ) -> Vec<Setting> {
+        read(self).unwrap_or_else(|error| {
+            self.report.error(&format!("{name}: skipped: {error}"));
+            self.unread.insert(name);
+            Vec::new()
+        })
+    }
+
     /// Steps of a plan that need the VM's threads, without a QEMU.
     pub(super) fn leave_open(&mut self, steps: &[&'static str]) {
         for step in steps {
@@ -168,10 +293,17 @@ impl<'a> Reconcile<'a> {
         isolated: &CpuSet,
         guest: Option<&Guest>,
     ) -> Result<()> {
-        objects.extend(pin_irqs::default_mask(self.root)?);
-        objects.extend(self.irq_objects()?);
-        objects.extend(self.kthread_objects()?);
-        objects.extend(self.tuning_objects(isolated)?);
+        objects.extend(self.readable("irqs", |this| {
+            let mut all: Vec<Setting> = pin_irqs::default_mask(this.root)?.into_iter().collect();
+            all.extend(this.irq_objects()?);
+            Ok(all)
+        }));
+        objects.extend(self.readable("kthreads", Self::kthread_objects));
+        objects.extend(self.readable(TUNING, |this| {
+            let mut all = this.tuning_objects(isolated)?;
+            all.extend(this.preferences(|policy| policy.cpus.intersects(isolated))?);
+            Ok(all)
+        }));
         if let Some(guest) = guest {
             objects.extend(self.vm_threads(guest.vmid, &guest.qemu)?);
         }
@@ -197,11 +329,14 @@ impl<'a> Reconcile<'a> {
     /// default of its kind, which was narrowed then: it gets that default's earlier value.
     fn value_before(&self, object: &Setting, kthreadd: Option<&Knob>) -> Value {
         // A partition itself narrows what is in the VM's slice.
-        if matches!(object.knob, Knob::Thread(_))
-            && self.unpartitioned.is_some()
-            && self.unpartitioned.as_ref() == object.found.cpus()
+        if let (Knob::Thread(_), Some(left), Some(found)) =
+            (&object.knob, &self.unpartitioned, object.found.cpus())
         {
-            return Value::from(&self.present);
+            for all in [&self.present, &self.common()] {
+                if *found == all & left {
+                    return Value::from(all);
+                }
+            }
         }
         let vm_slice;
         let default = match &object.knob {
@@ -209,17 +344,31 @@ impl<'a> Reconcile<'a> {
             Knob::Kthread(_) => kthreadd,
             // A VM that starts while another is fenced.
             Knob::Thread(_) => {
-                vm_slice = Knob::UnitCpus(cg_slice::VM_SLICE.to_owned());
+                vm_slice = Knob::UnitCpus(vm::SLICE.to_owned());
                 Some(&vm_slice)
             }
             _ => None,
         };
         let baseline = &self.store.baseline;
+        let was_set = |default: &Knob, found: &Value| {
+            let common = self.common();
+            let values = baseline.values_set(default);
+            // A thread never has what `isolcpus=` takes from all.
+            let is_common = |value: &Value| match (value.cpus(), found.cpus()) {
+                (Some(value), Some(found)) => !value.is_empty() && *found == value & &common,
+                _ => false,
+            };
+            let is_thread = matches!(object.knob, Knob::Thread(_));
+            values.contains(found) || (is_thread && values.iter().any(is_common))
+        };
         let inherited = default
-            .filter(|default| baseline.values_set(default).contains(&object.found))
+            .filter(|default| was_set(default, &object.found))
             .and_then(|default| baseline.before(default));
         match inherited {
-            Some(before) if before.is_unset() => Value::from(&self.present),
+            Some(before) if before.is_unset() => match object.found.cpus() {
+                Some(found) if !found.intersects(&self.apart.at_boot) => self.common().into(),
+                _ => Value::from(&self.present),
+            },
             Some(before) => before.clone(),
             None => object.found.clone(),
         }
@@ -254,6 +403,8 @@ impl<'a> Reconcile<'a> {
         let plan = self.store.baseline.plan(objects, wanted);
         let mut changed = 0;
         let report = &mut *self.report;
+        let (foundation, broken) = (&self.foundation, &mut self.broken);
+        let refused = &mut self.refused;
         let all = plan
             .iter()
             .filter(|planned| planned.skip_reason.is_none() && !planned.change.is_noop())
@@ -265,6 +416,8 @@ impl<'a> Reconcile<'a> {
                 report.progress(step, changed, all);
             }
             report.changes(std::slice::from_ref(done));
+            *broken |= breaks(foundation.as_ref(), done);
+            note_refusal(refused, done);
         })?;
         if changed > 0 {
             self.readings = Readings::default();
@@ -277,6 +430,7 @@ impl<'a> Reconcile<'a> {
     pub(super) fn make(&mut self, change: Change) -> bool {
         let done = pinfold_core::apply_one(self.root, change);
         let made = done.outcome == Outcome::Changed;
+        self.broken |= breaks(self.foundation.as_ref(), &done);
         self.report.changes(&[done]);
         if made {
             self.readings = Readings::default();
@@ -284,8 +438,9 @@ impl<'a> Reconcile<'a> {
         made
     }
 
-    /// After [`settle`](Self::settle): drops the reservations that are leaving. One with an idle VM
-    /// to be started stays, for the process `until` or, once that has ended, for any hook.
+    /// After [`settle`](Self::settle): drops the reservations that are leaving. One with devices
+    /// to be reset or an idle VM to be started stays, for the process `until` or, once that has ended,
+    /// for any hook; and one that comes back from a backup.
     /// With the last fence the baseline is dropped, except values that could not be restored.
     ///
     /// # Errors
@@ -293,7 +448,7 @@ impl<'a> Reconcile<'a> {
     pub(crate) fn forget(&mut self, until: Option<TaskId>) -> Result<()> {
         self.store
             .reservations
-            .retain(|_, left| left.phase != Phase::Leaving || left.idle_vm_stopped);
+            .retain(|_, left| left.phase != Phase::Leaving || left.is_owed());
         for left in self
             .store
             .reservations
@@ -309,18 +464,89 @@ impl<'a> Reconcile<'a> {
                 .knobs()
                 .map(|(knob, _, before)| (knob.clone(), before.clone()))
                 .collect();
-            let failed = self.report.failures() > 0;
+            let failed = self.report.failures() + self.left_out > self.earlier_failures;
+            let unmoved = !self.refused.is_empty();
             for (knob, before) in knobs {
                 let back = || {
                     knob.read(self.root)
                         .map_or(true, |found| found.is_none_or(|found| found == before))
                 };
-                if !failed || back() {
+                // An IRQ that was moved and that the kernel does not move back.
+                let set = self.store.baseline.values_set(&knob);
+                let stuck = unmoved
+                    && matches!(knob, Knob::Irq(_))
+                    && set.iter().any(|value| *value != before)
+                    && !back();
+                if stuck {
+                    self.report.note(&format!(
+                        "{knob}: not moved back to {before}; `hook recover` tries again"
+                    ));
+                } else if !failed || back() {
                     self.store.baseline.forget(&knob);
                 }
             }
         }
         self.store.save()
+    }
+}
+
+/// What a fence cannot do without: its CPUs, the cgroups that keep others off them or its own, and
+/// the pins of the vCPUs.
+#[derive(Debug, Clone)]
+pub(super) struct Foundation {
+    /// The VM's CPUs.
+    pub isolated: CpuSet,
+    /// The VM's QEMU.
+    pub qemu: Option<TaskId>,
+    /// The threads that are to run on the VM's CPUs, as far as they are known by now.
+    pub inside: BTreeSet<TaskId>,
+}
+
+impl Foundation {
+    fn includes(&self, knob: &Knob) -> bool {
+        match knob {
+            Knob::CpuOnline(cpu) => self.isolated.contains(*cpu),
+            Knob::UnitCpus(_)
+            | Knob::CgroupCpus(_)
+            | Knob::Cgroup(_)
+            | Knob::ThreadedCgroup(_)
+            | Knob::ChildCpusets(_)
+            | Knob::ExclusiveCpus(_)
+            | Knob::Partition(_)
+            | Knob::Delegation(_) => true,
+            Knob::CgroupOf(task) => self.qemu == Some(*task),
+            Knob::CgroupOfThread(task) | Knob::Thread(task) => self.inside.contains(task),
+            Knob::Irq(_)
+            | Knob::DefaultIrq
+            | Knob::Workqueues
+            | Knob::Kthread(_)
+            | Knob::Governor(_)
+            | Knob::EnergyPreference(_)
+            | Knob::WakeupLatency(_)
+            | Knob::UnitOverrides
+            | Knob::ContainerCpus(_)
+            | Knob::Sysctl(_)
+            | Knob::Trigger(_)
+            | Knob::NodeCompaction(_)
+            | Knob::PciFunction(_)
+            | Knob::PciDriver(_)
+            | Knob::PciResetMethod(_)
+            | Knob::PciReset(_)
+            | Knob::ThreadTimer(_) => false,
+        }
+    }
+}
+
+/// Whether this outcome means that the fence cannot be had.
+fn breaks(foundation: Option<&Foundation>, done: &Applied) -> bool {
+    matches!(done.outcome, Outcome::Failed(_) | Outcome::Refused(_))
+        && foundation.is_some_and(|foundation| foundation.includes(&done.change.knob))
+}
+
+fn note_refusal(refused: &mut Refused, done: &Applied) {
+    if let (Knob::Irq(_), Outcome::Refused(why)) = (&done.change.knob, &done.outcome) {
+        let labels = refused.entry(why.clone()).or_default();
+        labels.insert(done.change.label.to_string());
     }
 }
 

@@ -1,12 +1,14 @@
 //! The threads of VMs: which CPUs each is to have, and their pins.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use pinfold_core::knob::{ABSENT, PRESENT};
 use pinfold_core::sys::task;
 use pinfold_core::vm::{self, Qemu, VmId};
-use pinfold_core::{CpuSet, Error, Knob, Result, Setting};
+use pinfold_core::{CpuSet, Host, Knob, Result, Setting};
 
+use super::apart::Housekeeping;
 use super::guest::Guest;
 use super::run::Reconcile;
 use crate::state::reservation::{Isolation, Phase, Reservation};
@@ -14,7 +16,7 @@ use crate::state::reservation::{Isolation, Phase, Reservation};
 impl Reconcile<'_> {
     /// A VM's threads, each with the CPUs it has except those of other VMs.
     pub(super) fn kept_off_others(&self, guest: &Guest) -> Result<Vec<(Setting, CpuSet)>> {
-        let fence = &self.housekeeping() | &guest.reservation.settings.isolated;
+        let fence = &self.housekeeping().all | &guest.reservation.settings.isolated;
         let mut threads = Vec::new();
         for object in self.vm_threads(guest.vmid, &guest.qemu)? {
             let cpus = match object.found.cpus() {
@@ -26,8 +28,21 @@ impl Reconcile<'_> {
         Ok(threads)
     }
 
-    /// Step 7: the VM's own threads.
+    /// Step 7: the VM's own threads. A vCPU without a pin, which was plugged in, is reported.
     pub(super) fn pins(&mut self, guest: &Guest) -> Result<()> {
+        let without_pin = self.pin_all(guest)?;
+        if !without_pin.is_empty() {
+            self.report.note(&format!(
+                "VM {}: no pin for vCPU {without_pin} in {}; the host's CPUs have to do for it",
+                guest.vmid, guest.reservation.settings.source
+            ));
+        }
+        Ok(())
+    }
+
+    /// Sets all threads of a VM; returns the vCPUs without a pin, which are with its emulator
+    /// threads.
+    fn pin_all(&mut self, guest: &Guest) -> Result<CpuSet> {
         self.report.step("pins");
         let reservation = &guest.reservation;
         let deadline = Duration::from_secs(reservation.settings.deadlines.qmp);
@@ -41,9 +56,17 @@ impl Reconcile<'_> {
         let housekeeping = self.housekeeping();
         let mut wanted = BTreeMap::new();
         let mut objects = Vec::new();
+        let without_pin = threads
+            .iter()
+            .filter_map(|thread| match thread.role {
+                vm::Role::Vcpu(vcpu) if reservation.pin(vcpu).is_none() => Some(vcpu),
+                vm::Role::Vcpu(_) | vm::Role::Iothread(_) | vm::Role::Emulator => None,
+            })
+            .collect();
         for thread in threads {
-            let cpus = cpus_for(reservation, &thread.role, &housekeeping)?;
             let object = pin_vcpu::setting(&thread);
+            let cpus = cpus_for(reservation, &thread.role, &housekeeping);
+            self.depend_on(&object.knob, &cpus);
             wanted.insert(object.knob.clone(), cpus);
             objects.push(object);
         }
@@ -51,7 +74,7 @@ impl Reconcile<'_> {
             self.place(guest, &objects, &wanted)?;
         }
         // Its helpers (swtpm, virtiofsd) left the slice with it and go with the emulator threads.
-        let beside = cpus_for(reservation, &vm::Role::Emulator, &housekeeping)?;
+        let beside = cpus_for(reservation, &vm::Role::Emulator, &housekeeping);
         let processes = cg_slice::processes(self.root, guest.vmid, &guest.qemu)?;
         for pid in processes.into_iter().skip(1) {
             for object in self.thread_objects(pid)? {
@@ -59,7 +82,68 @@ impl Reconcile<'_> {
                 objects.push(object);
             }
         }
-        self.pin(objects, wanted)
+        let mut known: BTreeSet<Knob> = objects.iter().map(|object| object.knob.clone()).collect();
+        self.pin(objects, wanted)?;
+        self.pin_newborns(guest, &housekeeping, &mut known)?;
+        Ok(without_pin)
+    }
+
+    /// Threads that were made while others were being pinned have the CPUs that their maker had:
+    /// looked for until there are no new ones.
+    fn pin_newborns(
+        &mut self,
+        guest: &Guest,
+        housekeeping: &Housekeeping,
+        known: &mut BTreeSet<Knob>,
+    ) -> Result<()> {
+        for _ in 0..NEWBORN_ROUNDS {
+            if self.root.dry_run() {
+                return Ok(());
+            }
+            let mut objects = self.vm_threads(guest.vmid, &guest.qemu)?;
+            objects.retain(|object| known.insert(object.knob.clone()));
+            if objects.is_empty() {
+                return Ok(());
+            }
+            let mut wanted = BTreeMap::new();
+            for object in &objects {
+                let Knob::Thread(task) = object.knob else {
+                    continue;
+                };
+                let role = match task::task(self.root, task.pid, task.tid) {
+                    Ok(thread) if task.pid == guest.qemu.id.pid => vm::role_by_name(&thread.name),
+                    _ => vm::Role::Emulator,
+                };
+                let cpus = cpus_for(&guest.reservation, &role, housekeeping);
+                self.depend_on(&object.knob, &cpus);
+                wanted.insert(object.knob.clone(), cpus);
+            }
+            if guest.reservation.isolation == Isolation::Partition {
+                self.place(guest, &objects, &wanted)?;
+            }
+            self.pin(objects, wanted)?;
+        }
+        Ok(())
+    }
+
+    /// Ends the timer that looks for new threads, if there is one.
+    pub(super) fn stop_looking_for_threads(&mut self, vmid: VmId) -> Result<()> {
+        if let Some(timer) = thread_timer(self.root, vmid)?
+            && timer.found == PRESENT
+        {
+            self.report.step("pins");
+            self.make(timer.want(ABSENT));
+        }
+        Ok(())
+    }
+
+    /// Notes a thread that is to run on the VM's CPUs: the fence that is being made depends on it.
+    fn depend_on(&mut self, knob: &Knob, cpus: &CpuSet) {
+        if let (Some(foundation), Knob::Thread(task)) = (&mut self.foundation, knob)
+            && cpus.is_subset(&foundation.isolated)
+        {
+            foundation.inside.insert(*task);
+        }
     }
 
     /// Sets threads to the CPUs listed for each.
@@ -137,22 +221,21 @@ impl Reconcile<'_> {
     /// The threads of all fenced VMs except `pinned`: the emulator threads of one may be on CPUs
     /// for the vCPUs of another, or may return there. The threads of a VM with an interrupted hook
     /// are only kept off the CPUs of others; the rest is for its own hook, or recover.
-    pub(super) fn all_pins(&mut self, pinned: Option<VmId>) -> Result<()> {
+    /// A failure is reported; it counts if the run is for that VM.
+    pub(super) fn all_pins(&mut self, pinned: Option<VmId>) {
         let fenced: Vec<u32> = self.fenced().map(|(id, _)| *id).collect();
-        for id in fenced {
-            let vmid = VmId::try_from(id)?;
+        for vmid in fenced.into_iter().filter_map(|id| VmId::try_from(id).ok()) {
             if Some(vmid) == pinned {
                 continue;
             }
-            let Some(guest) = self.guest(vmid)? else {
-                continue;
-            };
-            match self.pin_again(&guest) {
-                Err(error) if error.is_gone() => {}
-                other => other?,
-            }
+            self.attempt_for(vmid, |this| match this.guest(vmid)? {
+                None => Ok(()),
+                Some(guest) => match this.pin_again(&guest) {
+                    Err(error) if error.is_gone() => Ok(()),
+                    other => other,
+                },
+            });
         }
-        Ok(())
     }
 
     fn pin_again(&mut self, guest: &Guest) -> Result<()> {
@@ -160,7 +243,7 @@ impl Reconcile<'_> {
             phase, isolation, ..
         } = guest.reservation;
         if phase == Phase::Isolated {
-            return self.pins(guest);
+            return self.pin_all(guest).map(drop);
         }
         if phase != Phase::Isolating || isolation != Isolation::Hotplug {
             return Ok(());
@@ -175,25 +258,83 @@ impl Reconcile<'_> {
     }
 }
 
-/// The CPUs of a VM's thread by its role.
-fn cpus_for(reservation: &Reservation, role: &vm::Role, housekeeping: &CpuSet) -> Result<CpuSet> {
+/// How often new threads of a VM are looked for after others were pinned.
+const NEWBORN_ROUNDS: usize = 10;
+
+/// The timer that looks for new threads of a VM.
+///
+/// # Errors
+/// If it cannot be found out whether there is one.
+pub(crate) fn thread_timer(root: &Host, vmid: VmId) -> Result<Option<Setting>> {
+    let knob = Knob::ThreadTimer(vmid.into());
+    Ok(knob
+        .read(root)?
+        .map(|found| Setting::new(knob.clone(), knob.to_string(), found)))
+}
+
+/// The CPUs of a VM's thread by its role. A vCPU without a pin has those of emulator threads.
+fn cpus_for(reservation: &Reservation, role: &vm::Role, housekeeping: &Housekeeping) -> CpuSet {
     let settings = &reservation.settings;
-    // Another VM may have fenced some of them since.
-    let aside = |cpus: &CpuSet| cpus.narrow_to(housekeeping);
+    // Another VM may have isolated some of them since.
     let emulator = match &settings.emulator {
-        Some(cpus) => aside(cpus),
-        None => housekeeping.clone(),
+        Some(cpus) => housekeeping.narrow(cpus),
+        None => settings.near.narrow_to(&housekeeping.common),
     };
-    Ok(match role {
-        vm::Role::Vcpu(vcpu) => reservation.pin(*vcpu).cloned().ok_or_else(|| {
-            let why = format!("{} has no pin for it", settings.source);
-            Error::unusable(format!("vCPU {vcpu}"), why)
-        })?,
+    match role {
+        vm::Role::Vcpu(vcpu) => reservation.pin(*vcpu).cloned().unwrap_or(emulator),
         vm::Role::Iothread(id) => match settings.iothread.get(id).or(settings.iothreads.as_ref()) {
             Some(cpus) if cpus.is_subset(&settings.isolated) => cpus.clone(),
-            Some(cpus) => aside(cpus),
+            Some(cpus) => housekeeping.narrow(cpus),
             None => emulator,
         },
         vm::Role::Emulator => emulator,
-    })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::MadeUpHost;
+    use pinfold_core::state::Store;
+    use pinfold_core::{Report, Verbosity};
+
+    #[test]
+    fn threads_that_were_born_meanwhile_are_pinned_by_their_role() {
+        let host = MadeUpHost::new("5900x");
+        host.vm(100, &[3, 3]);
+        // The vCPU 1 and a helper thread are new; no thread can be pinned here, and what each was to
+        // get is in the notes.
+        host.thread(100, 10009, "worker", "6", 0);
+        host.reserve(
+            100,
+            Phase::Isolated,
+            "isolated = \"6,18\"\npins = \"6,18\"\n",
+        );
+        let mut store: Store<Reservation> =
+            Store::open(&host.root, Duration::from_secs(1)).unwrap();
+        let mut report = Report::new("hook", Verbosity::Quiet, false);
+        let mut run = Reconcile::new(&host.root, &mut store, &mut report).unwrap();
+        let guest = run.guest(VmId::try_from(100).unwrap()).unwrap().unwrap();
+        let threads = run.vm_threads(guest.vmid, &guest.qemu).unwrap();
+        let mut known: BTreeSet<Knob> = threads.into_iter().map(|it| it.knob).collect();
+        assert_eq!(known.len(), 4);
+        known.retain(
+            |knob| !matches!(knob, Knob::Thread(task) if [10001, 10009].contains(&task.tid)),
+        );
+        let housekeeping = run.housekeeping();
+        run.pin_newborns(&guest, &housekeeping, &mut known).unwrap();
+        assert_eq!(known.len(), 4);
+        let notes: Vec<_> = report
+            .notes()
+            .iter()
+            .map(|note| note.rsplit_once(": ").map_or("", |(what, _)| what))
+            .collect();
+        assert_eq!(
+            notes,
+            [
+                "thread 10001 (CPU 1/KVM): set to 18",
+                "thread 10009 (worker): set to 0-5,7-17,19-23"
+            ]
+        );
+    }
 }

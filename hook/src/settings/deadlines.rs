@@ -1,11 +1,12 @@
-//! How long each wait may take, and what the phases may take by that.
+//! The deadlines of waits, and the time limits of the phases that follow from them.
 
 use std::time::Duration;
 
 use pinfold_core::systemd::{Session, Timeouts};
+use pinfold_core::vm::qmp;
 use serde::{Deserialize, Serialize};
 
-/// The longest that any wait may be told to take, in seconds.
+/// The longest deadline that settings can set, in seconds.
 pub(crate) const MAX_DEADLINE: u64 = 3600;
 
 /// How long each wait may take, in seconds, [`MAX_DEADLINE`] at most.
@@ -27,15 +28,27 @@ pub(crate) struct Deadlines {
     /// For PCI functions to go, and again to come back.
     #[serde(deserialize_with = "seconds")]
     pub pci: u64,
+    /// For memory to be compacted and caches to be dropped.
+    #[serde(deserialize_with = "seconds")]
+    pub caches: u64,
     /// For the idle VM to shut down.
     #[serde(deserialize_with = "seconds")]
     pub idle_vm: u64,
-    /// For a QEMU that PVE says has stopped to be gone.
+    /// For QEMU to exit after Proxmox VE has reported it stopped.
     #[serde(deserialize_with = "seconds")]
     pub qemu_exit: u64,
+    /// For each hookscript of `chain`. Not in the state of a VM that has the default, so that an
+    /// earlier version can read it.
+    #[serde(deserialize_with = "seconds", skip_serializing_if = "is_longest")]
+    pub chain: u64,
 }
 
-/// A clock has an end too: a time too far off is more than it can hold.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
+fn is_longest(seconds: &u64) -> bool {
+    *seconds == MAX_DEADLINE
+}
+
+/// Limited, since a time too far off overflows the clock.
 fn seconds<'de, D: serde::Deserializer<'de>>(
     deserializer: D,
 ) -> std::result::Result<u64, D::Error> {
@@ -51,27 +64,34 @@ fn seconds<'de, D: serde::Deserializer<'de>>(
 
 impl Default for Deadlines {
     fn default() -> Self {
+        let systemd = Timeouts::default();
         Self {
             lock: 120,
-            systemd: 10,
-            reload: 60,
-            qmp: 5,
-            pci: 10,
+            systemd: systemd.call.as_secs(),
+            reload: systemd.reload.as_secs(),
+            qmp: qmp::DEFAULT_BUDGET.as_secs(),
+            pci: pci_reset::DEFAULT_DEADLINE,
+            caches: 20,
             idle_vm: 60,
             qemu_exit: 10,
+            chain: MAX_DEADLINE,
         }
     }
 }
 
 impl Deadlines {
     /// The longest that each phase may take in seconds, whatever hangs, while `others` more VMs are
-    /// fenced. What the kernel needs to take CPUs offline and online again is not in it.
-    pub(crate) fn bounds(&self, others: usize) -> Bounds {
+    /// fenced, with so many `scripts` in `chain`. What the kernel needs to take CPUs offline and
+    /// online again is not in it.
+    pub(super) fn bounds(&self, others: usize, scripts: usize) -> Bounds {
         let sum = |parts: &[u64]| parts.iter().copied().fold(0, u64::saturating_add);
         let others = u64::try_from(others)
             .unwrap_or(u64::MAX)
             .saturating_mul(self.qmp);
-        // A systemd that hangs is waited for once; the reload and the scope are of the way back.
+        let scripts = u64::try_from(scripts)
+            .unwrap_or(u64::MAX)
+            .saturating_mul(self.chain);
+        // A systemd that hangs is waited for once; the reload and the scope belong to the undo.
         let systemd = sum(&[self.systemd, self.systemd, self.reload]);
         Bounds {
             // Both idle VM and PCI functions are waited for twice: to go and to come back. The
@@ -86,10 +106,19 @@ impl Deadlines {
                 self.idle_vm,
                 self.pci,
                 self.pci,
+                self.caches,
+                scripts,
             ]),
             // QEMU is asked for its threads at the beginning and when they are pinned.
-            post_start: sum(&[self.lock, systemd, others, self.qmp, self.qmp]),
-            post_stop: sum(&[self.lock, systemd, others, self.qemu_exit, self.idle_vm]),
+            post_start: sum(&[self.lock, systemd, others, self.qmp, self.qmp, scripts]),
+            post_stop: sum(&[
+                self.lock,
+                systemd,
+                others,
+                self.qemu_exit,
+                self.idle_vm,
+                scripts,
+            ]),
         }
     }
 

@@ -1,42 +1,81 @@
-//! Where settings files are, and that they are root's alone.
+//! The paths of settings files, and the check that only root can write them.
 
 #![expect(
     clippy::disallowed_methods,
-    reason = "writes the settings file of hook init"
+    reason = "writes and removes settings files"
 )]
 
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 
-use pinfold_core::vm::VmId;
+use pinfold_core::state::trust;
+use pinfold_core::vm::{self, VmId};
 use pinfold_core::{Error, Host, Result};
 
-/// Where a VM's settings may be, below the sysroot; the first that is there counts.
-pub(super) fn candidates(vmid: VmId) -> [String; 3] {
+use super::schema::File;
+
+/// The folder of this node's settings that `hook init` writes to, below the sysroot.
+const OWN_FOLDER: &str = "etc/pinfold";
+
+/// The file for all VMs that have none of their own.
+const DEFAULT: &str = "default.toml";
+
+/// The folders of settings files, below the sysroot, the most specific first: CPUs have other numbers
+/// on other nodes. A VM's file in any of them comes before a file for all VMs.
+fn folders() -> [String; 3] {
     [
-        format!("etc/pve/pinfold/{vmid}.toml"),
-        format!("etc/pinfold/{vmid}.toml"),
-        "etc/pinfold/default.toml".to_owned(),
+        format!("{}/pinfold", vm::NODE_FOLDER),
+        OWN_FOLDER.to_owned(),
+        format!("{}/pinfold", vm::SHARED_FOLDER),
     ]
 }
 
-/// A VM's own settings file: where it is, if there is one. What is for all VMs is none.
+/// The possible paths of a VM's settings, below the sysroot; the first file found is used.
+fn candidates(vmid: VmId) -> impl Iterator<Item = String> {
+    let default = folders().map(|folder| format!("{folder}/{DEFAULT}"));
+    own_candidates(vmid).into_iter().chain(default)
+}
+
+fn own_candidates(vmid: VmId) -> [String; 3] {
+    folders().map(|folder| format!("{folder}/{vmid}.toml"))
+}
+
+/// The VMs that have a settings file of their own, some maybe twice.
+///
+/// # Errors
+/// If a folder cannot be read.
+pub(crate) fn vms_with_own_file(root: &Host) -> Result<Vec<VmId>> {
+    let mut vmids = Vec::new();
+    for folder in folders() {
+        let names = match root.names(&folder) {
+            Err(error) if error.is_gone() => continue,
+            names => names?,
+        };
+        vmids.extend(
+            names
+                .iter()
+                .filter_map(|name| name.strip_suffix(".toml")?.parse::<VmId>().ok()),
+        );
+    }
+    Ok(vmids)
+}
+
+/// The path of a VM's own settings file, if there is one; default.toml is not its own.
 pub(crate) fn own_file(root: &Host, vmid: VmId) -> Option<PathBuf> {
-    let [cluster, node, _] = candidates(vmid).map(|path| root.path(path));
-    [cluster, node]
+    own_candidates(vmid)
         .into_iter()
+        .map(|path| root.path(path))
         .find(|path| path.symlink_metadata().is_ok())
 }
 
-/// Where a VM's settings for this node are, or would be.
+/// The path of a VM's settings for this node, whether they exist or not.
 pub(crate) fn node_file(root: &Host, vmid: VmId) -> PathBuf {
-    let [_, node, _] = candidates(vmid);
-    root.path(node)
+    root.path(format!("{OWN_FOLDER}/{vmid}.toml"))
 }
 
-/// Writes a VM's settings for this node, where it has none.
+/// Writes a VM's settings for this node, if it has none.
 ///
 /// # Errors
 /// [`Error::Unusable`] that names a file that is there already, [`Error::Io`] with the path.
@@ -53,7 +92,7 @@ pub(crate) fn create(root: &Host, vmid: VmId, text: &str) -> Result<PathBuf> {
         .mode(0o644)
         .open(&path);
     let written = file.and_then(|mut file| {
-        // Half a file would be taken for the whole of it.
+        // A partial file would be read as a complete one.
         file.write_all(text.as_bytes())
             .inspect_err(|_| drop(fs::remove_file(&path)))
     });
@@ -61,7 +100,84 @@ pub(crate) fn create(root: &Host, vmid: VmId, text: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Makes sure that a VM has no settings file of its own yet.
+/// Adds a hookscript to `chain` in a VM's own settings file. The file is replaced as a whole, so that
+/// no phase reads a part of it.
+///
+/// # Errors
+/// [`Error::Unusable`] if it has no file of its own, or others in `chain`; [`Error::Io`] with the
+/// path.
+pub(crate) fn add_chain(root: &Host, vmid: VmId, volume: &str) -> Result<()> {
+    let Some(path) = own_file(root, vmid) else {
+        let why = "without a settings file of its own, its earlier hookscript cannot be kept";
+        let fix = format!("write one: hook init {vmid}");
+        return Err(Error::unusable(
+            format!("VM {vmid}"),
+            format!("{why}; {fix}"),
+        ));
+    };
+    let text = fs::read_to_string(&path).map_err(|source| Error::io(&path, "read", source))?;
+    let new = format!("chain = [{volume:?}]\n{text}");
+    if toml::from_str::<File>(&new).is_err() {
+        let why = format!("add {volume:?} to the hookscripts of `chain`, then run this again");
+        return Err(Error::unusable(path.display().to_string(), why));
+    }
+    let beside = path.with_extension("toml.new");
+    // One of a run that was killed.
+    drop(fs::remove_file(&beside));
+    let file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o644)
+        .open(&beside);
+    let written = file
+        .and_then(|mut file| file.write_all(new.as_bytes()))
+        .and_then(|()| fs::rename(&beside, &path))
+        .inspect_err(|_| drop(fs::remove_file(&beside)));
+    written.map_err(|source| Error::io(&path, "write", source))
+}
+
+/// A VM's own settings files for this node.
+pub(crate) fn node_files(root: &Host, vmid: VmId) -> Vec<PathBuf> {
+    let [node, own, _cluster] = own_candidates(vmid).map(|path| root.path(path));
+    let is_there = |path: &PathBuf| path.symlink_metadata().is_ok();
+    [node, own].into_iter().filter(is_there).collect()
+}
+
+/// The settings file of a VM on another node, as far as the cluster shares it.
+pub(crate) fn file_on(root: &Host, node: &str, vmid: VmId) -> Option<PathBuf> {
+    let of_node = format!("{}/pinfold/{vmid}.toml", vm::node_folder(node));
+    let [_, _, cluster] = own_candidates(vmid);
+    [of_node, cluster]
+        .into_iter()
+        .map(|path| root.path(path))
+        .find(|path| path.symlink_metadata().is_ok())
+}
+
+/// The settings file that applies to a VM on another node, as far as the cluster shares it: the
+/// VM's own, or one for all VMs. The node's folder that the cluster does not share comes between.
+pub(crate) fn any_file_on(root: &Host, node: &str, vmid: VmId) -> Option<PathBuf> {
+    let of_node = format!("{}/pinfold/{DEFAULT}", vm::node_folder(node));
+    let [_, _, cluster] = folders();
+    let defaults = [of_node, format!("{cluster}/{DEFAULT}")];
+    let mut defaults = defaults.into_iter().map(|path| root.path(path));
+    let is_there = |path: &PathBuf| path.symlink_metadata().is_ok();
+    file_on(root, node, vmid).or_else(|| defaults.find(is_there))
+}
+
+/// Removes a settings file, and its folder if that is empty then.
+///
+/// # Errors
+/// [`Error::Io`] with the path.
+pub(crate) fn remove(path: &Path) -> Result<()> {
+    fs::remove_file(path).map_err(|source| Error::io(path, "remove", source))?;
+    if let Some(folder) = path.parent() {
+        // Others may have files there.
+        let _ = fs::remove_dir(folder);
+    }
+    Ok(())
+}
+
+/// Checks that a VM has no settings file of its own yet.
 ///
 /// # Errors
 /// [`Error::Unusable`] that names it.
@@ -70,7 +186,7 @@ pub(crate) fn no_own_file(root: &Host, vmid: VmId) -> Result<()> {
         None => Ok(()),
         Some(path) => {
             let why = format!(
-                "VM {vmid} has these settings already, which are left as they are; change or remove them"
+                "VM {vmid} has these settings already, which are not changed; edit or remove them"
             );
             Err(Error::unusable(path.display().to_string(), why))
         }
@@ -78,32 +194,22 @@ pub(crate) fn no_own_file(root: &Host, vmid: VmId) -> Result<()> {
 }
 
 /// A VM's settings file: its full path and its text.
-pub(super) fn find(root: &Host, vmid: VmId) -> Result<Option<(String, String)>> {
+///
+/// # Errors
+/// If the file cannot be read, or others than root can write it.
+pub(crate) fn find(root: &Host, vmid: VmId) -> Result<Option<(String, String)>> {
     for candidate in candidates(vmid) {
-        let path = root.path(&candidate);
-        match fs::symlink_metadata(&path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(source) => return Err(Error::io(path, "look at", source)),
-            Ok(meta) => {
-                let path = path.display().to_string();
-                check_owner(&path, &meta)?;
-                return Ok(Some((path, root.read(&candidate)?)));
-            }
+        // Whoever can write the settings decides where root writes. Proxmox VE's folder has links
+        // to this node's.
+        match trust::read(
+            &root.path(""),
+            candidate.as_ref(),
+            Some(vm::SHARED_FOLDER.as_ref()),
+        ) {
+            Err(error) if error.is_gone() => {}
+            Err(error) => return Err(error),
+            Ok(text) => return Ok(Some((root.path(&candidate).display().to_string(), text))),
         }
     }
     Ok(None)
-}
-
-/// Whoever can write the settings decides where root writes.
-fn check_owner(path: &str, meta: &fs::Metadata) -> Result<()> {
-    let fault = if !meta.is_file() {
-        "it is no plain file"
-    } else if meta.uid() != nix::unistd::geteuid().as_raw() && meta.uid() != 0 {
-        "it does not belong to root"
-    } else if meta.mode() & 0o022 != 0 {
-        "others than root can write it; chmod go-w"
-    } else {
-        return Ok(());
-    };
-    Err(Error::unusable(path, format!("settings refused: {fault}")))
 }

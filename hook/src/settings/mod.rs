@@ -7,8 +7,11 @@ mod resolve;
 mod schema;
 
 pub(crate) use deadlines::{Bounds, Deadlines, MAX_DEADLINE};
-pub(crate) use file::{create, no_own_file, node_file, own_file};
-pub(crate) use resolve::{deadlines, load, resolve};
+pub(crate) use file::{
+    add_chain, any_file_on, create, file_on, find, no_own_file, node_file, node_files, own_file,
+    remove, vms_with_own_file,
+};
+pub(crate) use resolve::{Loaded, chain, deadlines, joined, load, load_on, resolve};
 #[cfg(test)]
 pub(crate) use schema::known_keys;
-pub(crate) use schema::{Method, ResetPci, Settings};
+pub(crate) use schema::{Method, PciReset, REMOVE, ResetPci, Settings, default};

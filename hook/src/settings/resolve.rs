@@ -1,52 +1,163 @@
 //! From the text of a settings file to the settings of a VM on this host.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
-use pinfold_core::selector;
-use pinfold_core::sys::topology::Topology;
+use pinfold_core::selector::Resolver;
+use pinfold_core::sys::cpu;
 use pinfold_core::vm::VmId;
-use pinfold_core::{Error, Host, Result};
+use pinfold_core::{CpuSet, Error, Host, Result, Selector};
 
 use super::deadlines::Deadlines;
-use super::file::{candidates, find};
-use super::pins::{self, cpus};
-use super::schema::{DEFAULT_LAYOUT, File, Iothreads, KEEP, Method, ResetPci, Settings, layout};
+use super::file::{find, node_file};
+use super::pins::{Pins, cpus};
+use super::schema::{
+    BUILT_IN, DEFAULT_LAYOUT, File, Iothreads, KEEP, ResetPci, Settings, default, layout,
+};
+use crate::choice::{self, Cell};
 
-/// Finds and resolves a VM's settings; `threads_per_core` is of its guest, for pins whose order is
-/// left to hook.
-///
-/// # Errors
-/// Where a file is not root's alone, cannot be read or says something wrong, or the layout is not
-/// for this machine.
-pub(crate) fn load(root: &Host, vmid: VmId, threads_per_core: usize) -> Result<Settings> {
-    if let Some((path, text)) = find(root, vmid)? {
-        return resolve(root, &text, &path, threads_per_core);
-    }
-    let (text, source) = (
-        format!("layout = \"{DEFAULT_LAYOUT}\""),
-        format!("the built-in layout {DEFAULT_LAYOUT}"),
-    );
-    resolve(root, &text, &source, threads_per_core).map_err(|error| {
-        let [_, first, _] = candidates(vmid).map(|path| root.path(path));
-        let advice = format!(
-            "write your CPUs to {}, as in\n  isolated = \"4-7\"\n  pins = \"auto\"",
-            first.display()
-        );
-        Error::unusable(
-            format!("VM {vmid} has no settings file and {error}"),
-            advice,
-        )
-    })
+/// A VM's settings on this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Loaded {
+    /// It has these CPUs.
+    Fenced(Settings),
+    /// It starts without isolated CPUs, since `required = false` allows it.
+    Unfenced {
+        /// The settings, without CPUs.
+        settings: Settings,
+        /// Why it has none.
+        why: String,
+        /// Whether its settings give it some.
+        is_lack: bool,
+    },
 }
 
-/// A VM's deadlines, without a look at the host. Settings with a fault have the usual ones:
-/// [`load`] tells the fault.
+impl Loaded {
+    /// The settings with CPUs.
+    ///
+    /// # Errors
+    /// Why there are none.
+    #[cfg(test)]
+    pub(crate) fn fenced(self) -> std::result::Result<Settings, String> {
+        match self {
+            Self::Fenced(settings) => Ok(settings),
+            Self::Unfenced { why, .. } => Err(why),
+        }
+    }
+}
+
+/// Finds and resolves a VM's settings; `threads_per_core` is of its guest, which has the NUMA
+/// `cells`, for pins whose order is left to hook.
+///
+/// # Errors
+/// If there are none, or if a file is not root's alone, cannot be parsed, or asks for what this
+/// host does not have and does not have `required = false`.
+pub(crate) fn load(
+    root: &Host,
+    vmid: VmId,
+    threads_per_core: usize,
+    cells: &[Cell],
+) -> Result<Loaded> {
+    load_on(root, &Resolver::new(root), vmid, threads_per_core, cells)
+}
+
+/// As [`load`], for several VMs of a host, whose topology is read once.
+///
+/// # Errors
+/// As [`load`].
+pub(crate) fn load_on(
+    root: &Host,
+    host: &Resolver<'_>,
+    vmid: VmId,
+    threads_per_core: usize,
+    cells: &[Cell],
+) -> Result<Loaded> {
+    let fenced = |file: File, path: &str| {
+        let mut settings = resolve_file(root, host, file, path, threads_per_core)?;
+        settings.fit_cells(host, cells)?;
+        // Without them emulator threads have all housekeeping CPUs, which is no reason to stop a
+        // start.
+        settings.near = host.near(&settings.isolated).unwrap_or_default();
+        Ok(Loaded::Fenced(settings))
+    };
+    if let Some((path, text)) = find(root, vmid)? {
+        let file = parse(&text, &path)?;
+        if file.required != Some(false) {
+            return fenced(file, &path);
+        }
+        let is_lack = file.has_cpus();
+        let why = if is_lack {
+            match fenced(file.clone(), &path) {
+                Ok(loaded) => return Ok(loaded),
+                Err(error) => error.to_string(),
+            }
+        } else {
+            format!("{path} has required = false and no CPUs; `hook init {vmid}` chooses some")
+        };
+        let without_cpus = File {
+            layout: None,
+            isolated: None,
+            pins: None,
+            emulator: None,
+            iothreads: None,
+            max_latency_us: None,
+            stat_interval: None,
+            ..file
+        };
+        let settings = resolve_file(root, host, without_cpus, &path, threads_per_core)?;
+        return Ok(Loaded::Unfenced {
+            settings,
+            why,
+            is_lack,
+        });
+    }
+    built_in(root, host, threads_per_core)
+        .map(Loaded::Fenced)
+        .map_err(|why| {
+            let advice = format!(
+                "write settings with `hook init {vmid}`; or let it start without isolated CPUs by \
+                 required = false in {} or default.toml",
+                node_file(root, vmid).display()
+            );
+            Error::unusable(format!("VM {vmid} has no settings file, and {why}"), advice)
+        })
+}
+
+/// The settings of a VM without a file, or why there are none on this host.
+fn built_in(
+    root: &Host,
+    host: &Resolver<'_>,
+    threads_per_core: usize,
+) -> std::result::Result<Settings, String> {
+    let source = format!("{BUILT_IN} {DEFAULT_LAYOUT}");
+    let misfit = layout(DEFAULT_LAYOUT)?.misfit(root, host);
+    if let Some(why) = misfit.map_err(|error| error.to_string())? {
+        return Err(format!("{source} is for {why}"));
+    }
+    // The documented order.
+    let text = format!("layout = \"{DEFAULT_LAYOUT}\"\nmethod = \"hotplug\"");
+    resolve(root, &text, &source, threads_per_core).map_err(|error| error.to_string())
+}
+
+/// A VM's deadlines, without a look at the host. Settings with an error have the default ones:
+/// [`load`] reports the error.
 pub(crate) fn deadlines(root: &Host, vmid: VmId) -> Deadlines {
     let file = find(root, vmid)
         .ok()
         .flatten()
         .and_then(|(_, text)| toml::from_str::<File>(&text).ok());
     file.map(|file| file.deadlines).unwrap_or_default()
+}
+
+/// The other hookscripts of a VM, as volumes, and how long each may take, by its settings file.
+/// None if that has an error: [`load`] reports it.
+pub(crate) fn chain(root: &Host, vmid: VmId) -> (Vec<String>, Duration) {
+    let file = find(root, vmid)
+        .ok()
+        .flatten()
+        .and_then(|(_, text)| toml::from_str::<File>(&text).ok())
+        .unwrap_or_default();
+    (file.chain, Duration::from_secs(file.deadlines.chain))
 }
 
 /// Resolves the text of a settings file, for a guest with so many threads per core.
@@ -56,45 +167,69 @@ pub(crate) fn resolve(
     source: &str,
     threads_per_core: usize,
 ) -> Result<Settings> {
-    let file: File = toml::from_str(text)
-        .map_err(|error| Error::malformed(source, error.to_string().trim_end().to_owned()))?;
+    let host = Resolver::new(root);
+    resolve_file(root, &host, parse(text, source)?, source, threads_per_core)
+}
+
+fn parse(text: &str, source: &str) -> Result<File> {
+    toml::from_str(text)
+        .map_err(|error| Error::malformed(source, error.to_string().trim_end().to_owned()))
+}
+
+fn resolve_file(
+    root: &Host,
+    host: &Resolver<'_>,
+    file: File,
+    source: &str,
+    threads_per_core: usize,
+) -> Result<Settings> {
     let wrong = |why: String| Error::malformed(source, why);
-    let host = selector::Resolver::new(root);
     let read =
-        |key: &str, text: &str| cpus(&host, text).map_err(|why| wrong(format!("{key}: {why}")));
+        |key: &str, text: &str| cpus(host, text).map_err(|why| wrong(format!("{key}: {why}")));
+    let required = file.required.unwrap_or(default::REQUIRED);
+    let has_cpus = file.has_cpus();
     let mut isolated = file
         .isolated
-        .map(|text| read("isolated", &text))
+        .as_deref()
+        .map(|text| read("isolated", text))
         .transpose()?;
+    if let (Some(text), Some(cpus)) = (&file.isolated, &isolated) {
+        boot_cpu_is_named(text, cpus).map_err(&wrong)?;
+    }
     let mut pins = file.pins;
     if let Some(name) = &file.layout {
         let layout = layout(name).map_err(&wrong)?;
-        let present = pinfold_core::sys::cpu::present(root)?;
-        if present != layout.present {
-            let why = format!(
-                "layout {name} is for a host with CPUs {}; this one has {present}",
-                layout.present
-            );
-            return Err(Error::unusable(source, why));
+        if let Some(why) = layout.misfit(root, host)? {
+            return Err(Error::unusable(
+                source,
+                format!("layout {name} is for {why}"),
+            ));
         }
         isolated = isolated.or(Some(layout.isolated));
         pins = pins.or(Some(layout.pins));
     }
     let isolated = isolated.filter(|cpus| !cpus.is_empty());
-    let isolated = isolated.ok_or_else(|| {
-        wrong("isolated: the VM's CPUs are missing; write isolated = \"4-7\"".into())
-    })?;
-    let pins = pins.ok_or_else(|| {
-        wrong(
-            "pins: missing; write pins = \"auto\", or a CPU per vCPU, as in pins = \"4,5,6,7\""
-                .into(),
-        )
-    })?;
+    let isolated = match isolated {
+        None if !required && !has_cpus => CpuSet::new(),
+        cpus => cpus.ok_or_else(|| {
+            wrong("isolated: the VM's CPUs are missing; write isolated = \"4-7\"".into())
+        })?,
+    };
+    let pins = match pins {
+        None if isolated.is_empty() => Pins::PerVcpu(Vec::new()),
+        pins => pins.ok_or_else(|| {
+            wrong(
+                "pins: missing; write pins = \"auto\", or a CPU per vCPU, as in pins = \"4,5,6,7\""
+                    .into(),
+            )
+        })?,
+    };
     let auto_pins = pins.are_auto().then_some(threads_per_core);
     let pins = match auto_pins {
-        Some(threads) => pins::auto(&Topology::read(root)?, &isolated, threads),
+        Some(threads) => choice::in_vcpu_order(host.topology()?, &isolated, threads, &[]),
+        None if isolated.is_empty() => Vec::new(),
         None => pins
-            .resolve(&host)
+            .resolve(host)
             .map_err(|why| wrong(format!("pins: {why}")))?,
     };
     for (vcpu, cpus) in pins.iter().enumerate() {
@@ -105,7 +240,7 @@ pub(crate) fn resolve(
             )));
         }
     }
-    // An empty text is a slip, since leaving the key out says more.
+    // An empty text is a mistake: a key without a value would be left out.
     let some = |key: &str, text: &str| match read(key, text)? {
         cpus if cpus.is_empty() => Err(wrong(format!(
             "{key}: an empty CPU list; leave it out for all housekeeping CPUs"
@@ -128,36 +263,77 @@ pub(crate) fn resolve(
         }
     }
     if file.stat_interval == Some(0) {
-        return Err(wrong(
-            "stat_interval: 0 s is no interval; leave it out for 120".into(),
-        ));
+        return Err(wrong(format!(
+            "stat_interval: 0 s is not an interval; leave it out for {}",
+            default::STAT_INTERVAL
+        )));
+    }
+    let is_volume = |volume: &&String| volume.contains(":snippets/");
+    if let Some(other) = file.chain.iter().find(|volume| !is_volume(volume)) {
+        return Err(wrong(format!(
+            "chain: {other:?} is not a hookscript's volume, as in \"local:snippets/old.pl\""
+        )));
     }
     Ok(Settings {
         source: source.to_owned(),
         isolated,
+        required,
         pins,
         auto_pins,
+        near: CpuSet::new(),
         emulator,
         iothreads,
         iothread,
-        method: file.method.unwrap_or(Method::Hotplug),
-        governor: Some(file.governor.unwrap_or_else(|| "performance".into()))
+        method: file.method.unwrap_or(default::METHOD),
+        governor: Some(file.governor.unwrap_or_else(|| default::GOVERNOR.into()))
             .filter(|name| name != KEEP),
-        stat_interval: Some(file.stat_interval.unwrap_or(120)),
+        max_latency_us: file.max_latency_us,
+        stat_interval: Some(file.stat_interval.unwrap_or(default::STAT_INTERVAL)),
         idle_vm: file.idle_vm,
-        reset_pci: file.reset_pci.unwrap_or(ResetPci::OfVm(false)),
-        tidy_caches: file.tidy_caches.unwrap_or(true),
-        min_housekeeping: file.min_housekeeping.unwrap_or(1).max(1),
+        reset_pci: file.reset_pci.unwrap_or(ResetPci::OfVm(default::RESET_PCI)),
+        tidy_caches: file.tidy_caches,
+        min_housekeeping: file
+            .min_housekeeping
+            .unwrap_or(default::MIN_HOUSEKEEPING)
+            .max(1),
+        chain: file.chain,
+        ignore: file.ignore,
         deadlines: file.deadlines,
     })
+}
+
+/// Checks that CPU 0 is among the isolated CPUs only if the list names it: the kernel keeps work there
+/// that no other CPU has, so nobody should get it by the name of a larger part.
+///
+/// # Errors
+/// What to write instead.
+fn boot_cpu_is_named(text: &str, isolated: &CpuSet) -> std::result::Result<(), String> {
+    let is_named = |list: Selector| list.names_cpu(cpu::BOOT_CPU);
+    if !isolated.contains(cpu::BOOT_CPU) || text.parse().is_ok_and(is_named) {
+        return Ok(());
+    }
+    Err(format!(
+        "isolated: CPU 0 is in {text}, but not named, and stays with the host; leave its core out: \
+         \"{}\"; or name it, which needs the method partition: \"{}\"",
+        joined(text, "!core:0"),
+        joined(text, "core:0")
+    ))
+}
+
+/// A list of CPUs with another term.
+pub(crate) fn joined(list: &str, term: &str) -> String {
+    match list.contains(['&', '!']) {
+        true => format!("({list}),{term}"),
+        false => format!("{list},{term}"),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine;
     use crate::settings::schema::known_keys;
-    use pinfold_core::CpuSet;
+    use crate::settings::{Method, own_file};
+    use pinfold_core::testutils::machine;
     use proptest::prelude::*;
     use std::fs;
 
@@ -173,11 +349,7 @@ mod tests {
     /// A captured machine.
     fn machine(name: &str) -> (tempfile::TempDir, Host) {
         let dir = tempfile::tempdir().unwrap();
-        let (_, text) = machine::all()
-            .into_iter()
-            .find(|(known, _)| known == name)
-            .unwrap();
-        machine::expand(&text, dir.path());
+        machine::expand(&machine::text(name), dir.path());
         let root = Host::new(dir.path());
         (dir, root)
     }
@@ -188,51 +360,150 @@ mod tests {
 
     #[test]
     fn without_a_file_the_5900x() {
-        let (_dir, root) = host("0-23");
-        let settings = load(&root, vm(), 1).unwrap();
-        assert_eq!(settings.isolated.to_string(), "6-11,18-23");
-        let pins: Vec<String> = settings.pins.iter().map(ToString::to_string).collect();
-        assert_eq!(pins.join(" "), "6 18 7 19 8 20 9 21 10 22 11 23");
-        assert_eq!(
-            (settings.governor.as_deref(), settings.stat_interval),
-            (Some("performance"), Some(120))
-        );
-        assert_eq!(
-            (settings.idle_vm, settings.reset_pci, settings.tidy_caches),
-            (None, ResetPci::OfVm(false), true)
-        );
+        // Also while some CPUs are offline: hook checks those that it needs.
+        for name in ["5900x", "5900x-offline"] {
+            let (_dir, root) = machine(name);
+            let settings = load(&root, vm(), 1, &[]).unwrap().fenced().unwrap();
+            assert_eq!(settings.isolated.to_string(), "6-11,18-23");
+            let pins: Vec<String> = settings.pins.iter().map(ToString::to_string).collect();
+            assert_eq!(pins.join(" "), "6 18 7 19 8 20 9 21 10 22 11 23");
+            assert_eq!(
+                (settings.governor.as_deref(), settings.stat_interval),
+                (Some("performance"), Some(120))
+            );
+            assert_eq!(
+                (settings.idle_vm, settings.reset_pci, settings.tidy_caches),
+                (None, ResetPci::OfVm(false), None)
+            );
+            // The documented order, while files have another default.
+            assert_eq!(
+                (settings.method, settings.required),
+                (Method::Hotplug, true)
+            );
+        }
     }
 
     #[test]
-    fn where_the_layout_does_not_fit_it_says_what_to_write() {
-        let (_dir, root) = host("0-7");
-        let error = load(&root, vm(), 1).unwrap_err().to_string();
-        assert!(
-            error.contains("layout 5900x is for a host with CPUs 0-23; this one has 0-7"),
-            "{error}"
-        );
-        assert!(
-            error.contains("etc/pinfold/100.toml, as in\n  isolated = \"4-7\"\n  pins = \"auto\""),
-            "{error}"
-        );
-    }
-
-    #[test]
-    fn the_nearest_file_wins() {
-        let (dir, root) = host("0-7");
-        for (folder, file, cpu) in [
-            ("etc/pinfold", "default.toml", 1),
-            ("etc/pinfold", "100.toml", 2),
-            ("etc/pve/pinfold", "100.toml", 3),
+    fn without_a_file_other_machines_are_refused() {
+        for (name, why) in [
+            (
+                "285k",
+                "an L3 for each of CPU 0-5,12-17 and 6-11,18-23; this one has one for CPU 0-23",
+            ),
+            (
+                "dellx",
+                "an L3 for each of CPU 0-5,12-17 and 6-11,18-23; this one has one for each of CPU \
+                 0,2,4,6,8,10,12,14,16,18,20,22 and 1,3,5,7,9,11,13,15,17,19,21,23",
+            ),
+            (
+                "hybrid",
+                "an L3 for each of CPU 0-5,12-17 and 6-11,18-23; this one has one for CPU 0-23",
+            ),
+            ("bare", "a host with CPU 0-23; this one has 0-3"),
         ] {
-            let folder = dir.path().join(folder);
-            fs::create_dir_all(&folder).unwrap();
-            fs::write(
-                folder.join(file),
-                format!("isolated = \"{cpu}\"\npins = [{cpu}]"),
-            )
-            .unwrap();
-            assert_eq!(load(&root, vm(), 1).unwrap().isolated.first(), Some(cpu));
+            let (_dir, root) = machine(name);
+            let error = load(&root, vm(), 1, &[]).unwrap_err().to_string();
+            assert!(error.contains(why), "{name}: {error}");
+            assert!(
+                error.contains("write settings with `hook init 100`"),
+                "{error}"
+            );
+        }
+        // The caches of a 5900X, and siblings that are not.
+        let (dir, root) = machine("5900x");
+        for (cpu, core) in [(6, "6-7"), (7, "6-7"), (18, "18-19"), (19, "18-19")] {
+            let file = format!("sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list");
+            fs::write(dir.path().join(file), core).unwrap();
+        }
+        let error = load(&root, vm(), 1, &[]).unwrap_err().to_string();
+        assert!(
+            error.contains("with the cores 0,12 and 1,13 and so on; this one has core 6-7"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn the_most_specific_file_wins() {
+        let (dir, root) = host("0-7");
+        // As on a node of Proxmox VE.
+        fs::create_dir_all(dir.path().join("etc/pve/nodes/pve1")).unwrap();
+        std::os::unix::fs::symlink("nodes/pve1", dir.path().join("etc/pve/local")).unwrap();
+        for (cpu, file) in (1..).zip([
+            "etc/pve/pinfold/default.toml",
+            "etc/pinfold/default.toml",
+            "etc/pve/local/pinfold/default.toml",
+            "etc/pve/pinfold/100.toml",
+            "etc/pinfold/100.toml",
+            "etc/pve/local/pinfold/100.toml",
+        ]) {
+            let path = dir.path().join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, format!("isolated = \"{cpu}\"\npins = [{cpu}]")).unwrap();
+            let settings = load(&root, vm(), 1, &[]).unwrap().fenced().unwrap();
+            assert_eq!(settings.isolated.first(), Some(cpu), "{file}");
+            let own = own_file(&root, vm());
+            assert_eq!(own.is_some(), cpu > 3, "{file}");
+            assert_eq!(settings.method, Method::Auto);
+        }
+    }
+
+    #[test]
+    fn what_is_not_required_may_be_missing() {
+        let (dir, root) = machine("5900x");
+        let file = |name: &str, text: &str| {
+            let path = dir.path().join("etc/pinfold").join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        let loaded = || load(&root, vm(), 1, &[]);
+        file("default.toml", "required = false\nidle_vm = 107\n");
+        let Loaded::Unfenced {
+            settings,
+            why,
+            is_lack,
+        } = loaded().unwrap()
+        else {
+            panic!("fenced without CPUs")
+        };
+        assert!(
+            why.ends_with(
+                "default.toml has required = false and no CPUs; `hook init 100` chooses some"
+            ),
+            "{why}"
+        );
+        assert_eq!((settings.idle_vm, is_lack), (Some(107), false));
+        assert!(settings.isolated.is_empty() && settings.pins.is_empty());
+        // The VM's own file decides, and files are not merged.
+        file("100.toml", "isolated = \"llc:2\"\npins = \"auto\"\n");
+        assert!(loaded().is_err());
+        file(
+            "100.toml",
+            "required = false\nisolated = \"llc:2\"\npins = \"auto\"\n",
+        );
+        let Loaded::Unfenced { why, is_lack, .. } = loaded().unwrap() else {
+            panic!("fenced on CPUs that are not there")
+        };
+        assert!(
+            why.contains("isolated: llc:2: no such LLC domain") && is_lack,
+            "{why}"
+        );
+        file(
+            "100.toml",
+            "required = false\nisolated = \"llc:1\"\npins = \"auto\"\n",
+        );
+        let settings = loaded().unwrap().fenced().unwrap();
+        assert_eq!((settings.isolated.len(), settings.required), (12, false));
+        let kept = serde_json::to_string(&settings).unwrap();
+        assert_eq!(serde_json::from_str::<Settings>(&kept).unwrap(), settings);
+        // Settings that cannot be parsed do not allow it.
+        for text in [
+            "required = false\nisolate = \"llc:1\"",
+            "required = 0",
+            "pins = \"auto\"",
+            "",
+        ] {
+            file("100.toml", text);
+            assert!(loaded().is_err(), "{text}");
         }
     }
 
@@ -318,11 +589,13 @@ mod tests {
         );
         let kept = serde_json::to_string(&settings).unwrap();
         assert_eq!(serde_json::from_str::<Settings>(&kept).unwrap(), settings);
-        settings.fit_guest(&root, 2).unwrap();
+        settings.fit_guest(&root, 2, &[]).unwrap();
         assert_eq!(settings, resolve(&root, text, "test", 2).unwrap());
         assert_eq!(pins(&settings), paired);
-        // Nothing is looked at where nothing is to be done.
-        settings.fit_guest(&Host::new("/nonexistent"), 2).unwrap();
+        // Nothing is read if nothing has to be ordered.
+        settings
+            .fit_guest(&Host::new("/nonexistent"), 2, &[])
+            .unwrap();
         let mut written = resolve(
             &root,
             &format!("isolated = \"llc:1\"\npins = \"{alone}\""),
@@ -330,7 +603,7 @@ mod tests {
             2,
         )
         .unwrap();
-        written.fit_guest(&root, 2).unwrap();
+        written.fit_guest(&root, 2, &[]).unwrap();
         assert_eq!((pins(&written).as_str(), written.auto_pins), (alone, None));
         let error = resolve(&root, "pins = \"auto\"", "test", 1)
             .unwrap_err()
@@ -363,12 +636,38 @@ mod tests {
     }
 
     #[test]
+    fn cpu_0_is_isolated_only_by_its_name() {
+        let (_dir, root) = machine("7950x3d");
+        for text in ["vcache", "llc:0", "node:0", "!llc:1", "all", "llc:0&0-3"] {
+            let settings = format!("isolated = \"{text}\"\npins = \"auto\"");
+            let resolved = resolve(&root, &settings, "test", 1);
+            let named = text == "llc:0&0-3";
+            assert_eq!(resolved.is_ok(), named, "{text}");
+            let Err(error) = resolved else { continue };
+            // Both ways out are settings that work.
+            let words: Vec<&str> = error.to_string().leak().split('"').collect();
+            let (without, with) = (words[1], words[3]);
+            for (list, has_it) in [(without, false), (with, true)] {
+                let settings = format!("isolated = \"{list}\"\npins = \"auto\"");
+                let settings = resolve(&root, &settings, "test", 1).unwrap();
+                assert_eq!(settings.isolated.contains(0), has_it, "{list}");
+                assert_eq!(settings.isolated.contains(16), has_it, "{list}");
+            }
+        }
+        for text in ["0", "core:0", "0-7,16-23", "vcache,core:0"] {
+            let settings = format!("isolated = \"{text}\"\npins = \"auto\"");
+            let settings = resolve(&root, &settings, "test", 1).unwrap();
+            assert!(settings.isolated.contains(0), "{text}");
+        }
+    }
+
+    #[test]
     fn wrong_selectors_name_the_key_and_the_token() {
         let (_dir, root) = machine("5900x");
         for (text, why) in [
             (
                 "isolated = \"lcl:1\"",
-                "test: isolated: \"lcl\" in \"lcl:1\" (character 1) is no selector; there are llc:N",
+                "test: isolated: \"lcl\" in \"lcl:1\" (character 1) is not a selector; selectors are llc:N",
             ),
             (
                 "isolated = \"llc:2\"",
@@ -376,7 +675,7 @@ mod tests {
             ),
             (
                 "isolated = \"vcache\"",
-                "test: isolated: vcache: no L3 is larger than the others",
+                "test: isolated: vcache: no L3 has 3D V-Cache (AMD, 64M or more, 8M or more per core)",
             ),
             (
                 "isolated = \"llc:1&0\"",
@@ -384,7 +683,7 @@ mod tests {
             ),
             (
                 "isolated = \"!vm:101\"",
-                "test: isolated: !vm:101: where a VM's vCPUs may run changes",
+                "test: isolated: !vm:101: the CPUs of a VM's vCPUs change",
             ),
             (
                 "isolated = \"6\"\npins = \"6\"\nemulator = \"node:1\"",
@@ -400,7 +699,7 @@ mod tests {
             ),
             (
                 "isolated = \"6\"\npins = [6, \"core:\"]",
-                "test: pins: vCPU 1: \"\" in \"core:\" (character 6) is no number",
+                "test: pins: vCPU 1: \"\" in \"core:\" (character 6) is not a number",
             ),
             (
                 "isolated = \"6\"\npins = [\"llc:0\"]",
@@ -416,7 +715,7 @@ mod tests {
             ),
             (
                 "isolated = \"6,18\"\npins = \"6,cor:6\"",
-                "test: pins: \"cor:6\" in \"cor:6\" is no CPU number or range",
+                "test: pins: \"cor:6\" in \"cor:6\" is not a CPU number or range",
             ),
         ] {
             let error = resolve(&root, text, "test", 1).unwrap_err().to_string();
@@ -531,14 +830,18 @@ mod tests {
         }
 
         #[test]
-        fn no_settings_panic(key in "isolated|pins|emulator|iothreads|stat_interval|reset_pci|idle_vm", value in "\\PC*|-?[0-9]{1,20}|\\[\\PC*\\]|\"[0-9,-]*\"|\"auto\"|\"(llc:|core:|vm:10|all|!|&|[0-9,()-]){0,8}\"") {
+        fn no_settings_panic(
+            key in "isolated|pins|emulator|iothreads|stat_interval|reset_pci|idle_vm",
+            value in "\\PC*|-?[0-9]{1,20}|\\[\\PC*\\]|\"[0-9,-]*\"|\"auto\"\
+                      |\"(llc:|core:|vm:10|all|!|&|[0-9,()-]){0,8}\"",
+        ) {
             let _ = toml::from_str::<File>(&format!("{key} = {value}"));
             let _ = resolve(&Host::new("/nonexistent"), &format!("{key} = {value}\nisolated = \"6\""), "test", 1);
         }
     }
 
     /// The settings that the README shows are settings, all keys are among them, and the defaults
-    /// are as it says.
+    /// are as it lists them.
     #[test]
     fn the_readme_tells_the_truth() {
         let readme = include_str!("../../../README.md");
@@ -565,17 +868,17 @@ mod tests {
         let default = resolve(&root, "isolated = \"6\"\npins = \"6\"", "", 1).unwrap();
         assert_eq!(
             (
+                shown.required,
                 shown.method,
                 shown.governor,
                 shown.stat_interval,
-                shown.tidy_caches,
                 shown.deadlines
             ),
             (
+                default.required,
                 default.method,
                 default.governor,
                 default.stat_interval,
-                default.tidy_caches,
                 default.deadlines
             ),
         );
@@ -588,6 +891,8 @@ mod tests {
                 default.reset_pci == ResetPci::OfVm(false),
             ),
             ("min_housekeeping = 2", default.min_housekeeping == 1),
+            ("tidy_caches = true", default.tidy_caches.is_none()),
+            ("max_latency_us = 20", default.max_latency_us.is_none()),
         ] {
             let line = all.lines().find(|line| line.starts_with(key)).unwrap();
             assert!(is_default && line.contains("default: "), "{line}");
@@ -603,15 +908,15 @@ mod tests {
         fs::write(&path, "isolated = \"6\"\npins = \"6\"").unwrap();
         for (mode, refused) in [(0o644, false), (0o664, true), (0o602, true), (0o600, false)] {
             fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
-            assert_eq!(load(&root, vm(), 1).is_err(), refused, "{mode:o}");
+            assert_eq!(load(&root, vm(), 1, &[]).is_err(), refused, "{mode:o}");
         }
         fs::remove_file(&path).unwrap();
         std::os::unix::fs::symlink("/etc/hostname", &path).unwrap();
         assert!(
-            load(&root, vm(), 1)
+            load(&root, vm(), 1, &[])
                 .unwrap_err()
                 .to_string()
-                .contains("no plain file")
+                .contains("it is a symbolic link")
         );
     }
 }

@@ -11,7 +11,8 @@ use crate::sys::cpu;
 use crate::sysroot::Sysroot;
 
 /// Sets cpuset.cpus. The kernel clears it only for a cgroup without processes (ENOSPC): one with
-/// processes gets all CPUs instead, which has the same effect until the controller is disabled.
+/// processes gets all CPUs instead, which has the same effect until the controller is disabled. Not
+/// those of partitions, which a sibling with their CPUs would end.
 pub(super) fn set_cpus(root: &Sysroot, cgroup: &str, cpus: &CpuSet) -> io::Result<()> {
     let path = cgroup::file(cgroup, "cpuset.cpus");
     if !cpus.is_empty() {
@@ -21,7 +22,9 @@ pub(super) fn set_cpus(root: &Sysroot, cgroup: &str, cpus: &CpuSet) -> io::Resul
     match file::write(root, &path, "\n") {
         Err(error) if error.raw_os_error() == Some(nix::libc::ENOSPC) => {
             let all = cpu::present(root).map_err(into_io)?;
-            file::write(root, path, &all.to_string())
+            let shared = &all - &cgroup::partitioned(root).map_err(into_io)?;
+            let cpus = if shared.is_empty() { all } else { shared };
+            file::write(root, path, &cpus.to_string())
         }
         // Without the controller there is nothing to clear.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),

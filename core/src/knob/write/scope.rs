@@ -8,7 +8,7 @@ use crate::error::into_io;
 use crate::host::Host;
 use crate::sys::cgroup;
 use crate::sys::task::TaskId;
-use crate::systemd::Writer;
+use crate::systemd::{ScopeProperties, Writer};
 
 /// How often a process is checked for having been moved into a scope that systemd has started.
 const MOVED_INTERVAL: Duration = Duration::from_millis(10);
@@ -60,6 +60,9 @@ fn start_scope(host: &Host, scope: &str, slice: &str, pid: i32) -> io::Result<()
         properties.property("KillMode", "s", |value| value.string("process"));
         properties.property("SendSIGKILL", "b", |value| value.bool(false));
         properties.property("TimeoutStopUSec", "t", |value| value.u64(u64::MAX));
+        if let Some(had) = host.scope(scope) {
+            add_properties(properties, had);
+        }
     });
     // No further units.
     body.array(8, |_| {});
@@ -67,6 +70,32 @@ fn start_scope(host: &Host, scope: &str, slice: &str, pid: i32) -> io::Result<()
         .manager("StartTransientUnit", "ssa(sv)a(sa(sv))", body)
         .map(drop)
         .map_err(failed)
+}
+
+/// What the scope had before: Proxmox VE's weight and limit of CPU time, and the order at shutdown.
+fn add_properties(properties: &mut Writer, had: &ScopeProperties) {
+    if let Some(description) = &had.description {
+        properties.property("Description", "s", |value| value.string(description));
+    }
+    for (name, units) in [("After", &had.after), ("Before", &had.before)] {
+        if !units.is_empty() {
+            properties.property(name, "as", |value| {
+                value.array(4, |list| {
+                    for unit in units {
+                        list.string(unit);
+                    }
+                })
+            });
+        }
+    }
+    for (name, number) in [
+        ("CPUWeight", had.cpu_weight),
+        ("CPUQuotaPerSecUSec", had.cpu_quota_usec),
+    ] {
+        if let Some(number) = number {
+            properties.property(name, "t", |value| value.u64(number));
+        }
+    }
 }
 
 /// Waits until systemd has moved a process into a cgroup.
@@ -100,5 +129,36 @@ mod tests {
         let call = "/org/freedesktop/systemd1 StartTransientUnit ssa(sv)a(sa(sv)) 100.scope fail";
         assert_eq!(fake.calls().last().unwrap(), call);
         assert!(start_scope(&host, "100.scope", "qemu.slice", -1).is_err());
+    }
+
+    #[test]
+    fn it_has_what_it_had() {
+        let mut body = Writer::default();
+        add_properties(
+            &mut body,
+            &ScopeProperties {
+                description: Some("Proxmox VE VM 100".into()),
+                after: vec!["dbus.service".into()],
+                before: vec!["pve-ha-lrm.service".into(), "pve-guests.service".into()],
+                cpu_weight: Some(0x1234),
+                cpu_quota_usec: Some(1_500_000),
+            },
+        );
+        for text in [
+            "Description",
+            "Proxmox VE VM 100",
+            "After",
+            "dbus.service",
+            "Before",
+            "pve-ha-lrm.service",
+            "pve-guests.service",
+            "CPUWeight",
+            "CPUQuotaPerSecUSec",
+        ] {
+            assert!(body.has(text.as_bytes()), "{text}");
+        }
+        for number in [0x1234_u64, 1_500_000] {
+            assert!(body.has(&number.to_le_bytes()), "{number}");
+        }
     }
 }

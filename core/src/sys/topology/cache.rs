@@ -18,7 +18,8 @@ pub(super) struct Cache {
     pub(super) cpus: CpuSet,
 }
 
-/// The data cache of the highest level that a CPU has; `None` where none is told, as in some VMs.
+/// The data cache of the highest level that a CPU has; `None` if the kernel reports none, as in
+/// some VMs.
 pub(super) fn last_level(root: &Sysroot, cpu: usize) -> Result<Option<Cache>> {
     let folder = format!("sys/devices/system/cpu/cpu{cpu}/cache");
     let names = match root.names(&folder) {
@@ -47,7 +48,7 @@ pub(super) fn last_level(root: &Sysroot, cpu: usize) -> Result<Option<Cache>> {
         return Ok(None);
     };
     let path = format!("{index}/shared_cpu_list");
-    // Some hypervisors tell of a cache and not whose it is.
+    // Some hypervisors report a cache without the CPUs that share it.
     let Some(list) = root.read_value(&path)?.filter(|list| !list.is_empty()) else {
         return Ok(None);
     };

@@ -1,8 +1,8 @@
-//! The machine as sysfs tells it: packages, dies, LLC domains, NUMA nodes, cores and their kinds;
+//! The machine by sysfs: packages, dies, LLC domains, NUMA nodes, cores and their kinds;
 //! see Documentation/admin-guide/cputopology.rst and
 //! Documentation/ABI/testing/sysfs-devices-system-cpu.
 //!
-//! Of an offline CPU the kernel tells nothing: its folders `topology` and `cache` go, and every
+//! The kernel reports nothing of an offline CPU: its folders `topology` and `cache` go, and every
 //! other CPU's lists leave it out. So all sets here but `present` and `offline` are of online CPUs.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,6 +14,7 @@ use crate::sys::cpu;
 use crate::sysroot::{Sysroot, cpu_list};
 
 mod cache;
+mod kinds;
 
 const CPUS: &str = "sys/devices/system/cpu";
 const NODES: &str = "sys/devices/system/node";
@@ -31,13 +32,13 @@ pub enum Extent {
     Cache {
         /// 3 for an L3.
         level: u32,
-        /// Its size in KiB, where the kernel tells it.
+        /// Its size in KiB, if the kernel reports it.
         kib: Option<u64>,
     },
 }
 
 impl Extent {
-    /// The size of the cache in KiB; `None` where it is no cache, or where that is not told.
+    /// The size of the cache in KiB; `None` if it is not a cache or has no known size.
     pub fn cache_kib(&self) -> Option<u64> {
         if let Self::Cache { kib, .. } = self {
             *kib
@@ -46,7 +47,7 @@ impl Extent {
         }
     }
 
-    /// Whether it is a cache, and no stand-in for one.
+    /// Whether it is a cache, and not a stand-in for one.
     pub fn is_cache(&self) -> bool {
         matches!(self, Self::Cache { .. })
     }
@@ -78,8 +79,8 @@ pub struct Domain {
     pub number: usize,
     /// Its online CPUs, by logical number; at least one.
     pub cpus: CpuSet,
-    /// What holds them together. For an LLC domain a die or package stands in where no cache is
-    /// told.
+    /// What holds them together. For an LLC domain without a known cache this is a die or a
+    /// package.
     pub extent: Extent,
     /// Whether the number is what it would be with all CPUs online: those behind a wholly offline
     /// domain move up.
@@ -108,21 +109,32 @@ pub struct Topology {
     pub online: CpuSet,
     /// The threads of each core, in the order of their first CPUs.
     pub cores: Vec<CpuSet>,
-    /// The fast cores of a hybrid machine; empty where all cores are of one kind.
+    /// The fast cores of a hybrid machine; empty if all cores are of one kind.
     pub pcores: CpuSet,
     /// The small cores of a hybrid machine.
     pub ecores: CpuSet,
+    /// Whether the CPUs are AMD's; unknown if the kernel does not report the vendor.
+    amd: Option<bool>,
     packages: Vec<Domain>,
     dies: Vec<Domain>,
     llcs: Vec<Domain>,
     nodes: Vec<Domain>,
+    /// By CPU, the position of its core among the cores.
+    core_by_cpu: Vec<Option<usize>>,
+    /// By CPU, the position of its LLC domain among those.
+    llc_by_cpu: Vec<Option<usize>>,
 }
 
 impl Topology {
+    /// As [`near`], of the NUMA nodes that were read.
+    pub fn near(&self, cpus: &CpuSet) -> CpuSet {
+        near_among(self.domains(Kind::Node), &self.online, cpus)
+    }
+
     /// Reads the host's.
     ///
     /// # Errors
-    /// Where a list of the kernel's cannot be read. What it does not tell at all (in some VMs, on
+    /// If a list of the kernel cannot be read. What it does not report at all (in some VMs, on
     /// old kernels) is assumed to be simple: one package, a core per CPU.
     pub fn read(root: &Sysroot) -> Result<Self> {
         let present = cpu::present(root)?;
@@ -132,18 +144,22 @@ impl Topology {
         let cores = cores(root, &online)?;
         let llcs = llcs(root, &online, &cores, &places.dies)?;
         let nodes = nodes(root, &online)?;
-        let (pcores, ecores) = kinds_of_cores(root, &online)?;
+        let (pcores, ecores) = kinds::of_cores(root, &online, &cores)?;
+        let amd = kinds::is_amd(root)?;
         let (packages, dies) = (
             numbered(places.packages, &offline),
             numbered(places.dies, &offline),
         );
         let llcs = numbered(llcs, &offline);
         Ok(Self {
+            core_by_cpu: by_cpu(&online, cores.iter()),
+            llc_by_cpu: by_cpu(&online, llcs.iter().map(|llc| &llc.cpus)),
             present,
             online,
             cores,
             pcores,
             ecores,
+            amd,
             packages,
             dies,
             llcs,
@@ -161,9 +177,31 @@ impl Topology {
         }
     }
 
-    /// The CPUs that are there and offline; where they belong the kernel does not tell.
+    /// The CPUs that are present and offline; the kernel does not report where they belong.
     pub fn offline(&self) -> CpuSet {
         &self.present - &self.online
+    }
+
+    /// The position of a CPU's core among the cores; `None` if the CPU is not online.
+    pub fn core_of(&self, cpu: usize) -> Option<usize> {
+        *self.core_by_cpu.get(cpu)?
+    }
+
+    /// The position of a CPU's LLC domain among those; `None` if the CPU is not online.
+    pub fn llc_of(&self, cpu: usize) -> Option<usize> {
+        *self.llc_by_cpu.get(cpu)?
+    }
+
+    /// The cores that have some of these CPUs, in their order.
+    pub fn cores_of<'a>(&'a self, cpus: &CpuSet) -> impl Iterator<Item = &'a CpuSet> + use<'a> {
+        let at: BTreeSet<usize> = cpus.iter().filter_map(|cpu| self.core_of(cpu)).collect();
+        at.into_iter().filter_map(|at| self.cores.get(at))
+    }
+
+    /// The LLC domains that have some of these CPUs, in their order.
+    pub fn llcs_of<'a>(&'a self, cpus: &CpuSet) -> impl Iterator<Item = &'a Domain> + use<'a> {
+        let at: BTreeSet<usize> = cpus.iter().filter_map(|cpu| self.llc_of(cpu)).collect();
+        at.into_iter().filter_map(|at| self.llcs.get(at))
     }
 
     /// The first thread of each core.
@@ -171,34 +209,53 @@ impl Topology {
         self.cores.iter().filter_map(CpuSet::first).collect()
     }
 
-    /// The LLC domains with a larger L3 than others have (3D V-Cache); none where all are alike.
-    pub fn vcache(&self) -> Vec<&Domain> {
-        // Sizes compare on one level only: what has no L3 at all does not make the others special.
-        let size = |domain: &Domain| {
-            if let Extent::Cache { level, kib } = domain.extent {
-                Some((level, kib?))
-            } else {
-                None
-            }
-        };
-        let level = self
-            .llcs
-            .iter()
-            .filter_map(size)
-            .map(|(level, _)| level)
-            .max();
-        let sized = || {
-            self.llcs
-                .iter()
-                .filter_map(|llc| Some((llc, size(llc)?)))
-                .filter(|(_, size)| Some(size.0) == level)
-        };
-        let smallest = sized().map(|(_, size)| size).min();
-        sized()
-            .filter(|(_, size)| Some(*size) > smallest)
-            .map(|(llc, _)| llc)
-            .collect()
+    /// Whether the CPUs are AMD's, by /proc/cpuinfo.
+    pub fn is_amd(&self) -> bool {
+        self.amd == Some(true)
     }
+
+    /// The LLC domains with 3D V-Cache: those of AMD's with an L3 of 64 MiB or more, and 8 MiB or
+    /// more for each core. Others of AMD's have 32 MiB at most, and large L3s of others are for
+    /// many cores. On a host with one such domain, or several alike, all of them are.
+    pub fn vcache(&self) -> Vec<&Domain> {
+        const L3: u32 = 3;
+        const LEAST_KIB: u64 = 64 * 1024;
+        const LEAST_KIB_PER_CORE: u64 = 8 * 1024;
+        if self.amd == Some(false) {
+            return Vec::new();
+        }
+        let is_vcache = |llc: &&Domain| {
+            let Extent::Cache {
+                level: L3,
+                kib: Some(kib),
+            } = llc.extent
+            else {
+                return false;
+            };
+            let cores = self.cores_of(&llc.cpus).count();
+            kib >= LEAST_KIB && kib / (cores.max(1) as u64) >= LEAST_KIB_PER_CORE
+        };
+        self.llcs.iter().filter(is_vcache).collect()
+    }
+
+    /// The CPUs of the [LLC domains with 3D V-Cache](Self::vcache).
+    pub fn vcache_cpus(&self) -> CpuSet {
+        let domains = self.vcache().into_iter();
+        domains.flat_map(|llc| llc.cpus.iter()).collect()
+    }
+}
+
+/// By CPU, the position of the set that has it; no CPU is in two.
+fn by_cpu<'a>(online: &CpuSet, sets: impl Iterator<Item = &'a CpuSet>) -> Vec<Option<usize>> {
+    let mut positions = vec![None; online.last().map_or(0, |last| last + 1)];
+    for (at, set) in sets.enumerate() {
+        for cpu in set.iter() {
+            if let Some(position) = positions.get_mut(cpu) {
+                *position = Some(at);
+            }
+        }
+    }
+    positions
 }
 
 /// A domain that has no number yet.
@@ -210,12 +267,12 @@ struct Found {
     extent: Extent,
 }
 
-/// Numbers domains from 0, in the order of the kernel's ids where they tell all of them apart, else
+/// Numbers domains from 0, in the order of the kernel's ids if these are all different, otherwise
 /// of their first CPUs.
 fn numbered(mut found: Vec<Found>, offline: &CpuSet) -> Vec<Domain> {
     let ids: BTreeSet<usize> = found.iter().filter_map(|domain| domain.id).collect();
-    let told = ids.len() == found.len();
-    found.sort_by_key(|domain| (domain.id.filter(|_| told), domain.cpus.first()));
+    let are_distinct = ids.len() == found.len();
+    found.sort_by_key(|domain| (domain.id.filter(|_| are_distinct), domain.cpus.first()));
     let smallest = found
         .iter()
         .map(|domain| domain.cpus.len())
@@ -224,9 +281,11 @@ fn numbered(mut found: Vec<Found>, offline: &CpuSet) -> Vec<Domain> {
     let number = |(number, Found { id, cpus, extent })| {
         // A domain that is wholly offline, in front of this one, would have its first CPU there,
         // and hardly be smaller than all that are seen.
-        let in_front = offline.iter().any(|cpu| told || Some(cpu) < cpus.first());
+        let in_front = offline
+            .iter()
+            .any(|cpu| are_distinct || Some(cpu) < cpus.first());
         let could_hide = in_front && offline.len() >= smallest;
-        let sure = !could_hide || (told && id == Some(number));
+        let sure = !could_hide || (are_distinct && id == Some(number));
         Domain {
             number,
             cpus,
@@ -237,7 +296,7 @@ fn numbered(mut found: Vec<Found>, offline: &CpuSet) -> Vec<Domain> {
     found.into_iter().enumerate().map(number).collect()
 }
 
-/// A number from a CPU's folder `topology`; `None` where it is not told, for which firmware has -1
+/// A number from a CPU's folder `topology`; `None` if it is unknown, for which firmware has -1
 /// too.
 fn place(root: &Sysroot, cpu: usize, file: &str) -> Result<Option<usize>> {
     let text = root.read_value(format!("{CPUS}/cpu{cpu}/topology/{file}"))?;
@@ -250,18 +309,31 @@ struct Places {
 }
 
 fn places(root: &Sysroot, online: &CpuSet) -> Result<Places> {
-    let mut packages: BTreeMap<Option<usize>, CpuSet> = BTreeMap::new();
-    let mut dies: BTreeMap<(Option<usize>, Option<usize>), CpuSet> = BTreeMap::new();
+    /// What identifies a package: the kernel's number, or if firmware has none (-1) the first
+    /// CPU of the kernel's list, as hwloc and lscpu do.
+    #[derive(PartialEq, Eq, PartialOrd, Ord, Clone, Copy)]
+    enum Package {
+        Id(usize),
+        FirstCpu(Option<usize>),
+    }
+    let mut packages: BTreeMap<Package, CpuSet> = BTreeMap::new();
+    let mut dies: BTreeMap<(Package, Option<usize>), CpuSet> = BTreeMap::new();
     for cpu in online.iter() {
-        let package = place(root, cpu, "physical_package_id")?;
+        let package = match place(root, cpu, "physical_package_id")? {
+            Some(id) => Package::Id(id),
+            None => Package::FirstCpu(package_cpus(root, cpu)?.first()),
+        };
         let die = place(root, cpu, "die_id")?;
         packages.entry(package).or_default().insert(cpu);
         dies.entry((package, die)).or_default().insert(cpu);
     }
     let packages = packages
         .into_iter()
-        .map(|(id, cpus)| Found {
-            id,
+        .map(|(package, cpus)| Found {
+            id: match package {
+                Package::Id(id) => Some(id),
+                Package::FirstCpu(_) => None,
+            },
             cpus,
             extent: Extent::Package,
         })
@@ -280,6 +352,17 @@ fn places(root: &Sysroot, online: &CpuSet) -> Result<Places> {
     })
 }
 
+/// The CPUs of a CPU's package; none if the kernel does not list them.
+fn package_cpus(root: &Sysroot, cpu: usize) -> Result<CpuSet> {
+    for file in ["package_cpus_list", "core_siblings_list"] {
+        let path = format!("{CPUS}/cpu{cpu}/topology/{file}");
+        if let Some(list) = root.read_value(&path)? {
+            return cpu_list(&path, &list);
+        }
+    }
+    Ok(CpuSet::new())
+}
+
 fn cores(root: &Sysroot, online: &CpuSet) -> Result<Vec<CpuSet>> {
     let mut left = online.clone();
     let mut cores = Vec::new();
@@ -293,20 +376,20 @@ fn cores(root: &Sysroot, online: &CpuSet) -> Result<Vec<CpuSet>> {
     Ok(cores)
 }
 
-/// The LLC domains. Where no cache of more than a core is told, a die stands in, and a package
-/// where no dies are told.
+/// The LLC domains. If no cache of more than a core is known, a die is used, and a package
+/// if no dies are known.
 fn llcs(root: &Sysroot, online: &CpuSet, cores: &[CpuSet], dies: &[Found]) -> Result<Vec<Found>> {
     const L3: u32 = 3;
     let mut left = online.clone();
     let mut llcs = Vec::new();
-    let mut untold = CpuSet::new();
+    let mut unknown = CpuSet::new();
     while let Some(cpu) = left.first() {
         let own: CpuSet = [cpu].into_iter().collect();
         let mut cpus = own.clone();
         match cache::last_level(root, cpu)? {
             Some(cache) => {
                 cpus = &(&cache.cpus & &left) | &own;
-                // A core's own L2 where there is no L3 says nothing about who shares what.
+                // A core's own L2 without an L3 does not show what is shared.
                 if cache.level >= L3
                     || cores.iter().filter(|core| core.intersects(&cpus)).count() > 1
                 {
@@ -320,20 +403,39 @@ fn llcs(root: &Sysroot, online: &CpuSet, cores: &[CpuSet], dies: &[Found]) -> Re
                         extent,
                     });
                 } else {
-                    untold = &untold | &cpus;
+                    unknown = &unknown | &cpus;
                 }
             }
-            None => untold.insert(cpu),
+            None => unknown.insert(cpu),
         }
         left = &left - &cpus;
     }
     let stand_in = |die: &Found| Found {
         id: None,
-        cpus: &die.cpus & &untold,
+        cpus: &die.cpus & &unknown,
         extent: die.extent,
     };
     llcs.extend(dies.iter().map(stand_in).filter(|llc| !llc.cpus.is_empty()));
     Ok(llcs)
+}
+
+/// The CPUs of the NUMA nodes that have some of these CPUs; none if these nodes are all that have
+/// CPUs. Cores and caches are not read.
+///
+/// # Errors
+/// If sysfs cannot be read.
+pub fn near(root: &Sysroot, cpus: &CpuSet) -> Result<CpuSet> {
+    let online = cpu::online(root)?;
+    Ok(near_among(&nodes(root, &online)?, &online, cpus))
+}
+
+fn near_among(nodes: &[Domain], online: &CpuSet, cpus: &CpuSet) -> CpuSet {
+    let theirs = nodes.iter().filter(|node| node.cpus.intersects(cpus));
+    let near: CpuSet = theirs.flat_map(|node| node.cpus.iter()).collect();
+    match online.is_subset(&near) {
+        true => CpuSet::new(),
+        false => near,
+    }
 }
 
 /// The NUMA nodes by the kernel's numbers, which numactl has too; nodes of memory alone are left
@@ -368,36 +470,6 @@ fn nodes(root: &Sysroot, online: &CpuSet) -> Result<Vec<Domain>> {
     Ok(nodes)
 }
 
-/// The fast and the small cores of a hybrid machine, from Intel's two PMUs, else from the CPUs'
-/// capacities.
-fn kinds_of_cores(root: &Sysroot, online: &CpuSet) -> Result<(CpuSet, CpuSet)> {
-    let pmu = |name: &str| -> Result<Option<CpuSet>> {
-        let path = format!("sys/devices/{name}/cpus");
-        root.read_value(&path)?
-            .map(|list| Ok(&cpu_list(&path, &list)? & online))
-            .transpose()
-    };
-    if let Some(pcores) = pmu("cpu_core")? {
-        let ecores = pmu("cpu_atom")?.unwrap_or_default();
-        // Some parts have a third kind, that of the SoC tile, with a PMU of its own since Linux
-        // 6.13.
-        let lowest = pmu("cpu_lowpower")?.unwrap_or_default();
-        return Ok((pcores, &ecores | &lowest));
-    }
-    let mut capacities: BTreeMap<u32, CpuSet> = BTreeMap::new();
-    for cpu in online.iter() {
-        let text = root.read_value(format!("{CPUS}/cpu{cpu}/cpu_capacity"))?;
-        let Some(capacity) = text.and_then(|text| text.parse().ok()) else {
-            return Ok(Default::default());
-        };
-        capacities.entry(capacity).or_default().insert(cpu);
-    }
-    match capacities.pop_first() {
-        Some((_, ecores)) if !capacities.is_empty() => Ok((online - &ecores, ecores)),
-        _ => Ok(Default::default()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -429,7 +501,7 @@ mod tests {
         assert_eq!(
             numbers(vec![one(Some(0)), two(Some(0))], ""),
             ["0=0-5", "1=6-11"],
-            "ids that tell nothing apart"
+            "ids that are equal"
         );
         assert_eq!(numbers(vec![], "0-3"), [""; 0]);
     }
@@ -441,7 +513,7 @@ mod tests {
         assert_eq!(
             numbers(ends(None, None), "4-6"),
             ["0=0-3", "1=8-11"],
-            "three CPUs are no domain here"
+            "three CPUs are not a domain here"
         );
         assert_eq!(
             numbers(ends(None, None), "12-15"),

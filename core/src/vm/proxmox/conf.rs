@@ -5,6 +5,7 @@ use std::fmt;
 use super::grammar;
 pub use super::grammar::PassedOver;
 pub use super::hostpci::{HostDevices, HostPci};
+use super::paths::{CONFS, NODES, conf_file, conf_file_on, container_conf_file};
 use super::property;
 use super::schema::{self, MACHINE, MAX_NUMA, MEMORY, NUMA};
 use super::words;
@@ -32,6 +33,10 @@ pub struct VmConf {
     pub vcpus: Option<u32>,
     /// Whether vCPUs can be plugged in (`hotplug: cpu`): all but the first are then devices.
     pub plugs_vcpus: bool,
+    /// What can be plugged in while it runs, as it is written.
+    pub hotplug: Option<String>,
+    /// The CPU model with its flags, as it is written.
+    pub cpu: Option<String>,
     /// Arguments for QEMU, as they are written; Proxmox VE puts them behind its own.
     pub args: Option<String>,
     /// Proxmox VE's own pinning of the whole process.
@@ -133,9 +138,10 @@ impl fmt::Display for Contradiction {
             Self::PluggedVcpu { number, is_there } => write!(
                 f,
                 "QEMU refuses to start: `hotplug: cpu` plugs in cpu{number}, {why} in args",
-                why = match is_there {
-                    true => "which is there already by the -smp",
-                    false => "for which there is no place in the -smp",
+                why = if *is_there {
+                    "which is there already by the -smp"
+                } else {
+                    "for which there is no place in the -smp"
                 }
             ),
             Self::Args => write!(
@@ -193,7 +199,11 @@ impl VmConf {
             "sockets" => self.sockets = count(value),
             "cores" => self.cores = count(value),
             "vcpus" => self.vcpus = count(value),
-            "hotplug" => self.plugs_vcpus = schema::list(value).any(|feature| feature == "cpu"),
+            "hotplug" => {
+                self.plugs_vcpus = schema::list(value).any(|feature| feature == "cpu");
+                self.hotplug = text();
+            }
+            "cpu" => self.cpu = text(),
             // Perl takes 0 for nothing.
             "args" => self.args = text().filter(|args| args != "0"),
             "affinity" => {
@@ -236,11 +246,19 @@ impl VmConf {
         }
     }
 
+    /// Whether a backup of the VM is under way.
+    pub fn is_in_backup(&self) -> bool {
+        self.lock.as_deref() == Some("backup")
+    }
+
     /// The number of vCPUs that the VM starts with.
     pub fn vcpus(&self) -> u32 {
-        let plugged = || match self.has_devices_for_vcpus() {
-            true => self.own_vcpus().saturating_sub(1),
-            false => 0,
+        let plugged = || {
+            if self.has_devices_for_vcpus() {
+                self.own_vcpus().saturating_sub(1)
+            } else {
+                0
+            }
         };
         let count = match self.topology() {
             _ if self.template => 1,
@@ -263,7 +281,7 @@ impl VmConf {
     }
 
     /// The threads of each core of the guest: one with Proxmox VE's own settings, unless `args` has
-    /// a `-smp` that says more.
+    /// a `-smp` that contains more.
     pub fn threads_per_core(&self) -> usize {
         match self.topology() {
             Ok(topology) if !self.template => usize::try_from(topology.threads).unwrap_or(1),
@@ -398,9 +416,10 @@ impl VmConf {
 
     /// The topology of the guest by all `-smp` options, Proxmox VE's own first.
     fn topology(&self) -> std::result::Result<Topology, SmpError> {
-        let cpus = match self.has_devices_for_vcpus() {
-            true => 1,
-            false => self.own_vcpus(),
+        let cpus = if self.has_devices_for_vcpus() {
+            1
+        } else {
+            self.own_vcpus()
         };
         let own = format!(
             "{cpus},sockets={},cores={},maxcpus={}",
@@ -467,31 +486,59 @@ fn numbers(ranges: &[(u64, u64)]) -> CpuSet {
         .collect()
 }
 
-/// Where Proxmox VE keeps the VMs' settings.
-const CONFS: &str = "etc/pve/qemu-server";
-
 /// A VM's settings.
 ///
 /// # Errors
 /// [`Error::Unusable`] if it is a container or there is no such VM.
 pub fn conf(root: &Sysroot, vmid: VmId) -> Result<VmConf> {
     check_exists(root, vmid)?;
-    Ok(VmConf::parse(&root.read(conf_path(vmid))?))
+    Ok(VmConf::parse(&root.read(conf_file(vmid))?))
 }
 
-/// The VMs of this node, by their numbers; none where it is no node of Proxmox VE.
-pub fn all(root: &Sysroot) -> Vec<VmId> {
-    let names = root.names(CONFS).unwrap_or_default();
-    names
-        .iter()
-        .filter_map(|name| name.strip_suffix(".conf")?.parse().ok())
-        .collect()
-}
-
-/// Makes sure that the number is a VM's.
+/// The settings of a VM that comes from another node, while it is started here: Proxmox VE moves
+/// VMID.conf when the migration has succeeded. `source` is that node.
 ///
 /// # Errors
-/// [`Error::Unusable`] where it is a container's, or nobody's on this node.
+/// [`Error::Malformed`] if the node's name is not valid, [`Error::Unusable`] if there is no such VM.
+pub fn conf_from(root: &Sysroot, vmid: VmId, source: &str) -> Result<VmConf> {
+    let is_name = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
+    if source.is_empty() || !source.bytes().all(is_name) {
+        let why = "not the name of a node";
+        return Err(Error::malformed(format!("{source:?}"), why));
+    }
+    match root.read(conf_file_on(source, vmid)) {
+        Err(error) if error.is_gone() => conf(root, vmid),
+        text => Ok(VmConf::parse(&text?)),
+    }
+}
+
+/// The VMs of this node; none if it is not a node of Proxmox VE.
+///
+/// # Errors
+/// If the list of VMs cannot be read.
+pub fn all(root: &Sysroot) -> Result<Vec<VmId>> {
+    let names = match root.names(CONFS) {
+        Err(error) if error.is_gone() => Vec::new(),
+        names => names?,
+    };
+    Ok(names
+        .iter()
+        .filter_map(|name| name.strip_suffix(".conf")?.parse().ok())
+        .collect())
+}
+
+/// Whether another node of the cluster has the VM.
+pub fn is_elsewhere(root: &Sysroot, vmid: VmId) -> bool {
+    let nodes = root.names(NODES).unwrap_or_default();
+    nodes
+        .iter()
+        .any(|node| root.exists(conf_file_on(node, vmid)))
+}
+
+/// Checks that the number is a VM's.
+///
+/// # Errors
+/// [`Error::Unusable`] if it is a container's, or none of this node.
 pub fn check_exists(root: &Sysroot, vmid: VmId) -> Result<()> {
     if is_container(root, vmid) {
         return Err(Error::unusable(
@@ -499,7 +546,7 @@ pub fn check_exists(root: &Sysroot, vmid: VmId) -> Result<()> {
             "it is a container; only VMs have a QEMU",
         ));
     }
-    let path = root.path(conf_path(vmid));
+    let path = root.path(conf_file(vmid));
     match path.symlink_metadata() {
         Ok(_) => Ok(()),
         Err(error) if is_gone(&error) => {
@@ -512,18 +559,15 @@ pub fn check_exists(root: &Sysroot, vmid: VmId) -> Result<()> {
 
 /// Whether the number is a container's.
 pub fn is_container(root: &Sysroot, vmid: VmId) -> bool {
-    root.exists(format!("etc/pve/lxc/{vmid}.conf"))
-}
-
-fn conf_path(vmid: VmId) -> String {
-    format!("{CONFS}/{vmid}.conf")
+    root.exists(container_conf_file(vmid))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::sys::pci::PciAddress;
-    use crate::vm::fixture::{any_selector, host, joined, write};
+    use crate::testutils::write;
+    use crate::vm::fixture::{any_selector, host, joined};
     use proptest::prelude::*;
 
     #[test]
@@ -674,13 +718,15 @@ mod tests {
             (
                 "cores: 12\nhotplug: cpu\nargs: -smp cores=6",
                 &[
-                    "QEMU refuses to start: `hotplug: cpu` plugs in cpu7, for which there is no place in the -smp in args",
+                    "QEMU refuses to start: `hotplug: cpu` plugs in cpu7, for which there is no \
+                     place in the -smp in args",
                 ],
             ),
             (
                 "cores: 2\nvcpus: 3\nhotplug: cpu",
                 &[
-                    "QEMU refuses to start: `hotplug: cpu` plugs in cpu3, for which there is no place in the -smp in args",
+                    "QEMU refuses to start: `hotplug: cpu` plugs in cpu3, for which there is no \
+                     place in the -smp in args",
                 ],
             ),
             (
@@ -701,7 +747,8 @@ mod tests {
                 &["Proxmox VE refuses to start: hugepages needs `numa: 1`"],
             ),
             (
-                "numa: 1\nhugepages: 4\nmemory: 2048\nnuma1: cpus=0\nnuma2: cpus=1,memory=1024,hostnodes=0\nnuma3: cpus=2,memory=1",
+                "numa: 1\nhugepages: 4\nmemory: 2048\nnuma1: cpus=0\n\
+                 numa2: cpus=1,memory=1024,hostnodes=0\nnuma3: cpus=2,memory=1",
                 &[
                     "Proxmox VE refuses to start: there are no huge pages of \"4\"",
                     "Proxmox VE refuses to start: numa1: it has no memory",
@@ -958,7 +1005,12 @@ mod tests {
         assert_eq!((other.vcpus(), other.passed_over.len()), (1, 1));
         assert!(super::conf(&root, id(101)).is_err());
         write(dir.path(), "etc/pve/qemu-server/99.conf.tmp", "");
-        assert_eq!(all(&root), [id(100), id(102)]);
-        assert!(all(&Sysroot::new("/nonexistent")).is_empty());
+        assert_eq!(all(&root).unwrap(), [id(100), id(102)]);
+        assert!(all(&Sysroot::new("/nonexistent")).unwrap().is_empty());
+        let unreadable = tempfile::tempdir().unwrap();
+        write(unreadable.path(), "etc/pve/x", "");
+        let confs = unreadable.path().join(CONFS);
+        std::os::unix::fs::symlink(&confs, &confs).unwrap();
+        assert!(all(&Sysroot::new(unreadable.path())).is_err());
     }
 }

@@ -9,7 +9,7 @@ use crate::sysroot::Sysroot;
 /// The devices that a mapping offers on a node, from /etc/pve/mapping/pci.cfg; of them one is
 /// chosen at the VM's start.
 ///
-/// `None` where there is no such mapping. A device may be several functions (`path=A;B`).
+/// `None` if there is no such mapping. A device may be several functions (`path=A;B`).
 pub fn parse_pci_mapping(text: &str, id: &str, node: &str) -> Option<Vec<Vec<PciSelector>>> {
     let mut lines = text.lines().skip_while(|line| line.trim_end() != id);
     lines.next()?;
@@ -36,7 +36,7 @@ pub fn parse_pci_mapping(text: &str, id: &str, node: &str) -> Option<Vec<Vec<Pci
 /// starts.
 ///
 /// # Errors
-/// [`Error::Unusable`] where there is no such mapping, or none for this node.
+/// [`Error::Unusable`] if there is no such mapping, or none for this node.
 pub fn pci_mapping(root: &Sysroot, id: &str) -> Result<Vec<Vec<PciSelector>>> {
     let path = "etc/pve/mapping/pci.cfg";
     let node = root.read("proc/sys/kernel/hostname")?;
@@ -64,7 +64,8 @@ pub fn pci_mapping(root: &Sysroot, id: &str) -> Result<Vec<Vec<PciSelector>>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vm::fixture::{any_selector, host, joined, write};
+    use crate::testutils::write;
+    use crate::vm::fixture::{any_selector, host, joined};
     use proptest::prelude::*;
 
     #[test]
@@ -127,9 +128,17 @@ mod tests {
 
     proptest! {
         #[test]
-        fn mapping_round_trip(devices in prop::collection::vec(prop::collection::vec(any_selector(), 1..4), 0..5)) {
-            let maps: Vec<String> = devices.iter().map(|device| format!("\tmap id=1:2,node=pve1,path={}\n", joined(device))).collect();
-            let text = format!("nic\n\tmap node=pve1,path=01:00\n\ngpu\n{}\nlast\n\tmap node=pve1,path=02:00\n", maps.concat());
+        fn mapping_round_trip(
+            devices in prop::collection::vec(prop::collection::vec(any_selector(), 1..4), 0..5),
+        ) {
+            let maps: String = devices
+                .iter()
+                .map(|device| format!("\tmap id=1:2,node=pve1,path={}\n", joined(device)))
+                .collect();
+            let text = format!(
+                "nic\n\tmap node=pve1,path=01:00\n\ngpu\n{maps}\nlast\n\
+                 \tmap node=pve1,path=02:00\n"
+            );
             prop_assert_eq!(parse_pci_mapping(&text, "gpu", "pve1").unwrap(), devices);
         }
 

@@ -142,10 +142,7 @@ fn check(kind: &Kind, value: &str) -> Result<(), String> {
         Ok(number) if number > most => Err(format!("more than {most}")),
         _ => Ok(()),
     };
-    let require = |good: bool, otherwise: &str| match good {
-        true => Ok(()),
-        false => Err(otherwise.to_owned()),
-    };
+    let require = |good: bool, otherwise: &str| good.then_some(()).ok_or(otherwise.to_owned());
     match kind {
         Kind::Boolean => require(matches!(value, "0" | "1"), "not a boolean"),
         Kind::Integer => require(is_integer(value), "not an integer"),

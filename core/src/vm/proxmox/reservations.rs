@@ -2,7 +2,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::run;
+use super::paths;
 use crate::error::Result;
 use crate::sys::pci::PciAddress;
 use crate::sysroot::Sysroot;
@@ -56,9 +56,9 @@ pub fn parse_pci_claims(text: &str) -> Vec<PciClaim> {
 /// out.
 ///
 /// # Errors
-/// Where the file cannot be read. None there is fine.
+/// If the file cannot be read. A missing file is empty.
 pub fn pci_claims(root: &Sysroot) -> Result<Vec<PciClaim>> {
-    let path = run::pci_claims();
+    let path = paths::pci_claims();
     let mut reservations = match root.read(&path) {
         Ok(text) => parse_pci_claims(&text),
         Err(error) if error.is_gone() => Vec::new(),
@@ -78,7 +78,8 @@ pub fn pci_claims(root: &Sysroot) -> Result<Vec<PciClaim>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vm::fixture::{host, write};
+    use crate::testutils::write;
+    use crate::vm::fixture::host;
     use proptest::prelude::*;
 
     #[test]
@@ -88,7 +89,8 @@ mod tests {
         write(
             dir.path(),
             "run/qemu-server/pci-id-reservations",
-            "0000:01:00.0 100 pid:4711\n0000:02:00.0 102 pid:5555\n0000:03:00.0 102 time:1\n0000:04:00.0 102 time:99999999999\n",
+            "0000:01:00.0 100 pid:4711\n0000:02:00.0 102 pid:5555\n0000:03:00.0 102 time:1\n\
+             0000:04:00.0 102 time:99999999999\n",
         );
         let held: Vec<_> = pci_claims(&root)
             .unwrap()
@@ -101,7 +103,8 @@ mod tests {
     #[test]
     fn reservations_are_read() {
         let text = "0000:01:00.0 100 pid:4711\n0000:01:00.1 101 time:1700000000\n\
-                    garbage\n0000:02:00.0 100 pid:x\n0000:02:00.0 ../x pid:1\n0000:02:00.0 100\n0000:02:00.0 100 pid:1 x\n\n";
+                    garbage\n0000:02:00.0 100 pid:x\n0000:02:00.0 ../x pid:1\n0000:02:00.0 100\n\
+                    0000:02:00.0 100 pid:1 x\n\n";
         let found = parse_pci_claims(text);
         assert_eq!(found.len(), 2, "{found:?}");
         assert_eq!(found[0].holder, PciHolder::Pid(4711));

@@ -41,10 +41,7 @@ pub(super) fn check<'a>(key: &str, value: &'a str) -> Result<&'a str, String> {
     if value.contains('\r') {
         return Err("a carriage return in the value".into());
     }
-    let require = |good: bool, otherwise: &str| match good {
-        true => Ok(value),
-        false => Err(otherwise.to_owned()),
-    };
+    let require = |good: bool, otherwise: &str| good.then_some(value).ok_or(otherwise.to_owned());
     match type_of(key).ok_or("unknown setting")? {
         Type::Boolean => require(property::boolean(value).is_some(), "not a boolean"),
         Type::Integer => require(is_digits(value), "not an integer"),
@@ -186,9 +183,10 @@ pub(super) fn split_number(key: &str) -> (&str, Option<u32>) {
 }
 
 fn all(what: &str, good: bool) -> Result<(), String> {
-    match good {
-        true => Ok(()),
-        false => Err(format!("not {what}")),
+    if good {
+        Ok(())
+    } else {
+        Err(format!("not {what}"))
     }
 }
 
@@ -230,12 +228,12 @@ pub(super) fn parse_range(text: &str) -> Result<(u64, u64), String> {
     // More digits than a number has are as good as the largest one.
     let number = |digits: &str| digits.parse().unwrap_or(u64::MAX);
     let (first, last) = (number(first), number(last));
-    match first <= last {
-        true => Ok((first, last)),
-        false => Err(format!(
+    if first > last {
+        return Err(format!(
             "{first}-{last} is a range that ends before it begins"
-        )),
+        ));
     }
+    Ok((first, last))
 }
 
 /// `pve-configid`.

@@ -1,5 +1,5 @@
-//! Machines for tests: a text file each, with a line per part, that is expanded to the files of
-//! sysfs that describe it.
+//! Machines: a text file each, with a line per part, that is expanded to the files of sysfs that
+//! describe it.
 //!
 //! ```text
 //! present CPUS                 the present CPUs
@@ -13,6 +13,7 @@
 //! node ID CPUS
 //! pmu NAME CPUS                as cpu_core and cpu_atom of hybrid machines
 //! capacity N CPUS
+//! maxfreq KHZ CPUS             cpufreq's cpuinfo_max_freq
 //! file PATH TEXT               anything else
 //! ```
 
@@ -20,11 +21,14 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use pinfold_core::CpuSet;
+use crate::cpuset::CpuSet;
 
-/// The captured machines: name and text.
-pub(crate) fn all() -> Vec<(String, String)> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../core/tests/machines");
+/// The captured machines, in core/tests/machines: name and text.
+///
+/// # Panics
+/// If they cannot be read.
+pub fn all() -> Vec<(String, String)> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/machines");
     let mut machines: Vec<(String, String)> = fs::read_dir(folder)
         .unwrap()
         .map(|entry| entry.unwrap().path())
@@ -39,8 +43,20 @@ pub(crate) fn all() -> Vec<(String, String)> {
     machines
 }
 
+/// The text of a captured machine.
+///
+/// # Panics
+/// If there is no such machine.
+pub fn text(machine: &str) -> String {
+    let (_, text) = all().into_iter().find(|(name, _)| name == machine).unwrap();
+    text
+}
+
 /// Writes a machine's files below `root`.
-pub(crate) fn expand(text: &str, root: &Path) {
+///
+/// # Panics
+/// If `text` has a line that is not one of those above, or a file cannot be written.
+pub fn expand(text: &str, root: &Path) {
     let mut files: BTreeMap<PathBuf, String> = BTreeMap::new();
     let mut present = CpuSet::new();
     let mut online = CpuSet::new();
@@ -76,15 +92,19 @@ pub(crate) fn expand(text: &str, root: &Path) {
         .filter(|line| !line.starts_with('#') && !line.is_empty())
     {
         let words: Vec<&str> = line.split_whitespace().collect();
-        let held = |word: usize| &words[word].parse::<CpuSet>().unwrap() & &online;
+        let online_of = |word: usize| &words[word].parse::<CpuSet>().unwrap() & &online;
         match words[0] {
             "present" => {
                 present = words[1].parse().unwrap();
                 online = present.clone();
             }
             "offline" => online = &online - &words[1].parse().unwrap(),
-            "package" => place(&mut files, "physical_package_id", words[1], &held(2)),
-            "die" => place(&mut files, "die_id", words[1], &held(2)),
+            "package" => {
+                let cpus = online_of(2);
+                place(&mut files, "physical_package_id", words[1], &cpus);
+                place(&mut files, "package_cpus_list", &cpus.to_string(), &cpus);
+            }
+            "die" => place(&mut files, "die_id", words[1], &online_of(2)),
             "pairs" => {
                 let apart: usize = words[2].trim_start_matches('+').parse().unwrap();
                 let pair = |cpu| &[cpu, cpu + apart].into_iter().collect::<CpuSet>() & &online;
@@ -97,17 +117,17 @@ pub(crate) fn expand(text: &str, root: &Path) {
                         .filter(|core| !core.is_empty()),
                 );
             }
-            "single" => cores.extend(held(1).iter().map(|cpu| [cpu].into_iter().collect())),
+            "single" => cores.extend(online_of(1).iter().map(|cpu| [cpu].into_iter().collect())),
             "cache" => add_cache(
                 &mut files,
                 words[1],
                 words[2],
                 words[3],
                 "Unified",
-                &held(4),
+                &online_of(4),
             ),
             "private" => {
-                let cpus = held(3);
+                let cpus = online_of(3);
                 let kinds = if words[1] == "1" {
                     &["Data", "Instruction"][..]
                 } else {
@@ -115,24 +135,33 @@ pub(crate) fn expand(text: &str, root: &Path) {
                 };
                 for core in cores.iter().filter(|core| core.is_subset(&cpus)) {
                     let id = core.first().unwrap().to_string();
-                    kinds.iter().for_each(|kind| {
-                        add_cache(&mut files, words[1], &id, words[2], kind, core)
-                    });
+                    for kind in kinds {
+                        add_cache(&mut files, words[1], &id, words[2], kind, core);
+                    }
                 }
             }
-            "node" => drop(files.insert(
-                format!("sys/devices/system/node/node{}/cpulist", words[1]).into(),
-                held(2).to_string(),
-            )),
-            "pmu" => drop(files.insert(
-                format!("sys/devices/{}/cpus", words[1]).into(),
-                held(2).to_string(),
-            )),
-            "capacity" => held(2)
-                .iter()
-                .for_each(|cpu| drop(files.insert(cpu_file(cpu, "cpu_capacity"), words[1].into()))),
-            "file" => drop(files.insert(words[1].into(), words[2..].join(" "))),
-            other => panic!("{other}: no such line"),
+            "node" => {
+                let file = format!("sys/devices/system/node/node{}/cpulist", words[1]);
+                files.insert(file.into(), online_of(2).to_string());
+            }
+            "pmu" => {
+                let file = format!("sys/devices/{}/cpus", words[1]);
+                files.insert(file.into(), online_of(2).to_string());
+            }
+            "capacity" => {
+                for cpu in online_of(2).iter() {
+                    files.insert(cpu_file(cpu, "cpu_capacity"), words[1].into());
+                }
+            }
+            "maxfreq" => {
+                for cpu in online_of(2).iter() {
+                    files.insert(cpu_file(cpu, "cpufreq/cpuinfo_max_freq"), words[1].into());
+                }
+            }
+            "file" => {
+                files.insert(words[1].into(), words[2..].join(" "));
+            }
+            other => panic!("{other}: unknown line"),
         }
     }
     for core in &cores {
@@ -156,7 +185,8 @@ fn cpu_file(cpu: usize, file: &str) -> PathBuf {
 }
 
 fn place(files: &mut BTreeMap<PathBuf, String>, file: &str, value: &str, cpus: &CpuSet) {
-    cpus.iter().for_each(|cpu| {
-        drop(files.insert(cpu_file(cpu, &format!("topology/{file}")), value.to_owned()))
-    });
+    for cpu in cpus.iter() {
+        let path = cpu_file(cpu, &format!("topology/{file}"));
+        files.insert(path, value.to_owned());
+    }
 }

@@ -7,14 +7,14 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use clap::{CommandFactory, Parser};
+use packaging::commands::programs;
 
 const README: &str = include_str!("../../README.md");
 const WORKSPACE: &str = include_str!("../../Cargo.toml");
 const MAKEFILE: &str = include_str!("../../Makefile");
 
 /// Members of the workspace that are not tools.
-const NOT_TOOLS: [&str; 2] = ["core", "lab"];
+const NOT_TOOLS: [&str; 3] = ["core", "lab", "packaging"];
 
 /// A row of the README's table of tools: the name, and the command lines of the examples.
 fn rows() -> Vec<(&'static str, Vec<&'static str>)> {
@@ -43,18 +43,10 @@ fn parse(line: &str) -> Result<(), String> {
         .unwrap_or_default()
         .split_whitespace()
         .collect();
-    let parsed = match words[0] {
-        "cg-slice" => cg_slice::Args::try_parse_from(words).map(drop),
-        "cpu-hotplug" => cpu_hotplug::Args::try_parse_from(words).map(drop),
-        "governor" => governor::Args::try_parse_from(words).map(drop),
-        "hook" => hook::Args::try_parse_from(words).map(drop),
-        "pci-reset" => pci_reset::Args::try_parse_from(words).map(drop),
-        "pin-irqs" => pin_irqs::Args::try_parse_from(words).map(drop),
-        "pin-kthreads" => pin_kthreads::Args::try_parse_from(words).map(drop),
-        "pin-vcpu" => pin_vcpu::Args::try_parse_from(words).map(drop),
-        other => return Err(format!("{other}: not a tool of the workspace")),
-    };
-    parsed.map_err(|error| format!("{line}: {error}"))
+    let program = programs().into_iter().find(|it| it.get_name() == words[0]);
+    let program = program.ok_or_else(|| format!("{}: not a tool of the workspace", words[0]))?;
+    let parsed = program.try_get_matches_from(words);
+    parsed.map(drop).map_err(|error| format!("{line}: {error}"))
 }
 
 #[test]
@@ -67,9 +59,9 @@ fn the_table_lists_every_tool_once() {
         .next()
         .unwrap();
     let mut tools: BTreeSet<&str> = members.split('"').skip(1).step_by(2).collect();
-    NOT_TOOLS
-        .iter()
-        .for_each(|crate_| assert!(tools.remove(crate_), "{crate_}"));
+    for crate_ in NOT_TOOLS {
+        assert!(tools.remove(crate_), "{crate_}");
+    }
     let listed: Vec<&str> = rows().iter().map(|(tool, _)| *tool).collect();
     assert_eq!(listed.iter().copied().collect::<BTreeSet<_>>(), tools);
     assert_eq!(listed.len(), tools.len(), "each once: {listed:?}");
@@ -126,7 +118,21 @@ fn the_exit_codes_are_those_of_the_help() {
         .split("\n\n")
         .next()
         .unwrap();
-    assert_eq!(codes(table), codes(pinfold_core::cli::EXIT_CODES));
+    let help = |verb: Option<&str>| {
+        let mut hook = programs()
+            .into_iter()
+            .find(|it| it.get_name() == "hook")
+            .unwrap();
+        let command = match verb {
+            Some(verb) => hook.find_subcommand_mut(verb).unwrap(),
+            None => &mut hook,
+        };
+        codes(&command.render_long_help().to_string())
+    };
+    let verbs = BTreeSet::from([0, 1, 2, 3]);
+    assert_eq!(help(Some("status")), verbs);
+    assert_eq!(help(Some("check")), verbs);
+    assert_eq!(codes(table), &help(None) | &verbs);
 }
 
 /// The documents with their text.
@@ -248,16 +254,7 @@ fn documents_and_help_follow_the_language_rule() {
         .map(|(path, text)| (path.display().to_string(), text))
         .filter(|(path, _)| !path.ends_with("CONTRIBUTING.md"))
         .collect();
-    for command in [
-        cg_slice::Args::command(),
-        cpu_hotplug::Args::command(),
-        governor::Args::command(),
-        hook::Args::command(),
-        pci_reset::Args::command(),
-        pin_irqs::Args::command(),
-        pin_kthreads::Args::command(),
-        pin_vcpu::Args::command(),
-    ] {
+    for command in programs() {
         texts.push((format!("{} --help", command.get_name()), help(&command)));
     }
     let mut found = Vec::new();

@@ -1,0 +1,202 @@
+//! Other hookscripts of a VM, which hook runs since Proxmox VE calls only one: `chain` in its
+//! settings. See docs/design.md, "Other hookscripts".
+
+use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use pinfold_core::state::Store;
+use pinfold_core::vm::{self, VmId};
+use pinfold_core::{Host, Report, os_text};
+
+use crate::checks::script;
+use crate::exec;
+use crate::settings;
+use crate::state::reservation::Reservation;
+
+/// The scripts of a VM, and how long each may take.
+#[derive(Debug)]
+pub(crate) struct Chain {
+    vmid: VmId,
+    scripts: Vec<String>,
+    deadline: Duration,
+}
+
+impl Chain {
+    /// The scripts for the next start of a VM.
+    pub(crate) fn for_start(root: &Host, vmid: VmId) -> Self {
+        let (scripts, deadline) = settings::chain(root, vmid);
+        Self {
+            vmid,
+            scripts,
+            deadline,
+        }
+    }
+
+    /// The scripts of a VM that was started: by the settings of its start, if they are known.
+    pub(crate) fn of_started(root: &Host, vmid: VmId) -> Self {
+        let state = Store::<Reservation>::peek(root).ok().flatten();
+        match state.and_then(|mut state| state.reservations.remove(&vmid.into())) {
+            None => Self::for_start(root, vmid),
+            Some(reservation) => Self {
+                vmid,
+                deadline: Duration::from_secs(reservation.settings.deadlines.chain),
+                scripts: reservation.settings.chain,
+            },
+        }
+    }
+
+    /// Runs the scripts in order, up to the first that fails.
+    ///
+    /// # Errors
+    /// What failed, with the script.
+    pub(crate) fn run(&self, root: &Host, report: &mut Report, phase: &str) -> anyhow::Result<()> {
+        for volume in &self.scripts {
+            self.run_one(root, report, volume, phase)?;
+        }
+        Ok(())
+    }
+
+    /// Runs the scripts in reverse, all of them; failures are reported.
+    pub(crate) fn run_back(&self, root: &Host, report: &mut Report, phase: &str) {
+        for volume in self.scripts.iter().rev() {
+            if let Err(error) = self.run_one(root, report, volume, phase) {
+                report.error(&format!("{error:#}"));
+            }
+        }
+    }
+
+    fn run_one(
+        &self,
+        root: &Host,
+        report: &mut Report,
+        volume: &str,
+        phase: &str,
+    ) -> anyhow::Result<()> {
+        let named = || format!("hookscript {volume} on {phase}");
+        let path = file(root, volume).with_context(named)?;
+        let vmid = self.vmid.to_string();
+        let ended = exec::run_script(&root.path(path), &[&vmid, phase], self.deadline, |line| {
+            report.line(line);
+        });
+        let ended = ended.map_err(|error| anyhow::anyhow!("{}: {}", named(), os_text(&error)))?;
+        if !ended.left.is_empty() {
+            let left = ended.left.join(", ");
+            report.note(&format!("{} left processes behind: {left}", named()));
+        }
+        match ended.status {
+            Some(status) if status.success() => Ok(()),
+            Some(status) => bail!("{}: {status}", named()),
+            None => bail!(
+                "{}: not done within {} s; it was killed",
+                named(),
+                self.deadline.as_secs_f64()
+            ),
+        }
+    }
+}
+
+/// The file of a script, below the root, as Proxmox VE would run it.
+///
+/// # Errors
+/// Why it cannot be run.
+pub(crate) fn file(root: &Host, volume: &str) -> anyhow::Result<String> {
+    let Some((_, path)) = vm::snippet(root, volume) else {
+        bail!("no storage has it");
+    };
+    let full = root.path(&path);
+    let file = full.metadata();
+    let file = file.map_err(|error| anyhow::anyhow!("{}: {}", full.display(), os_text(&error)))?;
+    ensure!(file.is_file(), "{}: not a plain file", full.display());
+    let is_executable = file.permissions().mode() & 0o111 != 0;
+    ensure!(is_executable, "{}: not executable", full.display());
+    ensure!(
+        !script::is_hook(root, &path),
+        "{}: it is hook itself, or calls it",
+        full.display()
+    );
+    Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::MadeUpHost;
+    use pinfold_core::Verbosity;
+    use std::fs;
+
+    fn host(scripts: &[(&str, &str)]) -> MadeUpHost {
+        let host = MadeUpHost::new("5900x");
+        for (name, text) in scripts {
+            let path = format!("var/lib/vz/snippets/{name}");
+            host.file(&path, &format!("#!/bin/sh\n{text}\n"));
+            let mode = fs::Permissions::from_mode(0o755);
+            fs::set_permissions(host.root.path(path), mode).unwrap();
+        }
+        host
+    }
+
+    fn chain(scripts: &[&str], milliseconds: u64) -> Chain {
+        Chain {
+            vmid: "100".parse().unwrap(),
+            scripts: scripts
+                .iter()
+                .map(|name| format!("local:snippets/{name}"))
+                .collect(),
+            deadline: Duration::from_millis(milliseconds),
+        }
+    }
+
+    fn run(host: &MadeUpHost, chain: &Chain, phase: &str) -> (Result<(), String>, Vec<String>) {
+        let mut report = Report::new("hook", Verbosity::Normal, false).for_log();
+        let ended = chain.run(&host.root, &mut report, phase);
+        (
+            ended.map_err(|error| format!("{error:#}")),
+            report.notes().to_vec(),
+        )
+    }
+
+    #[test]
+    fn scripts_get_what_proxmox_ve_gives_them() {
+        let log = |host: &MadeUpHost| host.root.read("log").unwrap_or_default();
+        let note = |name: &str| {
+            format!("cd \"$(dirname \"$0\")/../../../..\"; echo {name} $# $1 $2 $(wc -c) >> log")
+        };
+        let host = host(&[("a", &note("a")), ("b", &note("b"))]);
+        let both = chain(&["a", "b"], 20_000);
+        assert_eq!(run(&host, &both, "pre-start").0, Ok(()));
+        assert_eq!(log(&host), "a 2 100 pre-start 0\nb 2 100 pre-start 0\n");
+        fs::remove_file(host.root.path("log")).unwrap();
+        let mut report = Report::new("hook", Verbosity::Quiet, false);
+        both.run_back(&host.root, &mut report, "post-stop");
+        assert_eq!(log(&host), "b 2 100 post-stop 0\na 2 100 post-stop 0\n");
+    }
+
+    #[test]
+    fn what_fails_hangs_or_stays_is_named() {
+        let host = host(&[
+            ("fails", "exit 3"),
+            ("hangs", "exec sleep 1000"),
+            ("leaves", "setsid sleep 7.25 & exit 0"),
+            ("fine", "touch \"$0.ran\""),
+            ("loops", "/var/lib/vz/snippets/hook \"$@\""),
+        ]);
+        let why = |names: &[&str]| run(&host, &chain(names, 1500), "pre-start").0.unwrap_err();
+        assert_eq!(
+            why(&["fails", "fine"]),
+            "hookscript local:snippets/fails on pre-start: exit status: 3"
+        );
+        assert!(!host.root.exists("var/lib/vz/snippets/fine.ran"));
+        assert_eq!(
+            why(&["hangs"]),
+            "hookscript local:snippets/hangs on pre-start: not done within 1.5 s; it was killed"
+        );
+        assert!(why(&["gone"]).ends_with("snippets/gone: No such file or directory"));
+        assert!(why(&["loops"]).ends_with("snippets/loops: it is hook itself, or calls it"));
+        // It holds the script's pipes; nobody waits for it.
+        let (ended, notes) = run(&host, &chain(&["leaves"], 5000), "post-start");
+        assert_eq!(ended, Ok(()));
+        let left = "hookscript local:snippets/leaves on post-start left processes behind: ";
+        assert!(notes.len() == 1 && notes[0].starts_with(left), "{notes:?}");
+    }
+}

@@ -1,0 +1,200 @@
+//! Whether Proxmox VE calls this hook for a VM, and can.
+
+use std::os::unix::fs::PermissionsExt;
+
+use pinfold_core::state::trust;
+use pinfold_core::vm::{self, VmConf, VmId};
+use pinfold_core::{Host, os_text};
+
+use super::finding::Finding;
+
+const CHECK: &str = "hookscript";
+
+/// By this hook knows itself and its version in a file: the text is in the program.
+const MARK: &str = concat!("pinfold hook ", env!("CARGO_PKG_VERSION"));
+
+/// The findings about a VM's hookscript.
+pub(crate) fn findings(root: &Host, vmid: VmId, conf: &VmConf) -> Vec<Finding> {
+    let Some(volume) = &conf.hookscript else {
+        let fix = format!("hook install {vmid}");
+        return vec![Finding::warn(
+            CHECK,
+            "not set: Proxmox VE does not call hook for this VM",
+            fix,
+        )];
+    };
+    let mut findings = Vec::new();
+    let in_storage = vm::snippet(root, volume);
+    if let Some((storage, _)) = &in_storage
+        && !storage.has_snippets()
+    {
+        let content = storage.content.join(",");
+        findings.push(Finding::warn(
+            "storage",
+            format!("storage {} is not for snippets", storage.id),
+            format!("pvesm set {} --content {content},snippets", storage.id),
+        ));
+    }
+    let path = match in_storage {
+        Some((_, path)) => Some(path),
+        None => volume.starts_with('/').then(|| volume.clone()),
+    };
+    findings.extend(match path {
+        Some(path) => of_file(root, vmid, volume, &path),
+        None if is_hook_by_name(volume) => vec![Finding::ok(
+            CHECK,
+            format!("{volume}; not checked: its storage is unknown"),
+        )],
+        None => vec![foreign(vmid, volume)],
+    });
+    findings
+}
+
+/// Whether a volume has hook's name.
+pub(super) fn is_hook_by_name(volume: &str) -> bool {
+    volume.rsplit('/').next() == Some("hook")
+}
+
+/// Somebody else's script. It is not to be replaced: both can run.
+fn foreign(vmid: VmId, shown: &str) -> Finding {
+    Finding::warn(
+        CHECK,
+        format!("{shown} is not hook: nothing is isolated for this VM"),
+        format!("let hook run it too: hook install {vmid}"),
+    )
+}
+
+/// The findings about the file that Proxmox VE runs.
+fn of_file(root: &Host, vmid: VmId, volume: &str, path: &str) -> Vec<Finding> {
+    let full = root.path(path);
+    let shown = full.display();
+    let file = match full.metadata() {
+        Ok(file) => file,
+        Err(_) if !is_hook_by_name(volume) => return vec![foreign(vmid, volume)],
+        Err(error) => {
+            return vec![Finding::error(
+                CHECK,
+                format!("{shown}: {}", os_text(&error)),
+                format!("copy hook there: install -m 0755 $(command -v hook) {shown}"),
+            )];
+        }
+    };
+    if !file.is_file() {
+        return vec![Finding::error(
+            CHECK,
+            format!("{shown}: not a plain file"),
+            "install hook there",
+        )];
+    }
+    let mut findings = Vec::new();
+    let mode = file.permissions().mode();
+    if mode & 0o111 == 0 {
+        findings.push(Finding::error(
+            CHECK,
+            format!("{shown}: not executable"),
+            format!("chmod 0755 {shown}"),
+        ));
+    }
+    // Root runs it.
+    if let Err(why) = trust::is_roots(&file) {
+        findings.push(Finding::warn(
+            CHECK,
+            format!("{shown}: {why}, and root runs it"),
+            format!("chown root: {shown} && chmod 0755 {shown}"),
+        ));
+    }
+    let text = match root.read(path) {
+        Ok(text) => text,
+        Err(error) => {
+            findings.push(Finding {
+                unread: true,
+                ..Finding::warn(CHECK, error.to_string(), "")
+            });
+            return findings;
+        }
+    };
+    match identity(&text) {
+        Identity::Foreign => findings.push(foreign(vmid, &shown.to_string())),
+        Identity::Other(version) => findings.push(Finding::warn(
+            CHECK,
+            format!(
+                "{shown} is hook {version}, and this is {}",
+                env!("CARGO_PKG_VERSION")
+            ),
+            format!("install -m 0755 $(command -v hook) {shown}"),
+        )),
+        Identity::Hook if findings.is_empty() => findings.push(Finding::ok(CHECK, volume)),
+        Identity::Hook => {}
+    }
+    findings
+}
+
+/// Whether a file, below the root, is hook or calls it. One that cannot be read is not.
+pub(crate) fn is_hook(root: &Host, path: &str) -> bool {
+    let text = root.read(path).unwrap_or_default();
+    identity(&text) != Identity::Foreign
+}
+
+/// The version of the hook in a file, below the root; none if it is another program. A script that
+/// calls hook has this one's.
+pub(crate) fn version(root: &Host, path: &str) -> Option<String> {
+    match identity(&root.read(path).ok()?) {
+        Identity::Hook => Some(env!("CARGO_PKG_VERSION").to_owned()),
+        Identity::Other(version) => Some(version),
+        Identity::Foreign => None,
+    }
+}
+
+/// What a file is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Identity {
+    /// This hook, or a script that calls hook.
+    Hook,
+    /// A hook of another version.
+    Other(String),
+    Foreign,
+}
+
+/// What a file is, by its text.
+fn identity(text: &str) -> Identity {
+    let (name, own) = MARK.split_at(MARK.len() - env!("CARGO_PKG_VERSION").len());
+    let versions: Vec<String> = text
+        .split(name)
+        .skip(1)
+        .map(|rest| {
+            let is_version = |c: &char| c.is_ascii_digit() || *c == '.';
+            rest.chars().take_while(is_version).collect::<String>()
+        })
+        .filter(|version| version.contains('.'))
+        .collect();
+    match versions.first() {
+        // Other texts may follow it in a program.
+        Some(_) if versions.iter().any(|version| version.starts_with(own)) => Identity::Hook,
+        Some(version) => Identity::Other(version.clone()),
+        None if text.contains("pinfold") || text.contains("snippets/hook") => Identity::Hook,
+        None => Identity::Foreign,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_recognized() {
+        let own = format!("\u{fffd}ELF\0{MARK}\0");
+        for (text, expected) in [
+            (own.as_str(), Identity::Hook),
+            ("#!/bin/sh\n# pinfold hook stub\n", Identity::Hook),
+            (
+                "#!/bin/sh\n/var/lib/vz/snippets/hook \"$@\"\n",
+                Identity::Hook,
+            ),
+            ("x pinfold hook 0.0.1y", Identity::Other("0.0.1".into())),
+            ("#!/bin/bash\n", Identity::Foreign),
+            ("", Identity::Foreign),
+        ] {
+            assert_eq!(identity(text), expected, "{text:?}");
+        }
+    }
+}

@@ -1,0 +1,446 @@
+//! What to set on a VM so that it fits its CPUs, as commands.
+
+use std::fmt;
+
+use pinfold_core::sys::topology::{Kind, Topology};
+use pinfold_core::sys::{cpu, pci};
+use pinfold_core::vm::{self, VmConf, VmId};
+use pinfold_core::{CpuSet, Host, Result};
+use serde::Serialize;
+
+use super::qm_set::QmSet;
+use crate::choice::{Choice, Guest};
+
+/// Something to set on the VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct Advice {
+    /// What for.
+    pub what: String,
+    /// The command.
+    pub command: String,
+}
+
+impl fmt::Display for Advice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.what, self.command)
+    }
+}
+
+/// The NUMA nodes of the devices that a VM gets as a whole.
+///
+/// # Errors
+/// If sysfs or the reservations of devices cannot be read.
+pub(crate) fn device_nodes(root: &Host, vmid: VmId, conf: &VmConf) -> Result<CpuSet> {
+    let mut nodes = CpuSet::new();
+    for function in pci_reset::passed_through(root, vmid, conf)?.functions {
+        if let Some(node) = pci::numa_node(root, &function)?
+            && node <= pinfold_core::MAX_CPU
+        {
+            nodes.insert(node);
+        }
+    }
+    Ok(nodes)
+}
+
+/// What to set on a VM for the best result with the CPUs chosen: the first of what excludes each
+/// other is the best.
+pub(crate) fn advice(
+    root: &Host,
+    vmid: VmId,
+    conf: &VmConf,
+    topology: &Topology,
+    guest: &Guest,
+    choice: &Choice,
+) -> Vec<Advice> {
+    let mut all = Vec::new();
+    let mut add = |what: &str, command: String| {
+        all.push(Advice {
+            what: what.to_owned(),
+            command,
+        });
+    };
+    let sizes = sizes(root, topology, conf, guest, choice);
+    for (number, size) in sizes.iter().enumerate() {
+        let or = if number == 0 { "" } else { "or " };
+        let guest = Guest {
+            vcpus: size.vcpus,
+            threads: size.threads,
+            ..guest.clone()
+        };
+        let memory = memory(root, topology, conf, &guest, choice);
+        let set = resized(conf, size).and(memory.set);
+        add(&format!("{or}{}", size.what), set.command(vmid));
+    }
+    let wants_smt = guest.threads > 1 || sizes.iter().any(|size| size.threads > 1);
+    if wants_smt && lacks_topoext(root, topology, conf) {
+        add(
+            "for SMT in the guest on AMD, which needs topoext",
+            topoext(vmid),
+        );
+    }
+    let memory = memory(root, topology, conf, guest, choice);
+    if !memory.set.is_empty() {
+        let or = if sizes.is_empty() {
+            ""
+        } else {
+            "or with as many vCPUs as now, "
+        };
+        add(&format!("{or}{}", memory.what), memory.set.command(vmid));
+    }
+    all
+}
+
+/// What `hook init --apply` sets: of all [`advice`] the part that leaves no choice, the size first.
+pub(crate) fn best_size(
+    root: &Host,
+    conf: &VmConf,
+    topology: &Topology,
+    guest: &Guest,
+    choice: &Choice,
+) -> QmSet {
+    let sizes = sizes(root, topology, conf, guest, choice);
+    // A guest on AMD needs a CPU model for SMT that `qm set` cannot make.
+    let is_able = |size: &&Size| size.threads == 1 || !lacks_topoext(root, topology, conf);
+    let nearest = sizes
+        .iter()
+        .filter(is_able)
+        .min_by_key(|size| (size.vcpus.abs_diff(guest.vcpus), size.vcpus));
+    nearest.map_or_else(QmSet::default, |size| resized(conf, size))
+}
+
+/// What gives a VM a size. Its memory stays bound, for as many vCPUs as it has then.
+fn resized(conf: &VmConf, size: &Size) -> QmSet {
+    let resized = resize(conf, size.vcpus, size.threads);
+    // Its memory stays bound, for as many vCPUs as it has then.
+    match &conf.numa_nodes[..] {
+        [node] if conf.numa => resized.set(
+            &format!("numa{}", node.index),
+            numa_node(
+                size.vcpus,
+                node.host_nodes.as_ref(),
+                node.memory,
+                node.policy.as_deref(),
+            ),
+        ),
+        _ => resized,
+    }
+}
+
+/// What `hook init --apply` sets for memory, on a VM whose size fits.
+pub(crate) fn best_memory(
+    root: &Host,
+    topology: &Topology,
+    conf: &VmConf,
+    guest: &Guest,
+    choice: &Choice,
+) -> QmSet {
+    memory(root, topology, conf, guest, choice).set
+}
+
+/// A number of vCPUs that would suit the CPUs better.
+struct Size {
+    what: &'static str,
+    vcpus: usize,
+    threads: usize,
+}
+
+/// The sizes that would suit a VM whose vCPUs share cores or are on small ones, without the guest's
+/// knowledge, or whose cores are split.
+fn sizes(
+    root: &Host,
+    topology: &Topology,
+    conf: &VmConf,
+    guest: &Guest,
+    choice: &Choice,
+) -> Vec<Size> {
+    let facts = &choice.facts;
+    let fast: Vec<&CpuSet> = topology
+        .cores
+        .iter()
+        .filter(|core| core.intersects(&choice.isolated) && !core.intersects(&topology.ecores))
+        .collect();
+    let crowded = facts.doubled > 0 || !facts.on_small.is_empty();
+    let has_cells = conf.numa && conf.numa_nodes.len() > 1;
+    if fast.is_empty() || has_cells {
+        return Vec::new();
+    }
+    if guest.threads > 1 {
+        return if_split(guest, choice, &fast).into_iter().collect();
+    }
+    if !crowded {
+        return Vec::new();
+    }
+    let mut sizes = vec![Size {
+        what: "for a core per vCPU",
+        vcpus: fast.len(),
+        threads: 1,
+    }];
+    if fast.iter().all(|core| core.len() == 2) {
+        sizes.push(Size {
+            what: "for both threads of each core, known to the guest",
+            vcpus: fast.len() * 2,
+            threads: 2,
+        });
+        let as_many = guest.vcpus;
+        let is_other = as_many.is_multiple_of(2) && facts.llcs.len() > 1;
+        if is_other && fits_with_smt(topology, guest) {
+            sizes.push(Size {
+                what: "for as many vCPUs in one LLC domain, two per core, known to the guest",
+                vcpus: as_many,
+                threads: 2,
+            });
+        }
+    }
+    if lacks_topoext(root, topology, conf) {
+        // A core per vCPU needs nothing else.
+        sizes.sort_by_key(|size| size.threads);
+    }
+    sizes
+}
+
+/// The size for a guest with SMT that has cores whose threads are on several of the host's.
+fn if_split(guest: &Guest, choice: &Choice, fast: &[&CpuSet]) -> Option<Size> {
+    let threads = guest.threads;
+    let whole = fast.iter().filter(|core| core.len() >= threads).count();
+    let size = match whole {
+        0 => Size {
+            what: "for a guest without SMT, since these cores have too few threads",
+            vcpus: fast.len().min(guest.vcpus),
+            threads: 1,
+        },
+        _ => Size {
+            what: "for one of the host's cores per guest core",
+            vcpus: whole * threads,
+            threads,
+        },
+    };
+    (choice.facts.split > 0).then_some(size)
+}
+
+/// Whether a domain has a fast core for each two vCPUs.
+fn fits_with_smt(topology: &Topology, guest: &Guest) -> bool {
+    topology.domains(Kind::Llc).iter().any(|llc| {
+        let is_free = |core: &&CpuSet| {
+            core.is_subset(&llc.cpus)
+                && core.len() == 2
+                && !core.contains(cpu::BOOT_CPU)
+                && !core.intersects(&topology.ecores)
+        };
+        topology.cores.iter().filter(is_free).count() * 2 >= guest.vcpus
+    })
+}
+
+/// Settings of the VM for its memory, and what they are good for.
+struct Memory {
+    what: &'static str,
+    set: QmSet,
+}
+
+/// Binds the VM's memory to the node of its CPUs, with huge pages if enough are free there. Without
+/// it nothing is set but `affinity:` removed, if memory does not depend on that.
+fn memory(
+    root: &Host,
+    topology: &Topology,
+    conf: &VmConf,
+    guest: &Guest,
+    choice: &Choice,
+) -> Memory {
+    let nodes = &choice.facts.nodes;
+    let several = topology.domains(Kind::Node).len() > 1;
+    let mib = conf.memory.unwrap_or(DEFAULT_MEMORY);
+    let plugs_memory = |features: &str| features.split([',', ';', ' ']).any(|one| one == "memory");
+    let node = nodes.first().filter(|_| nodes.len() == 1);
+    let is_plugged = conf.hotplug.as_deref().is_some_and(plugs_memory);
+    let binds = several
+        && !is_plugged
+        && node.is_some_and(|node| super::memory::has_room(root, node, mib))
+        && guest.cells.is_empty()
+        && conf.numa_nodes.len() < 2;
+    let mut set = QmSet::default();
+    let mut what = "since the pins take precedence";
+    if binds {
+        what = "for memory on the node of its CPUs";
+        let numa0 = numa_node(guest.vcpus, Some(nodes), Some(mib), Some("bind"));
+        let others = conf.numa_nodes.iter().filter(|node| node.index != 0);
+        set = set.set("numa", "1").set("numa0", numa0);
+        for other in others {
+            set = set.delete(&format!("numa{}", other.index), true);
+        }
+    }
+    // Proxmox VE asks for the pages of each `numaN` on its node, else for a socket's on node 0.
+    let is_here = match (&conf.numa_nodes[..], &guest.cells[..]) {
+        _ if binds => true,
+        ([_], [cell]) => cell.nodes == *nodes,
+        ([], _) => !several && conf.sockets.unwrap_or(1) <= 1,
+        _ => false,
+    };
+    let size = node.and_then(|node| super::memory::free_pages_for(root, node, mib));
+    let may_have = is_here && !is_plugged && conf.hugepages.is_none();
+    if let Some(size) = size.filter(|_| may_have) {
+        what = match binds {
+            true => "for memory on the node of its CPUs, in huge pages",
+            false => "for huge pages, of which enough are free",
+        };
+        set = set.set("numa", "1").set("hugepages", size);
+    }
+    let depends = several && !binds && guest.cells.is_empty();
+    Memory {
+        what,
+        set: set.delete("affinity", conf.affinity_text.is_some() && !depends),
+    }
+}
+
+/// What Proxmox VE gives a VM without `memory:`, in MiB.
+const DEFAULT_MEMORY: u64 = 512;
+
+/// A value of `numaN`.
+fn numa_node(
+    vcpus: usize,
+    nodes: Option<&CpuSet>,
+    memory: Option<u64>,
+    policy: Option<&str>,
+) -> String {
+    let mut value = format!("cpus={}", CpuSet::range(0, vcpus.saturating_sub(1)));
+    if let Some(nodes) = nodes {
+        // Several are separated by semicolons.
+        value += &format!(",hostnodes={}", nodes.to_string().replace(',', ";"));
+    }
+    if let Some(memory) = memory {
+        value += &format!(",memory={memory}");
+    }
+    match policy {
+        Some(policy) => value + &format!(",policy={policy}"),
+        None => value,
+    }
+}
+
+/// What gives a VM so many vCPUs, in cores of so many threads.
+pub(crate) fn resize(conf: &VmConf, vcpus: usize, threads: usize) -> QmSet {
+    let mut set = QmSet::default().set("cores", vcpus.to_string());
+    if conf.sockets.is_some_and(|sockets| sockets > 1) {
+        set = set.set("sockets", "1");
+    }
+    let has_smp = conf
+        .args
+        .as_deref()
+        .is_some_and(|args| args.split_whitespace().any(is_smp));
+    if threads > 1 || has_smp {
+        set = set.set("args", smp(conf.args.as_deref(), vcpus, threads));
+    }
+    if let Some(features) = hotplug_without_cpu(conf).filter(|_| threads > 1) {
+        set = set.set("hotplug", features);
+    }
+    set.delete("vcpus", conf.vcpus.is_some())
+}
+
+/// `hotplug` without `cpu`, since that adds vCPUs in places that a `-smp` in `args` has filled; none
+/// if it is not there.
+fn hotplug_without_cpu(conf: &VmConf) -> Option<String> {
+    if !conf.plugs_vcpus {
+        return None;
+    }
+    let features = conf.hotplug.as_deref().unwrap_or_default();
+    let rest: Vec<&str> = features
+        .split([',', ';', ' ', '\t', '\0'])
+        .filter(|feature| !feature.is_empty() && *feature != "cpu")
+        .collect();
+    Some(match rest[..] {
+        [] => "0".into(),
+        _ => rest.join(","),
+    })
+}
+
+/// What makes the threads of its cores known to a guest.
+pub(crate) fn with_threads(conf: &VmConf, vcpus: usize, threads: usize) -> QmSet {
+    let set = QmSet::default().set("args", smp(conf.args.as_deref(), vcpus, threads));
+    match hotplug_without_cpu(conf) {
+        Some(features) => set.set("hotplug", features),
+        None => set,
+    }
+}
+
+fn is_smp(word: &str) -> bool {
+    matches!(word, "-smp" | "--smp")
+}
+
+/// `args` with a `-smp` for so many vCPUs in cores of so many threads; whatever else is in it stays.
+pub(crate) fn smp(args: Option<&str>, vcpus: usize, threads: usize) -> String {
+    let smp = format!(
+        "-smp {vcpus},sockets=1,cores={},threads={threads},maxcpus={vcpus}",
+        vcpus / threads.max(1)
+    );
+    let args = args.unwrap_or_default().trim();
+    if args.contains(['\'', '"', '\\']) {
+        // QEMU takes the last of several for each key.
+        return format!("{args} {smp}");
+    }
+    let mut kept = Vec::new();
+    let mut words = args.split_whitespace();
+    while let Some(word) = words.next() {
+        if is_smp(word) {
+            words.next();
+        } else {
+            kept.push(word);
+        }
+    }
+    kept.push(&smp);
+    kept.join(" ")
+}
+
+/// Whether a guest on AMD would not see the threads of its cores: QEMU's model host, and those that
+/// are not EPYC, come without topoext.
+pub(crate) fn lacks_topoext(root: &Host, topology: &Topology, conf: &VmConf) -> bool {
+    let cpu = conf.cpu.as_deref().unwrap_or_default();
+    let model = cpu.split(',').next().unwrap_or_default();
+    let model = model.strip_prefix("cputype=").unwrap_or(model);
+    let says = |text: &str| text.contains("topoext") && !text.contains("topoext=off");
+    let custom = model.strip_prefix("custom-");
+    let of_model = custom.and_then(|name| vm::cpu_model_flags(root, name));
+    topology.is_amd()
+        && !model.starts_with("EPYC")
+        && !of_model.is_some_and(|flags| says(&flags))
+        && !says(cpu)
+        && !conf.args.as_deref().is_some_and(says)
+}
+
+/// How to give a guest topoext: Proxmox VE takes this flag in custom models only.
+pub(crate) fn topoext(vmid: VmId) -> String {
+    format!(
+        "add `cpu-model: host-smt`, `    flags +topoext`, `    reported-model host` as three lines to \
+         /etc/pve/virtual-guest/cpu-models.conf, then qm set {vmid} --cpu custom-host-smt"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn other_arguments_stay() {
+        for (args, smp_args) in [
+            (None, "-smp 12,sockets=1,cores=6,threads=2,maxcpus=12"),
+            (
+                Some("-device ivshmem -smp 4,cores=4 -global x=y"),
+                "-device ivshmem -global x=y -smp 12,sockets=1,cores=6,threads=2,maxcpus=12",
+            ),
+            (
+                Some("-append \"-smp 1\""),
+                "-append \"-smp 1\" -smp 12,sockets=1,cores=6,threads=2,maxcpus=12",
+            ),
+            (
+                Some("-smp"),
+                "-smp 12,sockets=1,cores=6,threads=2,maxcpus=12",
+            ),
+        ] {
+            assert_eq!(smp(args, 12, 2), smp_args, "{args:?}");
+        }
+        let conf = VmConf::parse(
+            "cores: 8\nvcpus: 2\nsockets: 2\nhotplug: disk,cpu,usb\nargs: -name a'b'",
+        );
+        assert_eq!(
+            resize(&conf, 14, 2).command("100".parse().unwrap()),
+            "qm set 100 --cores 14 --sockets 1 --args '-name a'\\''b'\\'' \
+             -smp 14,sockets=1,cores=7,threads=2,maxcpus=14' --hotplug disk,usb --delete vcpus"
+        );
+    }
+}

@@ -1,0 +1,505 @@
+//! What is so with chosen CPUs, computed from them, and the sentences for it.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use pinfold_core::CpuSet;
+use pinfold_core::sys::cpu;
+use pinfold_core::sys::topology::{Domain, Kind, Topology};
+
+use super::claims::Claim;
+use super::filling::in_vcpu_order;
+use super::guest::Guest;
+
+/// What is so with CPUs that a guest gets.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Facts {
+    /// The numbers of their LLC domains.
+    pub llcs: CpuSet,
+    /// The numbers of their NUMA nodes.
+    pub nodes: CpuSet,
+    /// The CPUs of these LLC domains.
+    pub size: usize,
+    /// The cores.
+    pub cores: usize,
+    /// The cores that run more than one vCPU of a guest without SMT, or more than one guest core.
+    pub doubled_cores: usize,
+    /// vCPUs, or guest cores, beyond the first on each core.
+    pub doubled: usize,
+    /// Guest cores whose threads are on several cores.
+    pub split: usize,
+    /// The small cores' CPUs that vCPUs are pinned to.
+    pub on_small: CpuSet,
+    /// The vCPUs on them.
+    pub small_vcpus: CpuSet,
+    /// Further threads of cores with a vCPU: kept empty, so that the vCPU has the core.
+    pub empty_threads: CpuSet,
+    /// Cores without a vCPU.
+    pub idle_cores: CpuSet,
+    /// Whether CPU 0 shares a cache with them.
+    pub beside_host: bool,
+    /// Whether CPU 0 is one of them.
+    pub has_cpu_0: bool,
+    /// Others that use some of them.
+    pub shared: Vec<Claim>,
+}
+
+impl Facts {
+    /// The facts about CPUs of a guest.
+    pub(crate) fn of(
+        topology: &Topology,
+        guest: &Guest,
+        isolated: &CpuSet,
+        claims: &[Claim],
+    ) -> Self {
+        let pins = in_vcpu_order(topology, isolated, guest.threads, &guest.cells);
+        Self::of_pins(topology, guest, isolated, &pins, claims)
+    }
+
+    /// The same with given pins. Of a vCPU that may run on several CPUs the first one counts.
+    pub(crate) fn of_pins(
+        topology: &Topology,
+        guest: &Guest,
+        isolated: &CpuSet,
+        pins: &[CpuSet],
+        claims: &[Claim],
+    ) -> Self {
+        let order: Vec<usize> = pins
+            .iter()
+            .take(guest.vcpus)
+            .filter_map(CpuSet::first)
+            .collect();
+        let used: CpuSet = order.iter().copied().collect();
+        let nodes = topology.domains(Kind::Node).iter();
+        let threads = guest.threads.max(1);
+        let mut facts = Self {
+            nodes: nodes
+                .filter(|node| node.cpus.intersects(isolated))
+                .map(|node| node.number)
+                .collect(),
+            on_small: &used & &topology.ecores,
+            has_cpu_0: isolated.contains(cpu::BOOT_CPU),
+            shared: claims
+                .iter()
+                .filter(|claim| claim.cpus.intersects(isolated))
+                .map(|claim| claim.among(isolated))
+                .collect(),
+            ..Self::default()
+        };
+        facts.small_vcpus = (0..)
+            .zip(&order)
+            .filter(|(_, cpu)| topology.ecores.contains(**cpu))
+            .map(|(vcpu, _)| vcpu)
+            .collect();
+        for llc in topology.llcs_of(isolated) {
+            facts.llcs.insert(llc.number);
+            facts.size += llc.cpus.len();
+            facts.beside_host |= llc.cpus.contains(cpu::BOOT_CPU);
+        }
+        for core in topology.cores_of(isolated) {
+            let busy = (core & &used).len();
+            facts.cores += 1;
+            let idle = &(core & isolated) - &used;
+            if busy == 0 {
+                facts.idle_cores = &facts.idle_cores | &idle;
+            } else {
+                facts.empty_threads = &facts.empty_threads | &idle;
+            }
+            let beyond = busy.div_ceil(threads).saturating_sub(1);
+            facts.doubled += beyond;
+            facts.doubled_cores += usize::from(beyond > 0);
+        }
+        let core_of = |cpu: &usize| topology.core_of(*cpu);
+        facts.split = order
+            .chunks(threads)
+            .filter(|guest_core| {
+                guest_core
+                    .iter()
+                    .map(core_of)
+                    .collect::<BTreeSet<_>>()
+                    .len()
+                    > 1
+            })
+            .count();
+        facts
+    }
+
+    /// The facts as sentences.
+    pub(super) fn reasons(
+        &self,
+        topology: &Topology,
+        guest: &Guest,
+        room_by_vcache: bool,
+    ) -> Vec<Reason> {
+        let mut reasons = Vec::new();
+        let of_vm = |llc: &&Domain| self.llcs.contains(llc.number);
+        let llcs: Vec<&Domain> = topology.domains(Kind::Llc).iter().filter(of_vm).collect();
+        let cpus: CpuSet = llcs.iter().flat_map(|llc| llc.cpus.iter()).collect();
+        let cores_there = topology.cores_of(&cpus).count();
+        let vcache: CpuSet = topology.vcache().iter().map(|llc| llc.number).collect();
+        if let Some(first) = llcs.first() {
+            let is_alike = llcs.iter().all(|llc| llc.extent == first.extent);
+            reasons.push(Reason::Where {
+                llcs: self.llcs.clone(),
+                extent: is_alike.then(|| first.extent.to_string()),
+                vcache: !vcache.is_empty() && self.llcs.is_subset(&vcache),
+                all: cores_there == self.cores,
+                cpus,
+                cores: self.cores,
+            });
+        }
+        let mut caches: Vec<(String, CpuSet)> = Vec::new();
+        for llc in &llcs {
+            let mut what = llc.extent.to_string();
+            if vcache.contains(llc.number) {
+                what += ", V-Cache";
+            }
+            match caches.iter_mut().find(|(known, _)| *known == what) {
+                Some((_, same)) => same.insert(llc.number),
+                None => caches.push((what, [llc.number].into_iter().collect())),
+            }
+        }
+        if caches.len() > 1 {
+            reasons.push(Reason::Caches(caches));
+        }
+        if topology.domains(Kind::Node).len() > 1 {
+            reasons.push(Reason::Node {
+                nodes: self.nodes.clone(),
+                memory: guest.memory_nodes(),
+                devices: guest.device_nodes.clone(),
+            });
+        }
+        if self.has_cpu_0 {
+            reasons.push(Reason::HasCpu0);
+        } else if self.beside_host {
+            let is_cache =
+                |llc: &&Domain| llc.cpus.contains(cpu::BOOT_CPU) && llc.extent.is_cache();
+            reasons.push(Reason::BesideHost {
+                cache: llcs.iter().any(is_cache),
+            });
+        }
+        if self.doubled > 0 {
+            reasons.push(Reason::Doubled {
+                cores: self.cores,
+                doubled: self.doubled_cores,
+                guest_cores: guest.threads > 1,
+            });
+        } else if guest.threads <= 1 && !self.empty_threads.is_empty() {
+            reasons.push(Reason::OwnCores);
+        }
+        if !self.on_small.is_empty() {
+            reasons.push(Reason::SmallCores {
+                vcpus: self.small_vcpus.clone(),
+                cpus: self.on_small.clone(),
+            });
+        }
+        if self.split > 0 {
+            reasons.push(Reason::Split(self.split));
+        }
+        if !self.idle_cores.is_empty() {
+            reasons.push(Reason::Idle(self.idle_cores.clone()));
+        }
+        let elsewhere: Vec<&Domain> = topology
+            .vcache()
+            .into_iter()
+            .filter(|_| !self.llcs.intersects(&vcache))
+            .collect();
+        if let Some(first) = elsewhere.first() {
+            reasons.push(Reason::VcacheElsewhere {
+                llcs: vcache,
+                extent: first.extent.to_string(),
+                cpus: elsewhere.iter().flat_map(|llc| llc.cpus.iter()).collect(),
+                has_room: room_by_vcache,
+            });
+        }
+        reasons.extend(self.shared.iter().cloned().map(Reason::Shared));
+        reasons
+    }
+}
+
+/// A sentence about the CPUs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Reason {
+    /// The LLC domains, and how much of them the VM gets.
+    Where {
+        llcs: CpuSet,
+        /// Of each of them, if they are alike.
+        extent: Option<String>,
+        vcache: bool,
+        cpus: CpuSet,
+        all: bool,
+        cores: usize,
+    },
+    /// The LLC domains by their caches, if these differ.
+    Caches(Vec<(String, CpuSet)>),
+    /// The NUMA nodes, on a machine with several, and what of the VM is where.
+    Node {
+        nodes: CpuSet,
+        memory: CpuSet,
+        devices: CpuSet,
+    },
+    /// CPU 0 is in one of the domains, and shares its cache if that is known.
+    BesideHost { cache: bool },
+    /// CPU 0 is among them.
+    HasCpu0,
+    /// A core for each vCPU of a guest without SMT, with further threads that stay empty.
+    OwnCores,
+    /// Cores with more than one vCPU, or guest core.
+    Doubled {
+        cores: usize,
+        doubled: usize,
+        guest_cores: bool,
+    },
+    /// vCPUs on small cores.
+    SmallCores { vcpus: CpuSet, cpus: CpuSet },
+    /// Guest cores whose threads are on several cores.
+    Split(usize),
+    /// Cores without a vCPU.
+    Idle(CpuSet),
+    /// V-Cache that the VM does not get.
+    VcacheElsewhere {
+        llcs: CpuSet,
+        extent: String,
+        cpus: CpuSet,
+        /// Whether the VM has room there.
+        has_room: bool,
+    },
+    /// CPUs that others use too.
+    Shared(Claim),
+    /// CPUs of others in the same domains, which would have been better.
+    Beside(Claim),
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Where {
+                llcs,
+                extent,
+                vcache,
+                cpus,
+                all,
+                cores,
+            } => {
+                write!(f, "llc:{llcs} is CPU {cpus}")?;
+                if let Some(extent) = extent {
+                    let each = if llcs.len() > 1 { " each" } else { "" };
+                    write!(f, ", {extent}{each}")?;
+                }
+                if *vcache {
+                    write!(f, ", V-Cache")?;
+                }
+                let part = if *all { "all" } else { "a part" };
+                write!(
+                    f,
+                    ". The VM gets {part} of it: {}.",
+                    counted(*cores, "core")
+                )
+            }
+            Self::Caches(caches) => {
+                let each = |(what, llcs): &(String, CpuSet)| format!("llc:{llcs} {what}");
+                let caches: Vec<String> = caches.iter().map(each).collect();
+                write!(f, "Their caches differ: {}.", caches.join("; "))
+            }
+            Self::Node {
+                nodes,
+                memory,
+                devices,
+            } => {
+                let node = |nodes: &CpuSet| match nodes.len() {
+                    1 => format!("NUMA node {nodes}"),
+                    _ => format!("NUMA nodes {nodes}"),
+                };
+                write!(f, "They are on {}", node(nodes))?;
+                let near: Vec<&str> = [("memory", memory), ("devices", devices)]
+                    .into_iter()
+                    .filter(|(_, at)| !at.is_empty() && *at == nodes)
+                    .map(|(what, _)| what)
+                    .collect();
+                match near[..] {
+                    [] => write!(f, ".")?,
+                    _ => write!(f, ", like the VM's {}.", near.join(" and "))?,
+                }
+                for (what, at) in [("memory", memory), ("devices", devices)] {
+                    if !at.is_empty() && at != nodes {
+                        let verb = if what == "memory" { "is" } else { "are" };
+                        write!(f, " Its {what} {verb} on {}.", node(at))?;
+                    }
+                }
+                Ok(())
+            }
+            Self::BesideHost { cache } => {
+                write!(f, "CPU 0, which stays with the host, is in it too")?;
+                match cache {
+                    true => write!(f, ": the VM shares the cache with the host."),
+                    false => write!(f, "."),
+                }
+            }
+            Self::HasCpu0 => write!(
+                f,
+                "CPU 0 is among them: timekeeping, IRQs that cannot be moved and the kernel's work for \
+                 the boot CPU stay there."
+            ),
+            Self::OwnCores => write!(
+                f,
+                "Each vCPU has a core of its own; the second threads stay idle."
+            ),
+            Self::Doubled {
+                cores,
+                doubled,
+                guest_cores,
+            } => {
+                let of = if *guest_cores { "guest cores" } else { "vCPUs" };
+                let verb = if *doubled == 1 { "runs" } else { "run" };
+                write!(
+                    f,
+                    "{doubled} of the {} {verb} several {of}, by second threads: these are slower.",
+                    counted(*cores, "core")
+                )
+            }
+            Self::SmallCores { vcpus, cpus } => {
+                let (word, verb) = match vcpus.len() {
+                    1 => ("vCPU", "is"),
+                    _ => ("vCPUs", "are"),
+                };
+                write!(
+                    f,
+                    "{word} {vcpus} {verb} on small cores (E cores), CPU {cpus}: a slow vCPU delays the others."
+                )
+            }
+            Self::Split(1) => write!(
+                f,
+                "The threads of one of the guest's cores are on several of the host's."
+            ),
+            Self::Split(count) => write!(
+                f,
+                "The threads of {count} of the guest's cores are on several of the host's each."
+            ),
+            Self::Idle(cpus) => write!(f, "CPU {cpus} is isolated but unused."),
+            Self::VcacheElsewhere {
+                llcs,
+                extent,
+                cpus,
+                has_room,
+            } => {
+                let way = match has_room {
+                    true => "--vcache chooses there",
+                    false => "this VM has no room there",
+                };
+                write!(
+                    f,
+                    "llc:{llcs} (CPU {cpus}) has 3D V-Cache, {extent}; {way}."
+                )
+            }
+            Self::Beside(claim) => write!(f, "Beside them, {claim}."),
+            Self::Shared(claim) if claim.exclusive => {
+                write!(f, "{claim}: only one of the two VMs can run at a time.")
+            }
+            Self::Shared(claim) => {
+                write!(f, "{claim}, which loses them while this VM runs.")
+            }
+        }
+    }
+}
+
+/// An LLC domain that nothing was taken of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct PassedOver {
+    pub llc: usize,
+    pub cpus: CpuSet,
+    /// The cores that a VM could have there.
+    pub free_cores: usize,
+    pub has_cpu_0: bool,
+    pub verdict: Verdict,
+}
+
+/// Why an LLC domain was passed over.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    TooFew,
+    Claimed(Vec<Claim>),
+    SmallCores,
+    /// Far from the VM's memory, its devices or both.
+    OtherNode {
+        memory: bool,
+        devices: bool,
+    },
+    /// Fewer cores than vCPUs, or than guest cores.
+    Doubled {
+        guest_cores: bool,
+    },
+    BesideHost,
+    Larger,
+    AsGood,
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TooFew => write!(f, "too few CPUs"),
+            Self::Claimed(claims) => {
+                let claims: Vec<String> = claims.iter().map(ToString::to_string).collect();
+                f.write_str(&claims.join(", "))
+            }
+            Self::SmallCores => write!(f, "includes more small cores"),
+            Self::OtherNode { memory, devices } => {
+                let what: Vec<&str> = [(memory, "memory"), (devices, "devices")]
+                    .into_iter()
+                    .filter(|(is_far, _)| **is_far)
+                    .map(|(_, what)| what)
+                    .collect();
+                write!(
+                    f,
+                    "on another NUMA node than the VM's {}",
+                    what.join(" and ")
+                )
+            }
+            Self::Doubled { guest_cores: false } => write!(f, "too few cores for one per vCPU"),
+            Self::Doubled { guest_cores: true } => {
+                write!(f, "too few cores for one per guest core")
+            }
+            Self::BesideHost => write!(f, "shares its cache with the host"),
+            Self::Larger => write!(f, "larger"),
+            Self::AsGood => write!(f, "as good"),
+        }
+    }
+}
+
+/// The domains that were passed over, as lines: those with the same reason share one.
+pub(crate) fn listed(passed_over: &[PassedOver]) -> Vec<String> {
+    let mut by_verdict: Vec<(String, Vec<&PassedOver>)> = Vec::new();
+    for one in passed_over {
+        let verdict = one.verdict.to_string();
+        match by_verdict.iter_mut().find(|(known, _)| *known == verdict) {
+            Some((_, same)) => same.push(one),
+            None => by_verdict.push((verdict, vec![one])),
+        }
+    }
+    let line = |(verdict, same): (String, Vec<&PassedOver>)| match same[..] {
+        [one] => {
+            let beside = match one.has_cpu_0 {
+                true => " beside that of CPU 0",
+                false => "",
+            };
+            format!(
+                "llc:{} (CPU {}, {} free{beside}): {verdict}",
+                one.llc,
+                one.cpus,
+                counted(one.free_cores, "core")
+            )
+        }
+        _ => {
+            let numbers: CpuSet = same.iter().map(|one| one.llc).collect();
+            format!("llc:{numbers}: {verdict}")
+        }
+    };
+    by_verdict.into_iter().map(line).collect()
+}
+
+/// `1 core`, `2 cores`.
+pub(crate) fn counted(count: usize, word: &str) -> String {
+    match count {
+        1 => format!("1 {word}"),
+        _ => format!("{count} {word}s"),
+    }
+}

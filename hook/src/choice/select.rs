@@ -1,0 +1,585 @@
+//! The choice: of all places with room for a guest, the one that an expert would take.
+
+use pinfold_core::CpuSet;
+use pinfold_core::sys::cpu;
+use pinfold_core::sys::topology::{Kind, Topology};
+
+use super::areas::{Area, Areas, Group, SCOPES, neighbours, whole_parts};
+use super::claims::{Claim, Claimed};
+use super::filling::{fill, in_vcpu_order};
+use super::guest::{Guest, cpus_of_nodes};
+use super::outcome::{Facts, PassedOver, Reason, Verdict};
+
+/// What is asked.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Question<'a> {
+    pub topology: &'a Topology,
+    /// Those of the topology.
+    pub areas: &'a Areas,
+    pub guest: &'a Guest,
+    /// The CPUs of other VMs and of containers.
+    pub claimed: &'a Claimed,
+    /// The CPUs to choose among; all if none.
+    pub within: Option<&'a CpuSet>,
+}
+
+/// The answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Choice {
+    /// The CPUs to isolate: exactly the whole cores that the pins use.
+    pub isolated: CpuSet,
+    /// The CPU of each vCPU, by its number.
+    pub pins: Vec<CpuSet>,
+    /// What is so with these CPUs.
+    pub facts: Facts,
+    /// The same as sentences, in their order.
+    pub reasons: Vec<Reason>,
+    /// The other LLC domains.
+    pub passed_over: Vec<PassedOver>,
+}
+
+/// How good a place is, the most important first; less is better (docs/design.md, "What init
+/// chooses").
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Rank {
+    /// CPUs of others, first those that they have for themselves.
+    shared: (usize, usize),
+    /// vCPUs on small cores.
+    small: usize,
+    /// NUMA nodes other than those of the guest's memory, and of its devices.
+    far_memory: usize,
+    far_devices: usize,
+    nodes: usize,
+    /// vCPUs, or guest cores, beyond the first on a core.
+    doubled: usize,
+    llcs: usize,
+    beside_host: bool,
+    unaligned: (bool, usize),
+    /// The CPUs of the LLC domains.
+    size: usize,
+}
+
+impl Rank {
+    /// Whether it has a fast core of its own for each vCPU or guest core, near memory and devices,
+    /// and no CPU of others.
+    fn has_all(&self) -> bool {
+        let Self {
+            shared,
+            small,
+            far_memory,
+            far_devices,
+            doubled,
+            ..
+        } = *self;
+        shared == (0, 0) && small + far_memory + far_devices + doubled == 0
+    }
+}
+
+/// CPUs with their rank.
+#[derive(Debug, Clone)]
+struct Place {
+    isolated: CpuSet,
+    rank: Rank,
+}
+
+/// Chooses CPUs for a guest; `claims` are those that `claimed` is made of.
+///
+/// # Errors
+/// If the machine, or the part of it that is asked for, has too few CPUs.
+pub(crate) fn choose(question: &Question<'_>, claims: &[Claim]) -> Result<Choice, NoRoom> {
+    match cpus(question) {
+        Some(isolated) => Ok(explain(question, claims, isolated)),
+        None => Err(no_room(question)),
+    }
+}
+
+/// What would be so with the CPUs that [`choose`] takes, but for the claims of others; `None` if
+/// the host has no room.
+pub(crate) fn best(question: &Question<'_>) -> Option<Facts> {
+    let isolated = cpus(question)?;
+    let Question {
+        topology, guest, ..
+    } = question;
+    Some(Facts::of(topology, guest, &isolated, &[]))
+}
+
+/// What is so with CPUs that somebody else has chosen.
+pub(crate) fn given(question: &Question<'_>, claims: &[Claim], isolated: CpuSet) -> Choice {
+    explain(question, claims, isolated)
+}
+
+fn cpus(question: &Question<'_>) -> Option<CpuSet> {
+    by_cells(question).or_else(|| Some(find(question)?.isolated))
+}
+
+/// That a guest has no room, with what there is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct NoRoom {
+    /// The CPUs that a guest can have: whole cores but for that of CPU 0.
+    pub usable: CpuSet,
+    /// The guest's vCPUs.
+    pub vcpus: usize,
+}
+
+fn no_room(question: &Question<'_>) -> NoRoom {
+    NoRoom {
+        usable: usable(question),
+        vcpus: question.guest.vcpus,
+    }
+}
+
+/// The CPUs that may be chosen: whole cores but for that of CPU 0.
+fn usable(question: &Question<'_>) -> CpuSet {
+    let usable = &question.areas.usable;
+    let Some(within) = question.within else {
+        return usable.clone();
+    };
+    let cores = question.topology.cores_of(&(usable & within));
+    cores
+        .filter(|core| core.is_subset(within))
+        .flat_map(CpuSet::iter)
+        .collect()
+}
+
+/// The best place in each cell's nodes, if the memory of the guest's cells is bound to different
+/// nodes; none if one of them has no room.
+fn by_cells(question: &Question<'_>) -> Option<CpuSet> {
+    let guest = question.guest;
+    if guest.cells.len() < 2 {
+        return None;
+    }
+    let mut all = CpuSet::new();
+    let mut bound = CpuSet::new();
+    for cell in &guest.cells {
+        let near = cpus_of_nodes(question.topology, &cell.nodes);
+        let vcpus = &(&cell.vcpus & &CpuSet::range(0, guest.vcpus - 1)) - &bound;
+        bound = &bound | &vcpus;
+        if vcpus.is_empty() {
+            continue;
+        }
+        let within = &(&near & question.within.unwrap_or(&question.topology.online)) - &all;
+        let of_cell = Guest {
+            vcpus: vcpus.len(),
+            threads: guest.threads,
+            cells: Vec::new(),
+            device_nodes: CpuSet::new(),
+        };
+        let place = find(&Question {
+            guest: &of_cell,
+            within: Some(&within),
+            ..*question
+        })?;
+        all = &all | &place.isolated;
+    }
+    (bound.len() == guest.vcpus).then_some(all)
+}
+
+/// The best place. CPUs of other VMs are taken only if there is no room without.
+fn find(question: &Question<'_>) -> Option<Place> {
+    let (usable, claimed) = (usable(question), question.claimed);
+    let among = |cpus: &CpuSet| best_of(question, &question.areas.among(cpus));
+    among(&(&usable - &claimed.all))
+        .or_else(|| among(&(&usable - &claimed.exclusive)))
+        .or_else(|| among(&usable))
+}
+
+/// The best place in one LLC domain, by its position.
+fn find_in_llc(question: &Question<'_>, llc: usize, cpus: &CpuSet) -> Option<Place> {
+    best_of(question, &question.areas.of_llc(llc, cpus))
+}
+
+/// The best place in the narrowest scope that has one. Of places that are alike it is the first.
+fn best_of(question: &Question<'_>, areas: &[Area]) -> Option<Place> {
+    for part in SCOPES {
+        let mut best: Option<Place> = None;
+        let mut take_better = |groups: &mut dyn Iterator<Item = Group<'_>>| {
+            for group in groups.filter(|group| has_room(question, group)) {
+                // Most parts of a machine are alike.
+                let is_worse = |best: &Place| best.rank <= at_best(question, &group);
+                if best.as_ref().is_some_and(is_worse) {
+                    continue;
+                }
+                let place = fit(question, &group);
+                if best.as_ref().is_none_or(|best| place.rank < best.rank) {
+                    best = Some(place);
+                }
+            }
+            // More domains are of no use then.
+            best.as_ref().is_some_and(|best| best.rank.has_all())
+        };
+        let is_found =
+            (1..=areas.len()).any(|size| take_better(&mut neighbours(areas, part, size)));
+        if !is_found {
+            take_better(&mut whole_parts(areas, part));
+        }
+        if best.is_some() {
+            return best;
+        }
+    }
+    None
+}
+
+fn has_room(question: &Question<'_>, group: &Group<'_>) -> bool {
+    let room: usize = group.areas.iter().map(|area| area.room).sum();
+    room >= question.guest.vcpus
+}
+
+/// A rank that a place in a group cannot be better than, by what costs little to know.
+fn at_best(question: &Question<'_>, group: &Group<'_>) -> Rank {
+    let Question {
+        topology, guest, ..
+    } = question;
+    let areas = || group.areas.iter();
+    let nodes = topology.domains(Kind::Node);
+    let far = |near: &CpuSet| {
+        let is_near = |area: &&Area| near.contains(nodes[area.node].number);
+        usize::from(guest.vcpus > 0 && !near.is_empty() && !areas().any(is_near))
+    };
+    let parts = |largest: Option<usize>| guest.vcpus.div_ceil(largest.unwrap_or(1).max(1));
+    let cores: usize = areas().map(|area| area.cores.len()).sum();
+    let fast = |area: &&Area| area.fast_cpus(&topology.ecores);
+    let fast: usize = areas().map(fast).sum();
+    let guest_cores = guest.vcpus.div_ceil(guest.threads.max(1));
+    // Small cores come after the second threads of fast ones, so that a place may do with fewer.
+    let apart = match topology.ecores.is_empty() {
+        true => guest_cores.min(cores),
+        false => 0,
+    };
+    let most_cores = areas().map(|area| area.cores.len()).max().unwrap_or(0);
+    Rank {
+        shared: (0, 0),
+        small: guest.vcpus.saturating_sub(fast),
+        far_memory: far(&guest.memory_nodes()),
+        far_devices: far(&guest.device_nodes),
+        nodes: parts(nodes.iter().map(|node| node.cpus.len()).max()),
+        doubled: guest_cores.saturating_sub(cores),
+        llcs: parts(areas().map(|area| area.size).max()).max(apart.div_ceil(most_cores.max(1))),
+        ..by_group(group)
+    }
+}
+
+/// The part of a rank that all places in a group have.
+fn by_group(group: &Group<'_>) -> Rank {
+    Rank {
+        unaligned: group.unaligned,
+        beside_host: group.areas.iter().any(|area| area.beside_host),
+        size: group.areas.iter().map(|area| area.size).sum(),
+        ..Rank::default()
+    }
+}
+
+/// The cores that a guest fills of a group that [has room](has_room) for it.
+fn fit(question: &Question<'_>, group: &Group<'_>) -> Place {
+    let Question {
+        topology, guest, ..
+    } = question;
+    let cores = group.areas.iter().flat_map(|area| area.cores.iter());
+    let cores: Vec<CpuSet> = cores.cloned().collect();
+    let order = fill(&cores, &topology.ecores, guest.threads);
+    let used: CpuSet = order.into_iter().take(guest.vcpus).collect();
+    let isolated: CpuSet = topology.cores_of(&used).flat_map(CpuSet::iter).collect();
+    let facts = Facts::of(topology, guest, &isolated, &[]);
+    let outside = |near: &CpuSet| match near.is_empty() {
+        true => 0,
+        false => (&facts.nodes - near).len(),
+    };
+    let rank = Rank {
+        shared: question.claimed.count(&isolated),
+        small: facts.on_small.len(),
+        far_memory: outside(&guest.memory_nodes()),
+        far_devices: outside(&guest.device_nodes),
+        nodes: facts.nodes.len(),
+        doubled: facts.doubled,
+        llcs: facts.llcs.len(),
+        ..by_group(group)
+    };
+    Place { isolated, rank }
+}
+
+/// The answer for CPUs: pins, facts and what else there was.
+fn explain(question: &Question<'_>, claims: &[Claim], isolated: CpuSet) -> Choice {
+    let Question {
+        topology, guest, ..
+    } = question;
+    let mut pins = in_vcpu_order(topology, &isolated, guest.threads, &guest.cells);
+    pins.truncate(guest.vcpus);
+    let facts = Facts::of(topology, guest, &isolated, claims);
+    let by_vcache = find(&Question {
+        within: Some(&question.areas.vcache),
+        ..*question
+    });
+    let mut reasons = facts.reasons(topology, guest, by_vcache.is_some());
+    if facts.doubled + facts.on_small.len() + facts.split > 0 {
+        let llcs = topology.llcs_of(&isolated);
+        let there: CpuSet = llcs.flat_map(|llc| llc.cpus.iter()).collect();
+        let left = &(&there & &usable(question)) - &isolated;
+        let theirs = claims.iter().filter(|claim| claim.cpus.intersects(&left));
+        reasons.extend(theirs.map(|claim| Reason::Beside(claim.among(&left))));
+    }
+    Choice {
+        passed_over: passed_over(question, claims, &isolated, &facts),
+        isolated,
+        pins,
+        facts,
+        reasons,
+    }
+}
+
+/// The LLC domains that nothing was taken of, each with the reason.
+fn passed_over(
+    question: &Question<'_>,
+    claims: &[Claim],
+    isolated: &CpuSet,
+    facts: &Facts,
+) -> Vec<PassedOver> {
+    let (topology, claimed) = (question.topology, question.claimed);
+    let usable = usable(question);
+    let chosen = Place {
+        isolated: isolated.clone(),
+        rank: Rank {
+            shared: claimed.count(isolated),
+            small: facts.on_small.len(),
+            nodes: facts.nodes.len(),
+            doubled: facts.doubled,
+            llcs: facts.llcs.len(),
+            beside_host: facts.beside_host,
+            size: facts.size,
+            ..Rank::default()
+        },
+    };
+    let far = |nodes: &CpuSet| {
+        let outside = |near: &CpuSet| !near.is_empty() && !nodes.is_subset(near);
+        let guest = question.guest;
+        (outside(&guest.memory_nodes()), outside(&guest.device_nodes))
+    };
+    let mut all = Vec::new();
+    for (at, llc) in topology.domains(Kind::Llc).iter().enumerate() {
+        let of_llc = &usable & &llc.cpus;
+        if facts.llcs.contains(llc.number)
+            || question
+                .within
+                .is_some_and(|within| !within.intersects(&llc.cpus))
+        {
+            continue;
+        }
+        let free = &of_llc - &claimed.all;
+        let verdict = match find_in_llc(question, at, &free) {
+            None if find_in_llc(question, at, &of_llc).is_some() => {
+                let theirs = claims.iter().filter(|claim| claim.cpus.intersects(&of_llc));
+                Verdict::Claimed(theirs.map(|claim| claim.among(&of_llc)).collect())
+            }
+            None => Verdict::TooFew,
+            Some(place) => {
+                let (rank, best) = (place.rank, chosen.rank);
+                let nodes = Facts::of(topology, question.guest, &place.isolated, &[]).nodes;
+                let (memory, devices) = far(&nodes);
+                if rank.small > best.small {
+                    Verdict::SmallCores
+                } else if (memory, devices) > far(&facts.nodes) {
+                    Verdict::OtherNode { memory, devices }
+                } else if rank.doubled > best.doubled {
+                    Verdict::Doubled {
+                        guest_cores: question.guest.threads > 1,
+                    }
+                } else if rank.beside_host && !best.beside_host {
+                    Verdict::BesideHost
+                } else if llc.cpus.len() > best.size {
+                    Verdict::Larger
+                } else {
+                    Verdict::AsGood
+                }
+            }
+        };
+        all.push(PassedOver {
+            llc: llc.number,
+            cpus: llc.cpus.clone(),
+            free_cores: topology
+                .cores_of(&free)
+                .filter(|core| core.is_subset(&free))
+                .count(),
+            has_cpu_0: llc.cpus.contains(cpu::BOOT_CPU),
+            verdict,
+        });
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    use crate::choice::{Cell, Owner};
+    use pinfold_core::Host;
+    use pinfold_core::testutils::machine;
+    use proptest::prelude::*;
+    use proptest::test_runner::TestRunner;
+
+    fn topology(name: &str) -> Topology {
+        let dir = tempfile::tempdir().unwrap();
+        machine::expand(&machine::text(name), dir.path());
+        Topology::read(&Host::new(dir.path())).unwrap()
+    }
+
+    fn guest(vcpus: usize, threads: usize) -> Guest {
+        Guest {
+            vcpus,
+            threads,
+            ..Guest::default()
+        }
+    }
+
+    #[test]
+    fn choices() {
+        for (name, vcpus, threads, isolated) in [
+            ("5900x", 12, 2, "6-11,18-23"),
+            ("5900x", 6, 1, "6-11,18-23"),
+            ("5900x", 4, 1, "8-11,20-23"),
+            ("5900x", 4, 2, "10-11,22-23"),
+            ("5900x", 5, 2, "9-11,21-23"),
+            // More vCPUs than a domain has cores: a core each, over both.
+            ("5900x", 8, 1, "4-11,16-23"),
+            ("5900x", 12, 1, "1-11,13-23"),
+            // Away from CPU 0's domain, and of pairs of domains, which are a CCD each, as few as can be.
+            ("3900", 8, 1, "3-8,10-11,15-20,22-23"),
+            ("3960x", 16, 1, "6-20,23,30-44,47"),
+            ("7950x3d", 16, 2, "8-15,24-31"),
+            ("one-l3", 8, 2, "4-7,12-15"),
+            ("one-l3", 14, 1, "1-7,9-15"),
+            ("two-sockets", 8, 1, "1,3,5,7,9,11,13,15"),
+            ("two-sockets", 10, 1, "1-7,9-15"),
+            ("two-sockets", 16, 1, "none"),
+            ("epyc-7763", 16, 2, "8-15,72-79"),
+            ("epyc-fenced", 16, 2, "8-15,72-79"),
+            ("hybrid", 4, 1, "8-15"),
+            ("hybrid", 10, 1, "2-15"),
+            ("hybrid", 14, 1, "2-15"),
+            ("hybrid", 16, 1, "2-15,22-23"),
+            ("hybrid", 15, 2, "2-15,23"),
+            ("meteor-lake", 2, 1, "4-7"),
+            ("meteor-lake", 9, 1, "2-7,9-11"),
+            ("big-little", 4, 1, "4-7"),
+            ("big-little", 5, 1, "3-7"),
+            ("smt-off", 6, 2, "6-11"),
+            ("no-l3", 4, 1, "4-7"),
+            ("bare", 3, 1, "1-3"),
+            ("bare", 4, 1, "none"),
+        ] {
+            let topology = topology(name);
+            let question = Question {
+                topology: &topology,
+                areas: &Areas::new(&topology),
+                guest: &guest(vcpus, threads),
+                claimed: &Claimed::default(),
+                within: None,
+            };
+            let answer = choose(&question, &[]);
+            let chosen = answer.map_or("none".to_owned(), |choice| choice.isolated.to_string());
+            assert_eq!(
+                chosen, isolated,
+                "{name}: {vcpus} vCPUs, {threads} threads per core"
+            );
+        }
+    }
+
+    #[test]
+    fn others_are_avoided_the_ones_that_share_last() {
+        let claim = |id: u32, cpus: &str, exclusive| Claim {
+            owner: Owner::Vm(id.try_into().unwrap()),
+            cpus: cpus.parse().unwrap(),
+            exclusive,
+        };
+        let topology = topology("5900x");
+        for (claims, vcpus, isolated) in [
+            (vec![claim(101, "6-11,18-23", true)], 4, "2-5,14-17"),
+            (vec![claim(101, "8-9", false)], 4, "6-7,10-11,18-19,22-23"),
+            // What is shared is taken before what another VM has for itself.
+            (
+                vec![
+                    claim(101, "6-11,18-23", true),
+                    claim(102, "1-5,13-17", false),
+                ],
+                4,
+                "2-5,14-17",
+            ),
+            (
+                vec![
+                    claim(101, "6-11,18-23", true),
+                    claim(102, "1-5,13-17", true),
+                ],
+                4,
+                "8-11,20-23",
+            ),
+        ] {
+            let question = Question {
+                topology: &topology,
+                areas: &Areas::new(&topology),
+                guest: &guest(vcpus, 1),
+                claimed: &Claimed::by(&claims),
+                within: None,
+            };
+            let choice = choose(&question, &claims);
+            assert_eq!(choice.unwrap().isolated.to_string(), isolated, "{claims:?}");
+        }
+    }
+
+    /// So a group that is passed over for its best would not have been taken.
+    #[test]
+    fn no_place_is_better_than_its_group_at_best() {
+        for (name, text) in machine::all() {
+            let dir = tempfile::tempdir().unwrap();
+            machine::expand(&text, dir.path());
+            let topology = Topology::read(&Host::new(dir.path())).unwrap();
+            let all = Areas::new(&topology);
+            let cpus: Vec<usize> = topology.online.iter().collect();
+            let some = || prop::sample::subsequence(cpus.clone(), 0..=cpus.len());
+            let nodes = || prop::collection::btree_set(0..3usize, 0..3);
+            let cell = (prop::collection::btree_set(0..20usize, 0..9), nodes());
+            let vm = (0..cpus.len() + 2, 1..4usize, nodes());
+            let cells = prop::collection::vec(cell, 0..3);
+            let check =
+                |(theirs, own, (vcpus, threads, devices), cells): (Vec<_>, Vec<_>, _, Vec<_>)| {
+                    let cells = cells.into_iter().map(|(vcpus, nodes)| Cell {
+                        vcpus: BTreeSet::into_iter(vcpus).collect(),
+                        nodes: BTreeSet::into_iter(nodes).collect(),
+                    });
+                    let guest = Guest {
+                        vcpus,
+                        threads,
+                        cells: cells.collect(),
+                        device_nodes: BTreeSet::into_iter(devices).collect(),
+                    };
+                    let question = Question {
+                        topology: &topology,
+                        areas: &all,
+                        guest: &guest,
+                        claimed: &Claimed {
+                            exclusive: CpuSet::new(),
+                            all: theirs.into_iter().collect(),
+                        },
+                        within: None,
+                    };
+                    let areas = all.among(&own.into_iter().collect());
+                    for part in SCOPES {
+                        let groups =
+                            (1..=areas.len()).flat_map(|size| neighbours(&areas, part, size));
+                        for group in groups.chain(whole_parts(&areas, part)) {
+                            if has_room(&question, &group) {
+                                let (best, place) =
+                                    (at_best(&question, &group), fit(&question, &group));
+                                prop_assert!(best <= place.rank, "{best:?} {place:?}");
+                            }
+                        }
+                    }
+                    Ok(())
+                };
+            let config = ProptestConfig {
+                cases: 24,
+                ..ProptestConfig::default()
+            };
+            TestRunner::new(config)
+                .run(&(some(), some(), vm, cells), check)
+                .unwrap_or_else(|error| panic!("{name}: {error}"));
+        }
+    }
+}

@@ -1,0 +1,669 @@
+//! `hook blame`: what disturbs a VM's CPUs, measured over some seconds without changing anything.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use pinfold_core::cli::Output;
+use pinfold_core::cli::terminal::{self, print, print_json, try_json, try_out};
+use pinfold_core::state::Store;
+use pinfold_core::sys::activity::{self, RunTime, Source};
+use pinfold_core::sys::{cpu, irq, task};
+use pinfold_core::vm::{self, Qemu, Role, VmId};
+use pinfold_core::{CpuSet, Exit, Host, Result, Table, TaskId, printable};
+use serde::Serialize;
+use serde_json::json;
+
+use super::status::redrawn;
+use crate::state::reservation::Reservation;
+
+/// What an interrupt or a softirq costs a CPU at the least, in nanoseconds: only to sort them among
+/// threads, whose time is measured.
+const INTERRUPT: u64 = 2_000;
+
+/// The options of `hook blame`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The VM's number
+    vmid: VmId,
+
+    /// How long to watch
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    seconds: u64,
+
+    /// Watch again and again until interrupted, and print what each time has shown
+    #[arg(long)]
+    watch: bool,
+}
+
+/// What takes time from vCPUs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Kind {
+    /// vCPUs that may run on one CPU only, the same.
+    SharedCpu,
+    /// A thread of the VM's QEMU that is not a vCPU.
+    Emulator,
+    /// Another program's thread.
+    Thread,
+    Kthread,
+    Irq,
+    /// An interrupt that a CPU's own parts or other CPUs send.
+    LocalInterrupt,
+    Softirq,
+}
+
+/// Something that ran on the VM's CPUs.
+#[derive(Debug, Serialize)]
+struct Disturbance {
+    kind: Kind,
+    object: String,
+    cpus: CpuSet,
+    /// How many times.
+    count: u64,
+    /// The time it took, in nanoseconds: measured for threads, estimated for interrupts.
+    ns: u64,
+    measured: bool,
+    /// Whether it could be elsewhere.
+    avoidable: bool,
+    advice: String,
+}
+
+/// What a vCPU got.
+#[derive(Debug, Serialize)]
+struct Vcpu {
+    vcpu: usize,
+    cpus: CpuSet,
+    run_ns: u64,
+    /// What the guest sees as steal time.
+    steal_ns: u64,
+    slices: u64,
+}
+
+/// The command's whole run.
+///
+/// # Errors
+/// If the VM does not run, or /proc cannot be read.
+pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
+    let root = output.root();
+    let qemu = vm::require_running(&root, args.vmid)?;
+    let vcpus = vcpu_threads(&root, &qemu)?;
+    ensure!(
+        !vcpus.is_empty(),
+        "VM {}: QEMU has no vCPU threads",
+        args.vmid
+    );
+    let isolated = isolated(&root, args.vmid)?;
+    let cpus = isolated.clone().unwrap_or_else(|| {
+        let places = vcpus.values().map(|(_, allowed)| allowed);
+        places.fold(CpuSet::new(), |all, allowed| &all | allowed)
+    });
+
+    let watch = Watch {
+        root: &root,
+        vmid: args.vmid,
+        qemu: &qemu,
+        cpus: &cpus,
+        elsewhere: &cpu::present(&root)? - &cpus,
+    };
+    let mut before = Sample::take(&root, &cpus, &vcpus)?;
+    loop {
+        let began = Instant::now();
+        std::thread::sleep(Duration::from_secs(args.seconds));
+        let after = match Sample::take(&root, &cpus, &vcpus) {
+            Err(error) if args.watch && error.is_gone() => return Ok(Exit::Success),
+            after => after?,
+        };
+        let seconds = began.elapsed().as_secs_f64();
+        let vcpus_seen = vcpus_between(&vcpus, &before, &after);
+        let seen = Seen {
+            vmid: args.vmid,
+            is_isolated: isolated.is_some(),
+            cpus: &cpus,
+            seconds,
+            disturbances: watch.disturbances(&vcpus_seen, &before, &after)?,
+            vcpus: vcpus_seen,
+        };
+        if !args.watch {
+            seen.print(output.json)?;
+            return Ok(Exit::Success);
+        }
+        if !seen.repeat(output.json)? {
+            return Ok(Exit::Success);
+        }
+        before = after;
+    }
+}
+
+/// What was seen between two samples.
+struct Seen<'a> {
+    vmid: VmId,
+    is_isolated: bool,
+    cpus: &'a CpuSet,
+    seconds: f64,
+    vcpus: Vec<Vcpu>,
+    disturbances: Vec<Disturbance>,
+}
+
+impl Seen<'_> {
+    fn print(&self, json: bool) -> anyhow::Result<()> {
+        match json {
+            true => print_json(&self.to_json()),
+            false => print(&self.to_text()),
+        }
+    }
+
+    /// Prints it over the last one on a terminal; false if the reader has gone.
+    fn repeat(&self, json: bool) -> anyhow::Result<bool> {
+        let shown = match terminal::size() {
+            _ if json => try_json(&self.to_json()).and_then(|()| try_out("\n")),
+            Some((_, rows)) => try_out(&redrawn(&self.to_text(), rows)),
+            None => try_out(&(self.to_text() + "\n")),
+        };
+        match shown {
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+            shown => shown.map(|()| true).context("stdout"),
+        }
+    }
+
+    fn to_json(&self) -> serde_json::Value {
+        json!({
+            "vm": self.vmid, "isolated": self.is_isolated, "cpus": self.cpus, "seconds": self.seconds,
+            "vcpus": self.vcpus, "disturbances": self.disturbances,
+        })
+    }
+
+    fn to_text(&self) -> String {
+        to_text(
+            self.vmid,
+            self.is_isolated,
+            self.cpus,
+            self.seconds,
+            &self.vcpus,
+            &self.disturbances,
+        )
+    }
+}
+
+/// The CPUs that hook has isolated for the VM.
+fn isolated(root: &Host, vmid: VmId) -> Result<Option<CpuSet>> {
+    let reservations = Store::<Reservation>::peek(root)?
+        .unwrap_or_default()
+        .reservations;
+    Ok(reservations
+        .get(&vmid.into())
+        .filter(|reservation| reservation.is_fenced())
+        .map(|reservation| reservation.settings.isolated.clone()))
+}
+
+type VcpuThreads = BTreeMap<TaskId, (usize, CpuSet)>;
+
+fn vcpu_threads(root: &Host, qemu: &Qemu) -> Result<VcpuThreads> {
+    let threads = vm::threads(root, qemu, vm::qmp::DEFAULT_BUDGET)?.threads;
+    Ok(threads
+        .into_iter()
+        .filter_map(|thread| match thread.role {
+            Role::Vcpu(vcpu) => Some((thread.id, (vcpu, thread.allowed))),
+            Role::Iothread(_) | Role::Emulator => None,
+        })
+        .collect())
+}
+
+/// Another thread that may run on the VM's CPUs.
+#[derive(Debug)]
+struct Other {
+    name: String,
+    kernel: bool,
+    bound: bool,
+    /// Those of the VM's CPUs that it may use.
+    cpus: CpuSet,
+    /// Whether it may use others too.
+    is_free: bool,
+    last_cpu: usize,
+    time: RunTime,
+}
+
+/// The counters at one time.
+#[derive(Debug)]
+struct Sample {
+    vcpus: BTreeMap<TaskId, RunTime>,
+    others: BTreeMap<TaskId, Other>,
+    interrupts: Vec<Source>,
+    softirqs: Vec<Source>,
+}
+
+impl Sample {
+    fn take(root: &Host, cpus: &CpuSet, vcpus: &VcpuThreads) -> Result<Self> {
+        let mut sample = Self {
+            vcpus: BTreeMap::new(),
+            others: BTreeMap::new(),
+            interrupts: activity::interrupts(root, cpus)?,
+            softirqs: activity::softirqs(root, cpus)?,
+        };
+        for id in vcpus.keys() {
+            sample.vcpus.insert(*id, activity::run_time(root, id)?);
+        }
+        for pid in task::pids(root)? {
+            let threads = match task::tasks(root, pid) {
+                Err(error) if error.is_gone() => continue,
+                threads => threads?,
+            };
+            for thread in threads.into_iter().filter(|it| !vcpus.contains_key(&it.id)) {
+                match Other::read(root, cpus, &thread) {
+                    Err(error) if error.is_gone() => {}
+                    other => {
+                        sample.others.extend(other?.map(|other| (thread.id, other)));
+                    }
+                }
+            }
+        }
+        Ok(sample)
+    }
+}
+
+impl Other {
+    /// None if the thread may not run on `cpus`.
+    fn read(root: &Host, cpus: &CpuSet, thread: &task::Task) -> Result<Option<Self>> {
+        let allowed = task::affinity(root, &thread.id)?;
+        if !allowed.intersects(cpus) {
+            return Ok(None);
+        }
+        Ok(Some(Self {
+            name: thread.name.clone(),
+            kernel: thread.kernel,
+            bound: thread.bound,
+            is_free: !allowed.is_subset(cpus),
+            cpus: &allowed & cpus,
+            last_cpu: thread.last_cpu,
+            time: activity::run_time(root, &thread.id)?,
+        }))
+    }
+}
+
+fn vcpus_between(threads: &VcpuThreads, before: &Sample, after: &Sample) -> Vec<Vcpu> {
+    let mut vcpus: Vec<Vcpu> = threads
+        .iter()
+        .filter_map(|(id, (vcpu, cpus))| {
+            let time = after.vcpus.get(id)?.since(before.vcpus.get(id)?);
+            Some(Vcpu {
+                vcpu: *vcpu,
+                cpus: cpus.clone(),
+                run_ns: time.run,
+                steal_ns: time.wait,
+                slices: time.slices,
+            })
+        })
+        .collect();
+    vcpus.sort_by_key(|vcpu| vcpu.vcpu);
+    vcpus
+}
+
+/// What the disturbances are judged by.
+struct Watch<'a> {
+    root: &'a Host,
+    vmid: VmId,
+    qemu: &'a Qemu,
+    cpus: &'a CpuSet,
+    /// The host's other CPUs.
+    elsewhere: CpuSet,
+}
+
+impl Watch<'_> {
+    /// What happened between two samples: first what could be elsewhere, and by the time it took.
+    fn disturbances(
+        &self,
+        vcpus: &[Vcpu],
+        before: &Sample,
+        after: &Sample,
+    ) -> Result<Vec<Disturbance>> {
+        let mut found = self.shared(vcpus);
+        found.extend(self.threads(before, after));
+        found.extend(self.interrupts(&before.interrupts, &after.interrupts)?);
+        found.extend(self.softirqs(&before.softirqs, &after.softirqs));
+        found.sort_by_key(|it| std::cmp::Reverse((it.avoidable, it.ns)));
+        Ok(found)
+    }
+
+    /// vCPUs that have only one CPU, and the same.
+    fn shared(&self, vcpus: &[Vcpu]) -> Vec<Disturbance> {
+        let mut by_cpu: BTreeMap<usize, Vec<&Vcpu>> = BTreeMap::new();
+        for vcpu in vcpus.iter().filter(|vcpu| vcpu.cpus.len() == 1) {
+            by_cpu
+                .entry(vcpu.cpus.first().unwrap_or(0))
+                .or_default()
+                .push(vcpu);
+        }
+        by_cpu
+            .into_iter()
+            .filter(|(_, sharers)| sharers.len() > 1)
+            .map(|(cpu, sharers)| {
+                let numbers: CpuSet = sharers.iter().map(|vcpu| vcpu.vcpu).collect();
+                Disturbance {
+                    kind: Kind::SharedCpu,
+                    object: format!("vCPU {numbers} share a CPU"),
+                    cpus: [cpu].into_iter().collect(),
+                    count: sharers.iter().map(|vcpu| vcpu.slices).sum(),
+                    ns: sharers.iter().map(|vcpu| vcpu.steal_ns).sum(),
+                    measured: true,
+                    avoidable: true,
+                    advice: format!("give each vCPU a CPU: hook check {}", self.vmid),
+                }
+            })
+            .collect()
+    }
+
+    fn threads(&self, before: &Sample, after: &Sample) -> Vec<Disturbance> {
+        let mut found = Vec::new();
+        for (id, now) in &after.others {
+            let earlier = before
+                .others
+                .get(id)
+                .map(|other| other.time)
+                .unwrap_or_default();
+            let time = now.time.since(&earlier);
+            // One that may run elsewhere too was probably there, unless it was last seen here.
+            let was_here = !now.is_free || self.cpus.contains(now.last_cpu);
+            if time.run == 0 || !was_here {
+                continue;
+            }
+            let movable = !now.bound && !self.elsewhere.is_empty();
+            let (kind, object, advice) = self.named(id, now);
+            found.push(Disturbance {
+                kind,
+                object,
+                cpus: if now.is_free {
+                    [now.last_cpu].into_iter().collect()
+                } else {
+                    now.cpus.clone()
+                },
+                count: time.slices,
+                ns: time.run,
+                measured: true,
+                avoidable: movable,
+                advice,
+            });
+        }
+        found
+    }
+
+    fn named(&self, id: &TaskId, thread: &Other) -> (Kind, String, String) {
+        let (elsewhere, vmid) = (&self.elsewhere, self.vmid);
+        let (tid, name) = (id.tid, &thread.name);
+        if thread.kernel {
+            let advice = if thread.bound {
+                "bound by the kernel; harmless if rare".to_owned()
+            } else {
+                format!("pin-kthreads {elsewhere}")
+            };
+            (Kind::Kthread, format!("kthread {tid} ({name})"), advice)
+        } else if id.pid == self.qemu.id.pid {
+            let object = format!("thread {tid} ({name}) of VM {vmid}");
+            let advice = format!("pin-vcpu {vmid} --emulator {elsewhere}");
+            (Kind::Emulator, object, advice)
+        } else {
+            let advice = format!("taskset -pc {elsewhere} {tid}");
+            (Kind::Thread, format!("thread {tid} ({name})"), advice)
+        }
+    }
+
+    fn interrupts(&self, before: &[Source], after: &[Source]) -> Result<Vec<Disturbance>> {
+        let mut found = Vec::new();
+        for counted in between(before, after) {
+            let Source { name, what, .. } = counted.source;
+            found.push(match name.parse() {
+                Ok(number) => self.irq(counted, number)?,
+                Err(_) => {
+                    let object = format!("{name} ({what})");
+                    counted.disturbance(Kind::LocalInterrupt, object, false, self.on_local(name))
+                }
+            });
+        }
+        Ok(found)
+    }
+
+    fn irq(&self, counted: Counted<'_>, number: u32) -> Result<Disturbance> {
+        let devices = irq::devices(&counted.source.what)
+            .map(|devices| format!(" ({devices})"))
+            .unwrap_or_default();
+        let is_movable = !irq::is_unmovable(self.root, number)?;
+        let advice = if is_movable {
+            format!("pin-irqs --only {number} {}", self.elsewhere)
+        } else {
+            "kernel-managed; isolcpus=managed_irq, or fewer queues of the device".to_owned()
+        };
+        let object = format!("IRQ {number}{devices}");
+        Ok(counted.disturbance(Kind::Irq, object, is_movable, advice))
+    }
+
+    fn on_local(&self, name: &str) -> String {
+        match name {
+            "LOC" => format!("timer tick; kernel option nohz_full={}", self.cpus),
+            "NMI" | "PMI" => "profiling or the watchdog; kernel option nmi_watchdog=0".to_owned(),
+            _ => "sent by other CPUs; harmless if rare".to_owned(),
+        }
+    }
+
+    fn softirqs(&self, before: &[Source], after: &[Source]) -> Vec<Disturbance> {
+        between(before, after)
+            .into_iter()
+            .map(|counted| {
+                let name = counted.source.name.as_str();
+                let (avoidable, advice) = match name {
+                    "TIMER" | "HRTIMER" | "SCHED" => (
+                        false,
+                        format!(
+                            "comes with the timer tick; kernel option nohz_full={}",
+                            self.cpus
+                        ),
+                    ),
+                    "RCU" => (false, format!("kernel option rcu_nocbs={}", self.cpus)),
+                    _ => (
+                        true,
+                        "comes with the interrupts of its device or with a thread here".to_owned(),
+                    ),
+                };
+                counted.disturbance(Kind::Softirq, format!("softirq {name}"), avoidable, advice)
+            })
+            .collect()
+    }
+}
+
+/// What was counted between two readings.
+struct Counted<'a> {
+    source: &'a Source,
+    /// The CPUs on which.
+    cpus: CpuSet,
+    /// How many times in all.
+    count: u64,
+}
+
+impl Counted<'_> {
+    /// Its time is estimated.
+    fn disturbance(
+        self,
+        kind: Kind,
+        object: String,
+        avoidable: bool,
+        advice: String,
+    ) -> Disturbance {
+        Disturbance {
+            kind,
+            object,
+            cpus: self.cpus,
+            count: self.count,
+            ns: self.count * INTERRUPT,
+            measured: false,
+            avoidable,
+            advice,
+        }
+    }
+}
+
+/// The sources that have counted something between two readings.
+fn between<'a>(before: &[Source], after: &'a [Source]) -> Vec<Counted<'a>> {
+    let earlier: BTreeMap<&str, BTreeMap<usize, u64>> = before
+        .iter()
+        .map(|source| {
+            (
+                source.name.as_str(),
+                source.counts.iter().copied().collect(),
+            )
+        })
+        .collect();
+    let mut found = Vec::new();
+    for source in after {
+        let (mut cpus, mut sum) = (CpuSet::new(), 0);
+        for (cpu, count) in &source.counts {
+            let known = earlier
+                .get(source.name.as_str())
+                .and_then(|counts| counts.get(cpu));
+            let added = count.saturating_sub(known.copied().unwrap_or(0));
+            if added > 0 {
+                cpus.insert(*cpu);
+                sum += added;
+            }
+        }
+        if sum > 0 {
+            found.push(Counted {
+                source,
+                cpus,
+                count: sum,
+            });
+        }
+    }
+    found
+}
+
+/// The sources that were added to on a CPU between two readings, with how many, the most first.
+pub(super) fn added_on(cpu: usize, before: &[Source], after: &[Source]) -> Vec<(String, u64)> {
+    let on = |sources: &[Source]| -> Vec<Source> {
+        let mut own = sources.to_vec();
+        own.iter_mut()
+            .for_each(|source| source.counts.retain(|(counted, _)| *counted == cpu));
+        own
+    };
+    let (before, after) = (on(before), on(after));
+    let mut found: Vec<(String, u64)> = between(&before, &after)
+        .into_iter()
+        .map(|counted| {
+            let Source { name, what, .. } = counted.source;
+            let label = match name.parse::<u32>() {
+                Ok(number) => match irq::devices(what) {
+                    Some(devices) => format!("IRQ {number} ({devices})"),
+                    None => format!("IRQ {number}"),
+                },
+                Err(_) => format!("{name} ({what})"),
+            };
+            (label, counted.count)
+        })
+        .collect();
+    found.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+    found
+}
+
+fn to_text(
+    vmid: VmId,
+    is_isolated: bool,
+    cpus: &CpuSet,
+    seconds: f64,
+    vcpus: &[Vcpu],
+    disturbances: &[Disturbance],
+) -> String {
+    let mut text = format!("VM {vmid}, CPU {cpus}, {seconds:.1} s");
+    text += if is_isolated {
+        "\n"
+    } else {
+        "; its CPUs are not isolated\n"
+    };
+    let stolen: u64 = vcpus.iter().map(|vcpu| vcpu.steal_ns).sum();
+    let whole = seconds * 1e9 * vcpus.len() as f64;
+    text += &format!(
+        "vCPUs waited for a CPU (steal time in the guest): {} in all, {:.3} % of the time",
+        time(stolen),
+        stolen as f64 / whole * 100.0
+    );
+    if let Some(worst) = vcpus
+        .iter()
+        .max_by_key(|vcpu| vcpu.steal_ns)
+        .filter(|worst| worst.steal_ns > 0)
+    {
+        text += &format!(
+            "; most vCPU {} on CPU {}: {}",
+            worst.vcpu,
+            worst.cpus,
+            time(worst.steal_ns)
+        );
+    }
+    text.push('\n');
+    if disturbances.is_empty() {
+        return text + "nothing else ran on these CPUs\n";
+    }
+    let mut table = Table::new(&["time", "times", "cpu", "what", "what to do"]);
+    for it in disturbances {
+        let about = if it.measured { "" } else { "~" };
+        table.row([
+            format!("{about}{}", time(it.ns)),
+            it.count.to_string(),
+            it.cpus.to_string(),
+            it.object.clone(),
+            it.advice.clone(),
+        ]);
+    }
+    printable(&format!("{text}{}", table.to_text())).into_owned()
+}
+
+/// Nanoseconds for people.
+fn time(ns: u64) -> String {
+    match ns {
+        0..1_000_000 => format!("{:.0} us", ns as f64 / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.1} ms", ns as f64 / 1e6),
+        _ => format!("{:.2} s", ns as f64 / 1e9),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn source(name: &str, counts: &[(usize, u64)]) -> Source {
+        Source {
+            name: name.to_owned(),
+            what: String::new(),
+            counts: counts.to_vec(),
+        }
+    }
+
+    #[test]
+    fn only_what_was_added_counts() {
+        let before = [
+            source("47", &[(6, 10), (7, 5)]),
+            source("LOC", &[(6, 100), (7, 100)]),
+        ];
+        let after = [
+            source("47", &[(6, 10), (7, 5)]),
+            source("LOC", &[(6, 150), (7, 100)]),
+            // It appeared in between.
+            source("48", &[(6, 3), (7, 0)]),
+        ];
+        let found: Vec<_> = between(&before, &after)
+            .into_iter()
+            .map(|it| (it.source.name.as_str(), it.cpus.to_string(), it.count))
+            .collect();
+        assert_eq!(
+            found,
+            [("LOC", "6".to_owned(), 50), ("48", "6".to_owned(), 3)]
+        );
+    }
+
+    #[test]
+    fn times_for_people() {
+        for (ns, text) in [
+            (0, "0 us"),
+            (2_500, "2 us"),
+            (3_400_000, "3.4 ms"),
+            (2_500_000_000, "2.50 s"),
+        ] {
+            assert_eq!(time(ns), text);
+        }
+    }
+}

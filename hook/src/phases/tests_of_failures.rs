@@ -1,0 +1,290 @@
+//! What a part that fails costs a VM, and what it does not.
+
+use std::time::Duration;
+
+use pinfold_core::knob::Value;
+use pinfold_core::state::store::Store;
+use pinfold_core::sys::task;
+use pinfold_core::{CpuSet, Knob, Setting, Verbosity};
+
+use super::*;
+use crate::fixture::MadeUpHost;
+use crate::state::reservation::{Phase, Reservation};
+
+const SETTINGS: &str = "isolated = \"6,18\"\npins = \"6,18\"\ngovernor = \"keep\"\n\
+                        [deadlines]\nqemu_exit = 0\n";
+
+/// A host with VM 100, whose vCPUs are on these CPUs. It is out of its slice already, since no
+/// process can be moved on a made-up host; nor can a thread be pinned, so that whatever has its
+/// CPUs is right and all else fails.
+fn host(vcpus: &[usize]) -> MadeUpHost {
+    let host = MadeUpHost::new("5900x");
+    host.vm(100, vcpus);
+    let cgroup = "qemu-decoupled.slice/100.scope";
+    host.file("proc/100/cgroup", &format!("0::/{cgroup}"));
+    host.file(&format!("sys/fs/cgroup/{cgroup}/cgroup.procs"), "100");
+    host.settings(100, SETTINGS);
+    host
+}
+
+fn phase(host: &MadeUpHost, phase: &str) -> (anyhow::Result<Exit>, Vec<String>) {
+    let mut report = Report::new("hook", Verbosity::Quiet, false);
+    let mut run = Run {
+        root: host.root.clone(),
+        report: &mut report,
+        migrated_from: None,
+    };
+    let vmid = "100".parse().unwrap();
+    let exit = match phase {
+        "pre-start" => run.pre_start(vmid),
+        "post-start" => run.post_start(vmid),
+        _ => run.post_stop(vmid),
+    };
+    (exit, report.notes().to_vec())
+}
+
+/// What comes to the journal of a host from now on, without the fields before the message.
+fn journal(host: &MadeUpHost) -> impl Fn() -> Vec<String> + use<> {
+    let path = host.root.path("run/systemd/journal/socket");
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    let socket = std::os::unix::net::UnixDatagram::bind(path).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    move || {
+        let mut bytes = vec![0; 65536];
+        std::iter::from_fn(|| {
+            let read = socket.recv(&mut bytes).ok()?;
+            let text = String::from_utf8_lossy(&bytes[..read]).into_owned();
+            Some(
+                text.replace("SYSLOG_IDENTIFIER=pinfold\n", "")
+                    .replace('\n', " "),
+            )
+        })
+        .collect()
+    }
+}
+
+fn reservation(host: &MadeUpHost, id: u32) -> Option<Reservation> {
+    let mut reservations = Store::<Reservation>::peek(&host.root)
+        .unwrap()?
+        .reservations;
+    reservations.remove(&id)
+}
+
+#[test]
+fn a_part_that_fails_does_not_take_the_fence() {
+    let host = host(&[6, 18]);
+    let journal = journal(&host);
+    let (exit, notes) = phase(&host, "post-start");
+    assert_eq!(exit.unwrap(), Exit::Partial, "{notes:#?}");
+    let lines = journal();
+    assert!(
+        lines.len() == 1
+            && lines[0].starts_with("PRIORITY=4 VMID=100 MESSAGE=VM 100 has its CPUs, but ")
+            && lines[0].contains(&notes[0]),
+        "{lines:#?}"
+    );
+    let kept = reservation(&host, 100).unwrap();
+    assert_eq!(kept.phase, Phase::Isolated);
+    // kthreadd, kswapd0, systemd and QEMU's main thread, none of which can be pinned here.
+    let failed = notes
+        .iter()
+        .filter(|note| note.contains("set to 0-5,7-17,19-23: "));
+    assert_eq!(failed.count(), kept.failed, "{notes:#?}");
+    assert!(kept.failed > 1, "{notes:#?}");
+    assert!(
+        notes.last().unwrap().ends_with(&format!(
+            "VM 100 has its CPUs, but {} changes failed; `hook 100 post-start` tries again",
+            kept.failed
+        )),
+        "{notes:#?}"
+    );
+    assert_eq!(
+        host.root
+            .read("sys/devices/system/cpu/cpu6/online")
+            .unwrap(),
+        "1"
+    );
+}
+
+#[test]
+fn without_its_vcpus_pins_there_is_no_fence() {
+    let host = host(&[6, 3]);
+    let journal = journal(&host);
+    let (exit, notes) = phase(&host, "post-start");
+    let lines = journal();
+    assert!(
+        lines.len() == 1
+            && lines[0]
+                .starts_with("PRIORITY=3 VMID=100 MESSAGE=VM 100 runs without isolated CPUs: "),
+        "{lines:#?}"
+    );
+    assert_eq!(
+        exit.unwrap_err().to_string(),
+        "VM 100 runs without isolated CPUs: all changes have been undone",
+        "{notes:#?}"
+    );
+    assert!(
+        reservation(&host, 100).is_none_or(|kept| !kept.is_fenced()),
+        "{notes:#?}"
+    );
+}
+
+/// VM 101 has stopped, and a kernel thread cannot be given back what it had.
+fn with_a_dead_vm(host: &MadeUpHost) {
+    host.vm(101, &[7, 19]);
+    host.reserve(
+        101,
+        Phase::Isolated,
+        "isolated = \"7,19\"\npins = \"7,19\"\n",
+    );
+    let mut store: Store<Reservation> = Store::open(&host.root, Duration::from_secs(1)).unwrap();
+    let narrow: CpuSet = "0-6,8-18,20-23".parse().unwrap();
+    let kswapd = task::task(&host.root, 3, 3).unwrap().id;
+    let object = Setting::new(Knob::Kthread(kswapd), "kthread 3", CpuSet::range(0, 23));
+    store
+        .baseline
+        .plan(vec![object], |_, _| Value::from(&narrow));
+    store.save().unwrap();
+    host.thread(3, 3, "kswapd0", &narrow.to_string(), 0x0020_0000);
+    std::fs::remove_file(host.root.path("run/qemu-server/101.pid")).unwrap();
+    std::fs::remove_dir_all(host.root.path("proc/101")).unwrap();
+}
+
+#[test]
+fn what_another_vm_left_fails_no_phase() {
+    let host = host(&[6, 18]);
+    with_a_dead_vm(&host);
+    let journal = journal(&host);
+    let (exit, notes) = phase(&host, "pre-start");
+    assert_eq!(exit.unwrap(), Exit::Success, "{notes:#?}");
+    assert!(
+        notes
+            .iter()
+            .any(|note| note.starts_with("kthread 3 (kswapd0): set to 0-23: ")),
+        "{notes:#?}"
+    );
+    assert_eq!(reservation(&host, 100).unwrap().phase, Phase::Starting);
+    let line = "PRIORITY=5 VMID=101 MESSAGE=VM 101 has ended; releasing its CPUs ";
+    assert_eq!(journal(), [line]);
+}
+
+#[test]
+fn the_wakeup_latency_comes_back() {
+    let host = host(&[6, 18]);
+    let latency = |cpu| format!("sys/devices/system/cpu/cpu{cpu}/power/pm_qos_resume_latency_us");
+    for (cpu, before) in [(5, "0"), (6, "0"), (18, "100")] {
+        host.file(&latency(cpu), before);
+    }
+    let all = || [5, 6, 18].map(|cpu| host.root.read_value(latency(cpu)).unwrap().unwrap());
+    let settings = |microseconds: &str| {
+        host.settings(100, &format!("max_latency_us = {microseconds}\n{SETTINGS}"));
+    };
+    settings("20");
+    phase(&host, "post-start").0.unwrap();
+    assert_eq!(all(), ["0", "20", "20"]);
+    // What a VM has is by the settings of its start.
+    settings("30");
+    phase(&host, "post-start").0.unwrap();
+    assert_eq!(all(), ["0", "20", "20"]);
+    phase(&host, "post-stop").0.unwrap();
+    assert_eq!(all(), ["0", "0", "100"]);
+    settings("0");
+    phase(&host, "post-start").0.unwrap();
+    assert_eq!(all(), ["0", "n/a", "n/a"]);
+    // Of another program's value nothing is taken back.
+    host.file(&latency(6), "50");
+    phase(&host, "post-stop").0.unwrap();
+    assert_eq!(all(), ["0", "50", "100"]);
+}
+
+#[test]
+fn what_another_vm_has_left_fails_no_stop() {
+    let host = host(&[6, 18]);
+    host.reserve(100, Phase::Isolated, SETTINGS);
+    with_a_dead_vm(&host);
+    // Its cgroup cannot be removed here, since it has files.
+    let cgroup = "qemu-decoupled.slice/101.scope";
+    host.file(&format!("sys/fs/cgroup/{cgroup}/cgroup.procs"), "");
+    // Nothing of VM 100 is left.
+    for folder in ["proc/100", "sys/fs/cgroup/qemu-decoupled.slice/100.scope"] {
+        std::fs::remove_dir_all(host.root.path(folder)).unwrap();
+    }
+    std::fs::remove_file(host.root.path("run/qemu-server/100.pid")).unwrap();
+    // What the kernel thread had.
+    host.thread(3, 3, "kswapd0", "0-23", 0x0020_0000);
+    let (exit, notes) = phase(&host, "post-stop");
+    let left = format!("cgroup /{cgroup}: set to absent: ");
+    assert!(
+        notes.iter().any(|note| note.starts_with(&left)),
+        "{notes:#?}"
+    );
+    assert_eq!(exit.unwrap(), Exit::Success, "{notes:#?}");
+}
+
+#[test]
+fn what_proxmox_ve_gave_the_scope_is_kept_meanwhile() {
+    let host = host(&[6, 18]);
+    host.file(
+        "run/systemd/transient/100.scope",
+        "[Unit]\nAfter=dbus.service\n[Scope]\nCPUWeight=50\nCPUQuota=150%",
+    );
+    let (exit, notes) = phase(&host, "post-start");
+    assert_eq!(exit.unwrap(), Exit::Partial, "{notes:#?}");
+    let kept = reservation(&host, 100).unwrap().scope.unwrap();
+    assert_eq!(kept.after, ["dbus.service"]);
+    assert_eq!(kept.cpu_weight, Some(50));
+    assert_eq!(kept.cpu_quota_usec, Some(1_500_000));
+}
+
+#[test]
+fn the_energy_preference_comes_back() {
+    for (governor, changes) in [("performance", true), ("keep", false)] {
+        let host = host(&[6, 18]);
+        let policy =
+            |cpu: usize, file: &str| format!("sys/devices/system/cpu/cpufreq/policy{cpu}/{file}");
+        let preference = |cpu| policy(cpu, "energy_performance_preference");
+        for cpu in [5, 6, 18] {
+            host.file(&policy(cpu, "related_cpus"), &cpu.to_string());
+            host.file(&policy(cpu, "scaling_governor"), "powersave");
+            host.file(
+                &policy(cpu, "scaling_available_governors"),
+                "performance powersave",
+            );
+            host.file(&preference(cpu), "balance_power");
+        }
+        // A value without a name is unknown, and not written back.
+        std::fs::remove_file(host.root.path(preference(18))).unwrap();
+        std::fs::create_dir(host.root.path(preference(18))).unwrap();
+        host.settings(
+            100,
+            &SETTINGS.replace("\"keep\"", &format!("\"{governor}\"")),
+        );
+        let read = |file: String| host.root.read_value(file).unwrap().unwrap();
+        let (exit, notes) = phase(&host, "post-start");
+        assert_eq!(exit.unwrap(), Exit::Partial, "{notes:#?}");
+        assert_eq!(
+            read(policy(6, "scaling_governor")) == "performance",
+            changes
+        );
+        // As amd-pstate does with the governor.
+        host.file(&preference(6), "performance");
+        if !changes {
+            // It does as a CPU goes offline too: here in a hook that was killed after it.
+            let mut store: Store<Reservation> =
+                Store::open(&host.root, Duration::from_secs(1)).unwrap();
+            store.reservations.get_mut(&100).unwrap().phase = Phase::Isolating;
+            store.save().unwrap();
+            drop(store);
+            let (exit, notes) = phase(&host, "post-start");
+            assert_eq!(exit.unwrap(), Exit::Partial, "{notes:#?}");
+            assert_eq!(read(preference(6)), "balance_power", "{notes:#?}");
+        }
+        let (_, notes) = phase(&host, "post-stop");
+        assert_eq!(read(policy(6, "scaling_governor")), "powersave");
+        assert_eq!(read(preference(6)), "balance_power", "{notes:#?}");
+        assert!(
+            notes.iter().all(|note| !note.contains("policy18")),
+            "{notes:#?}"
+        );
+    }
+}
