@@ -63,7 +63,7 @@ done
 step online
 for cpu in $isolated; do cpu_state "$cpu" 1; done
 
-step pace
+step tuning
 for cpu in $isolated; do set_governor "$cpu" performance; done
 sysctl -q vm.stat_interval=120
 

@@ -107,10 +107,21 @@ fn put(path: &Path, mode: u32, data: &[u8]) -> Result<()> {
     Ok(fs::rename(&beside, path)?)
 }
 
+/// Before hook looks at CPUs: those that were offline have QEMU's numbering since, and on a 5900X they would have their own.
+fn renumber() -> Result<()> {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _lock = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    crate::topology::apply()
+}
+
 fn execute(run: Run) -> Result<Done> {
     let [program, args @ ..] = run.argv.as_slice() else {
         bail!("no program to run")
     };
+    let runs_hook = |word: &String| word.contains("hook") || word.contains("qm");
+    if run.argv.iter().any(runs_hook) {
+        renumber()?;
+    }
     let stdin = if run.stdin.is_some() {
         Stdio::piped()
     } else {

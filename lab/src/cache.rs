@@ -97,14 +97,11 @@ pub fn read(path: &Path) -> Result<Vec<u8>> {
 /// A key for what these parts make: FNV-1a, which stays the same from one Rust to the next.
 pub fn key<P: AsRef<[u8]>>(parts: impl IntoIterator<Item = P>) -> String {
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    let mut eat = |byte: u8| hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
     for part in parts {
-        part.as_ref()
-            .len()
-            .to_le_bytes()
-            .into_iter()
-            .for_each(&mut eat);
-        part.as_ref().iter().copied().for_each(&mut eat);
+        let part = part.as_ref();
+        for byte in part.len().to_le_bytes().iter().chain(part) {
+            hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
+        }
     }
     format!("{hash:016x}")
 }

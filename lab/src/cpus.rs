@@ -26,6 +26,11 @@ impl Cpus {
         Ok(Self(cpus))
     }
 
+    /// Whether all of these are among the others.
+    pub fn are_within(&self, others: &Self) -> bool {
+        self.0.is_subset(&others.0)
+    }
+
     /// Whether the two have a CPU in common.
     pub fn meets(&self, other: &Self) -> bool {
         !self.0.is_disjoint(&other.0)

@@ -88,11 +88,11 @@ pub fn run(bins: &Path, out: &mut impl Write) -> Result<()> {
 pub fn picture(bins: &Path, file: &Path) -> Result<()> {
     let host = Host::acquire(Guest::Trixie, bins)?;
     host.ok("mkdir -p /var/lib/vz/snippets /etc/pinfold && cp $(command -v hook) /var/lib/vz/snippets/hook")?;
-    let settings = "isolated = \"8-11,20-23\"\npins = \"8,20,9,21,10,22\"\n";
+    let settings = "isolated = \"8-11,20-23\"\npins = \"8,20,9,21,10,22\"\nmethod = \"hotplug\"\n";
     host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644)?;
     host.put(
         "/etc/pinfold/101.toml",
-        b"isolated = \"6-7,18-19\"\npins = \"6,18,7,19\"\n",
+        b"isolated = \"6-7,18-19\"\npins = \"6,18,7,19\"\nmethod = \"hotplug\"\n",
         0o644,
     )?;
     let vm = |id, cores| VmSpec {
@@ -108,7 +108,8 @@ pub fn picture(bins: &Path, file: &Path) -> Result<()> {
     host.put(&starting.conf_path(), starting.conf().as_bytes(), 0o640)?;
     // The kernel has taken the folders away that were mounted over those of CPUs that were offline.
     host.renew_topology()?;
-    let status = "taskset -pc 11 $(pgrep -x kswapd0) > /dev/null; hook 101 pre-start -q && CLICOLOR_FORCE=1 hook status";
+    let status = "taskset -pc 11 $(pgrep -x kswapd0) > /dev/null; hook 101 pre-start -q && \
+                  CLICOLOR_FORCE=1 hook status";
     // Its exit code is 1, for the stray.
     let text = host.sh(status)?.stdout;
     fs::write(file, svg::draw("hook status", &text))

@@ -12,25 +12,48 @@ pub enum Guest {
     Bookworm,
     /// Debian 13 with the kernel of its backports, 7.
     Backports,
+    /// Debian 13 with a core that is isolated on the kernel's command line.
+    Isolcpus,
 }
 
 impl Guest {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Trixie, Self::Bookworm, Self::Backports];
+    pub const ALL: [Self; 4] = [
+        Self::Trixie,
+        Self::Bookworm,
+        Self::Backports,
+        Self::Isolcpus,
+    ];
 
-    /// Its name, which is the release's.
+    /// Its name: the release's, and what is special.
     pub fn name(self) -> &'static str {
         match self {
-            Self::Trixie => "trixie",
+            Self::Isolcpus => "trixie-isolcpus",
+            Self::Trixie | Self::Bookworm | Self::Backports => self.image(),
+        }
+    }
+
+    /// The name of its image, which may be that of another.
+    pub(crate) fn image(self) -> &'static str {
+        match self {
+            Self::Trixie | Self::Isolcpus => "trixie",
             Self::Bookworm => "bookworm",
             Self::Backports => "trixie-backports",
+        }
+    }
+
+    /// What its kernel's command line has beside that of all.
+    pub(crate) fn kernel_line(self) -> Option<&'static str> {
+        match self {
+            Self::Isolcpus => Some("isolcpus=2,14"),
+            Self::Trixie | Self::Bookworm | Self::Backports => None,
         }
     }
 
     /// The sources of its packages, those of the kernel from the last.
     pub(crate) fn suites(self) -> &'static [&'static str] {
         match self {
-            Self::Trixie => &["trixie"],
+            Self::Trixie | Self::Isolcpus => &["trixie"],
             Self::Bookworm => &["bookworm"],
             Self::Backports => &["trixie", "trixie-backports"],
         }
@@ -68,7 +91,7 @@ mod tests {
         }
         assert_eq!(
             "sid".parse::<Guest>().unwrap_err(),
-            "no such guest: there are trixie, bookworm, trixie-backports"
+            "no such guest: there are trixie, bookworm, trixie-backports, trixie-isolcpus"
         );
     }
 }

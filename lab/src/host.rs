@@ -72,6 +72,20 @@ for try in $(seq 100); do [ \"$(cat /run/alive | wc -l)\" = 24 ] && break; sleep
 rm /run/alive
 ";
 
+/// Folders as on a node of Proxmox VE: that of the VMs is a link, and root's group is www-data's.
+const NODE: &str = "\
+set -e
+mkdir -p /etc/pve/nodes/pve1 /etc/pve/nodes/pve2/qemu-server
+[ -L /etc/pve/qemu-server ] || {
+    if [ -d /etc/pve/qemu-server ]; then mv /etc/pve/qemu-server /etc/pve/nodes/pve1; else mkdir /etc/pve/nodes/pve1/qemu-server; fi
+    ln -s nodes/pve1/qemu-server /etc/pve/qemu-server
+    ln -s nodes/pve1 /etc/pve/local
+}
+chgrp -R www-data /etc/pve
+chmod -R o= /etc/pve
+install -d -m 0750 -g www-data /run/qemu-server
+";
+
 /// A kernel that patches its code puts a breakpoint there for a moment. Under TCG a CPU may run
 /// into it when it is gone, and then that is a bug to the kernel, which kills the process or panics
 /// (<https://bugzilla.redhat.com/2216496>).
@@ -225,7 +239,7 @@ impl Host {
     pub fn load(&mut self, name: &str) -> Result<()> {
         self.channel = None;
         self.slot.kill()?;
-        self.slot.start(&self.image, self.threads)?;
+        self.slot.start(self.guest, &self.image, self.threads)?;
         let mut qmp = self.slot.qmp()?;
         qmp.hmp_quiet(&format!("loadvm {name}"))?;
         qmp.execute("cont", json!({}))?;
@@ -246,10 +260,10 @@ impl Host {
     /// Runs a shell script that must exit with 0; what it printed.
     pub fn ok(&self, script: &str) -> Result<String> {
         let output = self.sh(script)?;
-        match output.success() {
-            true => Ok(output.stdout),
-            false => bail!("in the lab host, `{script}`: {}", outcome(&output)),
+        if !output.success() {
+            bail!("in the lab host, `{script}`: {}", outcome(&output));
         }
+        Ok(output.stdout)
     }
 
     /// Starts a program and goes on; it is killed after `patience`.
@@ -335,9 +349,19 @@ impl Host {
         ))
     }
 
-    /// What may still run on these CPUs but for the vCPU threads of these VMs.
+    /// What may still run on these CPUs but for the vCPU threads of these VMs, and what of these
+    /// may run elsewhere.
     pub fn strays(&self, cpus: &str, vms: &[u32]) -> Result<Strays> {
-        let vms: String = vms.iter().map(|vm| format!(" --vm {vm}")).collect();
+        let vms: Vec<(u32, &str)> = vms.iter().map(|vm| (*vm, cpus)).collect();
+        self.strays_of(cpus, &vms)
+    }
+
+    /// The same for VMs with these CPUs each.
+    pub fn strays_of(&self, cpus: &str, vms: &[(u32, &str)]) -> Result<Strays> {
+        let vms: String = vms
+            .iter()
+            .map(|(vm, own)| format!(" --vm {vm}={own}"))
+            .collect();
         let json = self.ok(&format!("{AGENT_PATH} strays {cpus}{vms}"))?;
         serde_json::from_str(&json).context("the agent's list of strays: not as expected")
     }
@@ -432,6 +456,7 @@ impl Host {
             }
         }
         self.renew_topology()?;
+        self.ok(NODE)?;
         self.ok("qm list >/dev/null && sync")?;
         let ready = self.ready.clone();
         self.save(&ready)
@@ -461,7 +486,12 @@ impl Booted {
         setup::ensure(cache)?;
         let image = Image::ensure(cache, guest)?;
         let protocol = include_str!("protocol.rs");
-        let key = cache::key([image.key.as_str(), &qemu::machine_key()?, protocol, SETTLE]);
+        let key = cache::key([
+            image.key.as_str(),
+            &qemu::machine_key(guest)?,
+            protocol,
+            SETTLE,
+        ]);
         let disk = cache.path(format!("booted/{guest}-{key}.qcow2"));
         let booted = Self { key, disk, image };
         if !booted.disk.exists() {
@@ -486,7 +516,7 @@ impl Booted {
             .args([&self.image.disk(), &slot.disk()]);
         for tries_left in (0..BOOT_TRIES).rev() {
             tool::run(&mut create)?;
-            slot.start(&self.image, Threads::One)?;
+            slot.start(guest, &self.image, Threads::One)?;
             let booted = settle(&slot).with_context(|| state_of(&slot));
             slot.kill()?;
             match booted {

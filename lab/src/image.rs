@@ -69,16 +69,17 @@ impl Image {
             .chain(PACKAGES.iter().copied());
         let key = cache::key(
             recipe
-                .chain([guest.name(), SIZE])
+                .chain([guest.image(), SIZE])
                 .chain(guest.suites().iter().skip(1).copied()),
         );
-        let folder = cache.path(format!("images/{guest}-{key}"));
+        let name = guest.image();
+        let folder = cache.path(format!("images/{name}-{key}"));
         let image = Self { key, folder };
         if !image.disk().exists() {
-            let _builder = cache.lock(&format!("images/{guest}.lock"), BUILD_PATIENCE)?;
+            let _builder = cache.lock(&format!("images/{name}.lock"), BUILD_PATIENCE)?;
             if !image.disk().exists() {
                 setup::ensure(cache)?;
-                let _progress = Progress::start(&format!("{guest}: building its image"));
+                let _progress = Progress::start(&format!("{name}: building its image"));
                 image
                     .build(guest)
                     .with_context(|| format!("{guest}: cannot build its image"))?;

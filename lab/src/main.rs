@@ -10,8 +10,8 @@ use clap::{Parser, Subcommand};
 use pinfold_lab::cache::Cache;
 use pinfold_lab::image::Image;
 use pinfold_lab::scale::tree::{self, Counts};
-use pinfold_lab::scale::{growth, measure, table};
-use pinfold_lab::{Guest, Host, all_slots, bench, console, demo, lifeline, setup};
+use pinfold_lab::scale::{growth, measure, memory, table};
+use pinfold_lab::{Guest, Host, all_slots, bench, console, demo, lifeline, noise, setup};
 use std::fs;
 use std::io::Write;
 use std::path::PathBuf;
@@ -44,7 +44,7 @@ enum Cmd {
     },
     /// Draw what `hook status` shows on a real host, as SVG
     Picture {
-        /// Where the picture goes
+        /// The file to write the picture to
         file: PathBuf,
         /// Folder with the programs; beside this one without
         #[arg(long, value_name = "DIR")]
@@ -56,12 +56,18 @@ enum Cmd {
         #[arg(long, value_name = "DIR")]
         bins: Option<PathBuf>,
     },
+    /// Count what runs on a VM's CPUs beside its vCPUs: not isolated, by the shell script, by hook
+    Noise {
+        /// Folder with the programs; beside this one without
+        #[arg(long, value_name = "DIR")]
+        bins: Option<PathBuf>,
+    },
     /// Count what the commands that read a host cost on made-up hosts, and how that grows
     Scale {
         /// Folder with the programs; beside this one without
         #[arg(long, value_name = "DIR")]
         bins: Option<PathBuf>,
-        /// Only the tables, or only the bounds
+        /// Only one of the tables, the bounds of growth and that of memory
         #[arg(long, value_name = "WHAT")]
         only: Option<Scale>,
         /// Only write a host into this folder, for --sysroot
@@ -110,6 +116,8 @@ enum Scale {
     Tables,
     /// How the costs grow; fails if one grows faster than the host
     Bounds,
+    /// Peak memory on the largest host; fails if it is above 40 MB
+    Memory,
 }
 
 #[derive(clap::Args)]
@@ -180,6 +188,7 @@ fn act(args: Args) -> Result<ExitCode> {
         Cmd::Demo { bins } => demo::run(&beside(bins)?, &mut out)?,
         Cmd::Picture { file, bins } => demo::picture(&beside(bins)?, &file)?,
         Cmd::Bench { bins } => bench::run(&beside(bins)?, &mut out)?,
+        Cmd::Noise { bins } => noise::run(&beside(bins)?, &mut out)?,
         Cmd::Scale {
             tree: Some(tree),
             counts,
@@ -190,10 +199,14 @@ fn act(args: Args) -> Result<ExitCode> {
         Cmd::Scale { bins, only, .. } => {
             measure::check_tools()?;
             let bins = beside(bins)?;
-            if only != Some(Scale::Bounds) {
+            let is_wanted = |part| only.is_none_or(|only| only == part);
+            if is_wanted(Scale::Tables) {
                 table::print(&bins, &mut out)?;
             }
-            if only != Some(Scale::Tables) {
+            if is_wanted(Scale::Memory) {
+                memory::check(&bins, &mut out)?;
+            }
+            if is_wanted(Scale::Bounds) {
                 growth::check(&bins, &mut out)?;
             }
         }

@@ -51,10 +51,11 @@ pub fn draw() -> Result<String> {
             .unwrap_or_default()
             .parse()?;
         if handled && movable {
-            host.iter_mut()
-                .enumerate()
-                .filter(|(number, _)| has(&cpus, *number))
-                .for_each(|(_, cpu)| cpu.irqs += 1);
+            for (number, cpu) in host.iter_mut().enumerate() {
+                if has(&cpus, number) {
+                    cpu.irqs += 1;
+                }
+            }
         }
     }
     Ok(picture(&host))

@@ -1,6 +1,7 @@
 //! The QEMU process that is a lab host: its arguments, its files, its life.
 
 use crate::cache;
+use crate::guest::Guest;
 use crate::image::Image;
 use crate::protocol::PORT;
 use crate::qmp::Qmp;
@@ -105,12 +106,13 @@ impl Threads {
 
 /// What decides whether a snapshot fits: the machine, its kernel line and the program that emulates
 /// it.
-pub fn machine_key() -> Result<String> {
+pub fn machine_key(guest: Guest) -> Result<String> {
     let version = tool::run(setup::command("qemu-system-x86_64").arg("--version"))?;
     let parts = MACHINE
         .iter()
         .copied()
-        .chain([KERNEL_LINE, version.as_str(), PORT]);
+        .chain([KERNEL_LINE, version.as_str(), PORT])
+        .chain(guest.kernel_line());
     Ok(cache::key(
         parts.chain([crate::acpi::source(CPUS).as_str()]),
     ))
@@ -159,7 +161,7 @@ impl Slot {
     }
 
     /// Starts QEMU in the background with its CPUs stopped; `cont` or `loadvm` sets it going.
-    pub fn start(&self, image: &Image, threads: Threads) -> Result<()> {
+    pub fn start(&self, guest: Guest, image: &Image, threads: Threads) -> Result<()> {
         cache::make(&self.0)?;
         let longest = self.console();
         if longest.as_os_str().len() > 107 {
@@ -179,11 +181,13 @@ impl Slot {
         let payload = payload.and_then(|file| file.set_len(PAYLOAD_SIZE));
         payload.with_context(|| format!("{}: cannot make", self.payload().display()))?;
         let path = |name: &str| self.0.join(name).display().to_string().replace(',', ",,");
+        let kernel_line = std::iter::once(KERNEL_LINE).chain(guest.kernel_line());
+        let kernel_line = kernel_line.collect::<Vec<_>>().join(" ");
         let options = [
             ("-accel", threads.accelerator().to_owned()),
             ("-kernel", image.kernel().display().to_string()),
             ("-initrd", image.initrd().display().to_string()),
-            ("-append", KERNEL_LINE.to_owned()),
+            ("-append", kernel_line),
             ("-acpitable", format!("file={}", path("cpufreq.aml"))),
             (
                 "-drive",

@@ -109,9 +109,12 @@ fn from_backports(cache: &Cache, packages: &[&str]) -> Result<()> {
 
 /// `install` and its arguments; of the packages, those in `backported` are taken from backports.
 fn install_words(packages: &[&str], backported: &[&str]) -> Vec<String> {
-    let from = |package: &&str| match backported.contains(package) {
-        true => format!("{package}/bookworm-backports"),
-        false => (*package).to_owned(),
+    let from = |package: &&str| {
+        if backported.contains(package) {
+            format!("{package}/bookworm-backports")
+        } else {
+            (*package).to_owned()
+        }
     };
     let words = ["install", "-y", "--no-install-recommends"].map(str::to_owned);
     let target = (!backported.is_empty()).then(|| "-tbookworm-backports".to_owned());

@@ -56,7 +56,8 @@ const UNIT_FOLDERS: [&str; 5] = [
     "/etc/systemd/system.control",
     "/run/pinfold",
 ];
-const UNIT_PROPERTIES: &str = "Id,ActiveState,Slice,ControlGroup,Delegate,DelegateControllers,AllowedCPUs,EffectiveCPUs,AllowedMemoryNodes";
+const UNIT_PROPERTIES: &str = "Id,ActiveState,Slice,ControlGroup,Delegate,DelegateControllers,\
+                               AllowedCPUs,EffectiveCPUs,AllowedMemoryNodes";
 
 /// The state of a host at one moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -334,9 +335,9 @@ fn list_files(path: &Path, lines: &mut Vec<String>) {
     let kind = fs::symlink_metadata(path).map(|file| file.file_type());
     if kind.as_ref().is_ok_and(fs::FileType::is_dir) {
         lines.push(format!("file {}/", path.display()));
-        names(path)
-            .into_iter()
-            .for_each(|name| list_files(&path.join(name), lines));
+        for name in names(path) {
+            list_files(&path.join(name), lines);
+        }
     } else {
         let content = fs::read_link(path)
             .map(|to| to.display().to_string())
@@ -352,6 +353,7 @@ fn cpufreq() -> Vec<String> {
         "affected_cpus",
         "scaling_driver",
         "scaling_governor",
+        "energy_performance_preference",
         "scaling_min_freq",
         "scaling_max_freq",
     ];
@@ -389,7 +391,16 @@ fn sysctls() -> Vec<String> {
 
 fn cpus() -> Vec<String> {
     let folder = Path::new("/sys/devices/system/cpu");
-    vec![format!(
+    let latencies = names(folder)
+        .into_iter()
+        .filter(|name| {
+            name.starts_with("cpu") && name.ends_with(|last: char| last.is_ascii_digit())
+        })
+        .map(|cpu| {
+            let latency = values(&folder.join(&cpu), ["power/pm_qos_resume_latency_us"]);
+            format!("{cpu}{latency}")
+        });
+    let all = format!(
         "cpus{}",
         values(
             folder,
@@ -402,7 +413,8 @@ fn cpus() -> Vec<String> {
                 "smt/control"
             ]
         )
-    )]
+    );
+    std::iter::once(all).chain(latencies).collect()
 }
 
 fn pci() -> Vec<String> {

@@ -5,6 +5,7 @@ use crate::cpus::Cpus;
 use crate::proc::{self, names, read};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::Path;
@@ -14,6 +15,9 @@ use std::path::Path;
 pub struct Strays {
     /// User threads, but for the vCPU threads of the VMs named.
     pub threads: Vec<Stray>,
+    /// vCPU threads of the VMs named that may run elsewhere than on their VM's CPUs.
+    #[serde(default)]
+    pub vcpus: Vec<Stray>,
     /// Kernel threads that the kernel would let be moved.
     pub kthreads: Vec<Stray>,
     /// Unbound kworkers, which follow only the workqueues' mask.
@@ -64,6 +68,7 @@ impl Strays {
     pub fn is_clean(&self) -> bool {
         let Self {
             threads,
+            vcpus,
             kthreads,
             kworkers,
             irqs,
@@ -73,6 +78,7 @@ impl Strays {
             kernel_bound: _,
         } = self;
         threads.is_empty()
+            && vcpus.is_empty()
             && kthreads.is_empty()
             && kworkers.is_empty()
             && irqs.is_empty()
@@ -94,16 +100,22 @@ impl Strays {
     }
 }
 
-/// Looks for strays on these CPUs; the vCPU threads of `vms` belong there.
-pub fn find(cpus: &Cpus, vms: &[u32]) -> Result<Strays> {
+/// Looks for strays on these CPUs. The vCPU threads of `vms` belong there: each on its own VM's
+/// CPUs, where they are given, and on no other.
+pub fn find(cpus: &Cpus, vms: &[(u32, Option<Cpus>)]) -> Result<Strays> {
     let mut found = Strays::default();
-    let qemus: Vec<i32> = vms.iter().map(|vm| qemu_pid(*vm)).collect::<Result<_>>()?;
+    let mut qemus = BTreeMap::new();
+    for (vm, own) in vms {
+        qemus.insert(qemu_pid(*vm)?, own.as_ref().unwrap_or(cpus));
+    }
     for thread in proc::threads() {
-        if !thread.cpus.parse::<Cpus>()?.meets(cpus) {
-            continue;
-        }
-        let vcpu = qemus.contains(&thread.pid) && is_vcpu(&thread.comm);
-        if vcpu {
+        let may_run_on = thread.cpus.parse::<Cpus>()?;
+        let home = qemus.get(&thread.pid).filter(|_| is_vcpu(&thread.comm));
+        let is_stray = match home {
+            Some(own) => !may_run_on.are_within(own),
+            None => may_run_on.meets(cpus),
+        };
+        if !is_stray {
             continue;
         }
         let stray = Stray {
@@ -113,6 +125,10 @@ pub fn find(cpus: &Cpus, vms: &[u32]) -> Result<Strays> {
             comm: thread.comm,
             cpus: thread.cpus,
         };
+        if home.is_some() {
+            found.vcpus.push(stray);
+            continue;
+        }
         match (thread.kernel, thread.bound) {
             (false, false) => found.threads.push(stray),
             (true, false) => found.kthreads.push(stray),
@@ -229,6 +245,18 @@ mod tests {
         };
         assert!(strays.is_clean());
         strays.workqueue_mask = Some("ffffff".to_owned());
+        assert!(!strays.is_clean());
+        let unpinned = Stray {
+            pid: 1,
+            tid: 2,
+            comm: "CPU 0/KVM".to_owned(),
+            cpus: "0-23".to_owned(),
+            cgroup: String::new(),
+        };
+        let strays = Strays {
+            vcpus: vec![unpinned],
+            ..Strays::default()
+        };
         assert!(!strays.is_clean());
     }
 }

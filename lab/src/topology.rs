@@ -14,6 +14,9 @@ use nix::mount::{MsFlags, mount};
 use std::path::Path;
 
 const CPUS: u32 = 24;
+/// While this file is there, the CPUs keep the numbering that QEMU gives them: a host that is not a 5900X.
+pub const AS_QEMU_HAS_IT: &str = "/run/pinfold-lab/as-qemu-has-it";
+
 const FOLDERS: &str = "/run/pinfold-lab/topology";
 
 /// The files of one CPU that differ from QEMU's: folder below its sysfs folder; files in it
@@ -45,6 +48,9 @@ fn mask(cpus: &Cpus) -> String {
 
 /// Mounts what is not mounted yet, for every CPU that is online.
 pub fn apply() -> Result<()> {
+    if Path::new(AS_QEMU_HAS_IT).exists() {
+        return Ok(());
+    }
     for cpu in 0..CPUS {
         for (folder, files) in files_of(cpu) {
             let target = format!("/sys/devices/system/cpu/cpu{cpu}/{folder}");

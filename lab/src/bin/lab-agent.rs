@@ -6,7 +6,8 @@
 )]
 
 use anyhow::{Context, Result, bail};
-use pinfold_lab::{agent, bare, map, qm, snapshot, strays, topology};
+use pinfold_lab::cpus::Cpus;
+use pinfold_lab::{agent, bare, map, pvestatd, qm, snapshot, strays, topology};
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
@@ -38,18 +39,21 @@ fn act(words: &[&str]) -> Result<()> {
         (_, ["topology"]) => topology::apply(),
         (_, ["bare", vmid]) => bare::isolate(vmid),
         (_, ["map"]) => print(&map::draw()?),
+        (_, ["pvestatd"]) => print(&pvestatd::round()?),
         (_, ["snapshot"]) => print(&snapshot::take()?.to_string()),
         (_, ["strays", cpus, vms @ ..]) => {
-            let vms: Result<Vec<u32>, _> = vms
-                .iter()
-                .filter(|word| **word != "--vm")
-                .map(|word| word.parse())
-                .collect();
-            let found = strays::find(&cpus.parse()?, &vms.context("--vm: not a VMID")?)?;
+            let vm = |word: &&str| -> Result<(u32, Option<Cpus>)> {
+                let (vm, own) = word.split_once('=').unwrap_or((word, ""));
+                let own = (!own.is_empty()).then(|| own.parse()).transpose()?;
+                Ok((vm.parse().context("--vm: not a VMID")?, own))
+            };
+            let words = vms.iter().filter(|word| **word != "--vm");
+            let vms: Vec<_> = words.map(vm).collect::<Result<_>>()?;
+            let found = strays::find(&cpus.parse()?, &vms)?;
             print(&(serde_json::to_string_pretty(&found)? + "\n"))
         }
         _ => bail!(
-            "usage: lab-agent serve | topology | map | bare VMID | snapshot | strays CPUS [--vm VMID]..."
+            "usage: lab-agent serve | topology | map | bare VMID | pvestatd | snapshot | strays CPUS [--vm VMID[=CPUS]]..."
         ),
     }
 }

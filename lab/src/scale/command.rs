@@ -20,14 +20,14 @@ pub struct Command {
 }
 
 /// What a command needs of the host, or does to it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum HostState {
     /// It reads the host as it was written.
     Fresh,
-    /// It reads a host on which VM 100 has its CPUs.
-    Fenced,
     /// It changes the host: each run needs one of its own.
     Changed,
+    /// It reads a host on which VM 100 has its CPUs.
+    Fenced,
 }
 
 /// post-start, by which a host becomes fenced as well.
@@ -74,6 +74,34 @@ pub const COMMANDS: [Command; 12] = [
         ..POST_START
     },
 ];
+
+/// More commands, of which only the memory is bounded: they do what one of [`COMMANDS`] does, and
+/// keep or print more.
+pub const FOR_MEMORY: [Command; 8] = [
+    list("hook", &["plan", "100", "--json"], no_objects),
+    list("hook", &["plan", "100", "--verbose"], no_objects),
+    Command {
+        codes: &[0, 1],
+        ..list("hook", &["check", "--json"], no_objects)
+    },
+    list("hook", &["layout", "--json"], no_objects),
+    list("pin-irqs", &["--list", "--json"], no_objects),
+    list("pin-kthreads", &["--list", "--json"], no_objects),
+    Command {
+        host: HostState::Fenced,
+        ..POST_START
+    },
+    Command {
+        args: &["status", "--json"],
+        host: HostState::Fenced,
+        codes: &[0, 1],
+        ..POST_START
+    },
+];
+
+const fn no_objects(_: Counts) -> u32 {
+    0
+}
 
 const fn list(
     program: &'static str,

@@ -5,6 +5,7 @@
 use std::fmt::Write;
 use std::fs;
 use std::io::{BufWriter, Write as _};
+use std::ops::Range;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
@@ -17,6 +18,8 @@ use crate::cpus::Cpus;
 const KTHREAD: u32 = 0x0020_0000;
 /// PF_NO_SETAFFINITY.
 const BOUND: u32 = 0x0400_0000;
+/// hook refuses CPUs from this number on, since threads cannot be pinned to them.
+const PINNABLE: u32 = 1024;
 /// CPUs that share an L3 cache, if the host has that many.
 const L3_CPUS: u32 = 16;
 /// CPUs of a package.
@@ -34,7 +37,7 @@ const CPU_FOLDER: &str = "sys/devices/system/cpu";
 /// The number of objects of each kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::Args)]
 pub struct Counts {
-    /// CPUs, an even number: SMT siblings are N and N + half of them
+    /// CPUs, an even number: SMT siblings are N and N + half of them, or 2 N and 2 N + 1 above 1,024
     #[arg(long, default_value_t = 24)]
     pub cpus: u32,
     /// Kernel threads; one of four is bound by the kernel
@@ -49,6 +52,9 @@ pub struct Counts {
     /// Running VMs; their settings divide the upper half of the CPUs
     #[arg(long, default_value_t = 1)]
     pub vms: u32,
+    /// Cores that each VM's settings isolate, instead of its share of the upper half
+    #[arg(long)]
+    pub vm_cores: Option<u32>,
     /// PCI functions; one of eight is an NVMe disk, one of eight a network interface
     #[arg(long, default_value_t = 32)]
     pub pci: u32,
@@ -81,14 +87,32 @@ pub fn write(root: &Path, counts: Counts) -> Result<u64> {
     Ok(tree.bytes)
 }
 
-/// The CPUs that a VM's settings isolate: its share of the cores in the upper half of the host.
+/// The CPUs that a VM's settings isolate: its share of the cores in the upper half of the host, as
+/// far as threads can be pinned to them.
 pub fn isolated(counts: Counts, vm: u32) -> Vec<u32> {
-    let cores = counts.cpus / 2;
+    let cores = counts.cpus.min(PINNABLE) / 2;
     let upper = cores - cores / 2;
-    let share = (upper / counts.vms.max(1)).max(1);
+    let share = counts.vm_cores.unwrap_or(upper / counts.vms.max(1)).max(1);
     let first = cores / 2 + vm * share % upper;
-    let last = (first + share).min(cores);
-    (first..last).chain(first + cores..last + cores).collect()
+    cpus_of_cores(counts.cpus, first..(first + share).min(cores))
+}
+
+/// The CPUs of cores, ascending: N and N + half of them, or on hosts with more CPUs than threads can
+/// be pinned to 2 N and 2 N + 1, so that VMs can have whole cores.
+fn cpus_of_cores(cpus: u32, cores: Range<u32>) -> Vec<u32> {
+    if cpus > PINNABLE {
+        return (2 * cores.start..2 * cores.end).collect();
+    }
+    let second = cores.start + cpus / 2..cores.end + cpus / 2;
+    cores.chain(second).collect()
+}
+
+fn core_of(cpus: u32, cpu: u32) -> u32 {
+    if cpus > PINNABLE {
+        cpu / 2
+    } else {
+        cpu % (cpus / 2)
+    }
 }
 
 struct Tree<'a> {
@@ -143,13 +167,10 @@ impl<'a> Tree<'a> {
     fn group(&self, cpu: u32, size: u32) -> (u32, Vec<u32>) {
         let cores = self.counts.cpus / 2;
         let size = (size / 2).clamp(1, cores);
-        let number = cpu % cores / size;
+        let number = core_of(self.counts.cpus, cpu) / size;
         let first = number * size;
-        let last = (first + size).min(cores);
-        (
-            number,
-            (first..last).chain(first + cores..last + cores).collect(),
-        )
+        let group = first..(first + size).min(cores);
+        (number, cpus_of_cores(self.counts.cpus, group))
     }
 
     fn cpus(&mut self) -> Result<()> {
@@ -241,7 +262,8 @@ impl<'a> Tree<'a> {
         self.file("proc/cpuinfo", cpuinfo.trim_end())?;
         let packages = (cpus / 2).div_ceil(PACKAGE_CPUS / 2);
         for node in 0..packages {
-            let (_, cpus_of) = self.group(node * PACKAGE_CPUS / 2, PACKAGE_CPUS);
+            let of_node = cpus_of_cores(cpus, node * PACKAGE_CPUS / 2..cpus / 2);
+            let (_, cpus_of) = self.group(of_node[0], PACKAGE_CPUS);
             let folder = format!("sys/devices/system/node/node{node}");
             self.file(&format!("{folder}/cpulist"), &list(&cpus_of))?;
             self.file(&format!("{folder}/cpumap"), &mask(&cpus_of, cpus))?;
@@ -274,7 +296,8 @@ impl<'a> Tree<'a> {
             ("proc/sys/vm/nr_hugepages", "0"),
             (
                 "proc/meminfo",
-                "MemTotal:       67108864 kB\nMemFree:        60000000 kB\nHugePages_Total:       0\nHugepagesize:       2048 kB",
+                "MemTotal:       67108864 kB\nMemFree:        60000000 kB\n\
+                 HugePages_Total:       0\nHugepagesize:       2048 kB",
             ),
             (
                 "proc/swaps",
@@ -331,10 +354,13 @@ impl<'a> Tree<'a> {
         // Of the length that the kernel's have.
         let status = format!(
             "Name:\t{}\nUmask:\t0000\nState:\tS (sleeping)\nTgid:\t{pid}\nNgid:\t0\nPid:\t{tid}\nPPid:\t{parent}\n\
-             TracerPid:\t0\nUid:\t0\t0\t0\t0\nGid:\t0\t0\t0\t0\nFDSize:\t64\nGroups:\t \nNStgid:\t{pid}\nNSpid:\t{tid}\n\
+             TracerPid:\t0\nUid:\t0\t0\t0\t0\nGid:\t0\t0\t0\t0\nFDSize:\t64\nGroups:\t \n\
+             NStgid:\t{pid}\nNSpid:\t{tid}\n\
              NSpgid:\t0\nNSsid:\t0\nKthread:\t{}\nThreads:\t1\nSigQ:\t0/256000\nSigPnd:\t0000000000000000\n\
-             ShdPnd:\t0000000000000000\nSigBlk:\t0000000000000000\nSigIgn:\tffffffffffffffff\nSigCgt:\t0000000000000000\n\
-             CapInh:\t0000000000000000\nCapPrm:\t000001ffffffffff\nCapEff:\t000001ffffffffff\nCapBnd:\t000001ffffffffff\n\
+             ShdPnd:\t0000000000000000\nSigBlk:\t0000000000000000\nSigIgn:\tffffffffffffffff\n\
+             SigCgt:\t0000000000000000\n\
+             CapInh:\t0000000000000000\nCapPrm:\t000001ffffffffff\nCapEff:\t000001ffffffffff\n\
+             CapBnd:\t000001ffffffffff\n\
              CapAmb:\t0000000000000000\nNoNewPrivs:\t0\nSeccomp:\t0\nSeccomp_filters:\t0\n\
              Speculation_Store_Bypass:\tthread vulnerable\nSpeculationIndirectBranch:\tconditional enabled\n\
              Cpus_allowed:\t{}\nCpus_allowed_list:\t{}\nMems_allowed:\t00000001\nMems_allowed_list:\t0\n\
@@ -366,7 +392,7 @@ impl<'a> Tree<'a> {
     /// The CPUs of a thread that is not bound to any.
     fn free(&self) -> Vec<u32> {
         let Counts { cpus, settled, .. } = self.counts;
-        let is_lower = |cpu: &u32| cpu % (cpus / 2) < cpus / 4;
+        let is_lower = |cpu: &u32| core_of(cpus, *cpu) < cpus.min(PINNABLE) / 4;
         (0..cpus).filter(|cpu| !settled || is_lower(cpu)).collect()
     }
 
@@ -477,7 +503,9 @@ impl<'a> Tree<'a> {
         let mut file = BufWriter::new(file);
         // As show_interrupts of kernel/irq/proc.c has them, for IRQ numbers of eight digits.
         let mut head = " ".repeat(16);
-        (0..cpus).for_each(|cpu| head += &format!("{:<11}", format!("CPU{cpu}")));
+        for cpu in 0..cpus {
+            head += &format!("{:<11}", format!("CPU{cpu}"));
+        }
         writeln!(file, "{head}")?;
         let counters = format!(" {:>10}", 0).repeat(usize::try_from(cpus)?);
         for n in 0..irqs {
@@ -560,6 +588,17 @@ impl<'a> Tree<'a> {
         Ok(())
     }
 
+    /// The CPUs of the nodes of these, without these: where a VM's other threads are to run.
+    fn beside(&self, isolated: &[u32]) -> Vec<u32> {
+        let mut nodes: Vec<u32> = (isolated.iter())
+            .flat_map(|cpu| self.group(*cpu, PACKAGE_CPUS).1)
+            .filter(|cpu| !isolated.contains(cpu))
+            .collect();
+        nodes.sort_unstable();
+        nodes.dedup();
+        nodes
+    }
+
     fn vms(&mut self) -> Result<()> {
         let (count, settled) = (self.counts.cpus, self.counts.settled);
         self.cgroup("qemu.slice", "cpuset cpu memory", &[])?;
@@ -608,9 +647,8 @@ impl<'a> Tree<'a> {
                     .and_then(|n| isolated.get(usize::try_from(n).ok()?));
                 let on: Vec<u32> = match vcpu {
                     Some(cpu) if settled => vec![*cpu],
-                    _ => (0..count)
-                        .filter(|cpu| !settled || !isolated.contains(cpu))
-                        .collect(),
+                    None if settled => self.beside(&isolated),
+                    _ => (0..count).collect(),
                 };
                 let task = Task {
                     name: &name,
@@ -679,6 +717,7 @@ mod tests {
             threads: 0,
             irqs: 0,
             vms: 2,
+            vm_cores: None,
             pci: 0,
             settled: false,
         };
@@ -686,6 +725,22 @@ mod tests {
         assert_eq!(list(&isolated(counts, 1)), "9-11,21-23");
         let one = Counts { vms: 1, ..counts };
         assert_eq!(list(&isolated(one, 0)), "6-11,18-23");
+        // One of a given size has it, however many there are.
+        for vms in [1, 2, 4] {
+            let sized = Counts {
+                vms,
+                vm_cores: Some(1),
+                ..counts
+            };
+            assert_eq!(list(&isolated(sized, 0)), "6,18");
+        }
+        let large = Counts {
+            cpus: 2048,
+            vms: 40,
+            ..counts
+        };
+        assert_eq!(list(&isolated(large, 0)), "512-523");
+        assert_eq!(list(&isolated(large, 39)), "980-991");
         let many = Counts { vms: 40, ..counts };
         assert!((0..40).all(|vm| !isolated(many, vm).is_empty()));
     }
@@ -699,6 +754,7 @@ mod tests {
             threads: 20,
             irqs: 8,
             vms: 1,
+            vm_cores: None,
             pci: 8,
             settled: false,
         };

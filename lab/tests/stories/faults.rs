@@ -1,18 +1,23 @@
 //! The faults of the script that Pinfold replaces (docs/design.md, "The original and its faults"),
 //! each with a host on which it would show.
 
+use std::collections::BTreeSet;
+
 use pinfold_lab::{Host, HostState, VmSpec};
 
 use crate::stories;
 use crate::support::{
     HELPER_CGROUP, ISOLATED, assert_clean, assert_fenced, assert_restored, expect, injected,
-    injected_at, install_hook, threads, two_small_vms, vm,
+    injected_at, install_hook, strays, threads, two_small_vms, vm,
 };
 
 stories![
     what_the_admin_had_set_comes_back,
     two_vms,
     a_step_that_fails_rolls_back,
+    a_part_that_fails_keeps_the_fence,
+    an_irq_that_refuses_is_named,
+    a_scope_comes_back_with_what_it_had,
     a_pci_node_that_never_goes,
     helpers_and_containers,
     newborns,
@@ -34,8 +39,10 @@ fn what_the_admin_had_set_comes_back(host: &mut Host) {
          (taskset -c 2,9 sleep 10000 >/dev/null 2>&1 &); (taskset -c 10 sleep 10001 >/dev/null 2>&1 &); \
          systemctl set-property --runtime user.slice AllowedCPUs=0-20; \
          mkdir -p /etc/systemd/system/system.slice.d; \
-         printf '[Slice]\\nAllowedCPUs=0-22\\n' > /etc/systemd/system/system.slice.d/admin.conf; systemctl daemon-reload; \
-         systemctl set-property --runtime init.scope AllowedCPUs=0-23; systemctl set-property --runtime init.scope AllowedCPUs=; \
+         printf '[Slice]\\nAllowedCPUs=0-22\\n' > /etc/systemd/system/system.slice.d/admin.conf; \
+         systemctl daemon-reload; \
+         systemctl set-property --runtime init.scope AllowedCPUs=0-23; \
+         systemctl set-property --runtime init.scope AllowedCPUs=; \
          echo 7 > /proc/sys/vm/stat_interval; \
          echo powersave > /sys/devices/system/cpu/cpu8/cpufreq/scaling_governor; \
          until pgrep -fx 'sleep 10000' && pgrep -fx 'sleep 10001'; do sleep 0.1; done",
@@ -70,19 +77,19 @@ fn two_vms(host: &mut Host) {
     host.ok("mkdir -p /etc/pinfold").unwrap();
     host.put(
         "/etc/pinfold/100.toml",
-        b"isolated = \"6-8\"\npins = \"6,7,8\"\n",
+        b"isolated = \"6-8\"\npins = \"6,7,8\"\nmethod = \"hotplug\"\n",
         0o644,
     )
     .unwrap();
     host.put(
         "/etc/pinfold/101.toml",
-        b"isolated = \"18-20\"\npins = \"18,19,20\"\n",
+        b"isolated = \"18-20\"\npins = \"18,19,20\"\nmethod = \"hotplug\"\n",
         0o644,
     )
     .unwrap();
     host.put(
         "/etc/pinfold/102.toml",
-        b"isolated = \"8-9\"\npins = \"8,9\"\n",
+        b"isolated = \"8-9\"\npins = \"8,9\"\nmethod = \"hotplug\"\n",
         0o644,
     )
     .unwrap();
@@ -129,8 +136,8 @@ fn a_step_that_fails_rolls_back(host: &mut Host) {
     host.start_vm(&VmSpec::new(100)).unwrap();
     let before = host.snapshot().unwrap();
     expect(host, "hook 100 pre-start -q", 0);
-    // A governor's write fails, late in the order.
-    let file = "/sys/devices/system/cpu/cpufreq/policy11/scaling_governor";
+    // The VM cannot be taken out of its slice, late in the order.
+    let file = "/sys/fs/cgroup/qemu-decoupled.slice/100.scope/cgroup.procs";
     let output = host
         .sh(&injected_at(file, "write:error=EIO", "hook 100 post-start"))
         .unwrap();
@@ -138,7 +145,7 @@ fn a_step_that_fails_rolls_back(host: &mut Host) {
     assert!(
         output
             .stderr
-            .contains("hook: policy11 (CPU 11): set to performance: Input/output error"),
+            .contains("(kvm): set to /qemu-decoupled.slice/100.scope: Input/output error"),
         "{}",
         output.stderr
     );
@@ -162,6 +169,104 @@ fn a_step_that_fails_rolls_back(host: &mut Host) {
         others.join("\n")
     );
     expect(host, "test ! -e /run/pinfold/state.json", 0);
+}
+
+/// One governor that failed took the whole fence.
+fn a_part_that_fails_keeps_the_fence(host: &mut Host) {
+    host.start_vm(&VmSpec::new(100)).unwrap();
+    let before = host.snapshot().unwrap();
+    let file = "/sys/devices/system/cpu/cpufreq/policy11/scaling_governor";
+    let output = host
+        .sh(&injected_at(file, "write:error=EIO", "hook 100 post-start"))
+        .unwrap();
+    assert_eq!(output.code, Some(64), "{output:?}");
+    for words in [
+        "hook: policy11 (CPU 11): set to performance: Input/output error",
+        "VM 100 has its CPUs, but one change failed; `hook 100 post-start` tries again",
+    ] {
+        assert!(output.stderr.contains(words), "{}", output.stderr);
+    }
+    assert_clean(host, ISOLATED, &[100]);
+    let (status, _) = expect(host, "hook status", 0);
+    assert!(
+        status.contains(
+            "  one change failed when it was isolated; `hook 100 post-start` tries again"
+        ),
+        "{status}"
+    );
+    expect(host, "hook 100 post-start", 0);
+    assert_fenced(host);
+    expect(host, "hook 100 post-stop -q", 0);
+    let difference = before.not_restored(&host.snapshot().unwrap());
+    let others: Vec<&str> = difference
+        .lines()
+        .filter(|line| !line[1..].starts_with("file /run/systemd/transient/100.scope"))
+        .collect();
+    assert!(others.is_empty(), "{}", others.join("\n"));
+}
+
+/// An IRQ whose chip answers EINVAL (Intel VMD), or ENOSPC, kept every VM from being fenced.
+fn an_irq_that_refuses_is_named(host: &mut Host) {
+    host.start_vm(&VmSpec::new(100)).unwrap();
+    for (irq, error, words) in [
+        (1, "EINVAL", "Invalid argument"),
+        (12, "ENOSPC", "No space left on device"),
+    ] {
+        let file = format!("/proc/irq/{irq}/smp_affinity_list");
+        let command = injected_at(
+            &file,
+            &format!("write:error={error}"),
+            "hook 100 post-start",
+        );
+        let (_, log) = expect(host, &command, 0);
+        let named = format!("hook: VM 100: not moved: IRQ {irq} (");
+        assert!(log.contains(&named) && log.contains(words), "{log}");
+        let mut strays = strays(host, ISOLATED, &[100]);
+        strays.irqs.retain(|other| other.number != irq);
+        strays.moving.clear();
+        assert!(strays.is_clean(), "{strays:#?}");
+        expect(host, "hook 100 post-stop -q", 0);
+    }
+}
+
+/// A VM that was put back into a scope had lost its weight and limit of CPU time.
+fn a_scope_comes_back_with_what_it_had(host: &mut Host) {
+    let more = "cpuunits: 200\ncpulimit: 1.5\n".into();
+    host.start_vm(&VmSpec {
+        more,
+        ..VmSpec::new(100)
+    })
+    .unwrap();
+    // What systemd was asked for, and what it makes of that.
+    let show = "cat /run/systemd/transient/100.scope; systemctl show 100.scope \
+                -p CPUWeight,CPUQuotaPerSecUSec,Description,Slice,KillMode,SendSIGKILL,TimeoutStopUSec,After,Before";
+    // systemd lists what is in a set in any order.
+    let shown = || -> BTreeSet<String> {
+        let text = host.ok(show).unwrap();
+        let sorted = |line: &str| {
+            let mut words: Vec<&str> = line.split_inclusive([' ', '=']).map(str::trim).collect();
+            words[1..].sort_unstable();
+            words.join(" ")
+        };
+        text.lines()
+            .filter(|line| !line.is_empty())
+            .map(sorted)
+            .collect()
+    };
+    let before = shown();
+    for given in [
+        "CPUWeight= 200",
+        "CPUQuotaPerSecUSec= 1.500000s",
+        "After= dbus.service",
+        "Before= pve-ha-lrm.service",
+        "Before= pve-guests.service",
+    ] {
+        assert!(before.contains(given), "{given}: {before:#?}");
+    }
+    expect(host, "hook 100 post-start -q", 0);
+    expect(host, "test ! -e /run/systemd/transient/100.scope", 0);
+    expect(host, "hook 100 post-stop -q", 0);
+    assert_eq!(shown(), before);
 }
 
 /// It waited without end for a PCI node to go, then slept 2 s and hoped.
@@ -190,7 +295,9 @@ fn a_pci_node_that_never_goes(host: &mut Host) {
 fn helpers_and_containers(host: &mut Host) {
     install_hook(host);
     host.start_vm(&VmSpec::new(101)).unwrap();
-    host.ok("mkdir -p /sys/fs/cgroup/lxc/200/ns && (sh -c 'echo $$ > /sys/fs/cgroup/lxc/200/ns/cgroup.procs; exec sleep 10000' >/dev/null 2>&1 &) ; until pgrep -fx 'sleep 10000'; do sleep 0.1; done")
+    host.ok("mkdir -p /sys/fs/cgroup/lxc/200/ns && (sh -c 'echo $$ > \
+             /sys/fs/cgroup/lxc/200/ns/cgroup.procs; exec sleep 10000' >/dev/null 2>&1 &) ; \
+             until pgrep -fx 'sleep 10000'; do sleep 0.1; done")
         .unwrap();
     let before = host.snapshot().unwrap();
     host.start_vm(&VmSpec { tpm: true, ..vm() }).unwrap();
@@ -268,8 +375,11 @@ fn pinned_meanwhile(host: &mut Host) {
 fn a_thread_that_refuses(host: &mut Host) {
     host.start_vm(&VmSpec::new(100)).unwrap();
     // PF_NO_SETAFFINITY among the flags, field 9 of proc_pid_stat(5).
-    host.ok("pid=$(cat /run/qemu-server/100.pid); awk '{ $9 += 67108864; print }' /proc/$pid/stat > /tmp/stat; mount --bind /tmp/stat /proc/$pid/stat")
-        .unwrap();
+    host.ok(
+        "pid=$(cat /run/qemu-server/100.pid); awk '{ $9 += 67108864; \
+             print }' /proc/$pid/stat > /tmp/stat; mount --bind /tmp/stat /proc/$pid/stat",
+    )
+    .unwrap();
     let refusing = injected(
         "sched_setaffinity:error=EINVAL:when=1",
         "pin-vcpu 100 --emulator 0-5 -v",
@@ -294,7 +404,9 @@ fn a_thread_that_refuses(host: &mut Host) {
 
 /// irqbalance undid the rest within 10 s, and nothing reported it.
 fn irqbalance_is_named(host: &mut Host) {
-    host.ok("(exec -a irqbalance sleep 10000 >/dev/null 2>&1 &); cp $(command -v sleep) /tmp/irqbalance; (/tmp/irqbalance 10000 >/dev/null 2>&1 &); until pgrep -fx '/tmp/irqbalance 10000'; do sleep 0.1; done")
+    host.ok("(exec -a irqbalance sleep 10000 >/dev/null 2>&1 &); \
+             cp $(command -v sleep) /tmp/irqbalance; (/tmp/irqbalance 10000 >/dev/null 2>&1 &); \
+             until pgrep -fx '/tmp/irqbalance 10000'; do sleep 0.1; done")
         .unwrap();
     let spec = VmSpec::new(100);
     host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640)

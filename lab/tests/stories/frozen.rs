@@ -47,12 +47,16 @@ fn shape(value: &Value, place: &str, shape_so_far: &mut BTreeSet<String>) {
         Value::String(text) if WORDS.iter().any(|key| place.ends_with(&format!("/{key}"))) => {
             shape_so_far.insert(format!("{place}: {text}"));
         }
-        Value::Array(values) => values
-            .iter()
-            .for_each(|value| shape(value, &format!("{place}/[]"), shape_so_far)),
-        Value::Object(fields) => fields
-            .iter()
-            .for_each(|(key, value)| shape(value, &format!("{place}/{key}"), shape_so_far)),
+        Value::Array(values) => {
+            for value in values {
+                shape(value, &format!("{place}/[]"), shape_so_far);
+            }
+        }
+        Value::Object(fields) => {
+            for (key, value) in fields {
+                shape(value, &format!("{place}/{key}"), shape_so_far);
+            }
+        }
         _ => {}
     }
 }
@@ -78,6 +82,20 @@ fn frozen() -> Vec<PathBuf> {
     files.map(|file| file.unwrap().path()).collect()
 }
 
+/// What is not there any more, since there is nothing to print: no name has changed. Each stands for all that begin so.
+const NOTHING_TO_PRINT: [&str; 8] = [
+    // A process with a time limit compacts memory; nothing of it is restored.
+    "hook-pre-start-hotplug.json/changes/[]",
+    "hook-pre-start-partition.json/changes/[]/knob/trigger: string",
+    "hook-pre-start-partition.json/changes/[]/step: caches",
+    // In this state all CPUs are released already; recover used to look at the slices once more.
+    "hook-recover-idle.json/changes/[]/knob/cgroup-cpus: string",
+    "hook-recover-idle.json/changes/[]/knob/unit-cpus: string",
+    "hook-recover-idle.json/changes/[]/step: slices",
+    "hook-recover-idle.json/steps/[]/step: slices",
+    "hook-recover-idle.json/steps/[]/step: tasks",
+];
+
 fn json_keeps_its_shape(host: &mut Host) {
     let script = ["/bin/sh", "-c", SCRIPT];
     let output = host.spawn(&script, Duration::from_secs(900)).unwrap();
@@ -91,7 +109,8 @@ fn json_keeps_its_shape(host: &mut Host) {
         let (before, today) = (shape_of(&fs::read(&file).unwrap()), shape_of(&today));
         let missing = before
             .difference(&today)
-            .map(|place| format!("{name}{place}"));
+            .map(|place| format!("{name}{place}"))
+            .filter(|place| !NOTHING_TO_PRINT.iter().any(|gone| place.starts_with(gone)));
         faults.extend(missing);
     }
     assert!(faults.is_empty(), "missing: {faults:#?}");

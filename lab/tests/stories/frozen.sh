@@ -74,8 +74,11 @@ json hook-plan-stopped hook plan 100 --json
 json hook-recover-nothing hook recover --json
 
 killed="strace -f -P /proc/irq/default_smp_affinity -o /dev/null -e trace=write -e inject=write:signal=KILL:when=1"
+# CPUs that were offline have QEMU's numbering; this gives them that of a 5900X again.
+renumber() { /usr/local/lib/pinfold-lab/lab-agent topology; }
 for method in hotplug partition; do
-    printf 'layout = "5900x"\nmethod = "%s"\niothreads = "4-5"\nemulator = "0-3"\n' $method > /etc/pinfold/100.toml
+    renumber
+    printf 'layout = "5900x"\nmethod = "%s"\niothreads = "4-5"\nemulator = "0-3"\ntidy_caches = true\n' $method > /etc/pinfold/100.toml
     json hook-check-all hook check --json
     json hook-pre-start-$method hook 100 pre-start --json -v
     state $method-starting
@@ -84,6 +87,7 @@ for method in hotplug partition; do
     json hook-plan-$method hook plan 100 --json -v
     json hook-post-start-$method hook 100 post-start --json -v
     state $method-isolated
+    renumber
     # A stray.
     taskset -pc 11 "$(pgrep -x kswapd0)" > /dev/null 2>&1
     json hook-status-$method hook status --json -v
@@ -96,6 +100,7 @@ for method in hotplug partition; do
     json hook-post-stop-$method hook 100 post-stop --json -v
 
     # Killed in the middle of each way.
+    renumber
     hook 100 pre-start -q
     qm start 100
     $killed hook 100 post-start > /dev/null 2>&1
@@ -108,7 +113,8 @@ for method in hotplug partition; do
 done
 
 # Killed by its own call for the idle VM.
-printf 'layout = "5900x"\nidle_vm = 101\n' > /etc/pinfold/100.toml
+renumber
+printf 'layout = "5900x"\nmethod = "hotplug"\nidle_vm = 101\n' > /etc/pinfold/100.toml
 hook 100 pre-start -q
 qm start 100
 hook 100 post-start -q

@@ -2,19 +2,26 @@
 //! phase or a tool, look at the whole host.
 //!
 //! The main job, the tools and the old faults run on Debian 13 and 12, partitions on Debian 13
-//! with its own kernel and with that of its backports, the rest on Debian 13. `PINFOLD_LAB_GUESTS`
-//! (`trixie`, `bookworm`, `trixie-backports`, comma between) skips the other guests and prints which.
+//! with its own kernel and with that of its backports, `apart` on Debian 13 with another kernel line, the
+//! rest on Debian 13. `PINFOLD_LAB_GUESTS` (`trixie`, `bookworm`, `trixie-backports`,
+//! `trixie-isolcpus`, comma between) skips the other guests and prints which.
 
 #![allow(clippy::disallowed_methods)]
-// A story that cannot go on panics where it is.
+// A story that cannot go on panics.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout)]
 
 mod support;
 
+mod apart;
+mod blame;
+mod containers;
+mod events;
 mod faults;
 mod frozen;
+mod guests;
 mod main_job;
 mod others;
+mod package;
 mod partition;
 mod tools;
 mod torture;

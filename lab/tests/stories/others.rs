@@ -6,12 +6,11 @@ use serde_json::Value;
 use crate::stories;
 use crate::support::{
     HOUSEKEEPING, ISOLATED, assert_clean, assert_fenced, assert_restored, expect, install_hook,
-    threads, vm,
+    threads, two_small_vms, vm,
 };
 
 stories![only trixie:
     a_start_that_fails,
-    a_backup_of_a_stopped_vm,
     the_scope_is_stopped,
     a_guest_reboots_and_a_vcpu_is_plugged_in,
     recover_comes_by_itself,
@@ -21,6 +20,7 @@ stories![only trixie:
     a_systemd_that_does_not_answer,
     everything_hangs,
     guards,
+    a_state_of_a_later_version,
     units_are_touched_meanwhile,
     others_set_what_is_ours,
     a_cpu_that_is_offline,
@@ -30,7 +30,7 @@ stories![only trixie:
 ];
 
 /// QMP from a shell: each argument is a command; what comes back is printed.
-const QMP: &str = r#"use IO::Socket::UNIX;
+pub(crate) const QMP: &str = r#"use IO::Socket::UNIX;
 my $socket = IO::Socket::UNIX->new(Peer => shift) or die "cannot connect: $!";
 <$socket>;
 for my $command ('{"execute": "qmp_capabilities"}', @ARGV) {
@@ -95,31 +95,11 @@ fn a_start_that_fails(host: &mut Host) {
     let (_, message) = expect(host, "hook recover", 0);
     assert_eq!(
         message,
-        "hook: VM 100 stopped without calling post-stop; releasing its CPUs\n"
+        "hook: VM 100 was not started; releasing its CPUs\n"
     );
     expect(host, "test ! -e /run/pinfold/state.json", 0);
     host.ok(&format!("rm {}", spec.conf_path())).unwrap();
     assert_restored(host, &before);
-}
-
-/// Proxmox VE starts a QEMU for it whose guest never runs.
-fn a_backup_of_a_stopped_vm(host: &mut Host) {
-    ready(host);
-    host.put(&vm().conf_path(), vm().conf().as_bytes(), 0o640)
-        .unwrap();
-    let log = host.ok("qm start 100 --paused 2>&1").unwrap();
-    assert!(
-        log.contains(
-            "VM 100 is in state prelaunch, as for a backup: its guest will not run, nothing is isolated"
-        ),
-        "{log}"
-    );
-    assert!(threads(host, 100).iter().all(|(_, cpus)| cpus == "0-23"));
-    assert!(
-        host.ok("hook status")
-            .unwrap()
-            .ends_with("\nno CPU is isolated\n")
-    );
 }
 
 fn the_scope_is_stopped(host: &mut Host) {
@@ -140,28 +120,10 @@ fn a_guest_reboots_and_a_vcpu_is_plugged_in(host: &mut Host) {
     })
     .unwrap();
     let fenced = host.snapshot().unwrap();
-    let qmp = |command: &str| {
-        host.ok(&format!(
-            "perl /tmp/qmp.pl /run/qemu-server/100.qmp '{command}'"
-        ))
-        .unwrap()
-    };
-    qmp(r#"{"execute": "system_reset"}"#);
+    qmp(host, r#"{"execute": "system_reset"}"#);
     host.ok("sleep 1").unwrap();
     assert_restored(host, &fenced);
-    let all = qmp(r#"{"execute": "query-hotpluggable-cpus"}"#);
-    let kind = all
-        .split(r#""type": ""#)
-        .nth(1)
-        .and_then(|rest| rest.split('"').next())
-        .unwrap()
-        .to_owned();
-    let plug = r#"{"execute": "device_add", "arguments": {"driver": "KIND", "id": "cpu2", "socket-id": 0, "core-id": 2, "thread-id": 0}}"#;
-    let plug = plug
-        .replace("KIND", &kind)
-        .replace("\"socket-id\": 0", &socket_and_more(&all));
-    let answer = qmp(&plug);
-    assert!(answer.contains(r#"{"return": {}}"#), "{answer}");
+    plug_in(host, 2);
     expect(host, "hook 100 post-start", 0);
     let pins: Vec<_> = threads(host, 100)
         .into_iter()
@@ -177,6 +139,32 @@ fn a_guest_reboots_and_a_vcpu_is_plugged_in(host: &mut Host) {
     assert_clean(host, ISOLATED, &[100]);
     host.stop_vm(100).unwrap();
     assert_restored(host, &before);
+}
+
+/// A command for VM 100's QEMU.
+fn qmp(host: &Host, command: &str) -> String {
+    host.ok(&format!(
+        "perl /tmp/qmp.pl /run/qemu-server/100.qmp '{command}'"
+    ))
+    .unwrap()
+}
+
+/// Plugs a vCPU into VM 100.
+pub(crate) fn plug_in(host: &Host, core: u32) {
+    let all = qmp(host, r#"{"execute": "query-hotpluggable-cpus"}"#);
+    let kind = all
+        .split(r#""type": ""#)
+        .nth(1)
+        .and_then(|rest| rest.split('"').next())
+        .unwrap()
+        .to_owned();
+    let plug = r#"{"execute": "device_add", "arguments": {"driver": "KIND", "id": "cpuCORE", "socket-id": 0, "core-id": CORE, "thread-id": 0}}"#;
+    let plug = plug
+        .replace("KIND", &kind)
+        .replace("CORE", &core.to_string())
+        .replace("\"socket-id\": 0", &socket_and_more(&all));
+    let answer = qmp(host, &plug);
+    assert!(answer.contains(r#"{"return": {}}"#), "{answer}");
 }
 
 /// Newer QEMUs want the die too.
@@ -206,14 +194,17 @@ fn recover_comes_by_itself(host: &mut Host) {
         host.put(&format!("/etc/systemd/system/{name}"), text, 0o644)
             .unwrap();
     }
-    host.ok("mkdir -p /usr/local/sbin && cp $(command -v hook) /usr/local/sbin/ && systemctl daemon-reload && systemctl start pinfold-recover.path")
-        .unwrap();
+    host.ok(
+        "mkdir -p /usr/local/sbin && cp $(command -v hook) /usr/local/sbin/ && \
+             systemctl daemon-reload && systemctl start pinfold-recover.path",
+    )
+    .unwrap();
     host.start_vm(&vm()).unwrap();
     // What came from the start itself has ended.
     host.ok("while test $(systemctl is-active pinfold-recover.service) != inactive; do sleep 0.2; done; sleep 1")
         .unwrap();
     assert_fenced(host);
-    // QEMU holds its pid file open, so that its end is seen even where the file stays.
+    // QEMU holds its pid file open, so that its end is seen even if the file stays.
     let times = host
         .ok(
             "cut -d' ' -f1 /proc/uptime; kill -KILL $(cat /run/qemu-server/100.pid); \
@@ -245,8 +236,11 @@ fn recover_comes_by_itself(host: &mut Host) {
 
 fn the_state_cannot_be_saved(host: &mut Host) {
     let before = running(host);
-    host.ok("mkdir -m 700 /run/pinfold && mount -t tmpfs -o size=4k,mode=700 none /run/pinfold && head -c 4096 /dev/zero > /run/pinfold/full")
-        .unwrap();
+    host.ok(
+        "mkdir -m 700 /run/pinfold && mount -t tmpfs -o size=4k,mode=700 none /run/pinfold && \
+             head -c 4096 /dev/zero > /run/pinfold/full",
+    )
+    .unwrap();
     for (make, words) in [
         ("true", "No space left on device"),
         (
@@ -308,7 +302,9 @@ fn a_monitor_that_does_not_answer(host: &mut Host) {
     let before = running(host);
     let monitor = "/run/qemu-server/100.qmp";
     let busy = format!(
-        "(setsid perl -MIO::Socket::UNIX -e '$s = IO::Socket::UNIX->new(Peer => \"{monitor}\"); open(F, \">/tmp/busy\"); sleep 1000' >/dev/null 2>&1 &) ; until test -e /tmp/busy; do sleep 0.1; done"
+        "(setsid perl -MIO::Socket::UNIX -e '$s = IO::Socket::UNIX->new(Peer => \"{monitor}\"); \
+         open(F, \">/tmp/busy\"); sleep 1000' >/dev/null 2>&1 &) ; until test -e /tmp/busy; \
+         do sleep 0.1; done"
     );
     host.ok(&busy).unwrap();
     let busy = "its monitor is busy with another client, or QEMU hangs";
@@ -374,7 +370,8 @@ fn a_systemd_that_does_not_answer(host: &mut Host) {
 /// status` prints.
 fn everything_hangs(host: &mut Host) {
     let before = running(host);
-    let settings = "layout = \"5900x\"\n[deadlines]\nlock = 5\nsystemd = 3\nreload = 5\nqmp = 2\n";
+    let settings = "layout = \"5900x\"\nmethod = \"hotplug\"\n[deadlines]\nlock = 5\nsystemd = 3\n\
+                    reload = 5\nqmp = 2\n";
     host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644)
         .unwrap();
     let (status, _) = expect(host, "hook 100 pre-start -q && hook status --json", 0);
@@ -390,7 +387,11 @@ fn everything_hangs(host: &mut Host) {
     ] {
         in_place_of(host, socket, "");
     }
-    host.ok("(setsid flock /run/pinfold/lock sleep 4 >/dev/null 2>&1 &); while flock -n /run/pinfold/lock true; do sleep 0.1; done").unwrap();
+    host.ok(
+        "(setsid flock /run/pinfold/lock sleep 4 >/dev/null 2>&1 &); \
+             while flock -n /run/pinfold/lock true; do sleep 0.1; done",
+    )
+    .unwrap();
     let timed =
         "cut -d' ' -f1 /proc/uptime; hook 100 post-start -q; echo $?; cut -d' ' -f1 /proc/uptime";
     let (log, message) = expect(host, timed, 0);
@@ -412,14 +413,22 @@ fn everything_hangs(host: &mut Host) {
     );
     assert!(code == 1.0 && ended - began < bound, "{log:?}");
     // Held for longer than its deadline, the lock is named.
-    host.ok("(setsid flock /run/pinfold/lock sleep 20 >/dev/null 2>&1 &); while flock -n /run/pinfold/lock true; do sleep 0.1; done").unwrap();
+    host.ok(
+        "(setsid flock /run/pinfold/lock sleep 20 >/dev/null 2>&1 &); \
+             while flock -n /run/pinfold/lock true; do sleep 0.1; done",
+    )
+    .unwrap();
     let (_, message) = expect(host, "hook 100 post-start", 1);
     assert!(
-        message.contains("/run/pinfold/lock: another hook has held it for 5 s; see `ps -C hook`"),
+        message.contains("/run/pinfold/lock: process ")
+            && message.contains(" has held it for 5 s; see `ps -C hook`"),
         "{message}"
     );
-    host.ok("pkill -x flock; pkill -x sleep; for s in /run/systemd/private /run/dbus/system_bus_socket; do mv $s.kept $s; done")
-        .unwrap();
+    host.ok(
+        "pkill -x flock; pkill -x sleep; for s in /run/systemd/private \
+             /run/dbus/system_bus_socket; do mv $s.kept $s; done",
+    )
+    .unwrap();
     end_listeners(host);
     host.ok("mv /run/qemu-server/100.qmp.kept /run/qemu-server/100.qmp; rm -r /etc/pinfold")
         .unwrap();
@@ -436,8 +445,8 @@ fn guards(host: &mut Host) {
     };
     for (text, why) in [
         (
-            "isolated = \"0-3\"\npins = \"0-3,0-3,0-3\"",
-            "isolated: CPU 0 cannot be isolated",
+            "isolated = \"0-3\"\npins = \"0-3,0-3,0-3\"\nmethod = \"hotplug\"",
+            "isolated: CPU 0 cannot be isolated by hotplug",
         ),
         (
             "isolated = \"2-23\"\npins = \"2-13\"\nmin_housekeeping = 3",
@@ -461,18 +470,19 @@ fn guards(host: &mut Host) {
         expect(host, "hook 100 post-start", 1);
     }
     // A file that others can write, and a link to one.
-    settings("layout = \"5900x\"");
+    settings("layout = \"5900x\"\nmethod = \"hotplug\"");
     host.ok("chmod 666 /etc/pinfold/100.toml").unwrap();
     let (_, message) = expect(host, "hook 100 pre-start", 1);
     assert!(
-        message.contains("settings refused: others than root can write it; chmod go-w"),
+        message
+            .contains("/etc/pinfold/100.toml: refused: others than root can write it; chmod go-w"),
         "{message}"
     );
     host.ok("mv /etc/pinfold/100.toml /tmp/mine && ln -s /tmp/mine /etc/pinfold/100.toml")
         .unwrap();
     let (_, message) = expect(host, "hook 100 pre-start", 1);
     assert!(
-        message.contains("settings refused: it is no plain file"),
+        message.contains("/etc/pinfold/100.toml: refused: it is a symbolic link"),
         "{message}"
     );
     host.ok("rm -r /etc/pinfold").unwrap();
@@ -480,7 +490,7 @@ fn guards(host: &mut Host) {
     for bad in ["../100", "100/../101", "0100", "99", "1000000000"] {
         let (_, message) = expect(host, &format!("hook {bad} pre-start"), 2);
         assert!(
-            message.contains("no VM's number; they run from 100 to 999999999"),
+            message.contains("not a VM number (100 to 999999999)"),
             "{message}"
         );
     }
@@ -495,11 +505,14 @@ fn guards(host: &mut Host) {
         .unwrap();
     let (_, message) = expect(host, "hook 100 post-start", 1);
     assert!(
-        message.contains("/run/pinfold: it is no folder; look who made it, then remove it"),
+        message.contains("/run/pinfold: it is not a folder; find out what made it, then remove it"),
         "{message}"
     );
-    host.ok("rm /run/pinfold; mkdir -m 700 /run/pinfold; echo precious > /tmp/precious; ln -s /tmp/precious /run/pinfold/lock")
-        .unwrap();
+    host.ok(
+        "rm /run/pinfold; mkdir -m 700 /run/pinfold; echo precious > /tmp/precious; \
+             ln -s /tmp/precious /run/pinfold/lock",
+    )
+    .unwrap();
     let (_, message) = expect(host, "hook 100 post-start", 1);
     assert!(
         message.contains("/run/pinfold/lock: open: Too many levels of symbolic links"),
@@ -511,7 +524,8 @@ fn guards(host: &mut Host) {
         "sed 's/qemu.slice/..\\/..\\/etc/' /tmp/state > /run/pinfold/state.json; chmod 600 /run/pinfold/state.json",
         "cp /tmp/state /run/pinfold/state.json; chmod 644 /run/pinfold/state.json",
     ] {
-        host.ok("rm -f /run/pinfold/*; hook 100 post-start -q; cp /run/pinfold/state.json /tmp/state; hook 100 post-stop -q")
+        host.ok("rm -f /run/pinfold/*; hook 100 post-start -q; \
+                 cp /run/pinfold/state.json /tmp/state; hook 100 post-stop -q")
             .unwrap();
         host.ok(make).unwrap();
         for phase in [
@@ -521,7 +535,9 @@ fn guards(host: &mut Host) {
             "recover",
             "status",
         ] {
-            let (_, message) = expect(host, &format!("hook {phase}"), 1);
+            // status could not look.
+            let code = if phase == "status" { 3 } else { 1 };
+            let (_, message) = expect(host, &format!("hook {phase}"), code);
             assert!(
                 message.contains("cannot be trusted") && message.contains("hook recover --discard"),
                 "{make}: {message}"
@@ -544,6 +560,70 @@ fn guards(host: &mut Host) {
     restored_but_for_the_scope(host, &before);
 }
 
+/// What only a later hook knows of the state costs no other VM anything; what this one knows comes
+/// back, and the rest stays for the later one.
+fn a_state_of_a_later_version(host: &mut Host) {
+    let before = two_small_vms(host);
+    expect(host, "hook 100 post-start -q", 0);
+    host.ok(r#"sed -i -e 's/"version":1/"version":2,"boot":"x"/' \
+            -e 's/"100":{/"100":{"ways":3,/' \
+            -e 's/"phase":"isolated"/"phase":"frozen"/' \
+            -e 's/"baseline":\[/&{"knob":{"l3-ways":3},"label":"x","before":"1","set":["2"]},/' \
+            /run/pinfold/state.json"#)
+        .unwrap();
+    let kept = |what: &str| {
+        expect(
+            host,
+            &format!("grep -q '{what}' /run/pinfold/state.json"),
+            0,
+        );
+    };
+    for command in ["hook status", "hook check 100"] {
+        let answer = host.sh(command).unwrap();
+        let text = format!("{}{}", answer.stdout, answer.stderr);
+        assert!(
+            text.contains("a later version of hook has saved"),
+            "{command}: {text}"
+        );
+    }
+    expect(host, "hook plan 100 -q", 0);
+    // Another VM starts, both have their CPUs, and it stops.
+    for phase in ["pre-start", "post-start"] {
+        let (_, log) = expect(host, &format!("hook 101 {phase}"), 0);
+        assert!(!log.contains("later version"), "{log}");
+    }
+    assert_clean(host, "17-18", &[100, 101]);
+    let (_, log) = expect(host, "hook 101 post-stop", 0);
+    assert!(!log.contains("later version"), "{log}");
+    assert_clean(host, "17", &[100]);
+    for what in [
+        "\"version\":2",
+        "\"boot\":\"x\"",
+        "l3-ways",
+        "\"ways\":3",
+        "frozen",
+    ] {
+        kept(what);
+    }
+    let (_, log) = expect(host, "hook 100 post-stop", 64);
+    for named in [
+        "VM 100: a later version of hook has saved what this one does not know: ",
+        "values of \"l3-ways\" (1); the fields \"boot\"; version 2 of the file",
+    ] {
+        assert_eq!(log.matches(named).count(), 1, "{named}: {log}");
+    }
+    assert_restored(host, &before);
+    kept("l3-ways");
+    expect(host, "hook recover", 64);
+    for phase in ["pre-start", "post-start"] {
+        expect(host, &format!("hook 101 {phase}"), 0);
+    }
+    expect(host, "hook 101 post-stop", 64);
+    expect(host, "hook recover --discard", 0);
+    expect(host, "hook recover", 0);
+    assert_restored(host, &before);
+}
+
 /// systemd reads its units again, and another process sets ours: the fence holds, or it is reported
 /// who did it.
 fn units_are_touched_meanwhile(host: &mut Host) {
@@ -558,7 +638,7 @@ fn units_are_touched_meanwhile(host: &mut Host) {
         .unwrap();
     let (_, message) = expect(host, "hook recover", 0);
     assert!(
-        message.contains("hook: system.slice: left as it is: somebody else has set it to 0-3\n"),
+        message.contains("hook: system.slice: left as it is: something else has set it to 0-3\n"),
         "{message}"
     );
     host.stop_vm(100).unwrap();
@@ -600,10 +680,10 @@ fn others_set_what_is_ours(host: &mut Host) {
     );
     let (_, message) = expect(host, "hook recover", 0);
     for line in [
-        "IRQ 1 (i8042): left as it is: somebody else has set it to 7",
-        "policy6 (CPU 6): left as it is: somebody else has set it to powersave",
-        "vm.stat_interval: left as it is: somebody else has set it to 9",
-        "(kswapd0): left as it is: somebody else has set it to 8",
+        "IRQ 1 (i8042): left as it is: something else has set it to 7",
+        "policy6 (CPU 6): left as it is: something else has set it to powersave",
+        "vm.stat_interval: left as it is: something else has set it to 9",
+        "(kswapd0): left as it is: something else has set it to 8",
     ] {
         assert!(message.contains(line), "{line}: {message}");
     }
@@ -616,10 +696,13 @@ fn others_set_what_is_ours(host: &mut Host) {
             .unwrap(),
         "7\n9\n"
     );
-    host.ok("echo 0-23 > /proc/irq/1/smp_affinity_list; echo 1 > /proc/sys/vm/stat_interval; \
+    host.ok(
+        "echo 0-23 > /proc/irq/1/smp_affinity_list; echo 1 > /proc/sys/vm/stat_interval; \
              taskset -pc 0-23 $(pgrep -x kswapd0) > /dev/null; \
-             cat /sys/devices/system/cpu/cpu5/cpufreq/scaling_governor > /sys/devices/system/cpu/cpu6/cpufreq/scaling_governor")
-        .unwrap();
+             cat /sys/devices/system/cpu/cpu5/cpufreq/scaling_governor > \
+             /sys/devices/system/cpu/cpu6/cpufreq/scaling_governor",
+    )
+    .unwrap();
     // What the kernel itself has set since CPU 3 went counts as set by others, too: two kthreads that
     // follow online CPUs.
     let difference = before.not_restored(&host.snapshot().unwrap());
@@ -663,13 +746,13 @@ fn a_cpu_that_is_offline(host: &mut Host) {
     }
 }
 
-/// It is stopped before the VM starts and started when the VM has gone, where it ran.
+/// It is stopped before the VM starts and started when the VM has gone, if it ran.
 fn the_idle_vm(host: &mut Host) {
     install_hook(host);
     host.ok("mkdir -p /etc/pinfold").unwrap();
     host.put(
         "/etc/pinfold/100.toml",
-        b"layout = \"5900x\"\nidle_vm = 102\n",
+        b"layout = \"5900x\"\nmethod = \"hotplug\"\nidle_vm = 102\n",
         0o644,
     )
     .unwrap();
@@ -697,7 +780,8 @@ fn the_idle_vm(host: &mut Host) {
         .ok("basename $(dirname $(dirname $(dirname $(readlink -f /sys/class/block/vda))))")
         .unwrap();
     let settings = format!(
-        "layout = \"5900x\"\nidle_vm = 102\nreset_pci = [\"{}\"]\n",
+        "layout = \"5900x\"\nmethod = \"hotplug\"\nidle_vm = 102\n\
+         reset_pci = [{{ device = \"{}\", required = true }}]\n",
         disk.trim()
     );
     host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644)
@@ -715,7 +799,7 @@ fn a_device_reset_on_the_way(host: &mut Host) {
         .unwrap();
     let slot = pair.trim().trim_end_matches(".1");
     host.ok("mkdir -p /etc/pinfold").unwrap();
-    let settings = format!("layout = \"5900x\"\nreset_pci = [\"{slot}\"]\n");
+    let settings = format!("layout = \"5900x\"\nmethod = \"hotplug\"\nreset_pci = [\"{slot}\"]\n");
     host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644)
         .unwrap();
     let log = host.start_vm(&vm()).unwrap();
@@ -727,6 +811,60 @@ fn a_device_reset_on_the_way(host: &mut Host) {
         .unwrap();
     assert_eq!(emulator.1, HOUSEKEEPING);
     host.stop_vm(100).unwrap();
+    assert_restored(host, &before);
+
+    // By the kernel's own methods, before and after; they are what they were afterwards.
+    let found = host
+        .ok("cd /sys/bus/pci/devices; for d in *; do \
+             [ ! -e $d/reset_method ] || [ $(cat $d/class) != 0x0c0330 ] || \
+             echo $d $(cat $d/reset_method); done")
+        .unwrap();
+    let words: Vec<&str> = found
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .split(' ')
+        .collect();
+    let [device, methods @ ..] = &words[..] else {
+        panic!("no device with a reset method: {found}");
+    };
+    let (listed, _) = expect(host, &format!("pci-reset --list --device {device}"), 0);
+    assert!(listed.contains(&methods.join(" ")), "{listed}");
+    let last = methods.last().unwrap();
+    let of_kernel = || {
+        host.ok(&format!("cat /sys/bus/pci/devices/{device}/reset_method"))
+            .unwrap()
+    };
+    let before_it = of_kernel();
+    let settings = |method: &str, required: bool| {
+        let settings = format!(
+            "layout = \"5900x\"\nmethod = \"hotplug\"\n\
+             reset_pci = [{{ device = \"{device}\", when = \"both\", method = \"{method}\", required = {required} }}]\n"
+        );
+        host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644)
+            .unwrap();
+    };
+    settings(last, true);
+    for phase in ["start", "stop"] {
+        let log = match phase {
+            "start" => host.start_vm(&vm()).unwrap(),
+            _ => host.stop_vm(100).unwrap(),
+        };
+        let done = format!("pci: {device} reset by {last}");
+        assert!(log.contains(&done), "{phase}: {log}");
+        assert_eq!(of_kernel(), before_it, "{phase}: {log}");
+    }
+    assert_restored(host, &before);
+    // A method that the device does not have: named, and a reason not to start only if it has to be.
+    settings("af_flr_2", false);
+    let log = host.start_vm(&vm()).unwrap();
+    assert!(log.contains("the settings do not require it"), "{log}");
+    assert_fenced(host);
+    host.stop_vm(100).unwrap();
+    settings("af_flr_2", true);
+    let log = host.sh("qm start 100").unwrap();
+    assert_ne!(log.code, Some(0), "{log:?}");
+    assert_eq!(of_kernel(), before_it);
     host.ok("rm -r /etc/pinfold").unwrap();
     assert_restored(host, &before);
 }
@@ -737,7 +875,7 @@ fn looked_at_before_and_after(host: &mut Host) {
     let before = running(host);
     let (checked, _) = expect(host, "hook check 100", 0);
     assert!(
-        checked.contains("warn   guest cores") && checked.contains("cores=6,threads=2'"),
+        checked.contains("warn   guest cores") && checked.contains("cores=6,threads=2,maxcpus=12'"),
         "{checked}"
     );
     let planned = json(host, "hook plan 100 --json");
@@ -802,7 +940,7 @@ fn looked_at_before_and_after(host: &mut Host) {
     assert!(offline["last_seconds"].as_f64().unwrap() > 0.0, "{offline}");
     host.ok("mkdir -p /etc/pinfold").unwrap();
     let settings = format!(
-        "isolated = \"6,18\"\npins = [{}]\n",
+        "isolated = \"6,18\"\npins = [{}]\nmethod = \"hotplug\"\n",
         ["6, 18"; 6].join(", ")
     );
     host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644)

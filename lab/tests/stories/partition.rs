@@ -11,6 +11,8 @@ use crate::tools::there_and_back;
 
 stories![with partitions:
     a_vm_has_a_partition,
+    cpu_0_by_its_name,
+    init_sets_what_suits_the_vm,
     a_partition_by_hand,
     two_vms_and_others,
     one_is_killed_and_the_other_stops,
@@ -49,7 +51,7 @@ fn value(host: &Host, file: &str) -> String {
     host.ok(&format!("cat {file}")).unwrap().trim().to_owned()
 }
 
-/// VM 100 is fenced as by hotplug, and where it was: in its scope, whose slice and all others are
+/// VM 100 is fenced as by hotplug, and its QEMU stayed in its scope, whose slice and all others are
 /// as they were.
 fn assert_partitioned(host: &Host) {
     assert_fenced(host);
@@ -132,10 +134,7 @@ fn a_vm_has_a_partition(host: &mut Host) {
     host.kill_vm(100).unwrap();
     host.cleanup_vm(100, false).unwrap();
     let (_, notes) = expect(host, "hook recover", 0);
-    assert!(
-        notes.contains("VM 100 stopped without calling post-stop"),
-        "{notes}"
-    );
+    assert!(notes.contains("VM 100 has ended"), "{notes}");
     assert!(
         !notes.contains("somebody else"),
         "what the kernel does by itself is nobody's: {notes}"
@@ -162,10 +161,132 @@ fn a_vm_has_a_partition(host: &mut Host) {
     assert_restored(host, &before);
 }
 
+/// The core of CPU 0 and the rest of its LLC domain: isolated like others, if the list names it; and
+/// restored. By hotplug it stays the host's.
+fn cpu_0_by_its_name(host: &mut Host) {
+    const WITH_0: &str = "0-5,12-17";
+    install_hook(host);
+    host.ok("mkdir -p /etc/pinfold").unwrap();
+    let settings = |isolated: &str, method: &str| {
+        let text = format!("isolated = \"{isolated}\"\npins = \"auto\"\nmethod = \"{method}\"\n");
+        host.put("/etc/pinfold/100.toml", text.as_bytes(), 0o644)
+            .unwrap();
+    };
+    host.put(&vm().conf_path(), vm().conf().as_bytes(), 0o640)
+        .unwrap();
+    host.start_vm(&VmSpec::new(101)).unwrap();
+    let before = host.snapshot().unwrap();
+    for (isolated, method, why) in [
+        (
+            "llc:0",
+            "partition",
+            "isolated: CPU 0 is in llc:0, but not named",
+        ),
+        (
+            WITH_0,
+            "hotplug",
+            "isolated: CPU 0 cannot be isolated by hotplug",
+        ),
+    ] {
+        settings(isolated, method);
+        let (_, message) = expect(host, "hook 100 pre-start", 1);
+        assert!(message.contains(why), "{message}");
+    }
+    settings("core:0,1-5,13-17", "auto");
+    let log = host.start_vm(&vm()).unwrap();
+    let stays = "CPU 0 is isolated: timekeeping, IRQs that cannot be moved and the kernel's work for the boot CPU";
+    assert!(log.contains(stays), "{log}");
+    let fenced = || {
+        let scope = "/sys/fs/cgroup/qemu.slice/100.scope";
+        let made = value(host, &format!("{scope}/vcpu/cpuset.cpus.partition"));
+        assert_eq!(made, "isolated");
+        assert_eq!(value(host, "/sys/fs/cgroup/cpuset.cpus.isolated"), WITH_0);
+        assert_clean(host, WITH_0, &[100]);
+        let vcpu_0 = threads(host, 100);
+        let vcpu_0 = vcpu_0.iter().find(|(name, _)| name.starts_with("CPU 0/"));
+        assert_eq!(vcpu_0.map(|(_, cpus)| cpus.as_str()), Some("0"));
+        let (status, _) = expect(host, "hook status", 0);
+        assert!(
+            status.contains("\nstrays (could be elsewhere): 0\n"),
+            "{status}"
+        );
+    };
+    fenced();
+    let (trace, _) = expect(host, "hook 100 post-start --json", 0);
+    assert!(
+        !trace.contains("\"changed\""),
+        "once more changes nothing: {trace}"
+    );
+    host.stop_vm(100).unwrap();
+    assert_restored(host, &before);
+
+    host.start_vm(&vm()).unwrap();
+    fenced();
+    host.kill_vm(100).unwrap();
+    host.cleanup_vm(100, false).unwrap();
+    expect(host, "hook recover", 0);
+    assert_restored(host, &before);
+}
+
+/// `hook init --apply` changes VM 103 by `qm set` so that its CPUs suit it; then check has nothing to
+/// say of them, and the VM starts with them.
+fn init_sets_what_suits_the_vm(host: &mut Host) {
+    const CONF: &str = "/etc/pve/qemu-server/103.conf";
+    install_hook(host);
+    let conf =
+        "affinity: 0-3\nargs: -name kept\ncores: 12\nhookscript: local:snippets/hook\nmemory: 64\n";
+    host.put(CONF, conf.as_bytes(), 0o644).unwrap();
+    let command = "qm set 103 --cores 11 --delete affinity";
+    let (shown, _) = expect(host, "hook init 103 --apply -n", 0);
+    assert!(
+        shown.contains(&format!("would run: {command}\n")),
+        "{shown}"
+    );
+    assert_eq!(value(host, CONF), conf.trim());
+    expect(host, "test ! -e /etc/pinfold/103.toml", 0);
+
+    let (shown, notes) = expect(host, "hook init 103 --apply", 0);
+    assert!(
+        shown.contains(&format!("running: {command}\n")),
+        "{shown}{notes}"
+    );
+    assert_eq!(
+        value(host, CONF),
+        "args: -name kept\ncores: 11\nhookscript: local:snippets/hook\nmemory: 64"
+    );
+    for check in [
+        "isolated",
+        "pins",
+        "SMT",
+        "L3",
+        "NUMA",
+        "vCPUs",
+        "guest cores",
+        "kinds",
+        "affinity",
+    ] {
+        assert!(
+            !shown.contains(&format!("hook check: {check}: ")),
+            "{shown}"
+        );
+    }
+    host.ok("qm start 103 2>&1").unwrap();
+    assert_clean(host, "1-11,13-23", &[103]);
+    // While it runs its settings would not change.
+    host.ok("rm /etc/pinfold/103.toml").unwrap();
+    let (_, message) = expect(host, "hook init 103 --apply", 1);
+    assert!(
+        message.contains("it runs, and its settings would change"),
+        "{message}"
+    );
+    host.ok("qm stop 103 2>&1").unwrap();
+}
+
 /// The tool by itself, on a cgroup that is not a VM's.
 fn a_partition_by_hand(host: &mut Host) {
     host.ok(
-        "mkdir /sys/fs/cgroup/pen && (sh -c 'echo $$ > /sys/fs/cgroup/pen/cgroup.procs; exec setsid sleep 1000 > /dev/null 2>&1' &); \
+        "mkdir /sys/fs/cgroup/pen && (sh -c 'echo $$ > /sys/fs/cgroup/pen/cgroup.procs; \
+         exec setsid sleep 1000 > /dev/null 2>&1' &); \
          until pgrep -xf 'sleep 1000' > /dev/null; do sleep 0.1; done",
     )
     .unwrap();
@@ -205,7 +326,7 @@ fn a_partition_by_hand(host: &mut Host) {
         host,
         "cg-slice partition undo pen",
         1,
-        "cg-slice: cgroup /pen: it is no partition; see `cg-slice partition show`",
+        "cg-slice: cgroup /pen: it is not a partition; see `cg-slice partition show`",
     );
 }
 
@@ -230,7 +351,8 @@ fn two_vms_and_others(host: &mut Host) {
     );
 
     // As PVE's containers are: a tree of its own beside systemd's, without cpusets and with.
-    host.ok("mkdir -p /sys/fs/cgroup/lxc/200 && sh -c 'echo $$ > /sys/fs/cgroup/lxc/200/cgroup.procs; exec setsid sleep 1000 > /dev/null 2>&1 &'")
+    host.ok("mkdir -p /sys/fs/cgroup/lxc/200 && sh -c 'echo $$ > \
+             /sys/fs/cgroup/lxc/200/cgroup.procs; exec setsid sleep 1000 > /dev/null 2>&1 &'")
         .unwrap();
     host.start_vm(&VmSpec {
         cores: 2,
@@ -296,9 +418,9 @@ fn what_partition_refuses(host: &mut Host) {
         "hook: 100.scope: systemd would take a partition in it away: hook's pre-start was not run before this VM was \
          started. Stop and start it, or use the method hotplug",
     );
-    // Where it may choose it takes the other method, and reports why.
+    // With method auto it uses the other method, and reports why.
     settings(host, "auto");
-    let (log, _) = expect(host, "hook 100 post-start", 0);
+    let (_, log) = expect(host, "hook 100 post-start", 0);
     assert!(
         log.contains("method auto: using hotplug, because partition is unavailable: 100.scope: "),
         "{log}"
@@ -309,15 +431,19 @@ fn what_partition_refuses(host: &mut Host) {
         host,
         "hook 102 pre-start",
         1,
-        "hook: /etc/pinfold/102.toml: method: VM 100 is isolated by the other method, and the two cannot be mixed; stop it first",
+        "hook: /etc/pinfold/102.toml: method: VM 100 is isolated by the other method, and the two \
+         cannot be mixed; stop it first",
     );
     expect(host, "hook 100 post-stop -q", 0);
     let difference = before.not_restored(&host.snapshot().unwrap());
     assert!(difference.is_empty(), "{difference}");
 
     // Cgroups that have only those CPUs are named, and those that have them for a partition.
-    host.ok("mkdir -p /sys/fs/cgroup/lxc && echo +cpuset > /sys/fs/cgroup/cgroup.subtree_control && echo 5 > /sys/fs/cgroup/lxc/cpuset.cpus")
-        .unwrap();
+    host.ok(
+        "mkdir -p /sys/fs/cgroup/lxc && echo +cpuset > /sys/fs/cgroup/cgroup.subtree_control \
+             && echo 5 > /sys/fs/cgroup/lxc/cpuset.cpus",
+    )
+    .unwrap();
     let (_, why) = expect(host, "hook 102 pre-start", 1);
     assert!(
         why.contains("cgroup /lxc: its cpuset.cpus 5 is all in CPU 5,17"),
@@ -364,13 +490,16 @@ fn meddled_with(host: &mut Host) {
     expect(host, "hook 100 post-start -q", 0);
     assert_partitioned(host);
     host.stop_vm(100).unwrap();
-    host.ok("systemctl set-property --runtime qemu.slice CPUWeight= && systemctl set-property --runtime 101.scope CPUWeight= \
-             && rm -rf /run/systemd/system.control/qemu.slice.d /run/systemd/transient/101.scope.d && rmdir /run/systemd/system.control && systemctl daemon-reload")
+    host.ok("systemctl set-property --runtime qemu.slice CPUWeight= && \
+             systemctl set-property --runtime 101.scope CPUWeight=100 \
+             && rm -rf /run/systemd/system.control/qemu.slice.d \
+             /run/systemd/transient/101.scope.d && rmdir /run/systemd/system.control && \
+             systemctl daemon-reload")
         .unwrap();
     assert_restored(host, &before);
 }
 
-/// Refused with the reason; where hook may choose it takes the other way.
+/// Refused with the reason; with method auto hook uses the other method.
 fn too_old_a_kernel(host: &mut Host) {
     assert_eq!(host.guest, Guest::Bookworm);
     settings(host, "partition");
@@ -388,7 +517,7 @@ fn too_old_a_kernel(host: &mut Host) {
         &format!("cg-slice: {why}"),
     );
     settings(host, "auto");
-    let (log, _) = expect(host, "hook 100 pre-start", 0);
+    let (_, log) = expect(host, "hook 100 pre-start", 0);
     assert!(
         log.contains(&format!(
             "method auto: using hotplug, because partition is unavailable: {why}"

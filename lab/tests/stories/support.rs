@@ -16,7 +16,7 @@ pub(crate) const PINS: [usize; 12] = [6, 18, 7, 19, 8, 20, 9, 21, 10, 22, 11, 23
 /// VM's cgroup too.)
 pub(crate) const HELPER_CGROUP: &str = "cat /proc/$(pgrep -x swtpm)/cgroup";
 
-/// Runs a story on a fresh host of a guest; once more where the emulator broke the host.
+/// Runs a story on a fresh host of a guest; once more if the emulator broke the host.
 pub(crate) fn run(guest: Guest, story: fn(&mut Host)) {
     if let Ok(guests) = std::env::var("PINFOLD_LAB_GUESTS")
         && !guests.split(',').any(|name| name == guest.to_string())
@@ -55,7 +55,7 @@ pub(crate) fn vm() -> VmSpec {
     }
 }
 
-/// Puts hook where Proxmox VE looks for it.
+/// Puts hook into the folder in which Proxmox VE looks for it.
 pub(crate) fn install_hook(host: &Host) {
     host.ok("mkdir -p /var/lib/vz/snippets && cp $(command -v hook) /var/lib/vz/snippets/hook")
         .unwrap();
@@ -118,7 +118,7 @@ pub(crate) struct Call {
     pub(crate) name: String,
     /// Which one of that name of its thread's, from 1.
     pub(crate) nth: usize,
-    /// The file it writes to, where it is made by another thread than the first; strace counts by
+    /// The file it writes to, if it is made by another thread than the first; strace counts by
     /// thread.
     pub(crate) file: Option<String>,
 }
@@ -151,7 +151,7 @@ impl Call {
     }
 }
 
-/// Runs a command that is killed as it enters this call; false where it ended before.
+/// Runs a command that is killed as it enters this call; false if it ended before.
 pub(crate) fn kill_at(host: &Host, call: &Call, command: &str) -> bool {
     host.put("/tmp/kill-at.pl", KILL_AT.as_bytes(), 0o644)
         .unwrap();
@@ -207,7 +207,13 @@ pub(crate) fn assert_restored(host: &Host, before: &pinfold_lab::HostState) {
 
 /// What may run on these CPUs and could be elsewhere, but for the vCPUs of these VMs.
 pub(crate) fn strays(host: &Host, cpus: &str, vms: &[u32]) -> Strays {
-    let mut strays = host.strays(cpus, vms).unwrap();
+    let vms: Vec<(u32, &str)> = vms.iter().map(|vm| (*vm, cpus)).collect();
+    strays_of(host, cpus, &vms)
+}
+
+/// The same for VMs with these CPUs each: their vCPUs are on these and on no other.
+pub(crate) fn strays_of(host: &Host, cpus: &str, vms: &[(u32, &str)]) -> Strays {
+    let mut strays = host.strays_of(cpus, vms).unwrap();
     if host.guest == Guest::Bookworm {
         // On Linux 6.1 idle unbound workers keep the mask of the pool they were made in; new work
         // goes by the new mask.
@@ -220,7 +226,7 @@ pub(crate) fn strays(host: &Host, cpus: &str, vms: &[u32]) -> Strays {
         .trim()
         .is_empty()
     {
-        // Where no CPU goes offline an IRQ without interrupt remapping moves with its next
+        // If no CPU goes offline, an IRQ without interrupt remapping moves with its next
         // interrupt.
         strays.moving.clear();
     }
@@ -272,7 +278,7 @@ pub(crate) fn two_small_vms(host: &Host) -> HostState {
     // Of one leaf of RCU's tree (12-23), whose worker is kept off both.
     for (id, cpus) in [(100, "17"), (101, "18")] {
         let settings = format!(
-            "isolated = \"{cpus}\"\npins = [\"{cpus}\", \"{cpus}\"]\n[deadlines]\nqemu_exit = 0\n"
+            "isolated = \"{cpus}\"\npins = [\"{cpus}\", \"{cpus}\"]\nmethod = \"hotplug\"\n[deadlines]\nqemu_exit = 0\n"
         );
         host.put(
             &format!("/etc/pinfold/{id}.toml"),

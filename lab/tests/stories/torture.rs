@@ -11,13 +11,14 @@ use pinfold_lab::{Host, HostState, Strays, VmSpec};
 
 use crate::stories;
 use crate::support::{
-    Call, assert_clean, assert_restored, expect, install_hook, kill_at, strays, two_small_vms, vm,
+    Call, assert_restored, expect, install_hook, kill_at, strays, strays_of, two_small_vms, vm,
 };
 
 stories!(only trixie:
     killed_in_post_start,
     killed_in_post_start_by_partition,
     killed_in_post_start_of_one_of_two,
+    killed_with_its_vm_and_started_again,
     killed_in_post_stop,
     killed_in_post_stop_by_partition,
     killed_in_post_stop_of_one_of_two,
@@ -73,7 +74,7 @@ fn calls(host: &Host, command: &str) -> Vec<Call> {
         &format!("strace -f -y --seccomp-bpf -o /tmp/calls -e trace={CALLS} {command} > /dev/null"),
         0,
     );
-    // Thread, call, and the file where there is one.
+    // Thread, call, and the file if there is one.
     let trace = host
         .ok("sed -nE 's/^([0-9]+) +([a-z_]+)\\(([0-9]+<([^>]*)>)?.*/\\1|\\2|\\4/p' /tmp/calls")
         .unwrap();
@@ -121,7 +122,8 @@ fn counted<T>(all: &[T]) -> impl Iterator<Item = (usize, &T)> {
 fn small_vm(host: &Host, method: &str) -> VmSpec {
     host.ok("mkdir -p /etc/pinfold").unwrap();
     let settings = format!(
-        "isolated = \"6,18\"\npins = \"6,18\"\nmethod = \"{method}\"\n[deadlines]\nqemu_exit = 0\n"
+        "isolated = \"6,18\"\npins = \"6,18\"\nmethod = \"{method}\"\n\
+         max_latency_us = 20\n[deadlines]\nqemu_exit = 0\n"
     );
     host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644)
         .unwrap();
@@ -202,6 +204,30 @@ fn killed_in_post_start_by(host: &Host, method: &str, count: usize) {
         all.len()
     );
     assert!(lost.is_empty(), "{lost}");
+}
+
+/// hook is killed with a CPU offline, then the VM: its next start has its CPUs, without recover.
+fn killed_with_its_vm_and_started_again(host: &mut Host) {
+    let before = with_vm_100(host, "hotplug");
+    let second = Call {
+        file: Some("/sys/devices/system/cpu/cpu18/online".to_owned()),
+        ..Call::nth("write", 1)
+    };
+    assert!(kill_at(host, &second, "hook 100 post-start"));
+    let online = || host.ok("cat /sys/devices/system/cpu/online").unwrap();
+    assert_eq!(online().trim(), "0-5,7-23");
+    host.kill_vm(100).unwrap();
+    host.cleanup_vm(100, false).unwrap();
+    expect(
+        host,
+        "hook 100 pre-start -q && qm start 100 && hook 100 post-start -q",
+        0,
+    );
+    let strays = strays_of(host, "6,18", &[(100, "6,18")]);
+    assert!(strays.is_clean(), "{strays:#?}");
+    assert_eq!(online().trim(), "0-23");
+    expect(host, "hook 100 post-stop -q", 0);
+    assert_restored(host, &before);
 }
 
 /// After a kill at any point of post-stop, of a VM that is gone: recover restores, or post-stop
@@ -318,7 +344,7 @@ fn killed_in_post_start_of_one_of_two(host: &mut Host) {
             fault(
                 &mut lost,
                 &format!("killed at {call:?}, fenced anew"),
-                &in_words(&strays(host, "17-18", &[100, 101])),
+                &in_words(&strays_of(host, "17-18", &[(100, "17"), (101, "18")])),
             );
         }
         expect(host, "hook 100 post-stop -q", 0);
@@ -386,8 +412,8 @@ fn killed_in_post_stop_of_one_of_two(host: &mut Host) {
     assert!(lost.is_empty(), "{lost}");
 }
 
-/// If any call of post-start fails, hook reports it and takes back what it did, or does without,
-/// and post-stop restores.
+/// If any call of post-start fails, hook reports it. It takes back what it did if the fence depends on
+/// it, keeps the fence otherwise, and succeeds only if the VM is fenced; post-stop restores.
 fn each_call_fails(host: &mut Host) {
     each_call_fails_by(host, "hotplug", 16);
 }
@@ -411,9 +437,9 @@ fn each_call_fails_by(host: &Host, method: &str, count: usize) {
         .iter()
         .flat_map(|call| ERRORS.iter().map(move |error| (call.clone(), *error)))
         .collect();
-    // At even distances that are no multiple of five, every error comes.
+    // At even distances that are not a multiple of five, every error comes.
     let tried = sample(&each, count);
-    let (mut lost, mut log) = (String::new(), 0);
+    let (mut lost, mut log, mut kept) = (String::new(), 0, 0);
     for (_, (call, (error, words))) in counted(&tried) {
         let what = format!("{call:?} answers {error}");
         let output = host
@@ -422,13 +448,47 @@ fn each_call_fails_by(host: &Host, method: &str, count: usize) {
                 call.failing(error, "hook 100 post-start")
             ))
             .unwrap();
+        let fenced = || strays_of(host, "6,18", &[(100, "6,18")]);
         match output.code {
             Some(1) => {
                 log += usize::from(output.stderr.contains("all changes have been undone"));
                 assert!(output.stderr.contains(words), "{what}: {output:?}");
             }
-            // It was about nothing that counts: a line of the report, an object that refuses.
-            Some(0) => drop(expect(host, "hook 100 post-stop -q", 0)),
+            // The fence was kept: its CPUs are online, the vCPUs on them. What failed is named, and
+            // the next post-start sets it.
+            Some(64) => {
+                kept += 1;
+                assert!(
+                    output.stderr.contains(words)
+                        && output.stderr.contains("VM 100 has its CPUs, but "),
+                    "{what}: {output:?}"
+                );
+                let first = fenced();
+                let status = host.sh("hook status").unwrap().stdout;
+                let online = host.ok("cat /sys/devices/system/cpu/online").unwrap();
+                assert!(
+                    first.vcpus.is_empty()
+                        && online.trim() == "0-23"
+                        && status.contains(" failed when it was isolated"),
+                    "{what}: {first:#?}\n{status}"
+                );
+                expect(host, "hook 100 post-start -q", 0);
+                fault(&mut lost, &format!("{what}, again"), &in_words(&fenced()));
+                expect(host, "hook 100 post-stop -q", 0);
+            }
+            // It was about nothing that counts: a line of the report, an IRQ that stays.
+            Some(0) => {
+                let mut strays = fenced();
+                strays.irqs.retain(|irq| {
+                    let label = format!("IRQ {} (", irq.number);
+                    let named = output.stderr.contains(&label);
+                    // One of these errors is what the kernel answers for an IRQ that never moves.
+                    let unmovable = matches!(*error, "EIO" | "EPERM");
+                    !(named || unmovable)
+                });
+                fault(&mut lost, &format!("{what}, exit 0"), &in_words(&strays));
+                expect(host, "hook 100 post-stop -q", 0);
+            }
             _ => panic!("{what}: {output:?}"),
         }
         fault(
@@ -439,7 +499,7 @@ fn each_call_fails_by(host: &Host, method: &str, count: usize) {
         expect(host, "test ! -e /run/pinfold/state.json", 0);
     }
     println!(
-        "errors in post-start by {method}: {} tried, {log} reported and taken back",
+        "errors in post-start by {method}: {} tried, {log} reported and taken back, {kept} reported with the fence kept",
         tried.len()
     );
     assert!(log > 0 && lost.is_empty(), "{lost}");
@@ -468,6 +528,16 @@ enum Life {
     Half,
     /// Its QEMU was killed and no hook was called.
     Dead,
+    /// As `Dead`, and a hook of it had been killed before.
+    HalfDead,
+}
+
+impl Life {
+    /// A killed hook's work is not finished: CPUs may be offline, and no hook has looked since at
+    /// what the kernel spread anew.
+    fn is_unfinished(self) -> bool {
+        matches!(self, Self::Half | Self::HalfDead)
+    }
 }
 
 /// The VMs of a walk, with the CPUs of each.
@@ -479,7 +549,7 @@ fn walkers(host: &Host, method: &str) {
     for (id, cpus) in WALKERS {
         let settings = format!(
             "isolated = \"{cpus}\"\npins = [\"{cpus}\", \"{cpus}\"]\nmethod = \"{method}\"\ntidy_caches = false\n\
-             [deadlines]\nlock = 600\nqemu_exit = 1\n"
+             max_latency_us = 20\n[deadlines]\nlock = 600\nqemu_exit = 1\n"
         );
         host.put(
             &format!("/etc/pinfold/{id}.toml"),
@@ -530,12 +600,18 @@ fn walk_by(host: &Host, method: &str, count: usize) {
         let which = random.below(3);
         let id = WALKERS[which].0;
         let (what, next) = match (lives[which], random.below(4)) {
-            (Life::Off | Life::Dead, 0) => (half(host, &mut random, id, "start"), Life::Half),
-            (Life::Off | Life::Dead, 1 | 2) => (start(host, id), Life::Fenced),
-            (Life::Fenced | Life::Half, 0) => {
+            (Life::Off | Life::Dead | Life::HalfDead, 0) => {
+                (half(host, &mut random, id, "start"), Life::Half)
+            }
+            (Life::Off | Life::Dead | Life::HalfDead, 1 | 2) => (start(host, id), Life::Fenced),
+            (life @ (Life::Fenced | Life::Half), 0) => {
                 host.kill_vm(id).unwrap();
                 host.cleanup_vm(id, false).unwrap();
-                (format!("kill {id}"), Life::Dead)
+                let next = match life {
+                    Life::Half => Life::HalfDead,
+                    _ => Life::Dead,
+                };
+                (format!("kill {id}"), next)
             }
             (Life::Fenced | Life::Half, 1) => {
                 host.ok(&format!("qm stop {id} 2>&1")).unwrap();
@@ -547,7 +623,7 @@ fn walk_by(host: &Host, method: &str, count: usize) {
                 expect(host, &format!("hook {id} post-start -q"), 0);
                 (format!("post-start {id}"), Life::Fenced)
             }
-            (Life::Dead, _) => {
+            (Life::Dead | Life::HalfDead, _) => {
                 expect(host, &format!("hook {id} post-stop -q"), 0);
                 (format!("post-stop {id}"), Life::Off)
             }
@@ -555,8 +631,10 @@ fn walk_by(host: &Host, method: &str, count: usize) {
                 expect(host, "hook recover -q", 0);
                 // One whose hook was killed before it had saved what it was about to do stays as it
                 // is.
-                for life in lives.iter_mut().filter(|life| **life == Life::Dead) {
-                    *life = Life::Off;
+                for life in &mut lives {
+                    if matches!(life, Life::Dead | Life::HalfDead) {
+                        *life = Life::Off;
+                    }
                 }
                 ("recover".to_owned(), Life::Off)
             }
@@ -601,19 +679,17 @@ fn half(host: &Host, random: &mut Random, id: u32, what: &str) -> String {
 }
 
 fn check(host: &Host, lives: &[Life; 3], before: &HostState, story: &str) {
-    let fenced = || {
-        WALKERS
-            .iter()
-            .zip(lives)
-            .filter(|(_, life)| **life == Life::Fenced)
-            .map(|(walker, _)| walker)
-    };
-    let cpus: Vec<&str> = fenced().map(|(_, cpus)| *cpus).collect();
-    if !cpus.is_empty() {
-        let ids: Vec<u32> = fenced().map(|(id, _)| *id).collect();
+    let fenced: Vec<(u32, &str)> = WALKERS
+        .iter()
+        .zip(lives)
+        .filter(|(_, life)| **life == Life::Fenced)
+        .map(|(walker, _)| *walker)
+        .collect();
+    if !fenced.is_empty() {
+        let cpus: Vec<&str> = fenced.iter().map(|(_, cpus)| *cpus).collect();
         println!("{}", story.lines().last().unwrap_or_default());
-        let mut strays = strays(host, &cpus.join(","), &ids);
-        if lives.contains(&Life::Half) {
+        let mut strays = strays_of(host, &cpus.join(","), &fenced);
+        if lives.iter().any(|life| life.is_unfinished()) {
             strays = strays.but_spread_anew();
         }
         assert!(strays.is_clean(), "{story}{strays:#?}");
@@ -626,7 +702,7 @@ fn check(host: &Host, lives: &[Life; 3], before: &HostState, story: &str) {
 
 /// Start and stop, again and again: nothing grows.
 fn cycles(host: &mut Host) {
-    let count = extent(4, 200).len();
+    let count = extent(6, 200).len().max(6);
     install_hook(host);
     host.start_vm(&VmSpec::new(101)).unwrap();
     let cycle = |host: &Host| {
@@ -657,14 +733,30 @@ fn cycles(host: &mut Host) {
     println!(
         "{count} cycles: state files, systemd's open files, cgroups, drop-ins, units: {first:?} -> {last:?}"
     );
-    assert!(
-        first
-            .iter()
-            .zip(&last)
-            .all(|(first, last)| *last <= first + 2),
-        "{first:?} -> {last:?}"
-    );
+    let grown = grown(&first, &last, count);
+    assert!(grown.is_none(), "{first:?} -> {last:?}: {grown:?}");
     assert_restored(host, &before);
+}
+
+/// The first of these sizes that has grown, if there is one: by more than what the host itself has
+/// open at one moment and not at another, and by no more than a leak of one in two cycles does.
+fn grown(first: &[u32], last: &[u32], cycles: usize) -> Option<usize> {
+    const ALLOWED: u32 = 2;
+    assert!(
+        cycles / 2 > ALLOWED as usize,
+        "too few cycles to see a leak"
+    );
+    first
+        .iter()
+        .zip(last)
+        .position(|(first, last)| *last > first + ALLOWED)
+}
+
+#[test]
+fn a_leak_of_one_in_two_cycles_is_seen() {
+    assert_eq!(grown(&[2, 50], &[2, 53], 6), Some(1));
+    assert_eq!(grown(&[2, 50], &[2, 52], 6), None);
+    assert_eq!(grown(&[2, 50], &[4, 150], 200), Some(1));
 }
 
 /// Twenty hooks of three VMs, released together, wait for each other; the end is the same: all
@@ -680,15 +772,19 @@ fn twenty_at_once_by_partition(host: &mut Host) {
 fn twenty_at_once_by(host: &Host, method: &str) {
     walkers(host, method);
     // The scopes that systemd is asked for on the way back have another description than PVE's.
-    WALKERS.iter().for_each(|(id, _)| drop(start(host, *id)));
-    WALKERS
-        .iter()
-        .for_each(|(id, _)| drop(expect(host, &format!("hook {id} post-stop -q"), 0)));
+    for (id, _) in WALKERS {
+        start(host, id);
+    }
+    for (id, _) in WALKERS {
+        expect(host, &format!("hook {id} post-stop -q"), 0);
+    }
     let before = host.snapshot().unwrap();
     let released = |phase: &str| {
         let all = format!(
-            "rm -f /tmp/go /tmp/ended; for n in 1 2 3 4; do for what in '100 {phase}' '101 {phase}' '102 {phase}' recover '999 post-stop'; do \
-             (while test ! -e /tmp/go; do sleep 0.1; done; hook $what > /tmp/message 2>&1; echo \"$? $what\" >> /tmp/ended) & \
+            "rm -f /tmp/go /tmp/ended; for n in 1 2 3 4; \
+             do for what in '100 {phase}' '101 {phase}' '102 {phase}' recover '999 post-stop'; do \
+             (while test ! -e /tmp/go; do sleep 0.1; done; hook $what > /tmp/message 2>&1; \
+             echo \"$? $what\" >> /tmp/ended) & \
              done; done; sleep 1; touch /tmp/go; wait; sort /tmp/ended | uniq -c"
         );
         let job = host
@@ -714,7 +810,8 @@ fn twenty_at_once_by(host: &Host, method: &str) {
         }
     };
     released("post-start");
-    assert_clean(host, "6-11,18-23", &WALKERS.map(|(id, _)| id));
+    let strays = strays_of(host, "6-11,18-23", &WALKERS);
+    assert!(strays.is_clean(), "{strays:#?}");
     released("post-stop");
     let difference = before.not_restored(&host.snapshot().unwrap());
     assert!(difference.is_empty(), "{difference}");

@@ -1,0 +1,95 @@
+//! `hook blame` names what disturbs a VM: each disturbance planted here is in its first three lines.
+
+use pinfold_lab::Host;
+use serde_json::Value;
+
+use crate::stories;
+use crate::support::{assert_fenced, expect, install_hook, vm};
+
+stories![only trixie: names_planted_disturbances];
+
+/// Takes a shell out of its slice, whose CPUs are restricted, onto CPU 7.
+const ON_CPU_7: &str = "echo $$ > /sys/fs/cgroup/cgroup.procs; taskset -pc 7 $$ > /dev/null";
+
+/// Plants a disturbance that ends by itself, and returns what is in the first three places.
+fn blamed(host: &Host, plant: &str) -> Vec<(String, String, String)> {
+    host.put("/tmp/plant.sh", plant.as_bytes(), 0o755).unwrap();
+    host.ok("setsid timeout 20 bash /tmp/plant.sh > /dev/null 2>&1 < /dev/null & sleep 1")
+        .unwrap();
+    let (json, _) = expect(host, "hook blame 100 --seconds 4 --json", 0);
+    expect(host, "pkill -f /tmp/plant[.]sh; sleep 0.2; true", 0);
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["isolated"], true, "{json}");
+    let disturbances = json["disturbances"].as_array().unwrap();
+    let text = |it: &Value, key: &str| it[key].as_str().unwrap().to_owned();
+    disturbances
+        .iter()
+        .take(3)
+        .map(|it| (text(it, "kind"), text(it, "object"), text(it, "cpus")))
+        .collect()
+}
+
+fn assert_named(found: &[(String, String, String)], kind: &str, object: &str, cpus: &str) {
+    let is_named = found
+        .iter()
+        .any(|(k, o, c)| k == kind && o.contains(object) && c == cpus);
+    assert!(is_named, "{kind} {object} on CPU {cpus}: {found:#?}");
+}
+
+fn names_planted_disturbances(host: &mut Host) {
+    install_hook(host);
+    host.start_vm(&vm()).unwrap();
+    assert_fenced(host);
+    let quiet = blamed(host, "exit");
+    let is_avoidable = |(kind, ..): &(String, String, String)| {
+        ["shared-cpu", "emulator", "thread"].contains(&kind.as_str())
+    };
+    assert!(!quiet.iter().any(is_avoidable), "{quiet:#?}");
+
+    let task = blamed(host, &format!("{ON_CPU_7}; while :; do :; done"));
+    assert_named(&task, "thread", "(bash)", "7");
+
+    // The console's interrupt, with a writer on other CPUs.
+    let irq = blamed(
+        host,
+        "echo 8 > /proc/irq/4/smp_affinity_list; while :; do echo > /dev/ttyS0; sleep 0.01; done",
+    );
+    assert_named(&irq, "irq", "IRQ 4 (ttyS0)", "8");
+    host.ok("pin-irqs -q 0-5,12-17").unwrap();
+
+    // It wakes up by timer all the time.
+    let kthread = blamed(
+        host,
+        "taskset -pc 9 $(pgrep -x rcu_preempt); while :; do ls -R /usr/share; done",
+    );
+    assert_named(&kthread, "kthread", "(rcu_preempt)", "9");
+    host.ok("pin-kthreads -q 0-5,12-17").unwrap();
+
+    let qemu = "$(cat /run/qemu-server/100.pid)";
+    let emulator = blamed(
+        host,
+        &format!("taskset -pc 10 {qemu}; while :; do pin-vcpu 100 --list; done"),
+    );
+    assert_named(&emulator, "emulator", "of VM 100", "10");
+    host.ok(&format!("taskset -pc 0-5,12-17 {qemu}")).unwrap();
+
+    let vcpu_1 = format!("$(grep -l 'CPU 1/' /proc/{qemu}/task/*/comm | cut -d/ -f5)");
+    let shared = blamed(host, &format!("taskset -pc 6 {vcpu_1}"));
+    assert_named(&shared, "shared-cpu", "vCPU 0-1 share a CPU", "6");
+    host.ok(&format!("taskset -pc 18 {vcpu_1}")).unwrap();
+
+    let softirq = blamed(
+        host,
+        &format!("ip link set lo up; {ON_CPU_7}; while :; do echo x > /dev/udp/127.0.0.1/9; done"),
+    );
+    assert_named(&softirq, "softirq", "NET_RX", "7");
+
+    let (text, _) = expect(host, "hook blame 100 --seconds 1", 0);
+    assert!(
+        text.starts_with("VM 100, CPU 6-11,18-23, ") && text.contains("\nvCPUs waited for a CPU"),
+        "{text}"
+    );
+    host.stop_vm(100).unwrap();
+    let (_, why) = expect(host, "hook blame 100", 1);
+    assert!(why.contains("VM 100"), "{why}");
+}
