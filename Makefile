@@ -7,11 +7,14 @@ PRODUCT = cg-slice cpu-hotplug governor hook pci-reset pin-irqs pin-kthreads pin
 export RUSTFLAGS ?=
 LAB = $(CARGO) run --locked --quiet --release -p pinfold-lab --bin lab --
 
-.PHONY: all demo test check lint spell docs unit msrv audit audit-advisories fuzz fuzz-short lab torture selftest bench scale picture setup release \
-	install uninstall clean
+.PHONY: all demo test check lint spell docs unit msrv audit audit-advisories fuzz fuzz-short lab torture selftest bench noise scale picture maps setup release \
+	deb package install uninstall clean
 
 all: release
 
+# The programs name their commit. Only their main.rs depend on it, so that another commit links them again and compiles
+# nothing else.
+release: export PINFOLD_COMMIT = $(shell git describe --always --dirty --abbrev=12 --exclude='*' 2>/dev/null)
 release:
 	$(CARGO) build --locked --release --workspace
 
@@ -34,9 +37,11 @@ lint:
 docs:
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --workspace --no-deps
 
+# Made-up hosts are thousands of small files: in memory, where programs can be run from there.
+SHM = $(shell test -w /dev/shm && ! grep -q ' /dev/shm .*noexec' /proc/mounts && echo TMPDIR=/dev/shm)
 unit:
-	$(CARGO) test --locked --workspace --exclude pinfold-lab
-	$(CARGO) test --locked -p pinfold-lab --lib --bins
+	$(SHM) $(CARGO) test --locked --workspace --exclude pinfold-lab
+	$(SHM) $(CARGO) test --locked -p pinfold-lab --lib --bins
 
 # Spelling. PyPI has typos as a prebuilt program; without pip it is built from crates.io.
 TYPOS_VERSION = 1.52.0
@@ -75,19 +80,20 @@ $(DENY):
 	$(CARGO) install --locked --debug --no-default-features --root target/cargo-deny-$(DENY_VERSION) \
 		cargo-deny@$(DENY_VERSION)
 
-# Fuzzes every parser for FUZZ_SECONDS, FUZZ_JOBS at a time. FUZZ_WORK keeps the inputs that libFuzzer collects, outside
-# git. An input that violates an assertion is printed and saved in fuzz/artifacts.
+# Fuzzes every parser for FUZZ_SECONDS, FUZZ_JOBS at a time, from another seed each time. FUZZ_WORK keeps the inputs that
+# libFuzzer collects, outside git. An input that violates an assertion is printed and saved in fuzz/artifacts.
 #
 # There is no sanitizer, since the code has no `unsafe`, so the stable toolchain suffices. The allocator in
 # fuzz/src/lib.rs limits a parser to 64 MiB, not counting libFuzzer's own memory. -rss_limit_mb is the limit for both:
 # libFuzzer starts with 28 MiB and was seen at 40 with the 3000 inputs of one minute of `settings`, so it gets 128.
 # (-malloc_limit_mb needs a sanitizer.)
 FUZZ_SECONDS ?= 600
+FUZZ_LENGTH ?= -max_total_time=$(FUZZ_SECONDS)
 FUZZ_JOBS ?= $(shell nproc)
 FUZZ_WORK ?= target/fuzz
 FUZZ_TARGETS = $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))
 FUZZ_BUILD = --sanitizer none --codegen-units 8
-FUZZ_LIMITS = -max_total_time=$(FUZZ_SECONDS) -timeout=10 -max_len=65536 -rss_limit_mb=192
+FUZZ_LIMITS = $(FUZZ_LENGTH) -timeout=10 -max_len=65536 -rss_limit_mb=192
 CARGO_FUZZ_VERSION = 0.13.2
 fuzz: setup
 	$(CARGO) fuzz --version || $(CARGO) install --locked cargo-fuzz@$(CARGO_FUZZ_VERSION)
@@ -96,15 +102,18 @@ fuzz: setup
 	printf '%s\n' $(FUZZ_TARGETS) | xargs -P $(FUZZ_JOBS) -I@ \
 		$(CARGO) fuzz run $(FUZZ_BUILD) @ $(FUZZ_WORK)/@ fuzz/corpus/@ -- $(FUZZ_LIMITS) -verbosity=0 -print_final_stats=1
 
-# Replays the corpus, then fuzzes each parser for some seconds: what CI runs.
+# Replays the corpus, then gives each parser the same inputs every time, so that it fails for what a change broke and not
+# by chance: what CI runs. Faults that are there already are looked for by make fuzz.
+FUZZ_RUNS ?= 30000
 fuzz-short:
 	$(CARGO) fmt --manifest-path fuzz/Cargo.toml --check
 	$(CARGO) clippy --manifest-path fuzz/Cargo.toml --locked --all-targets --no-default-features -- -D warnings
 	$(CARGO) test --manifest-path fuzz/Cargo.toml --locked --no-default-features
-	$(MAKE) fuzz FUZZ_SECONDS=10
+	rm -rf target/fuzz-short
+	$(MAKE) fuzz FUZZ_WORK=target/fuzz-short FUZZ_LENGTH='-seed=1 -runs=$(FUZZ_RUNS)'
 
 # The stories: end-to-end tests on hosts under QEMU. Each prints what it asserted.
-lab: setup release
+lab: setup package
 	$(CARGO) test --locked --release -p pinfold-lab --test stories -- --test-threads 2
 	$(LAB) down
 
@@ -119,13 +128,21 @@ torture: setup release
 selftest: setup release
 	$(CARGO) test --locked --release -p pinfold-lab --test selftest -- --test-threads 1
 
-# Draws docs/status.svg from the output of hook status in the lab.
-picture: setup release
+# Draws the pictures in docs/: the maps, and docs/status.svg from the output of hook status in the lab.
+picture: maps setup release
 	$(LAB) picture docs/status.svg
+
+# Draws docs/map-*.svg, what hook init --map prints on captured machines. Needs no lab.
+maps:
+	PINFOLD_PICTURES=1 $(CARGO) test --locked -p pinfold-hook --test pictures
 
 # Compares hook with the same steps in a shell script, in one boot.
 bench: setup release
 	$(LAB) bench
+
+# Counts what runs on a VM's CPUs beside its vCPUs: with nothing done, with the shell script, and isolated (docs/noise.md).
+noise: setup release
+	$(LAB) noise
 
 # Counts system calls, instructions and peak memory on made-up hosts of up to 2,048 CPUs (docs/performance.md), and fails
 # if a cost grows faster than the host. Needs no lab; strace and valgrind.
@@ -145,6 +162,18 @@ install:
 
 uninstall:
 	@$(INSTALL) uninstall
+
+# Builds target/pinfold_VERSION_ARCH.deb; on Debian 12 it serves Proxmox VE 8 and 9.
+deb: release
+	BINDIR='$(BINDIR)' PRODUCT='$(PRODUCT)' sh packaging/deb.sh
+
+# Builds the package and checks it: lintian, and each man page and completion by the program that will read it.
+PACKAGE_TOOLS = lintian groff zsh fish
+SUDO = $(shell test "$$(id -u)" = 0 || echo sudo)
+package: deb
+	dpkg-query -W $(PACKAGE_TOOLS) >/dev/null 2>&1 || { $(SUDO) apt-get update -qq && \
+		$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(PACKAGE_TOOLS); }
+	sh packaging/check.sh
 
 clean:
 	$(CARGO) clean
