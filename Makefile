@@ -7,7 +7,7 @@ PRODUCT = cg-slice cpu-hotplug governor hook pci-reset pin-irqs pin-kthreads pin
 export RUSTFLAGS ?=
 LAB = $(CARGO) run --locked --quiet --release -p pinfold-lab --bin lab --
 
-.PHONY: all demo test check lint spell docs unit msrv audit audit-advisories fuzz fuzz-short lab torture selftest bench noise scale picture maps setup release \
+.PHONY: all demo test check lint spell docs unit msrv audit audit-advisories fuzz fuzz-short lab torture upgrade selftest bench noise scale picture maps setup release \
 	deb package install uninstall clean
 
 all: release
@@ -104,7 +104,7 @@ fuzz: setup
 
 # Replays the corpus, then gives each parser the same inputs every time, so that it fails for what a change broke and not
 # by chance: what CI runs. Faults that are there already are looked for by make fuzz.
-FUZZ_RUNS ?= 30000
+FUZZ_RUNS ?= 100000
 fuzz-short:
 	$(CARGO) fmt --manifest-path fuzz/Cargo.toml --check
 	$(CARGO) clippy --manifest-path fuzz/Cargo.toml --locked --all-targets --no-default-features -- -D warnings
@@ -122,6 +122,20 @@ lab: setup package
 torture: setup release
 	PINFOLD_TORTURE=$${PINFOLD_TORTURE:-full} \
 		$(CARGO) test --locked --release -p pinfold-lab --test stories torture -- --test-threads 2 --nocapture
+	$(LAB) down
+
+# Upgrades the package under a running VM, from the programs of the commit EARLIER, on both guests. EARLIER is the first
+# version whose files every later one reads (core/tests/frozen).
+EARLIER ?= 68c7916
+EARLIER_TREE = target/earlier/tree
+upgrade: setup deb
+	rm -rf target/earlier/bin $(EARLIER_TREE) && git worktree prune && mkdir -p target/earlier/bin
+	git worktree add --force --detach $(EARLIER_TREE) $(EARLIER)
+	$(CARGO) build --locked --release --workspace --bins --manifest-path $(EARLIER_TREE)/Cargo.toml --target-dir target/earlier/build
+	cp $(addprefix target/release/,pinfold manual) $(addprefix target/earlier/build/release/,$(PRODUCT)) target/earlier/bin
+	BINDIR=target/earlier/bin PRODUCT='$(PRODUCT)' DEB_VERSION=0.0.1 DEB_FOLDER=target/earlier sh packaging/deb.sh
+	$(MAKE) deb
+	$(CARGO) test --locked --release -p pinfold-lab --test stories -- --test-threads 2 --ignored upgraded_from_earlier
 	$(LAB) down
 
 # Tests the lab itself, on both guests.
