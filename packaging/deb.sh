@@ -7,10 +7,11 @@ set -eu
 
 BINDIR=${BINDIR:-target/release}
 PRODUCT=${PRODUCT:?}
+DEB_FOLDER=${DEB_FOLDER:-target}
 # Proxmox VE 8 has glibc 2.36, Proxmox VE 9 has 2.41; control says 2.34, and nothing here may need a newer one.
 MAX_GLIBC=2.34
 
-version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
+version=${DEB_VERSION:-$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)}
 arch=$(dpkg --print-architecture)
 root=target/deb/pinfold
 rm -rf target/deb
@@ -83,4 +84,4 @@ for script in postinst prerm postrm; do
 done
 (cd "$root" && find usr -type f -print0 | LC_ALL=C sort -z | xargs -0 md5sum) >"$root/DEBIAN/md5sums"
 
-dpkg-deb --root-owner-group -Zxz --build "$root" "target/pinfold_${version}_$arch.deb"
+dpkg-deb --root-owner-group -Zxz --build "$root" "$DEB_FOLDER/pinfold_${version}_$arch.deb"

@@ -52,8 +52,8 @@ pub fn check_beside(known: &Siblings, root: &Host, cgroup: &str, cpus: &CpuSet) 
         let release = root
             .read_value("proc/sys/kernel/osrelease")?
             .unwrap_or_default();
-        let why =
-            "a partition below the top needs Linux 6.8 or newer; the method hotplug does without";
+        let why = "it has no cpuset.cpus.isolated, which partitions below the top need: Linux 6.8 or newer, \
+                   with the cpuset controller";
         return Err(Error::unusable(format!("kernel {release}"), why));
     }
     check_siblings(known, root, cgroup, cpus)

@@ -31,9 +31,51 @@ pub fn excerpt(text: &str) -> Cow<'_, str> {
     }
 }
 
+/// The most letters by which a word may differ from what was meant.
+const MAX_SLIPS: usize = 2;
+
+/// The word that was probably meant by a misspelt one, if one is near.
+pub fn nearest<'a>(word: &str, words: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let distances = words.into_iter().map(|known| (distance(word, known), known));
+    let (slips, nearest) = distances.min_by_key(|(slips, _)| *slips)?;
+    (slips <= MAX_SLIPS).then_some(nearest)
+}
+
+/// How many letters have to be added, removed or replaced to make one word of the other
+/// (Levenshtein).
+fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, left) in a.bytes().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, right) in b.bytes().enumerate() {
+            let replaced = diagonal + usize::from(left != right);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn letters_between_words() {
+        for (a, b, letters) in [
+            ("", "", 0),
+            ("plan", "plan", 0),
+            ("paln", "plan", 2),
+            ("chek", "check", 1),
+            ("step", "", 4),
+        ] {
+            assert_eq!(distance(a, b), letters, "{a} {b}");
+        }
+        assert_eq!(nearest("paln", ["check", "plan"]), Some("plan"));
+        assert_eq!(nearest("frobnicate", ["check", "plan"]), None);
+        assert_eq!(nearest("x", []), None);
+    }
 
     #[test]
     fn control_characters_are_escaped() {

@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use clap::builder::{StyledStr, TypedValueParser};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, Command, CommandFactory, Parser, Subcommand};
-use pinfold_core::Exit;
+use pinfold_core::{Exit, nearest};
 use pinfold_core::cli::{self, Output};
 use pinfold_core::vm::VmId;
 
@@ -68,6 +68,7 @@ enum Verb {
     ///
     /// Settings stay, unless --purge is given. Prints each step before it does it, and can be run
     /// again.
+    #[command(override_usage = "hook remove [OPTIONS] <VMID>\n       hook remove [OPTIONS] --all")]
     Remove(remove::Args),
     /// List the VMs that use hook, on this node and, from /etc/pve, the others
     List,
@@ -93,6 +94,7 @@ enum Verb {
     /// Runs a loop on each of the CPUs at the same time, for some seconds, which notes gaps of a
     /// microsecond and more; and counts interrupts meanwhile. Before a VM starts it shows what the VM
     /// would feel. CPUs of a VM that runs are refused.
+    #[command(override_usage = "hook jitter [OPTIONS] <VMID>\n       hook jitter [OPTIONS] --cpus <CPUS>")]
     Jitter(jitter::Args),
     /// Collect what a bug report needs, without names, paths and what is secret
     ///
@@ -113,6 +115,20 @@ enum Verb {
     Complete(complete::Args),
 }
 
+impl Verb {
+    /// The name of a verb that is about no single VM.
+    fn without_vmid(&self) -> Option<&'static str> {
+        match self {
+            Self::Status(_) => Some("status"),
+            Self::Layout(_) => Some("layout"),
+            Self::List => Some("list"),
+            Self::Recover(_) => Some("recover"),
+            Self::Step { .. } => Some("step"),
+            _ => None,
+        }
+    }
+}
+
 /// The whole run; `commit` is that of this program.
 pub(crate) fn run(args: Args, commit: Option<&str>) -> anyhow::Result<Exit> {
     let output = &args.output;
@@ -128,7 +144,10 @@ pub(crate) fn run(args: Args, commit: Option<&str>) -> anyhow::Result<Exit> {
         return phases::run(output.root(), output.report(TOOL), vmid, &phase, source);
     };
     if let Some(vmid) = args.vmid {
-        let what = format!("the number of a VM comes after the command, not before it: {vmid}");
+        let what = match verb.without_vmid() {
+            Some(name) => format!("hook {name} takes no VM's number"),
+            None => format!("the number of a VM comes after the command, not before it: {vmid}"),
+        };
         return Err(usage(ErrorKind::ArgumentConflict, &what));
     }
     match verb {
@@ -180,6 +199,10 @@ impl TypedValueParser for VmIdParser {
         value: &OsStr,
     ) -> Result<VmId, clap::Error> {
         let text = value.to_string_lossy();
+        if phases::NAMES.contains(&&*text) {
+            let what = format!("the number of a VM comes before a phase: hook VMID {text}");
+            return Err(command.clone().error(ErrorKind::ArgumentConflict, what));
+        }
         if text.starts_with(|c: char| c.is_ascii_alphabetic()) {
             return Err(unknown_verb(command, &text));
         }
@@ -188,7 +211,26 @@ impl TypedValueParser for VmIdParser {
     }
 }
 
-fn unknown_verb(command: &Command, word: &str) -> clap::Error {
+/// What is often tried, and the verb for it.
+const SYNONYMS: [(&str, &str); 14] = [
+    ("add", "install"),
+    ("delete", "remove"),
+    ("disable", "remove"),
+    ("enable", "install"),
+    ("info", "status"),
+    ("isolate", "install"),
+    ("register", "install"),
+    ("setup", "install"),
+    ("show", "status"),
+    ("undo", "remove"),
+    ("uninstall", "remove"),
+    ("unregister", "remove"),
+    ("validate", "check"),
+    ("verify", "check"),
+];
+
+/// The error for a word that is no command of `command`, with the nearest one and all.
+pub(crate) fn unknown_verb(command: &Command, word: &str) -> clap::Error {
     let verbs: Vec<&str> = command
         .get_subcommands()
         .filter(|verb| !verb.is_hide_set())
@@ -200,32 +242,21 @@ fn unknown_verb(command: &Command, word: &str) -> clap::Error {
         ContextKind::InvalidSubcommand,
         ContextValue::String(word.to_owned()),
     );
-    let nearest = verbs.iter().min_by_key(|verb| distance(word, verb));
-    if let Some(nearest) = nearest.filter(|verb| distance(word, verb) <= 2) {
+    let synonym = SYNONYMS.iter().find(|(tried, _)| *tried == word);
+    let nearest = || nearest(word, verbs.iter().copied());
+    let mut tips = Vec::new();
+    if matches!(word, "start" | "stop" | "shutdown" | "reboot") {
+        let tip = format!("Proxmox VE does that, and calls hook: qm {word} VMID");
+        tips.push(StyledStr::from(tip));
+    } else if let Some(verb) = synonym.map(|(_, verb)| *verb).or_else(nearest) {
         error.insert(
             ContextKind::SuggestedSubcommand,
-            ContextValue::Strings(vec![(*nearest).to_owned()]),
+            ContextValue::Strings(vec![verb.to_owned()]),
         );
     }
-    let all = StyledStr::from(format!("the commands are {}", verbs.join(", ")));
-    error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![all]));
+    tips.push(format!("the commands are {}", verbs.join(", ")).into());
+    error.insert(ContextKind::Suggested, ContextValue::StyledStrs(tips));
     error
-}
-
-/// How many letters have to be added, removed or replaced to make one word of the other
-/// (Levenshtein).
-fn distance(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, left) in a.bytes().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, right) in b.bytes().enumerate() {
-            let replaced = diagonal + usize::from(left != right);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
 }
 
 #[cfg(test)]
@@ -264,6 +295,15 @@ mod tests {
             "{text}"
         );
         assert!(refusal("hook 7x post-start").contains("invalid value '7x' for '<VMID>'"));
+        for (line, tip) in [
+            ("hook uninstall 100", "a similar subcommand exists: 'remove'"),
+            ("hook stop 100", "Proxmox VE does that, and calls hook: qm stop VMID"),
+            ("hook post-start 100", "the number of a VM comes before a phase: hook VMID post-start"),
+        ] {
+            let text = refusal(line);
+            assert!(text.contains(tip), "{line}: {text}");
+            assert!(!text.contains("'install'") && !text.contains("'step'"), "{line}: {text}");
+        }
     }
 
     #[test]
@@ -277,19 +317,6 @@ mod tests {
         ] {
             let args = Args::try_parse_from(line.split(' ')).unwrap();
             assert_eq!(args.output.sysroot.to_str(), Some("/d"), "{line}");
-        }
-    }
-
-    #[test]
-    fn letters_between_words() {
-        for (a, b, letters) in [
-            ("", "", 0),
-            ("plan", "plan", 0),
-            ("paln", "plan", 2),
-            ("chek", "check", 1),
-            ("step", "", 4),
-        ] {
-            assert_eq!(distance(a, b), letters, "{a} {b}");
         }
     }
 }

@@ -19,6 +19,7 @@ mod commands;
 mod exec;
 #[cfg(test)]
 mod fixture;
+pub mod front;
 mod phases;
 mod reconcile;
 mod settings;
@@ -29,17 +30,6 @@ mod strays;
 
 pub use cli::Args;
 
-/// The programs of Pinfold. `pinfold` runs each by its name.
-pub const PROGRAMS: [&str; 8] = [
-    "hook",
-    "pin-vcpu",
-    "pin-irqs",
-    "pin-kthreads",
-    "cpu-hotplug",
-    "cg-slice",
-    "pci-reset",
-    "governor",
-];
 use state::reservation::Reservation;
 
 /// The command's whole run. `commit` is that of the program, for `--version` and the report.

@@ -497,7 +497,7 @@ fn faults(machine: &Machine, guest: &Guest, answer: &Value) -> Vec<String> {
     }
     if threads == 1
         && per_core.values().any(|count| *count > 1)
-        && !says("several vCPUs, by second threads")
+        && !says("several vCPUs, by ")
     {
         faults.push("doubled cores are not named".into());
     }
@@ -648,11 +648,14 @@ fn is_true(
             && mine.iter().all(|core| count(core) == 1)
             && mine.iter().any(|core| core.len() > 1);
     }
-    if sentence.contains(" several vCPUs, by second threads") {
+    if sentence.contains(" several vCPUs, by ") {
         let doubled = mine.iter().filter(|core| count(core) > 1).count();
-        return guest.threads == 1
-            && sentence.starts_with(&format!("{doubled} of the {} core", mine.len()))
-            && doubled > 0;
+        let start = match (doubled == mine.len(), mine.len()) {
+            (true, 1) => "The core runs ".to_owned(),
+            (true, all) => format!("All {all} cores run "),
+            (false, all) => format!("{doubled} of the {all} cores run"),
+        };
+        return guest.threads == 1 && sentence.starts_with(&start) && doubled > 0;
     }
     if sentence.contains("on small cores") {
         let word = if sentence.starts_with("vCPUs ") {

@@ -74,6 +74,8 @@ for name in systemd-journald systemd-udevd systemd-logind; do
 	printf '[Service]\nWatchdogSec=0\n' >"$root/etc/systemd/system/$name.service.d/lab.conf"
 done
 
+# No index of man pages is made whenever a package is installed.
+rm -f "$root/var/lib/man-db/auto-update"
 rm -rf "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/* "$root"/usr/share/doc/* "$root"/usr/share/man/* "$root"/usr/share/locale/*
 # The image is as it shall be: nothing to update at the first boot.
 touch "$root/etc/.updated" "$root/var/.updated"

@@ -42,6 +42,22 @@ impl Guest {
         }
     }
 
+    /// What its image has installed beside what all have.
+    pub(crate) fn packages(self) -> &'static [&'static str] {
+        match self {
+            // What a user of the package may have.
+            Self::Trixie | Self::Isolcpus => &[
+                "ansible-core",
+                "bash-completion",
+                "fish",
+                "man-db",
+                "python3-apt",
+                "zsh",
+            ],
+            Self::Bookworm | Self::Backports => &[],
+        }
+    }
+
     /// What its kernel's command line has beside that of all.
     pub(crate) fn kernel_line(self) -> Option<&'static str> {
         match self {

@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// What every guest has installed beside Debian's minimal set.
+/// What every guest has installed beside Debian's minimal set and its own packages.
 const PACKAGES: &[&str] = &[
     "systemd",
     "systemd-sysv",
@@ -66,7 +66,7 @@ impl Image {
         let recipe = HOOKS
             .map(|(_, _, text)| text)
             .into_iter()
-            .chain(PACKAGES.iter().copied());
+            .chain(PACKAGES.iter().chain(guest.packages()).copied());
         let key = cache::key(
             recipe
                 .chain([guest.image(), SIZE])
@@ -122,7 +122,10 @@ impl Image {
             "--format=null",
         ]);
         command.arg("--aptopt=APT::Install-Recommends \"false\"");
-        command.arg(format!("--include={}", PACKAGES.join(",")));
+        command.arg(format!(
+            "--include={}",
+            [PACKAGES, guest.packages()].concat().join(",")
+        ));
         for (phase, name, text) in HOOKS {
             let path = self.folder.join(name);
             cache::write(&path, text)?;

@@ -1,22 +1,5 @@
 //! The commands, with what their command lines do not define: examples, files and other pages.
 
-use clap::{Command, CommandFactory};
-
-/// The definition of each program's command line.
-#[must_use]
-pub fn programs() -> Vec<Command> {
-    vec![
-        cg_slice::Args::command(),
-        cpu_hotplug::Args::command(),
-        governor::Args::command(),
-        hook::Args::command(),
-        pci_reset::Args::command(),
-        pin_irqs::Args::command(),
-        pin_kthreads::Args::command(),
-        pin_vcpu::Args::command(),
-    ]
-}
-
 /// Examples by page: a command line, and what it does.
 pub(crate) const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
     (

@@ -6,12 +6,12 @@ use std::path::PathBuf;
 use clap::Command;
 use clap_complete::{Generator, Shell, generate};
 
-use crate::commands::programs;
+use hook::front::{self, programs};
 
 /// The completions of every program for every shell: their paths and texts.
 pub(crate) fn all() -> Vec<(PathBuf, Vec<u8>)> {
     let mut files = Vec::new();
-    for program in programs() {
+    for program in programs().into_iter().chain([front::command()]) {
         let name = program.get_name().to_owned();
         for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
             let folder = shell.to_string();
@@ -41,6 +41,7 @@ fn script(shell: Shell, mut program: Command, name: &str) -> String {
 fn kinds(program: &str) -> &'static [&'static str] {
     match program {
         "hook" => &["vms", "phases"],
+        "pinfold" => &["vms", "phases", "cpus", "governors"],
         "pin-vcpu" | "pci-reset" => &["vms"],
         "governor" => &["governors", "cpus"],
         _ => &["cpus"],
@@ -109,7 +110,7 @@ mod tests {
     #[test]
     fn every_program_has_completions_for_three_shells_that_ask_the_host() {
         let files = all();
-        assert_eq!(files.len(), 3 * programs().len());
+        assert_eq!(files.len(), 3 * (programs().len() + 1));
         for (path, text) in files {
             let text = String::from_utf8(text).unwrap();
             assert!(text.contains("hook __complete"), "{}", path.display());

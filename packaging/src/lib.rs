@@ -1,6 +1,6 @@
 //! Pinfold's command lines as data, and what is made of them: man pages and shell completions.
 
-pub mod commands;
+mod commands;
 mod completions;
 mod pages;
 

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use packaging::commands::programs;
+use hook::front::programs;
 
 const README: &str = include_str!("../../README.md");
 const WORKSPACE: &str = include_str!("../../Cargo.toml");

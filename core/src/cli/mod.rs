@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
+use clap::error::{ContextKind, ErrorKind};
 
 use self::report::{Exit, Report, Verbosity};
 use self::terminal::err;
@@ -242,7 +243,7 @@ pub fn main<A: Parser>(
     });
     let args = match parsed {
         Ok(args) => args,
-        Err(error) => return refused(&error),
+        Err(error) => return refused(&without_dashes_tip(error)),
     };
     match run(args) {
         Ok(exit) => exit.into(),
@@ -254,6 +255,17 @@ pub fn main<A: Parser>(
             }
         },
     }
+}
+
+/// Without the tip to write an unknown option after `--`: no argument of ours begins with a dash.
+fn without_dashes_tip(mut error: clap::Error) -> clap::Error {
+    if error.kind() == ErrorKind::UnknownArgument
+        && error.get(ContextKind::SuggestedArg).is_none()
+        && error.get(ContextKind::SuggestedSubcommand).is_none()
+    {
+        error.remove(ContextKind::Suggested);
+    }
+    error
 }
 
 /// A program's version with its commit and kind of build, as `--version` prints it.
@@ -276,8 +288,19 @@ pub fn print_error(tool: &str, error: &anyhow::Error) {
     err(&format!("{tool}: {}\n", printable(&in_words(error))));
 }
 
+/// Prints what was asked for instead of a run, such as help.
+pub fn print_answer(text: &str) -> ExitCode {
+    match terminal::print(text) {
+        Ok(()) => Exit::Success.into(),
+        Err(error) => {
+            err(&format!("{error:#}\n"));
+            Exit::Failed.into()
+        }
+    }
+}
+
 /// Prints what clap returns instead of arguments: an error, help or the version.
-fn refused(answer: &clap::Error) -> ExitCode {
+pub fn refused(answer: &clap::Error) -> ExitCode {
     // A closed pipe is not a failure.
     let _ = answer.print();
     if answer.use_stderr() {
@@ -288,7 +311,7 @@ fn refused(answer: &clap::Error) -> ExitCode {
 }
 
 /// An error with its causes. [`Error`](crate::Error) already contains its own.
-fn in_words(error: &anyhow::Error) -> String {
+pub fn in_words(error: &anyhow::Error) -> String {
     let mut words = Vec::new();
     for cause in error.chain() {
         words.push(cause.to_string());

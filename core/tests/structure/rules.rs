@@ -38,6 +38,7 @@ const HOOK: Layers = &[
     &["phases"],
     &["commands"],
     &["cli"],
+    &["front"],
 ];
 
 const TOOLS: [&str; 7] = [

@@ -18,7 +18,7 @@ pub(crate) enum Level {
 }
 
 /// The keys of all findings, by which settings mute warnings (`ignore`). They are permanent.
-pub(crate) const KEYS: [&str; 33] = [
+pub(crate) const KEYS: [&str; 34] = [
     "affinity",
     "command-line",
     "containers",
@@ -29,6 +29,7 @@ pub(crate) const KEYS: [&str; 33] = [
     "hookscript",
     "host",
     "hugepages",
+    "idle_vm",
     "iothreads",
     "irqbalance",
     "isolated",

@@ -9,7 +9,7 @@ use pinfold_core::{CpuSet, Result};
 
 use super::finding::Finding;
 use super::surroundings::Surroundings;
-use super::vm_settings;
+use super::{required, vm_settings};
 use crate::choice::{self, Facts, Guest, Owner, Question};
 use crate::settings::Settings;
 
@@ -128,7 +128,11 @@ fn unused(topology: &Topology, guest: &Guest, settings: &Settings) -> Finding {
             ),
             false => format!("{vcpus}, each with a pin: CPU {spare} is isolated but unused"),
         };
-        return Finding::warn(CHECK, what, "give the VM more cores, or isolate fewer CPUs");
+        let fix = match required::sharing(settings, vcpus).is_empty() {
+            true => "give the VM more cores, or isolate fewer CPUs",
+            false => "pin the vCPUs that share a CPU to them, or isolate fewer CPUs",
+        };
+        return Finding::warn(CHECK, what, fix);
     }
     if kept.is_empty() {
         return Finding::ok(CHECK, format!("{vcpus}, each with a pin"));
@@ -155,6 +159,9 @@ fn guest_cores(
     let pins: Vec<usize> = settings.pins.iter().take(vcpus).map_while(single).collect();
     if pins.len() < vcpus || vcpus < 2 {
         return Finding::ok(CHECK, "not checked: not every vCPU has a CPU of its own");
+    }
+    if !required::sharing(settings, vcpus).is_empty() {
+        return Finding::ok(CHECK, "not checked: some vCPUs share a CPU");
     }
     let pinned: CpuSet = pins.iter().copied().collect();
     let offline = &pinned - &topology.online;

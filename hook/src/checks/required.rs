@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use cg_slice::partition::Siblings;
 use pinfold_core::sys::{cgroup, cpu};
-use pinfold_core::vm::{Qemu, VmConf, VmId};
+use pinfold_core::vm::{self, Qemu, VmConf, VmId};
 use pinfold_core::{CpuSet, Error, Host, Result};
 
 use super::advice;
@@ -25,7 +25,7 @@ pub(crate) fn before_start(
     settings: &Settings,
 ) -> Result<Vec<String>> {
     let around = Surroundings::new(root);
-    let findings = findings(&around, conf, settings)?;
+    let findings = findings(&around, vmid, conf, settings)?;
     refuse(&findings, settings)?;
     // What only warns stops no start, even if it cannot be looked for.
     let interference = advice::interference(&around, vmid, conf, &settings.isolated)
@@ -61,6 +61,7 @@ fn refuse(findings: &[Finding], settings: &Settings) -> Result<()> {
 /// If the host cannot be read.
 pub(crate) fn findings(
     around: &Surroundings<'_>,
+    vmid: VmId,
     conf: &VmConf,
     settings: &Settings,
 ) -> Result<Vec<Finding>> {
@@ -91,6 +92,9 @@ pub(crate) fn findings(
     }
     if settings.max_latency_us.is_some() {
         findings.push(check_latency(root, isolated));
+    }
+    if let Some(idle) = settings.idle_vm {
+        findings.push(idle_vm(root, vmid, idle));
     }
     Ok(findings)
 }
@@ -151,7 +155,19 @@ fn left_to_the_host(root: &Host, taken: &CpuSet) -> Result<CpuSet> {
 fn pins(settings: &Settings, vcpus: usize, last: Option<usize>) -> Finding {
     let pins = settings.pins.len();
     if last.is_none_or(|last| last < pins) {
-        return Finding::ok("pins", format!("{pins}, for {vcpus} vCPUs"));
+        let shared = sharing(settings, vcpus);
+        if shared.is_empty() {
+            return Finding::ok("pins", format!("{pins}, for {vcpus} vCPUs"));
+        }
+        let shared: Vec<String> = shared
+            .iter()
+            .map(|(cpu, vcpus)| format!("{vcpus} share CPU {cpu}"))
+            .collect();
+        return Finding::warn(
+            "pins",
+            format!("vCPUs {}", shared.join(", ")),
+            "give each vCPU a CPU of its own, or write pins = \"auto\"",
+        );
     }
     match settings.auto_pins {
         Some(_) => {
@@ -162,6 +178,31 @@ fn pins(settings: &Settings, vcpus: usize, last: Option<usize>) -> Finding {
             let what = format!("the VM has {vcpus} vCPUs but only {pins} pins");
             Finding::error("pins", what, "add pins or remove vCPUs")
         }
+    }
+}
+
+/// The CPUs that are the only one of several vCPUs, with these.
+pub(crate) fn sharing(settings: &Settings, vcpus: usize) -> BTreeMap<usize, CpuSet> {
+    let mut by_cpu: BTreeMap<usize, CpuSet> = BTreeMap::new();
+    for (vcpu, pin) in settings.pins.iter().take(vcpus).enumerate() {
+        if let Some(cpu) = pin.first().filter(|_| pin.len() == 1) {
+            by_cpu.entry(cpu).or_default().insert(vcpu);
+        }
+    }
+    by_cpu.retain(|_, vcpus| vcpus.len() > 1);
+    by_cpu
+}
+
+/// Whether the VM that is stopped for this one is another one of this node.
+fn idle_vm(root: &Host, vmid: VmId, idle: u32) -> Finding {
+    const CHECK: &str = "idle_vm";
+    if idle == u32::from(vmid) {
+        return Finding::error(CHECK, format!("VM {idle} is this VM itself"), "name another one");
+    }
+    let found = VmId::try_from(idle).and_then(|idle| vm::check_exists(root, idle));
+    match found {
+        Ok(()) => Finding::ok(CHECK, format!("VM {idle} is stopped while this VM runs")),
+        Err(error) => Finding::warn(CHECK, error.to_string(), "`qm list` shows the VMs of this node"),
     }
 }
 

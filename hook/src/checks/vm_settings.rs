@@ -9,7 +9,7 @@ use pinfold_core::{CpuSet, Host, Result};
 use serde::Serialize;
 
 use super::qm_set::QmSet;
-use crate::choice::{Choice, Guest};
+use crate::choice::{self, Choice, Guest};
 
 /// Something to set on the VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -258,6 +258,10 @@ fn memory(
         && conf.numa_nodes.len() < 2;
     let mut set = QmSet::default();
     let mut what = "since the pins take precedence";
+    if let Some(cells) = cells_of(root, topology, conf, guest, choice).filter(|_| !is_plugged) {
+        what = "for a NUMA cell of the guest on each node of its CPUs";
+        set = cells;
+    }
     if binds {
         what = "for memory on the node of its CPUs";
         let numa0 = numa_node(guest.vcpus, Some(nodes), Some(mib), Some("bind"));
@@ -288,6 +292,44 @@ fn memory(
         what,
         set: set.delete("affinity", conf.affinity_text.is_some() && !depends),
     }
+}
+
+/// A socket of the guest, with its part of the memory, on each of several nodes; none if the VM says
+/// where its vCPUs and memory are, or the parts would not be alike.
+fn cells_of(
+    root: &Host,
+    topology: &Topology,
+    conf: &VmConf,
+    guest: &Guest,
+    choice: &Choice,
+) -> Option<QmSet> {
+    let nodes = &choice.facts.nodes;
+    let count = nodes.len();
+    let mib = conf.memory.unwrap_or(DEFAULT_MEMORY);
+    let has_own = !guest.cells.is_empty() || !conf.numa_nodes.is_empty() || conf.vcpus.is_some();
+    let has_smp = conf.args.as_deref().is_some_and(|args| args.contains("-smp"));
+    let is_even = guest.vcpus.is_multiple_of(count) && mib.is_multiple_of(count as u64);
+    if count < 2 || has_own || has_smp || !is_even {
+        return None;
+    }
+    let (vcpus, mib) = (guest.vcpus / count, mib / count as u64);
+    let mut set = QmSet::default()
+        .set("sockets", count.to_string())
+        .set("cores", vcpus.to_string())
+        .set("numa", "1");
+    for (cell, node) in nodes.iter().enumerate() {
+        let cpus = choice::cpus_of_nodes(topology, &[node].into_iter().collect());
+        if (&cpus & &choice.isolated).len() < vcpus || !super::memory::has_room(root, node, mib) {
+            return None;
+        }
+        let first = cell * vcpus;
+        let value = format!(
+            "cpus={},hostnodes={node},memory={mib},policy=bind",
+            CpuSet::range(first, first + vcpus - 1)
+        );
+        set = set.set(&format!("numa{cell}"), value);
+    }
+    Some(set)
 }
 
 /// What Proxmox VE gives a VM without `memory:`, in MiB.

@@ -351,11 +351,14 @@ impl fmt::Display for Reason {
             } => {
                 let of = if *guest_cores { "guest cores" } else { "vCPUs" };
                 let verb = if *doubled == 1 { "runs" } else { "run" };
-                write!(
-                    f,
-                    "{doubled} of the {} {verb} several {of}, by second threads: these are slower.",
-                    counted(*cores, "core")
-                )
+                match (*doubled == *cores, *cores) {
+                    (true, 1) => write!(f, "The core runs several {of}, by its second thread: they are slower."),
+                    (true, _) => write!(f, "All {cores} cores run several {of}, by second threads: they are slower."),
+                    (false, _) => write!(
+                        f,
+                        "{doubled} of the {cores} cores {verb} several {of}, by second threads: these are slower."
+                    ),
+                }
             }
             Self::SmallCores { vcpus, cpus } => {
                 let (word, verb) = match vcpus.len() {

@@ -7,7 +7,7 @@ use pinfold_core::sys::topology::{Kind, Topology};
 use super::areas::{Area, Areas, Group, SCOPES, neighbours, whole_parts};
 use super::claims::{Claim, Claimed};
 use super::filling::{fill, in_vcpu_order};
-use super::guest::{Guest, cpus_of_nodes};
+use super::guest::{Cell, Guest, cpus_of_nodes};
 use super::outcome::{Facts, PassedOver, Reason, Verdict};
 
 /// What is asked.
@@ -109,7 +109,39 @@ pub(crate) fn given(question: &Question<'_>, claims: &[Claim], isolated: CpuSet)
 }
 
 fn cpus(question: &Question<'_>) -> Option<CpuSet> {
-    by_cells(question).or_else(|| Some(find(question)?.isolated))
+    by_cells(question).or_else(|| {
+        let place = find(question)?;
+        Some(evenly(question, &place).unwrap_or(place.isolated))
+    })
+}
+
+/// As many CPUs of each node of a place on several, so that the guest can have a NUMA cell per node;
+/// none if that is worse.
+fn evenly(question: &Question<'_>, place: &Place) -> Option<CpuSet> {
+    let Question {
+        topology, guest, ..
+    } = question;
+    let nodes = Facts::of(topology, guest, &place.isolated, &[]).nodes;
+    let per_node = guest.vcpus.checked_div(nodes.len())?;
+    if nodes.len() < 2 || !guest.vcpus.is_multiple_of(nodes.len() * guest.threads.max(1)) {
+        return None;
+    }
+    let cells = nodes.iter().enumerate().map(|(at, node)| Cell {
+        vcpus: CpuSet::range(at * per_node, (at + 1) * per_node - 1),
+        nodes: [node].into_iter().collect(),
+    });
+    let isolated = by_cells(&Question {
+        guest: &Guest {
+            cells: cells.collect(),
+            ..(*guest).clone()
+        },
+        ..*question
+    })?;
+    let facts = Facts::of(topology, guest, &isolated, &[]);
+    let claimed = question.claimed.count(&isolated);
+    let (small, doubled) = (facts.on_small.len(), facts.doubled);
+    let rank = place.rank;
+    (claimed <= rank.shared && small <= rank.small && doubled <= rank.doubled).then_some(isolated)
 }
 
 /// That a guest has no room, with what there is.
@@ -409,7 +441,7 @@ mod tests {
     use super::*;
     use std::collections::BTreeSet;
 
-    use crate::choice::{Cell, Owner};
+    use crate::choice::Owner;
     use pinfold_core::Host;
     use pinfold_core::testutils::machine;
     use proptest::prelude::*;

@@ -28,7 +28,7 @@ pub(crate) struct Args {
     vmid: VmId,
 
     /// How long to watch
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = super::seconds)]
     seconds: u64,
 
     /// Watch again and again until interrupted, and print what each time has shown

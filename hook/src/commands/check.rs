@@ -292,7 +292,7 @@ fn check(
         }
     };
     let before_required = findings.len();
-    match required::findings(around, conf, &settings) {
+    match required::findings(around, vmid, conf, &settings) {
         Ok(found) => findings.extend(found),
         Err(error) => findings.push(Finding::unread("host", &error)),
     }
@@ -305,14 +305,18 @@ fn check(
         required::overlap(root, reservations, vmid, &settings)
             .unwrap_or_else(|error| Finding::unread("isolated", &error)),
     );
-    // For its next start: while it runs, the reservation has its method.
-    findings.push(
-        match required::isolation(root, &around.siblings, reservations, vmid, &settings, None) {
+    let is_wrong = |finding: &Finding| finding.check == "isolated" && finding.level == Level::Error;
+    // No method isolates CPUs that cannot be had.
+    if !findings[before_required..].iter().any(is_wrong) {
+        // For its next start: while it runs, the reservation has its method.
+        let method =
+            required::isolation(root, &around.siblings, reservations, vmid, &settings, None);
+        findings.push(match method {
             Ok((_, Some(note))) => Finding::ok("method", note),
             Ok((_, None)) => Finding::ok("method", "supported by this kernel"),
             Err(error) => Finding::of_error("method", &error),
-        },
-    );
+        });
+    }
     if !settings.required {
         for finding in &mut findings[before_required..] {
             finding.stops_no_start();

@@ -8,9 +8,7 @@ use pinfold_core::vm;
 use pinfold_core::{Exit, Host, Result, printable};
 
 use super::layout;
-
-/// The phases in which Proxmox VE calls a hookscript.
-const PHASES: [&str; 4] = ["pre-start", "post-start", "pre-stop", "post-stop"];
+use crate::phases;
 
 /// The options of `hook __complete`.
 #[derive(Debug, clap::Args)]
@@ -44,7 +42,7 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
 fn words(kind: Kind, root: &Host) -> Result<Vec<String>> {
     Ok(match kind {
         Kind::Vms => vm::all(root)?.iter().map(ToString::to_string).collect(),
-        Kind::Phases => PHASES.map(str::to_owned).to_vec(),
+        Kind::Phases => phases::NAMES.map(str::to_owned).to_vec(),
         Kind::Cpus => layout::selectors(&Topology::read(root)?),
         Kind::Governors => {
             let mut governors = Vec::new();

@@ -11,7 +11,7 @@ use pinfold_core::{CpuSet, Error, Exit, Host, Report, Result, Selector, printabl
 use serde_json::json;
 
 use super::machine::{self, Machine};
-use super::{check, drawing};
+use super::{check, drawing, needs_root};
 use crate::checks::qm_set::QmSet;
 use crate::checks::{required, vm_settings};
 use crate::choice::{self, Areas, Choice, Claim, Claimed, Guest, NoRoom, Question};
@@ -48,11 +48,14 @@ pub(crate) struct Args {
     /// Print what would be written, and set with --apply, and change nothing
     #[arg(short = 'n', long, conflicts_with_all = ["print", "explain", "map"])]
     pub dry_run: bool,
+    /// Print nothing of what `hook install` does next.
+    #[arg(skip)]
+    pub by_install: bool,
 }
 
 impl Args {
     /// To choose CPUs for a VM and write its settings.
-    pub(super) fn for_vm(vmid: VmId) -> Self {
+    fn for_vm(vmid: VmId) -> Self {
         Self {
             vmid,
             cpus: None,
@@ -62,6 +65,16 @@ impl Args {
             map: false,
             apply: false,
             dry_run: false,
+            by_install: false,
+        }
+    }
+
+    /// The same as a step of `hook install`, or only what it would choose.
+    pub(super) fn by_install(vmid: VmId, dry_run: bool) -> Self {
+        Self {
+            dry_run,
+            by_install: true,
+            ..Self::for_vm(vmid)
         }
     }
 }
@@ -79,16 +92,20 @@ struct Chosen {
 /// The command's whole run.
 ///
 /// # Errors
-/// If there is no such VM, the host has no room for it, it has settings already, or they cannot be
-/// written.
+/// If there is no such VM, the host has no room for it, other CPUs are asked for than its settings
+/// have, or these cannot be written.
 pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
     let (root, report) = (&output.root(), &mut output.report(TOOL));
     let vmid = args.vmid;
     let mut conf = vm::conf(root, vmid)?;
     let writes = !args.print && !args.explain && !args.map && !args.dry_run;
     let mut kept = None;
-    if args.apply && args.cpus.is_none() && !args.vcache {
+    // Once chosen, CPUs stay, so that it can be run again.
+    if (writes || args.dry_run) && args.cpus.is_none() && !args.vcache {
         kept = kept_settings(root, vmid, &conf)?;
+    }
+    if writes {
+        needs_root(root, args.dry_run)?;
     }
     if (writes || args.dry_run) && kept.is_none() {
         settings::no_own_file(root, vmid)?;
@@ -151,6 +168,7 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
         (None, true) => Some(settings::create(root, vmid, &text)?),
         (_, false) => None,
     };
+    let changed = writes && (kept.is_none() || command.is_some());
     let findings = match &path {
         Some(_) => check::faults(root, vmid),
         None => Vec::new(),
@@ -168,7 +186,7 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
             .collect();
         let mut json = json!({
             "isolated": choice.isolated, "cpus": choice.isolated, "as_written": chosen.isolated, "pins": choice.pins,
-            "why": why(&chosen), "passed_over": passed_over, "advice": advice,
+            "why": why(&chosen), "passed_over": passed_over, "advice": advice, "changed": changed,
         });
         if let Some(command) = &command {
             json["command"] = json!(command);
@@ -205,6 +223,10 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
             if guest.vcpus == 1 { "is" } else { "are" },
             pins.join(",")
         ));
+        report.line(&format!(
+            "the host and other guests keep CPU {}",
+            &topology.online - &choice.isolated
+        ));
     }
     if args.explain {
         for line in why(&chosen).into_iter().chain(considered(choice)) {
@@ -226,7 +248,7 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
     for one in &advice {
         report.line(&printable(&format!("advice: {one}")));
     }
-    if path.is_none() {
+    if path.is_none() || args.by_install {
         return Ok(report.finish());
     }
     match &conf.hookscript {
@@ -244,6 +266,7 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
             )));
         }
     }
+    report.line(&format!("changed: {changed}"));
     report.line("once it runs, hook status shows what can still run on its CPUs");
     Ok(report.finish())
 }
@@ -584,10 +607,10 @@ fn text(vmid: VmId, guest: &Guest, chosen: &Chosen, topology: &Topology) -> Stri
         text += "# CPU 0 cannot be isolated by hotplug.\n";
         text += &format!("method = {}\n\n", json!(Method::Partition));
     } else {
-        text += "# partition if this host supports it, else hotplug; README.md, \"The two methods\", compares them.\n";
+        text += "# partition if this host supports it, else hotplug; man pinfold.toml compares them.\n";
         text += &format!("method = {}\n\n", json!(default::METHOD));
     }
-    text += "# The other keys with their defaults. README.md, \"Settings\", explains them.\n";
+    text += "# The other keys with their defaults; man pinfold.toml explains them.\n";
     let housekeeping = &topology.online - &chosen.choice.isolated;
     let near = &housekeeping & &choice::cpus_of_nodes(topology, &chosen.choice.facts.nodes);
     let (cpus, what) = match near == housekeeping || near.is_empty() {
@@ -734,6 +757,7 @@ mod tests {
             map: false,
             apply: false,
             dry_run: false,
+            by_install: false,
         };
         run(&args, &quiet(root)).map_err(|error| error.to_string())?;
         let threads = vm::conf(root, vmid).unwrap().threads_per_core();
@@ -1185,6 +1209,16 @@ mod tests {
                 "node1/hugepages/hugepages-1048576kB/free_hugepages 8",
                 "qm set 100 --numa 1 --numa0 cpus=0-3,hostnodes=1,memory=8192,policy=bind --hugepages 1024",
             ),
+            // Too large for a node.
+            (
+                "epyc2x7313",
+                "cores: 20\nmemory: 65536\n".into(),
+                false,
+                "",
+                "qm set 100 --sockets 2 --cores 10 --numa 1 \
+                 --numa0 cpus=0-9,hostnodes=0,memory=32768,policy=bind \
+                 --numa1 cpus=10-19,hostnodes=1,memory=32768,policy=bind",
+            ),
             // The node is smaller than the VM; affinity keeps its memory where it is.
             (
                 "epyc2x7313",
@@ -1226,6 +1260,7 @@ mod tests {
                 map: false,
                 apply: true,
                 dry_run: true,
+                by_install: false,
             };
             let topology = Topology::read(&root).unwrap();
             let before = vm::conf(&root, args.vmid).unwrap();
@@ -1388,15 +1423,15 @@ mod tests {
             let path = dir.path().join(own);
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             std::fs::write(&path, "mine").unwrap();
-            let error = init(&root, 100, None).unwrap_err();
-            assert!(
-                error.starts_with(&format!(
-                    "{}: VM 100 has these settings already",
-                    path.display()
-                )),
-                "{error}"
-            );
-            assert_eq!(std::fs::read_to_string(&path).unwrap(), "mine");
+            for (cpus, why) in [
+                (Some("6-11,18-23"), "VM 100 has these settings already"),
+                (None, ""),
+            ] {
+                let error = init(&root, 100, cpus).unwrap_err();
+                let start = format!("{}: {why}", path.display());
+                assert!(error.starts_with(&start), "{error}");
+                assert_eq!(std::fs::read_to_string(&path).unwrap(), "mine");
+            }
             std::fs::remove_file(&path).unwrap();
         }
         // A link that leads nowhere would be written through.

@@ -7,13 +7,13 @@ use std::time::Duration;
 use anyhow::{bail, ensure};
 use cg_slice::partition::Siblings;
 use pinfold_core::cli::terminal::{print, print_json};
-use pinfold_core::cli::{Output, check_root};
+use pinfold_core::cli::Output;
 use pinfold_core::sys::{cgroup, cpu};
 use pinfold_core::vm::{self, LOCAL, Storage, VmConf, VmId};
 use pinfold_core::{Exit, Host, printable};
 use serde_json::json;
 
-use super::{check, init};
+use super::{check, init, needs_root};
 use crate::checks::required;
 use crate::exec;
 use crate::settings::{self, Loaded};
@@ -33,15 +33,6 @@ pub(crate) struct Args {
     /// Print the steps and change nothing
     #[arg(short = 'n', long)]
     pub dry_run: bool,
-}
-
-/// Checks that the host may be changed, unless the steps are only printed.
-pub(super) fn needs_root(root: &Host, dry_run: bool) -> anyhow::Result<()> {
-    ensure!(
-        dry_run || check_root(root).is_ok(),
-        "this needs root; -n prints the steps without it"
-    );
-    Ok(())
 }
 
 /// How long a call of Proxmox VE's programs may take.
@@ -143,14 +134,18 @@ fn install(
     if needs_settings(root, vmid, &conf)? {
         let file = settings::node_file(root, vmid).display().to_string();
         let what = format!("settings of VM {vmid} in {file}");
-        steps.step(&what, &format!("hook init {vmid}"), || {
-            let quiet = Output {
-                quiet: true,
+        let choose = || {
+            let output = Output {
+                quiet: output.quiet || output.json,
                 json: false,
                 ..output.clone()
             };
-            init::run(&init::Args::for_vm(vmid), &quiet).map(drop)
-        })?;
+            init::run(&init::Args::by_install(vmid, args.dry_run), &output).map(drop)
+        };
+        steps.step(&what, &format!("hook init {vmid}"), choose)?;
+        if args.dry_run {
+            choose()?;
+        }
     }
     let earlier = conf.hookscript.clone();
     if let Some(earlier) = earlier.filter(|volume| *volume != target.volume) {

@@ -41,7 +41,7 @@ pub(crate) struct Args {
     cpus: Option<Selector>,
 
     /// How long to measure
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = super::seconds)]
     seconds: u64,
 
     /// Run the loops as real-time threads (SCHED_FIFO, priority 1, by chrt): they then measure what no
@@ -163,8 +163,7 @@ fn chosen(root: &Host, args: &Args) -> anyhow::Result<CpuSet> {
         (None, None) => CpuSet::new(),
     };
     ensure!(!cpus.is_empty(), "no CPUs to measure");
-    let offline = &cpus - &cpu::online(root)?;
-    ensure!(offline.is_empty(), "CPU {offline} is not online");
+    cpu::check_online(root, &cpus)?;
     let taken = taken(root, &cpus)?;
     ensure!(taken.is_empty(), "{}", taken.join("; "));
     Ok(cpus)

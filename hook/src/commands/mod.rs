@@ -19,3 +19,26 @@ pub(crate) mod remove;
 pub(crate) mod report;
 pub(crate) mod status;
 pub(crate) mod step;
+
+use anyhow::ensure;
+use pinfold_core::Host;
+use pinfold_core::cli::check_root;
+
+use crate::settings::MAX_DEADLINE;
+
+/// Parses a number of seconds of the command line, 1 to [`MAX_DEADLINE`].
+fn seconds(text: &str) -> Result<u64, String> {
+    let number = text.parse().ok();
+    number
+        .filter(|seconds| (1..=MAX_DEADLINE).contains(seconds))
+        .ok_or_else(|| format!("not a number of seconds (1 to {MAX_DEADLINE})"))
+}
+
+/// Checks that the host may be changed, unless the steps are only printed.
+fn needs_root(root: &Host, dry_run: bool) -> anyhow::Result<()> {
+    ensure!(
+        dry_run || check_root(root).is_ok(),
+        "this needs root; -n prints the steps without it"
+    );
+    Ok(())
+}

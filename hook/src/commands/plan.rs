@@ -161,10 +161,9 @@ impl PlannedStep {
         } else {
             String::new()
         };
-        let seconds = self
-            .seconds
-            .map_or_else(|| "-".into(), |seconds| format!("{seconds:.1} s"));
-        let mut text = format!("{}: {what}{held}; last time {seconds}\n", self.label);
+        let seconds = self.seconds.map(|seconds| format!("; last time {seconds:.1} s"));
+        let seconds = seconds.unwrap_or_default();
+        let mut text = format!("{}: {what}{held}{seconds}\n", self.label);
         for done in &self.changes {
             let told = match done.outcome {
                 Outcome::Planned | Outcome::Foreign(_) | Outcome::Failed(_) => true,
@@ -282,35 +281,35 @@ mod tests {
             plan.to_text(false),
             format!(
                 "VM 100 runs and will have CPU 6-11,18-23: post-start would make 39 changes\n\
-                 baseline: nothing to do; last time -\n\
-                 slices: 2 changes; last time -\n\
+                 baseline: nothing to do\n\
+                 slices: 2 changes\n\
                  \x20 cgroup /system.slice: unset -> 0-5,12-17\n\
                  \x20 cgroup /qemu.slice: unset -> 0-5,12-17\n\
-                 tasks: 1 change; last time -\n\
+                 tasks: 1 change\n\
                  \x20 thread 900 (pinned): 5-6 -> 5\n\
-                 offline: 12 changes; last time -\n\
+                 offline: 12 changes\n\
                  {}\
-                 irqs: 2 changes, 1 not movable (kernel-managed); last time -\n\
+                 irqs: 2 changes, 1 not movable (kernel-managed)\n\
                  \x20 default IRQ mask: 0-23 -> 0-5,12-17\n\
                  \x20 IRQ 24 (nvme0q0): 0-23 -> 0-5,12-17\n\
-                 kthreads: 3 changes; last time -\n\
+                 kthreads: 3 changes\n\
                  \x20 kthread 2 (kthreadd): 0-23 -> 0-5,12-17\n\
                  \x20 kthread 3 (kswapd0): 0-23 -> 0-5,12-17\n\
                  \x20 unbound workqueues: 0-23 -> 0-5,12-17\n\
-                 online: 12 changes; last time -\n\
+                 online: 12 changes\n\
                  {}\
-                 tuning: 1 change; last time -\n\
+                 tuning: 1 change\n\
                  \x20 vm.stat_interval: 1 -> 120\n\
-                 decouple: 3 changes; last time -\n\
+                 decouple: 3 changes\n\
                  \x20 cgroup /qemu-decoupled.slice: absent -> present\n\
                  \x20 cgroup /qemu-decoupled.slice/100.scope: absent -> present\n\
                  \x20 process 100 (kvm): /qemu.slice/100.scope -> /qemu-decoupled.slice/100.scope\n\
-                 pins: 3 changes; last time -\n\
+                 pins: 3 changes\n\
                  \x20 vCPU 1 (thread 10001): 6 -> 18\n\
                  \x20 vCPU 2 (thread 10002): 6 -> 7\n\
                  \x20 emulator thread 100 (kvm): 0-23 -> 0-5,12-17\n\
-                 irqs: nothing to do, 1 not movable (kernel-managed); last time -\n\
-                 kthreads: nothing to do; last time -\n",
+                 irqs: nothing to do, 1 not movable (kernel-managed)\n\
+                 kthreads: nothing to do\n",
                 all("online", "offline"),
                 all("offline", "online")
             )
@@ -349,8 +348,8 @@ mod tests {
             "{text}"
         );
         for line in [
-            "offline: 12 changes; last time -\n  CPU 6: online -> offline\n",
-            "pins: unknown, its QEMU is needed; last time -\n",
+            "offline: 12 changes\n  CPU 6: online -> offline\n",
+            "pins: unknown, its QEMU is needed\n",
         ] {
             assert!(text.contains(line), "{text}");
         }
@@ -428,7 +427,7 @@ mod tests {
         for line in [
             "slices: 1 change; last time 0.6 s\n",
             "offline: 12 changes; last time 3.0 s\n",
-            "irqs: 2 changes; last time -\n",
+            "irqs: 2 changes\n",
         ] {
             assert!(text.contains(line), "{text}");
         }

@@ -9,7 +9,8 @@ use pinfold_core::vm::{self, VmConf, VmId};
 use pinfold_core::{Exit, Host};
 use serde_json::json;
 
-use super::install::{Programs, Steps, needs_root, programs};
+use super::install::{Programs, Steps, programs};
+use super::needs_root;
 use crate::phases::Run;
 use crate::settings;
 use crate::snippet::{self, Found};
@@ -89,6 +90,12 @@ fn remove(
         });
         print_json(&json)?;
     } else {
+        if steps.done.is_empty() {
+            steps.line(&match args.vmid {
+                Some(vmid) => format!("VM {vmid} does not use hook; nothing to do"),
+                None => "no VM of this node uses hook; nothing to do".to_owned(),
+            })?;
+        }
         steps.line(&format!("changed: {changed}"))?;
     }
     Ok(Exit::Success)

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{anyhow, ensure};
-use pinfold_core::cli::Output;
+use pinfold_core::cli::{Output, in_words};
 use pinfold_core::cli::terminal::{plain, print, print_json};
 use pinfold_core::state::store;
 use pinfold_core::vm::{self, VmId};
@@ -161,7 +161,7 @@ fn collect(root: &Host, vmid: VmId, version: &str) -> anyhow::Result<Vec<Part>> 
         let (text, error) = match read(root, vmid) {
             Ok(text) => (Some(hidden.without(&plain(&text))), None),
             Err(error) => {
-                let why = hidden.without(&format!("{error:#}"));
+                let why = hidden.without(&in_words(&error));
                 (None, Some(why.trim_end().to_owned()))
             }
         };

@@ -19,7 +19,7 @@ use super::drawing;
 use super::map::{self, Cpu, Owner};
 use super::monitor;
 use crate::phases::failures;
-use crate::settings::{Bounds, MAX_DEADLINE};
+use crate::settings::Bounds;
 use crate::state::reservation::{Isolation, Phase, Reservation};
 use crate::steps::TOOL;
 use crate::strays::{Class, Stray, strays};
@@ -29,7 +29,7 @@ use crate::strays::{Class, Stray, strays};
 pub(crate) struct Args {
     /// Repeat every so many seconds until interrupted [default: 2]
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2")]
-    #[arg(value_parser = clap::value_parser!(u64).range(1..=MAX_DEADLINE))]
+    #[arg(value_parser = super::seconds)]
     watch: Option<u64>,
     /// Print metrics in Prometheus' text format, for node_exporter's textfile collector; the exit
     /// code is 0 if they could be read

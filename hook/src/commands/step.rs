@@ -35,7 +35,7 @@ pub(crate) enum Step {
     /// Set the interval of the kernel's statistics, vm.stat_interval
     StatInterval {
         /// Seconds
-        #[arg(required_unless_present_any = ["list", "restore"], value_parser = clap::value_parser!(u32).range(1..))]
+        #[arg(required_unless_present_any = ["list", "restore"], value_parser = interval)]
         seconds: Option<u32>,
         #[command(flatten)]
         common: cli::Common,
@@ -64,6 +64,14 @@ pub(crate) enum Step {
 pub(crate) enum IdleAction {
     Stop,
     Start,
+}
+
+/// Parses vm.stat_interval, in seconds.
+fn interval(text: &str) -> Result<u32, String> {
+    let number = text.parse().ok();
+    number
+        .filter(|seconds| *seconds > 0)
+        .ok_or_else(|| "not a number of seconds (1 or more)".to_owned())
 }
 
 /// The command's whole run.

@@ -25,6 +25,9 @@ use crate::chain::Chain;
 pub(crate) use fence::failures;
 pub(crate) use run::Run;
 
+/// The phases in which Proxmox VE calls a hookscript.
+pub(crate) const NAMES: [&str; 4] = ["pre-start", "post-start", "pre-stop", "post-stop"];
+
 /// Runs a phase. A failure in pre-start stops the VM's start; in the other phases PVE only warns.
 /// What hook does not handle succeeds, so that it does not stop a start.
 ///

@@ -106,7 +106,7 @@ fn in_order(text: &str) -> Result<Vec<CpuSet>, String> {
                  \"6,18,7,19\", or a list per vCPU, as in [\"core:6\", \"core:6\"]",
                         token.trim()
                     ),
-                    Err(_) => error.to_string(),
+                    Err(_) => format!("{error}, or \"auto\""),
                 })?;
         not_too_many(pins.len() + cpus.len())?;
         pins.extend(cpus.iter().map(one));

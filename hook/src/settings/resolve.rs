@@ -6,7 +6,7 @@ use std::time::Duration;
 use pinfold_core::selector::Resolver;
 use pinfold_core::sys::cpu;
 use pinfold_core::vm::VmId;
-use pinfold_core::{CpuSet, Error, Host, Result, Selector};
+use pinfold_core::{CpuSet, Error, Host, Result, Selector, nearest};
 
 use super::deadlines::Deadlines;
 use super::file::{find, node_file};
@@ -172,8 +172,42 @@ pub(crate) fn resolve(
 }
 
 fn parse(text: &str, source: &str) -> Result<File> {
-    toml::from_str(text)
-        .map_err(|error| Error::malformed(source, error.to_string().trim_end().to_owned()))
+    toml::from_str(text).map_err(|error| Error::malformed(source, in_words(text, &error)))
+}
+
+/// An error of the TOML parser in words of the documentation, with what was probably meant.
+fn in_words(text: &str, error: &toml::de::Error) -> String {
+    let mut words = error.to_string().trim_end().to_owned();
+    for (parsers, ours) in [
+        ("unknown field", "unknown key"),
+        ("expected a boolean", "expected true or false, without quotes"),
+        ("expected u32", "expected a number, 0 or more"),
+        ("expected u64", "expected a number, 0 or more"),
+        ("expected usize", "expected a number, 0 or more"),
+    ] {
+        words = words.replace(parsers, ours);
+    }
+    let message = error.message();
+    if let Some(names) = message.strip_prefix("unknown field ") {
+        // The unknown one, then those that there are.
+        let mut names = names.split('`').skip(1).step_by(2);
+        let unknown = names.next().unwrap_or_default();
+        if let Some(known) = nearest(unknown, names) {
+            words += &format!("; did you mean {known}?");
+        }
+        return words;
+    }
+    let line = error.span().and_then(|span| {
+        let start = text.get(..span.start)?.rfind('\n').map_or(0, |end| end + 1);
+        text[start..].lines().next()
+    });
+    if let Some((key, value)) = line.and_then(|line| line.split_once('='))
+        && ["isolated", "pins", "emulator", "iothreads"].contains(&key.trim())
+        && !value.trim_start().starts_with(['"', '\'', '{'])
+    {
+        words += &format!("; CPUs are written in quotes: {} = \"6-11,18-23\"", key.trim());
+    }
+    words
 }
 
 fn resolve_file(
@@ -212,7 +246,11 @@ fn resolve_file(
     let isolated = match isolated {
         None if !required && !has_cpus => CpuSet::new(),
         cpus => cpus.ok_or_else(|| {
-            wrong("isolated: the VM's CPUs are missing; write isolated = \"4-7\"".into())
+            wrong(
+                "isolated: the VM's CPUs are missing; `hook init VMID --print` chooses some, as in \
+                 isolated = \"4-7\""
+                    .into(),
+            )
         })?,
     };
     let pins = match pins {
@@ -662,6 +700,29 @@ mod tests {
     }
 
     #[test]
+    fn slips_in_the_file_get_the_right_form() {
+        let (_dir, root) = machine("5900x");
+        let quotes = "; CPUs are written in quotes: isolated = \"6-11,18-23\"";
+        for (text, end) in [
+            ("isolated = 6-11\n", quotes),
+            ("isolated = 6-11,18-23\n", quotes),
+            ("isolated = [6, 7]\n", quotes),
+            ("pins = auto\n", "; CPUs are written in quotes: pins = \"6-11,18-23\""),
+            ("isolate = \"6\"\n", "; did you mean isolated?"),
+            ("[deadline]\nlock = 1\n", "; did you mean deadlines?"),
+            ("required = \"no\"\n", "expected true or false, without quotes"),
+            ("max_latency_us = -1\n", "expected a number, 0 or more"),
+            (
+                "isolated = \"6\"\npins = \"aut\"\n",
+                "write CPUs as in 0-5,12, or \"auto\"",
+            ),
+        ] {
+            let error = resolve(&root, text, "test", 1).unwrap_err().to_string();
+            assert!(error.ends_with(end), "{text}: {error}");
+        }
+    }
+
+    #[test]
     fn wrong_selectors_name_the_key_and_the_token() {
         let (_dir, root) = machine("5900x");
         for (text, why) in [
@@ -763,7 +824,7 @@ mod tests {
             ("isolated = \"6\"\npins = [\"\"]", "pins: vCPU 0 has no CPU"),
             (
                 "isolated = \"6\"\npins = \"6\"\ncolour = 1",
-                "unknown field `colour`",
+                "unknown key `colour`",
             ),
             (
                 "isolated = \"6\"\npins = \"6\"\nmethod = \"magic\"",

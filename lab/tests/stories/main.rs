@@ -20,6 +20,7 @@ mod faults;
 mod frozen;
 mod guests;
 mod main_job;
+mod operate;
 mod others;
 mod package;
 mod partition;

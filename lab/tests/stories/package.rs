@@ -3,10 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use pinfold_lab::Host;
+use pinfold_lab::{Guest, Host};
 
 use crate::stories;
-use crate::support::{assert_fenced, assert_restored, expect, vm};
+use crate::support::{assert_fenced, assert_restored, expect, run, vm};
 
 stories![
     installed_upgraded_and_purged,
@@ -18,8 +18,12 @@ const FILES: &str = "find /etc /usr /var /run/pinfold -xdev -not -path '/var/lib
                      -not -path '/var/cache/*' -not -path '/var/tmp/*' -not -path '/etc/pve/*' 2>/dev/null | sort";
 
 /// What `make deb` has built.
-fn package() -> Vec<u8> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target");
+pub(crate) fn package() -> Vec<u8> {
+    package_in("../target")
+}
+
+fn package_in(folder: &str) -> Vec<u8> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
     let mut packages: Vec<PathBuf> = fs::read_dir(&folder)
         .unwrap()
         .map(|entry| entry.unwrap().path())
@@ -27,6 +31,36 @@ fn package() -> Vec<u8> {
         .collect();
     assert_eq!(packages.len(), 1, "run make deb: {packages:?}");
     fs::read(packages.remove(0)).unwrap()
+}
+
+/// `make upgrade` builds the earlier package.
+#[test]
+#[ignore = "needs the programs of an earlier version: make upgrade"]
+fn upgraded_from_earlier() {
+    for guest in [Guest::Trixie, Guest::Bookworm] {
+        run(guest, upgraded_under_a_vm);
+    }
+}
+
+fn upgraded_under_a_vm(host: &mut Host) {
+    host.ok("mkdir -p /var/lib/vz/snippets && rm -f /usr/sbin/policy-rc.d")
+        .unwrap();
+    host.start_vm(&pinfold_lab::VmSpec::new(101)).unwrap();
+    let earlier = package_in("../target/earlier");
+    host.put("/tmp/earlier.deb", &earlier, 0o644).unwrap();
+    host.put("/tmp/pinfold.deb", &package(), 0o644).unwrap();
+    let program = |host: &Host| expect(host, "sha256sum < /usr/sbin/hook", 0).0;
+    expect(host, "dpkg -i /tmp/earlier.deb", 0);
+    let earlier = program(host);
+    let before = host.snapshot().unwrap();
+    host.start_vm(&vm()).unwrap();
+    assert_fenced(host);
+
+    expect(host, "dpkg -i /tmp/pinfold.deb", 0);
+    assert_ne!(program(host), earlier);
+    assert_fenced(host);
+    host.stop_vm(100).unwrap();
+    assert_restored(host, &before);
 }
 
 fn installed_upgraded_and_purged(host: &mut Host) {

@@ -506,7 +506,8 @@ fn too_old_a_kernel(host: &mut Host) {
     host.start_vm(&VmSpec::new(100)).unwrap();
     let release = host.ok("uname -r").unwrap();
     let why = format!(
-        "kernel {}: a partition below the top needs Linux 6.8 or newer; the method hotplug does without",
+        "kernel {}: it has no cpuset.cpus.isolated, which partitions below the top need: Linux 6.8 or newer, \
+         with the cpuset controller",
         release.trim()
     );
     refuses(host, "hook 100 pre-start", 1, &format!("hook: {why}"));
