@@ -243,7 +243,7 @@ fn plan_allow(root: &Host, cpus: &CpuSet, units: Vec<String>) -> pinfold_core::R
     let by_name = !units.is_empty();
     Ok(settings(root, units)?
         .into_iter()
-        // As the slice of Proxmox VE's VMs: who names it means it.
+        // Left out unless named, like the slice of Proxmox VE's VMs.
         .filter(|object| by_name || !is_machines(&object.knob))
         .map(|object| object.want(cpus))
         .collect())
@@ -275,7 +275,7 @@ fn entries(root: &Host, changes: &[Change]) -> pinfold_core::Result<Vec<Entry>> 
 }
 
 /// The units whose AllowedCPUs= is overridden until the next boot, as an object to change. Setting
-/// a unit makes one; it is to go when the unit has its old value back.
+/// a unit creates an override, which is removed once the unit has its old value.
 ///
 /// # Errors
 /// Where /run/systemd cannot be listed.
@@ -329,7 +329,7 @@ pub fn scope_of(vmid: VmId, cgroup: &str) -> pinfold_core::Result<String> {
     if !cgroup.ends_with(&format!("/{unit}"))
         || cgroup.trim_start_matches('/') == decoupled_cgroup(vmid)
     {
-        let why = format!("its QEMU is in {cgroup} and not in a scope of its own, {unit}");
+        let why = format!("its QEMU is in {cgroup}, not in its own scope {unit}");
         return Err(Error::unusable(format!("VM {vmid}"), why));
     }
     Ok(cgroup.trim_start_matches('/').to_owned())
@@ -392,8 +392,8 @@ fn folder(root: &Host, path: &str, wanted: Value) -> Change {
     Setting::new(knob.clone(), knob.to_string(), found).want(wanted)
 }
 
-/// A VM's processes: QEMU first, then what else is in its scope (swtpm, virtiofsd). If QEMU is
-/// in no scope of its own, it stands alone.
+/// A VM's processes: QEMU first, then the others in its scope (swtpm, virtiofsd). If QEMU is not in
+/// its own scope, only QEMU.
 ///
 /// # Errors
 /// One that [is gone](Error::is_gone) if QEMU has ended; if the tree cannot be read.

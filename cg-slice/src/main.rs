@@ -1,4 +1,4 @@
-//! See the library: cg-slice is its whole.
+//! The program; see the library.
 
 fn main() -> std::process::ExitCode {
     cg_slice::main(option_env!("PINFOLD_COMMIT"))

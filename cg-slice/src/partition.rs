@@ -52,7 +52,7 @@ pub fn check_beside(known: &Siblings, root: &Host, cgroup: &str, cpus: &CpuSet) 
         let release = root
             .read_value("proc/sys/kernel/osrelease")?
             .unwrap_or_default();
-        let why = "it has no cpuset.cpus.isolated, which partitions below the top need: Linux 6.8 or newer, \
+        let why = "it has no cpuset.cpus.isolated, which a partition below the root needs: Linux 6.8 or newer, \
                    with the cpuset controller";
         return Err(Error::unusable(format!("kernel {release}"), why));
     }
@@ -98,8 +98,8 @@ impl Siblings {
     }
 }
 
-/// A cgroup that has no other CPUs than these, or some of them exclusively, beside the way to
-/// ours.
+/// Checks the siblings on the path to our cgroup: none may have only CPUs of this set, or some of
+/// them exclusively.
 fn check_siblings(known: &Siblings, root: &Host, cgroup: &str, cpus: &CpuSet) -> Result<()> {
     let mut parent = "";
     for step in cgroup::with_ancestors(cgroup) {
@@ -114,8 +114,8 @@ fn check_siblings(known: &Siblings, root: &Host, cgroup: &str, cpus: &CpuSet) ->
         {
             let why = if !own.is_empty() && own.is_subset(cpus) {
                 format!(
-                    "its cpuset.cpus {own} is all in CPU {cpus}: it would have none left; \
-                     give it others, or stop what is in it"
+                    "its cpuset.cpus {own} is entirely in CPU {cpus}: it would have none left; \
+                     give it other CPUs or stop its processes"
                 )
             } else if exclusive.intersects(cpus) {
                 format!(
@@ -156,7 +156,7 @@ pub fn plan_make(root: &Host, cgroup: &str, cpus: &CpuSet) -> Result<Vec<Change>
     if !root.exists(cgroup::path(cgroup)) {
         return Err(Error::unusable(
             format!("cgroup /{cgroup}"),
-            "there is none; see `systemd-cgls`",
+            "no such cgroup; see `systemd-cgls`",
         ));
     }
     check(root, cgroup, cpus)?;
@@ -191,9 +191,9 @@ fn own(root: &Host, cgroup: &str, cpus: &CpuSet) -> Result<[Change; 2]> {
     ])
 }
 
-/// What `--save` keeps: the masks of kernel threads first, which are restored last. If nobody had
-/// set them, the kernel forgets them, as those of IRQs' threads, and leaves the threads on
-/// all CPUs when the partition has gone.
+/// What `--save` keeps: the masks of kernel threads first, which are restored last. If they were
+/// never set, the kernel forgets them, as those of IRQs' threads, and leaves the threads on all
+/// CPUs when the partition has gone.
 pub(crate) fn entries(root: &Host, changes: &[Change]) -> Result<Vec<Entry>> {
     let all = Value::from(cpu::present(root)?);
     let kthreads = task::kthreads(root)?.into_iter().filter(|task| !task.bound);
@@ -234,7 +234,7 @@ pub fn plan_undo(root: &Host, cgroup: &str) -> Result<Vec<Change>> {
     let Some(partition) = setting(root, Knob::Partition(cgroup.to_owned()))? else {
         return Err(Error::unusable(
             format!("cgroup /{cgroup}"),
-            "it is not a partition; see `cg-slice partition show`",
+            "not a partition; see `cg-slice partition show`",
         ));
     };
     let cpus = cpus_of(root, &Knob::ExclusiveCpus(cgroup.to_owned()))?;
@@ -261,8 +261,8 @@ pub fn check_delegated(root: &Host, vmid: VmId) -> Result<()> {
     if systemd::is_delegated(root.systemd(), root, &scope)? {
         return Ok(());
     }
-    let why = "systemd would take a partition in it away: hook's pre-start was not run before this VM was started. \
-               Stop and start it, or use the method hotplug";
+    let why = "systemd would undo a partition in it: hook's pre-start did not run before this VM \
+               was started. Stop and start the VM, or use the method hotplug";
     Err(Error::unusable(scope, why))
 }
 
@@ -473,7 +473,7 @@ mod tests {
             let error = why(&[(&file("cpuset.cpus"), "6")]).unwrap_err();
             assert!(
                 error.starts_with(&format!(
-                    "cgroup /{sibling}: its cpuset.cpus 6 is all in CPU 6-7"
+                    "cgroup /{sibling}: its cpuset.cpus 6 is entirely in CPU 6-7"
                 )),
                 "{error}"
             );
@@ -503,7 +503,7 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert!(
-            error.starts_with("kernel 6.1.0-44-amd64: a partition below the top needs Linux 6.8"),
+            error.starts_with("kernel 6.1.0-44-amd64: a partition below the root needs Linux 6.8"),
             "{error}"
         );
     }

@@ -34,7 +34,7 @@ pub enum CpuSetError {
         /// The whole text.
         text: String,
     },
-    /// A range that runs down.
+    /// A range that ends below its start.
     #[error(
         "\"{}\" in \"{}\" runs backwards; did you mean {last}-{first}?",
         excerpt(token),
@@ -47,7 +47,7 @@ pub enum CpuSetError {
         text: String,
         /// The number before the dash.
         first: usize,
-        /// The number behind it.
+        /// The number after the dash.
         last: usize,
     },
     /// A number beyond [`MAX_CPU`].
@@ -149,7 +149,7 @@ impl CpuSet {
         groups.join(",")
     }
 
-    /// Puts a CPU in.
+    /// Adds a CPU.
     pub fn insert(&mut self, cpu: usize) {
         *self.word(cpu / 64) |= 1 << (cpu % 64);
     }

@@ -34,7 +34,7 @@ pub enum Error {
     Cpus {
         /// What was read.
         object: String,
-        /// Why it is none.
+        /// Why it cannot be read.
         source: CpuSetError,
     },
     /// A request cannot be met; the text names what is missing and what to do next.
@@ -42,7 +42,7 @@ pub enum Error {
     Unusable {
         /// What was asked for.
         object: String,
-        /// Why it cannot be had, and the next step.
+        /// Why it cannot be met, and the next step.
         why: String,
     },
 }
@@ -73,7 +73,7 @@ impl Error {
         }
     }
 
-    /// Whether the user may not do it.
+    /// Whether the user lacks the permission.
     pub fn is_denied(&self) -> bool {
         matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied)
     }

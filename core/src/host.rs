@@ -18,7 +18,7 @@ use crate::systemd::{ScopeProperties, Session};
 pub struct Host {
     root: Sysroot,
     systemd: Session,
-    /// What scopes are to have that systemd is asked to make again, by name.
+    /// The properties of scopes that systemd may have to recreate, by name.
     scopes: Arc<BTreeMap<String, ScopeProperties>>,
     dry_run: bool,
 }
@@ -37,7 +37,7 @@ impl Host {
         Self { systemd, ..self }
     }
 
-    /// The same host; a scope of these that has gone gets these properties if it is made again.
+    /// The same host; a scope in the map gets these properties if it has to be recreated.
     pub fn with_scopes(self, scopes: BTreeMap<String, ScopeProperties>) -> Self {
         Self {
             scopes: Arc::new(scopes),
@@ -45,7 +45,7 @@ impl Host {
         }
     }
 
-    /// What a scope is to have if it is made again.
+    /// The properties of a scope if it has to be recreated.
     pub(crate) fn scope(&self, name: &str) -> Option<&ScopeProperties> {
         self.scopes.get(name)
     }

@@ -1,4 +1,4 @@
-//! The one way to the kernel's files.
+//! Access to the files of the kernel and the host.
 //!
 //! Paths are given relative to the root (`proc/irq/24/smp_affinity_list`), so that a captured tree
 //! can stand in for a host (`--sysroot DIR`, as lscpu and lsmem have).

@@ -116,7 +116,7 @@ fn a_large_l3_of_others_is_no_vcache() {
 }
 
 #[test]
-fn packages_without_a_number_are_told_apart_by_their_cpus() {
+fn packages_without_a_number_are_distinguished_by_their_cpus() {
     let folder = tempfile::tempdir().unwrap();
     let text = "present 0-7\npackage -1 0-3\npackage -1 4-7\nsingle 0-7\n";
     machine::expand(text, folder.path());
@@ -295,8 +295,8 @@ fn what_a_machine_lacks_is_named_with_what_it_has() {
         (
             "epyc-fenced",
             "llc:3",
-            "llc:3: it is unknown whether this is CPU 32-39,96-103: CPU 24-31,88-95 are offline, and could be one \
-             before it; bring them online, or write CPUs by number"
+            "llc:3: whether this is CPU 32-39,96-103 is uncertain: offline CPU 24-31,88-95 could \
+             form one before it; bring them online, or write CPUs by number"
                 .into(),
         ),
         ("512-cpus", "llc:32", "llc:32: no such LLC domain; this host has llc:0-31; `hook layout` shows them".into()),
@@ -337,9 +337,9 @@ fn what_a_machine_lacks_is_named_with_what_it_has() {
                 .into(),
         ),
         ("5900x", "pcores", "pcores: all online cores of this host are of one kind".into()),
-        ("5900x", "0-5&llc:1", "0-5&llc:1: there is no CPU in it".into()),
-        ("5900x", "!all", "!all: there is no CPU in it".into()),
-        ("5900x", "offline", "offline: there is no CPU in it".into()),
+        ("5900x", "0-5&llc:1", "0-5&llc:1: it selects no CPU".into()),
+        ("5900x", "!all", "!all: it selects no CPU".into()),
+        ("5900x", "offline", "offline: it selects no CPU".into()),
     ] {
         assert_eq!(resolved(&machines.root(name), text), Err(message), "{name}: {text}");
     }

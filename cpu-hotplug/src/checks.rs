@@ -56,13 +56,13 @@ pub fn check_partitions(root: &Host, cpus: &CpuSet, force: bool) -> Result<Vec<S
             continue;
         } else if lost != own {
             notes.push(format!(
-                "{object}: cpuset partition /{path} is without it until it is online again"
+                "{object}: cpuset partition /{path} lacks it until it is online again"
             ));
         } else if force {
-            notes.push(format!("{object}: cpuset partition /{path} loses all of its CPUs and is invalid from then on"));
+            notes.push(format!("{object}: cpuset partition /{path} loses all of its CPUs and becomes invalid"));
         } else {
             let why = format!(
-                "cpuset partition /{path} would lose all of its CPUs and be invalid from then on; \
+                "cpuset partition /{path} would lose all of its CPUs and become invalid; \
                  make it a member first, or use --force"
             );
             return Err(Error::unusable(object, why));

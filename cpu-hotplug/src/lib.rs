@@ -100,7 +100,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         // act on it.
         if other.len() > report.failures() {
             report.error(&format!(
-                "CPU {other}: still {} after all",
+                "CPU {other}: still {} after the change",
                 if online { "offline" } else { "online" }
             ));
         }

@@ -1,4 +1,4 @@
-//! See the library: cpu-hotplug is its whole.
+//! The program; see the library.
 
 fn main() -> std::process::ExitCode {
     cpu_hotplug::main(option_env!("PINFOLD_COMMIT"))

@@ -41,7 +41,7 @@ enum Verb {
     },
     /// Set how long these CPUs may take to wake up, which keeps them out of deeper idle states
     Latency {
-        /// The longest time in microseconds; 0 leaves no idle state at all, `any` all of them
+        /// The longest time in microseconds; 0 allows no idle states, `any` allows all of them
         #[arg(value_name = "MICROSECONDS", value_parser = parse_latency)]
         latency: Value,
         /// CPUs by logical number, as in 6-11,18-23, or by selector, as in llc:1; see `hook layout`
@@ -53,7 +53,7 @@ fn parse_latency(text: &str) -> std::result::Result<Value, String> {
     match text.parse() {
         Ok(microseconds) => Ok(latency(microseconds)),
         Err(_) if text == "any" => Ok(Value::text("0")),
-        Err(_) => Err("not a number of microseconds, nor `any`".into()),
+        Err(_) => Err("neither a number of microseconds nor `any`".into()),
     }
 }
 
@@ -131,7 +131,7 @@ fn entries(policies: &[Policy], cpus: &CpuSet, name: &str, changes: &[Change]) -
 }
 
 const NO_DRIVER: &str =
-    "this host has no cpufreq driver, as in a VM or if the firmware sets the clock";
+    "this host has no cpufreq driver; it may be a VM, or its firmware sets the clock";
 
 /// The governors of the policies that `is_chosen` selects, as settings to change.
 pub fn settings(policies: &[Policy], is_chosen: impl Fn(&Policy) -> bool) -> Vec<Setting> {

@@ -1,4 +1,4 @@
-//! See the library: governor is its whole.
+//! The program; see the library.
 
 fn main() -> std::process::ExitCode {
     governor::main(option_env!("PINFOLD_COMMIT"))

@@ -88,7 +88,7 @@ impl Chain {
             Some(status) if status.success() => Ok(()),
             Some(status) => bail!("{}: {status}", named()),
             None => bail!(
-                "{}: not done within {} s; it was killed",
+                "{}: not finished within {} s; it was killed",
                 named(),
                 self.deadline.as_secs_f64()
             ),
@@ -102,12 +102,12 @@ impl Chain {
 /// Why it cannot be run.
 pub(crate) fn file(root: &Host, volume: &str) -> anyhow::Result<String> {
     let Some((_, path)) = vm::snippet(root, volume) else {
-        bail!("no storage has it");
+        bail!("not found in any storage");
     };
     let full = root.path(&path);
     let file = full.metadata();
     let file = file.map_err(|error| anyhow::anyhow!("{}: {}", full.display(), os_text(&error)))?;
-    ensure!(file.is_file(), "{}: not a plain file", full.display());
+    ensure!(file.is_file(), "{}: not a regular file", full.display());
     let is_executable = file.permissions().mode() & 0o111 != 0;
     ensure!(is_executable, "{}: not executable", full.display());
     ensure!(
@@ -189,11 +189,11 @@ mod tests {
         assert!(!host.root.exists("var/lib/vz/snippets/fine.ran"));
         assert_eq!(
             why(&["hangs"]),
-            "hookscript local:snippets/hangs on pre-start: not done within 1.5 s; it was killed"
+            "hookscript local:snippets/hangs on pre-start: not finished within 1.5 s; it was killed"
         );
         assert!(why(&["gone"]).ends_with("snippets/gone: No such file or directory"));
         assert!(why(&["loops"]).ends_with("snippets/loops: it is hook itself, or calls it"));
-        // It holds the script's pipes; nobody waits for it.
+        // It holds the script's pipes; hook does not wait for it.
         let (ended, notes) = run(&host, &chain(&["leaves"], 5000), "post-start");
         assert_eq!(ended, Ok(()));
         let left = "hookscript local:snippets/leaves on post-start left processes behind: ";

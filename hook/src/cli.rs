@@ -60,13 +60,13 @@ enum Verb {
     Init(init::Args),
     /// Set a VM up: settings, hookscript, storage; and check it
     ///
-    /// Prints each step, with the command that does the same, before it does it. A step that is done
-    /// already is left out, so that it can be run again. A hookscript that the VM has is kept: hook
-    /// runs it too (`chain` in the settings).
+    /// Prints each step, with the equivalent command, before doing it. Steps that are already done
+    /// are skipped, so it can be run again. An existing hookscript of the VM is kept: hook runs it
+    /// too (`chain` in the settings).
     Install(install::Args),
-    /// Stop using hook for a VM: release its CPUs, and set the hookscript that it had before
+    /// Stop using hook for a VM: release its CPUs, and restore its earlier hookscript
     ///
-    /// Settings stay, unless --purge is given. Prints each step before it does it, and can be run
+    /// Keeps the settings unless --purge is given. Prints each step before doing it, and can be run
     /// again.
     #[command(override_usage = "hook remove [OPTIONS] <VMID>\n       hook remove [OPTIONS] --all")]
     Remove(remove::Args),
@@ -83,27 +83,28 @@ enum Verb {
     /// hook as their hookscript.
     #[command(after_help = check::EXIT_CODES)]
     Check(check::Args),
-    /// Show what disturbs a VM's CPUs, with what can be done about it
+    /// Show what disturbs a VM's CPUs, and what to do about it
     ///
-    /// Watches for some seconds and changes nothing: how long vCPUs waited for a CPU, and which
-    /// threads, interrupts and softirqs ran on their CPUs. First what could be elsewhere, then the
-    /// rest, each sorted by time; the time of interrupts is estimated from their number.
+    /// Watches for some seconds and changes nothing. Prints how long vCPUs waited for a CPU, and
+    /// which threads, interrupts and softirqs ran on their CPUs: first those that could run
+    /// elsewhere, then the rest, each sorted by time; the time of interrupts is estimated from
+    /// their number.
     Blame(blame::Args),
     /// Measure how long a loop on each CPU is interrupted
     ///
-    /// Runs a loop on each of the CPUs at the same time, for some seconds, which notes gaps of a
-    /// microsecond and more; and counts interrupts meanwhile. Before a VM starts it shows what the VM
-    /// would feel. CPUs of a VM that runs are refused.
+    /// Runs a loop on all of the CPUs at the same time for some seconds, records gaps of a
+    /// microsecond or more, and counts interrupts. Run it before a VM starts, to see what would
+    /// disturb the VM. CPUs of a running VM are refused.
     #[command(override_usage = "hook jitter [OPTIONS] <VMID>\n       hook jitter [OPTIONS] --cpus <CPUS>")]
     Jitter(jitter::Args),
-    /// Collect what a bug report needs, without names, paths and what is secret
+    /// Collect what a bug report needs, without names, paths and secrets
     ///
     /// Prints Markdown: versions, kernel, the parts of command line and VMID.conf that matter, topology,
     /// settings, plan, check, status and the journal's entries of this VM. Changes nothing. Read it
     /// before you publish it.
     #[command(after_help = report::EXIT_CODES)]
     Report(report::Args),
-    /// Release the CPUs of VMs that have stopped, and complete what an interrupted hook left
+    /// Release the CPUs of VMs that have stopped, and complete interrupted runs of hook
     Recover(recover::Args),
     /// Run one of the steps that have no tool of their own
     Step {

@@ -1,4 +1,4 @@
-//! Running another program: argv without a shell, a deadline, and its words in the error.
+//! Runs other programs: argv without a shell, a deadline, and the program's message in the error.
 
 use std::io::{self, BufRead, BufReader, Read};
 use std::os::fd::AsFd;
@@ -38,7 +38,7 @@ pub(crate) fn run(program: &str, args: &[&str], deadline: Duration) -> io::Resul
                 .lines()
                 .rev()
                 .find(|line| !line.trim().is_empty())
-                .unwrap_or("it said nothing");
+                .unwrap_or("no error message");
             Err(named(format!("{status}: {last}")))
         }
         ended => {
@@ -59,8 +59,9 @@ pub(crate) fn run(program: &str, args: &[&str], deadline: Duration) -> io::Resul
 /// How long a program that was killed may take to end.
 const KILLED_WITHIN: Duration = Duration::from_secs(1);
 
-/// Runs a program that may hang in the kernel: nobody has to wait for its output, which is lost.
-/// It is killed in time to be gone at the deadline; one that not even SIGKILL ends is left.
+/// Runs a program that may hang in the kernel: its output is discarded, so that nothing waits for
+/// it. It is killed in time to be gone at the deadline; one that even SIGKILL does not end keeps
+/// running.
 ///
 /// # Errors
 /// In words, if it cannot be started, takes too long or ends with anything but success.
@@ -88,19 +89,18 @@ pub(crate) fn run_apart(program: &Path, args: &[&str], deadline: Duration) -> io
     let _ = child.kill();
     Err(named(match wait_until(&mut child, until) {
         Ok(Some(_)) => format!(
-            "not done within {} s; it was killed",
+            "not finished within {} s; it was killed",
             deadline.as_secs_f64()
         ),
         _ => format!(
-            "process {} is not done within {} s and cannot be killed; it is left",
+            "process {} did not end within {} s and cannot be killed; it keeps running",
             child.id(),
             deadline.as_secs_f64()
         ),
     }))
 }
 
-/// How often it is looked whether a script has ended, and how long after its end for what it wrote
-/// last.
+/// How often a script's end is polled, and how long after its end its last output is awaited.
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// How a script ended, and what it left.
@@ -311,7 +311,7 @@ mod tests {
         assert_eq!(why("false", &[], 20_000), "false : exit status: 1");
         assert_eq!(
             why("sleep", &["1000"], 1200),
-            "sleep 1000: not done within 1.2 s; it was killed"
+            "sleep 1000: not finished within 1.2 s; it was killed"
         );
         assert!(began.elapsed() < Duration::from_secs(10));
         let gone = why("pinfold-no-such-program", &[], 20_000);

@@ -195,7 +195,7 @@ pub(crate) fn reset_by_kernel(
         let knob = Knob::PciResetMethod(address.to_string());
         let found = knob.read(&root)?;
         let found = found.ok_or_else(|| {
-            let why = "it is not there, or the kernel knows no way to reset it";
+            let why = "it does not exist, or the kernel cannot reset it";
             Error::unusable(format!("PCI {address}"), why)
         })?;
         Ok(Setting::new(knob.clone(), knob.to_string(), found))

@@ -53,7 +53,7 @@ fn a_full_disk_is_a_failure() {
     }
 }
 
-/// Monitoring has to tell what is wrong from what nobody could look at.
+/// Monitoring has to distinguish a fault from what could not be read.
 #[test]
 fn what_cannot_be_read_has_an_exit_code_of_its_own() {
     let run = |host: &Path, words: &str| {

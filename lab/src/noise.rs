@@ -44,7 +44,7 @@ enum Kind {
     Emulator,
     /// Switches to a kernel thread that may run elsewhere.
     Kernel,
-    /// Switches to a kernel thread that the kernel lets nobody move.
+    /// Switches to a kernel thread that the kernel does not allow to move.
     Bound,
     Device,
     BetweenCpus,
@@ -274,8 +274,8 @@ fn function(line: &str) -> Option<(u32, &str, u64)> {
     Some((cpu.trim().parse().ok()?, name, count.trim().parse().ok()?))
 }
 
-/// Whether the kernel lets nobody move a thread of its own, by its name: those that each CPU has
-/// (`migration/7`, `kworker/7:1H`), and workqueues' rescuers (`kworker/R-mm_percpu_wq`).
+/// Whether the kernel does not allow one of its threads to be moved, by its name: those that each
+/// CPU has (`migration/7`, `kworker/7:1H`), and workqueues' rescuers (`kworker/R-mm_percpu_wq`).
 fn is_bound(comm: &str, cpu: u32) -> bool {
     comm.starts_with("kworker/R")
         || comm.split_once('/').is_some_and(|(_, rest)| {

@@ -85,7 +85,7 @@ pub enum Answer {
     Failed(String),
 }
 
-/// How a program ended and what it said.
+/// How a program ended and what it printed.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Done {
     /// Exit code, if it exited.

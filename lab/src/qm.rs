@@ -536,7 +536,7 @@ impl Vm {
         }
     }
 
-    /// The end of the backup: a guest that nobody has started meanwhile is ended.
+    /// The end of the backup: a guest that was not started meanwhile is ended.
     fn end_backup(&self) -> Result<()> {
         let status = self.qmp()?.execute("query-status", json!({}))?;
         if status.to_string().contains("prelaunch") {

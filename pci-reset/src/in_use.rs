@@ -299,8 +299,8 @@ fn framebuffer<'a>(iomem: &'a str, address: &PciAddress) -> Option<&'a str> {
     None
 }
 
-/// Whether the text of an interface's `flags` says up; text that cannot be read counts as up, to be
-/// safe.
+/// Whether the text of an interface's `flags` means up; text that cannot be read counts as up, to
+/// be safe.
 fn is_up(flags: &str) -> bool {
     let bits = flags
         .trim()

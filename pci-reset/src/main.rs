@@ -1,4 +1,4 @@
-//! See the library: pci-reset is its whole.
+//! The program; see the library.
 
 fn main() -> std::process::ExitCode {
     pci_reset::main(option_env!("PINFOLD_COMMIT"))

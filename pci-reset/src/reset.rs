@@ -112,9 +112,7 @@ impl Before {
         let seconds = deadline.as_secs_f32();
         match self.driver {
             Some(_) => format!("not back {seconds} s after a rescan; it may need a power cycle"),
-            None => format!(
-                "not found within {seconds} s of a rescan; lspci -D lists the devices there are"
-            ),
+            None => format!("not found within {seconds} s of a rescan; lspci -D lists all devices"),
         }
     }
 }
@@ -248,7 +246,7 @@ fn bind(root: &Host, functions: &[&Before], report: &mut Report) {
         let found = driver(root, address);
         if had == VFIO && found != VFIO {
             report.note(&format!(
-                "PCI {address}: it had {VFIO} and has {found} now; a VM's start binds it"
+                "PCI {address}: its driver was {VFIO} and is now {found}; a VM's start binds it again"
             ));
         } else if found != had {
             let object = Setting::new(

@@ -59,7 +59,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         let unmovable = unmovable(&root)?;
         if unmovable.is_none() {
             report.note(
-                "this kernel does not show which interrupts are movable; only moving them shows it",
+                "this kernel does not report which IRQs are movable; only trying to move them shows it",
             );
         }
         return Ok(cli::listed(

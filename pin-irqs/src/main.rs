@@ -1,4 +1,4 @@
-//! See the library: pin-irqs is its whole.
+//! The program; see the library.
 
 fn main() -> std::process::ExitCode {
     pin_irqs::main(option_env!("PINFOLD_COMMIT"))

@@ -25,8 +25,8 @@ const WORKQUEUES: &str = "workqueues";
 
 /// Move kernel threads to a set of CPUs
 ///
-/// Sets the CPUs of every kernel thread that can be moved, first of kthreadd, from which new ones
-/// inherit; then the mask of the unbound workqueues, which --only and --except call `workqueues`.
+/// Sets the CPUs of every kernel thread that can be moved, kthreadd first, since new ones inherit
+/// its CPUs; then the mask of the unbound workqueues, which --only and --except call `workqueues`.
 /// Threads that the kernel binds are counted and not changed.
 #[derive(Debug, Parser)]
 #[command(name = TOOL, version, after_help = cli::EXIT_CODES)]

@@ -1,4 +1,4 @@
-//! See the library: pin-kthreads is its whole.
+//! The program; see the library.
 
 fn main() -> std::process::ExitCode {
     pin_kthreads::main(option_env!("PINFOLD_COMMIT"))

@@ -105,7 +105,7 @@ fn find(root: &Host, vmid: Option<VmId>, pid: Option<i32>) -> anyhow::Result<Qem
     Ok(match (vmid, pid) {
         (Some(vmid), _) => vm::require_running(root, vmid)?,
         (None, Some(pid)) => vm::by_pid(root, pid)?,
-        (None, None) => anyhow::bail!("no VM: give its number, or --pid"),
+        (None, None) => anyhow::bail!("no VM given; name it by number or --pid"),
     })
 }
 

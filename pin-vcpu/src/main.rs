@@ -1,4 +1,4 @@
-//! See the library: pin-vcpu is its whole.
+//! The program; see the library.
 
 fn main() -> std::process::ExitCode {
     pin_vcpu::main(option_env!("PINFOLD_COMMIT"))

@@ -172,7 +172,7 @@ pub fn plan(threads: &[QemuThread], pins: &Pins) -> Result<Vec<Change>> {
     let numbers: CpuSet = vcpu_numbers(threads).collect();
     if let Some(vcpu) = pins.vcpus.keys().find(|vcpu| !numbers.contains(**vcpu)) {
         let there_are = if numbers.is_empty() {
-            "none is known".into()
+            "none are known".into()
         } else {
             format!("there are {numbers}")
         };
@@ -189,7 +189,7 @@ pub fn plan(threads: &[QemuThread], pins: &Pins) -> Result<Vec<Change>> {
         .find(|id| !ids.contains(&id.as_str()))
     {
         let there_are = if ids.is_empty() {
-            "none is known".into()
+            "none are known".into()
         } else {
             format!("there are {}", ids.join(", "))
         };
@@ -313,7 +313,7 @@ mod tests {
         let none = plan(&[], &pins(&["0=6"], &[], None).unwrap())
             .unwrap_err()
             .to_string();
-        assert_eq!(none, "vCPU 0: the VM has no such vCPU; none is known");
+        assert_eq!(none, "vCPU 0: the VM has no such vCPU; none are known");
     }
 
     #[test]

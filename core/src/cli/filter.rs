@@ -21,12 +21,13 @@ pub struct FilterArgs {
     #[arg(long, value_name = "PATTERN")]
     except: Vec<Pattern>,
 
-    /// Restrict each object to those of CPUS that it has now; if it has none of them, move it to all
+    /// Narrow each object to those of its CPUs that are in CPUS; if there are none, move it to all
+    /// of CPUS
     #[arg(long, conflicts_with_all = ["list", "restore"])]
     narrow: bool,
 }
 
-/// A number as it stands, or a regular expression on a name, unanchored as grep's.
+/// An exact number, or a regular expression on a name, unanchored as in grep.
 #[derive(Debug, Clone)]
 pub struct Pattern {
     text: String,
@@ -44,14 +45,9 @@ impl FromStr for Pattern {
 
     fn from_str(text: &str) -> std::result::Result<Self, String> {
         let kind = if text.is_empty() {
-            return Err(
-                "an empty pattern would match everything; leave the option out for that".into(),
-            );
+            return Err("an empty pattern matches everything; leave the option out instead".into());
         } else if text.bytes().all(|byte| byte.is_ascii_digit()) {
-            Kind::Number(
-                text.parse()
-                    .map_err(|_| format!("{text} is too large a number"))?,
-            )
+            Kind::Number(text.parse().map_err(|_| format!("{text} is too large"))?)
         } else {
             // The crate's message draws the pattern over several lines; its last one has the
             // reason.
@@ -101,7 +97,7 @@ impl FilterArgs {
     }
 }
 
-/// A choice under way, which knows the patterns of `--only` that have matched something.
+/// A selection in progress, with the patterns of `--only` that have matched something.
 #[derive(Debug)]
 pub struct Filter<'a> {
     select: &'a FilterArgs,
@@ -114,8 +110,7 @@ impl Filter<'_> {
         self.decide(|pattern| pattern.matches(number, name))
     }
 
-    /// Whether to take the one object that goes by this very word: the default IRQ mask as
-    /// `default`.
+    /// Whether to select the one object with exactly this name: the default IRQ mask is `default`.
     ///
     /// Patterns do not reach it, so that `--only .` means the numbered ones.
     pub fn takes_word(&mut self, word: &str) -> bool {
@@ -124,7 +119,7 @@ impl Filter<'_> {
 
     fn decide(&mut self, matches: impl Fn(&Pattern) -> bool) -> bool {
         let mut asked = self.select.only.is_empty();
-        // All of them are looked at, to know those that match nothing at all.
+        // All patterns are tried, to find those that match nothing.
         for (pattern, used) in self.select.only.iter().zip(&mut self.used) {
             if matches(pattern) {
                 *used = true;
@@ -134,7 +129,7 @@ impl Filter<'_> {
         asked && !self.select.except.iter().any(matches)
     }
 
-    /// Checks that every `--only` has matched something: one that has not is a slip of the pen.
+    /// Checks that every `--only` has matched something: one that has not is probably a typo.
     ///
     /// # Errors
     /// [`Error::Unusable`] naming the first that has not; `what` are the objects (`IRQ`).
@@ -227,19 +222,16 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_meant_is_refused() {
+    fn invalid_patterns_are_refused() {
         for (only, message) in [
             ("nmve", "--only nmve: no such IRQ; see --list"),
             ("2", "--only 2: no such IRQ; see --list"),
             ("(", "\"(\" is not a regular expression: unclosed group"),
             (
                 "",
-                "an empty pattern would match everything; leave the option out for that",
+                "an empty pattern matches everything; leave the option out instead",
             ),
-            (
-                "99999999999999999999",
-                "99999999999999999999 is too large a number",
-            ),
+            ("99999999999999999999", "99999999999999999999 is too large"),
         ] {
             assert_eq!(taken(&["1", only], &[]), Err(message.to_owned()));
         }

@@ -1,4 +1,4 @@
-//! The face of every tool: what goes to stdout and stderr, as text or JSON, and the exit code.
+//! The output of every tool: what goes to stdout and stderr, as text or JSON, and the exit code.
 
 use std::cell::{Cell, RefCell};
 use std::io::{self, IsTerminal};
@@ -20,11 +20,11 @@ use crate::text::printable;
 pub enum Exit {
     /// Applied, or nothing to do.
     Success = 0,
-    /// Nothing was done, or what was done was taken back.
+    /// Nothing was done, or everything that was done was undone.
     Failed = 1,
     /// The command line is wrong.
     Usage = 2,
-    /// A command that looks could not.
+    /// A command that only reads could not read the host.
     Unknown = 3,
     /// Some items failed and some were done.
     Partial = 64,
@@ -80,7 +80,7 @@ pub struct Report {
     /// line per object is hundreds of writes otherwise.
     held: Option<RefCell<String>>,
     /// Whether the terminal's last line is one of [`progress`](Self::progress), which the next text
-    /// takes the place of.
+    /// replaces.
     half_said: Cell<bool>,
     /// Why stdout could not be written, for the first text that was lost.
     unprinted: RefCell<Option<String>>,
@@ -289,7 +289,7 @@ impl Report {
             .collect()
     }
 
-    /// What was to be known, in order.
+    /// The notes and errors, in order.
     pub fn notes(&self) -> &[String] {
         &self.notes
     }

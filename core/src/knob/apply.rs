@@ -27,7 +27,7 @@ pub fn apply_one(host: &Host, change: Change) -> Applied {
         match write::write(&change.knob, host, &change.wanted) {
             Ok(Answer::Taken(Some(kept))) if kept != change.wanted.to_string() => {
                 Outcome::Failed(format!(
-                    "the kernel took the value and kept {}",
+                    "the kernel accepted the value but kept {}",
                     if kept.is_empty() { "nothing" } else { &kept }
                 ))
             }

@@ -1,4 +1,4 @@
-//! What knobs are called: their labels, their files, and the checks of names from saved state.
+//! The names of knobs: labels, files, and the checks of names from saved state.
 
 use std::fmt;
 
@@ -146,7 +146,7 @@ fn check_name(name: &str) -> Result<()> {
     if name.contains('/') {
         return Err(Error::malformed(
             format!("{name:?}"),
-            "a name with a slash leaves its folder",
+            "a name with a slash, which leaves its folder",
         ));
     }
     check_path(name)

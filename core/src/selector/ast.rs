@@ -180,7 +180,7 @@ impl fmt::Display for Node {
                     let node = node.to_string();
                     let is_digit = |c: char| c.is_ascii_digit();
                     if !text.is_empty() {
-                        // Bare numbers behind a list would read as more of that list.
+                        // Bare numbers after a list would be read as part of that list.
                         text.push_str(if text.ends_with(is_digit) && node.starts_with(is_digit) {
                             ",cpu:"
                         } else {

@@ -7,7 +7,7 @@
 //! list       = range , { "," , range } ;
 //! ```
 //!
-//! A comma with a digit behind it goes on with the list it follows: `llc:0,2` are two LLC domains.
+//! A comma followed by a digit continues the list: `llc:0,2` are two LLC domains.
 
 use std::str::FromStr;
 
@@ -95,7 +95,7 @@ impl<'a> Parser<'a> {
             let at = self.at;
             match (nodes.last_mut(), self.term()?) {
                 (_, Node::Both(factors)) if matches!(factors.first(), Some(Node::Not(_))) => {
-                    let why = "could take away or add here; put it in parentheses, as in llc:1,(!6&!7) or llc:1&!6&!7";
+                    let why = "is ambiguous here; use parentheses: llc:1,(!6&!7) or llc:1&!6&!7";
                     return Err(self.wrong(at, &self.text[at..self.at], why));
                 }
                 // One set, so that it reads the same when it is printed.
@@ -123,7 +123,7 @@ impl<'a> Parser<'a> {
             return Err(self.wrong(
                 at,
                 &next,
-                format!("is nested too deep; {MAX_DEPTH} is the most"),
+                format!("is nested too deeply; the limit is {MAX_DEPTH}"),
             ));
         }
         let node = if self.takes('!') {
@@ -154,7 +154,7 @@ impl<'a> Parser<'a> {
                 return Err(self.wrong(
                     at,
                     &self.text[at..self.at],
-                    format!("takes no number; write just {name}"),
+                    format!("does not take a number; write only {name}"),
                 ));
             }
             return Ok(Node::Word(*word));
@@ -175,7 +175,7 @@ impl<'a> Parser<'a> {
             return Err(self.wrong(
                 at,
                 name,
-                format!("needs a number behind it, as in {name}:{example}"),
+                format!("needs a number after it, as in {name}:{example}"),
             ));
         }
         match part {
@@ -200,7 +200,7 @@ impl<'a> Parser<'a> {
                         format!("runs backwards; did you mean {last}-{first}?")
                     }
                     CpuSetError::TooLarge(_) => {
-                        format!("is beyond {}, the largest number there is", MAX_CPU)
+                        format!("is beyond {}, the largest number allowed", MAX_CPU)
                     }
                     _ => format!("is not a {what}"),
                 };
@@ -261,8 +261,8 @@ impl FromStr for Selector {
     }
 }
 
-/// Whether a text without any sign of a selector is a slip in a plain list, which has better words
-/// for it.
+/// Whether a text without any sign of a selector is a faulty plain list, whose parser has the
+/// better message.
 fn is_meant_as_list(text: &str) -> bool {
     let is_name = |token: &str| {
         token.len() > 1 && token.starts_with(|first: char| first.is_ascii_alphabetic())

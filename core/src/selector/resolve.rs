@@ -41,7 +41,7 @@ impl<'a> Resolver<'a> {
         }
         let cpus = self.cpus(&expr.node)?;
         if cpus.is_empty() {
-            return Err(Error::unusable(expr.to_string(), "there is no CPU in it"));
+            return Err(Error::unusable(expr.to_string(), "it selects no CPU"));
         }
         Ok(cpus)
     }
@@ -158,7 +158,7 @@ impl<'a> Resolver<'a> {
         let known = domains.iter().map(|domain| domain.number).collect();
         let unknown = numbers - &known;
         if !unknown.is_empty() {
-            // `llc:1,6` may have been meant as an LLC domain and a CPU.
+            // `llc:1,6` may be meant as an LLC domain and a CPU.
             let meant_as_cpus = unknown != *numbers && unknown.is_subset(&topology.present);
             let hint = if meant_as_cpus {
                 format!("; for CPU {unknown} write cpu:{unknown}")
@@ -174,8 +174,8 @@ impl<'a> Resolver<'a> {
         }
         if let Some(domain) = domains.iter().find(|domain| !domain.sure) {
             let why = format!(
-                "it is unknown whether this is CPU {}: CPU {} are offline, and could be one before it; bring them \
-                 online, or write CPUs by number",
+                "whether this is CPU {} is uncertain: offline CPU {} could form one before it; \
+                 bring them online, or write CPUs by number",
                 domain.cpus,
                 topology.offline()
             );
@@ -220,8 +220,7 @@ impl<'a> Resolver<'a> {
             .filter(|thread| matches!(thread.role, Role::Vcpu(_)));
         let cpus: CpuSet = vcpus.flat_map(|thread| thread.allowed.iter()).collect();
         if cpus.is_empty() {
-            let why =
-                format!("which of its threads run vCPUs is not known; see pin-vcpu --list {vmid}");
+            let why = format!("its vCPU threads are unknown; see pin-vcpu --list {vmid}");
             return Err(Error::unusable(format!("vm:{vmid}"), why));
         }
         Ok(&cpus & &cpu::online(self.root)?)

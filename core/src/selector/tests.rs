@@ -73,11 +73,11 @@ fn bad_ones_name_the_token_and_its_place() {
         ),
         (
             "llc",
-            "\"llc\" in \"llc\" (character 1) needs a number behind it, as in llc:0",
+            "\"llc\" in \"llc\" (character 1) needs a number after it, as in llc:0",
         ),
         (
             "vm",
-            "\"vm\" in \"vm\" (character 1) needs a number behind it, as in vm:100",
+            "\"vm\" in \"vm\" (character 1) needs a number after it, as in vm:100",
         ),
         (
             "llc:",
@@ -101,7 +101,7 @@ fn bad_ones_name_the_token_and_its_place() {
         ),
         (
             "node:8192",
-            "\"8192\" in \"node:8192\" (character 6) is beyond 8191, the largest number there is",
+            "\"8192\" in \"node:8192\" (character 6) is beyond 8191, the largest number allowed",
         ),
         (
             "cpu:x",
@@ -121,7 +121,7 @@ fn bad_ones_name_the_token_and_its_place() {
         ),
         (
             "online:1",
-            "\"online:\" in \"online:1\" (character 1) takes no number; write just online",
+            "\"online:\" in \"online:1\" (character 1) does not take a number; write only online",
         ),
         (
             "llc:0,",
@@ -171,7 +171,7 @@ fn bad_ones_name_the_token_and_its_place() {
         ),
         (
             "llc:1,!6&!7",
-            "\"!6&!7\" in \"llc:1,!6&!7\" (character 7) could take away or add here; put it in parentheses, ",
+            "\"!6&!7\" in \"llc:1,!6&!7\" (character 7) is ambiguous here; use parentheses, ",
         ),
     ] {
         let error = read(text).unwrap_err();
@@ -184,7 +184,7 @@ fn no_nesting_exhausts_the_stack() {
     for sign in ["!", "("] {
         let error = read(&format!("{}0", sign.repeat(100_000))).unwrap_err();
         assert!(
-            error.ends_with("(character 33) is nested too deep; 32 is the most"),
+            error.ends_with("(character 33) is nested too deeply; the limit is 32"),
             "{}",
             &error[error.len() - 100..]
         );

@@ -144,7 +144,7 @@ impl Baseline {
         }
     }
 
-    /// Whether a knob is in.
+    /// Whether a knob is in the baseline.
     pub fn has(&self, knob: &Knob) -> bool {
         self.entries.contains_key(knob)
     }

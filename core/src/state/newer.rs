@@ -256,7 +256,7 @@ impl Newer {
         let all: Vec<String> = self.of_host().into_iter().chain(of_vms).collect();
         (!all.is_empty()).then(|| {
             format!(
-                "a later version of hook has saved what this one does not know: {}",
+                "a later version of hook has saved data unknown to this one: {}",
                 all.join("; ")
             )
         })

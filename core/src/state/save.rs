@@ -113,7 +113,7 @@ pub fn write(path: &Path, tool: &str, entries: Vec<Entry>) -> Result<()> {
     let text =
         to_text(tool, entries).map_err(|why| Error::malformed(path.display().to_string(), why))?;
     let Some(name) = path.file_name() else {
-        let why = "save: this is not the name of a file";
+        let why = "save: not a file name";
         return Err(Error::unusable(path.display().to_string(), why));
     };
     // Under a name of its own until it is whole: half a file would block the next run.
@@ -128,7 +128,7 @@ pub fn write(path: &Path, tool: &str, entries: Vec<Entry>) -> Result<()> {
     }
     match written {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            let why = "save: it holds the values of an earlier run; --restore it first, or name another file";
+            let why = "save: the file holds values of an earlier run; --restore it first, or name another file";
             Err(Error::unusable(path.display().to_string(), why))
         }
         other => other.map_err(|source| Error::io(path, "save", source)),
@@ -171,8 +171,8 @@ pub fn remove(path: &Path) -> Result<()> {
     fs::remove_file(path).map_err(|source| Error::io(path, "remove", source))
 }
 
-/// Reads the file that `tool` wrote. It decides what root writes, so nobody else may have written
-/// it, and it has only knobs that are the tool's own.
+/// Reads the file that `tool` wrote. It decides what root writes, so only root may have written it,
+/// and it contains only knobs of the tool.
 ///
 /// # Errors
 /// [`Error::Io`] if it cannot be read, [`Error::Unusable`] if it is not
@@ -208,10 +208,10 @@ pub fn to_text(tool: &str, entries: Vec<Entry>) -> std::result::Result<String, S
 /// # Errors
 /// Why it is none that `tool` wrote.
 pub fn parse(text: &str, tool: &str) -> std::result::Result<Restorable, String> {
-    let bad = |why: &str| format!("no file of --save: {why}");
+    let bad = |why: &str| format!("not a --save file: {why}");
     let raw = serde_json::from_str(text).map_err(|error| bad(&error.to_string()))?;
     let json::Value::Object(mut fields) = raw else {
-        return Err(bad("it is not an object"));
+        return Err(bad("it is not a JSON object"));
     };
     let (Some(version), Some(json::Value::String(of)), Some(json::Value::Array(all))) = (
         fields
@@ -220,10 +220,10 @@ pub fn parse(text: &str, tool: &str) -> std::result::Result<Restorable, String> 
         fields.remove("tool"),
         fields.remove("entries"),
     ) else {
-        return Err(bad("a version, a tool or entries are missing"));
+        return Err(bad("version, tool or entries is missing"));
     };
     if version < VERSION {
-        return Err(bad(&format!("it has version {version}")));
+        return Err(bad(&format!("version {version} is not supported")));
     }
     if of != tool {
         return Err(format!("saved by {of}; restore it with {of}"));
@@ -290,7 +290,7 @@ fn restore_one(root: &Host, entry: Entry, dry_run: bool) -> Applied {
             let change = restoring(found);
             if change.found != set && !change.is_noop() {
                 let outcome = Outcome::Foreign(format!(
-                    "it was set to {set} and holds {} now",
+                    "it was set to {set} and is now {}",
                     change.found
                 ));
                 Applied { change, outcome }
@@ -352,7 +352,7 @@ mod tests {
         let expected = [
             "IRQ 9: gone",
             "IRQ 4: already 0-23",
-            "IRQ 3: left as it is: it was set to 0-5 and holds 7 now",
+            "IRQ 3: left as it is: it was set to 0-5 and is now 7",
             "IRQ 2: 0-5 -> 0-23",
             "IRQ 1: 0-5 -> 0-23",
         ];
@@ -405,7 +405,7 @@ mod tests {
         );
         fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o666)).unwrap();
         let why = read(&file, "pin-irqs", |_| true).unwrap_err().to_string();
-        assert!(why.contains("others than root can write it"), "{why}");
+        assert!(why.contains("group or others can write it"), "{why}");
     }
 
     #[test]

@@ -84,7 +84,7 @@ impl<R: Serialize + DeserializeOwned> State<R> {
                     newer: Newer::default(),
                 });
             }
-            Ok(state) => format!("its version is {}", state.version),
+            Ok(state) => format!("version {} is not supported", state.version),
             Err(error) => error.to_string(),
         };
         let bad = |why: String| format!("not a hook state file: {why}");
@@ -97,7 +97,7 @@ impl<R: Serialize + DeserializeOwned> State<R> {
     fn parse_newer(text: &str) -> std::result::Result<Self, String> {
         let raw = serde_json::from_str(text).map_err(|error| error.to_string())?;
         let Value::Object(mut fields) = raw else {
-            return Err("it is not an object".into());
+            return Err("it is not a JSON object".into());
         };
         let (Some(version), Some(Value::Object(reservations)), Some(Value::Array(entries))) = (
             fields
@@ -106,10 +106,10 @@ impl<R: Serialize + DeserializeOwned> State<R> {
             fields.remove("reservations"),
             fields.remove("baseline"),
         ) else {
-            return Err("a version, reservations or a baseline are missing".into());
+            return Err("version, reservations or baseline is missing".into());
         };
         if version < VERSION {
-            return Err(format!("it has a version below {VERSION}"));
+            return Err(format!("versions below {VERSION} are not supported"));
         }
         let is_newer = version > VERSION;
         let mut newer = Newer {
@@ -289,7 +289,7 @@ impl<R: Serialize + DeserializeOwned> Store<R> {
         let folder = root.path(FOLDER);
         match fs::symlink_metadata(folder.join(STATE)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(Error::io(folder, "look into", source)),
+            Err(source) => Err(Error::io(folder, "list", source)),
             Ok(_) => read_state(&folder).map(Some),
         }
     }
@@ -479,7 +479,7 @@ pub fn discard(root: &Sysroot, deadline: Duration) -> Result<bool> {
 /// write to the kernel.
 fn check_private(folder: &Path) -> Result<()> {
     let meta =
-        fs::symlink_metadata(folder).map_err(|source| Error::io(folder, "look at", source))?;
+        fs::symlink_metadata(folder).map_err(|source| Error::io(folder, "examine", source))?;
     let fault = if !meta.is_dir() {
         "it is not a folder"
     } else if meta.uid() != nix::unistd::geteuid().as_raw() {
@@ -587,7 +587,7 @@ fn read_own(path: &Path) -> Result<Option<String>> {
         Ok(mut file) => {
             let meta = file
                 .metadata()
-                .map_err(|source| Error::io(path, "look at", source))?;
+                .map_err(|source| Error::io(path, "examine", source))?;
             if meta.uid() != nix::unistd::geteuid().as_raw() || meta.mode() & 0o077 != 0 {
                 return Err(bad("other users can read or change it"));
             }

@@ -1,5 +1,5 @@
 //! Files that decide what root writes: settings, and what `--save` has kept. They are read only if
-//! nobody but root can have written them or can put another file in their place.
+//! no user but root can have written or can replace them.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -33,9 +33,9 @@ pub fn read(start: &Path, path: &Path, links: Option<&Path>) -> Result<String> {
     let file = file.map_err(|source| Error::io(&full, "read", source))?;
     let meta = file
         .metadata()
-        .map_err(|source| Error::io(&full, "look at", source))?;
+        .map_err(|source| Error::io(&full, "examine", source))?;
     if !meta.is_file() {
-        return Err(refused(&full, "it is not a plain file"));
+        return Err(refused(&full, "not a regular file"));
     }
     check(&full, &meta)?;
     if meta.len() > MAX_BYTES {
@@ -77,7 +77,7 @@ fn find(start: &Path, path: &Path, links: Option<&Path>) -> Result<PathBuf> {
         below.push(&part);
         let full = start.join(&below);
         let meta =
-            fs::symlink_metadata(&full).map_err(|source| Error::io(&full, "look at", source))?;
+            fs::symlink_metadata(&full).map_err(|source| Error::io(&full, "examine", source))?;
         if !meta.is_symlink() {
             check(&full, &meta)?;
             continue;
@@ -91,10 +91,7 @@ fn find(start: &Path, path: &Path, links: Option<&Path>) -> Result<PathBuf> {
             || !stays
             || followed > MAX_LINKS
         {
-            return Err(refused(
-                &full,
-                "it is a symbolic link; name the file that it leads to",
-            ));
+            return Err(refused(&full, "it is a symbolic link; name its target instead"));
         }
         check_owner(&full, &meta)?;
         below.pop();
@@ -116,7 +113,7 @@ fn check(path: &Path, meta: &Metadata) -> Result<()> {
     check_owner(path, meta)?;
     let sticky = meta.is_dir() && meta.mode() & 0o1000 != 0;
     if meta.mode() & 0o022 != 0 && !sticky {
-        return Err(refused(path, "others than root can write it; chmod go-w"));
+        return Err(refused(path, "group or others can write it; chmod go-w"));
     }
     Ok(())
 }
@@ -132,7 +129,7 @@ fn refused(path: &Path, why: &str) -> Error {
     Error::unusable(path.display().to_string(), format!("refused: {why}"))
 }
 
-/// Whether nobody but root can write a file, as far as its own owner and mode show.
+/// Whether only root can write a file, as far as its own owner and mode show.
 ///
 /// # Errors
 /// Why not.
@@ -140,7 +137,7 @@ pub fn is_roots(meta: &Metadata) -> std::result::Result<(), &'static str> {
     if meta.uid() != 0 && meta.uid() != nix::unistd::geteuid().as_raw() {
         Err("it does not belong to root")
     } else if meta.mode() & 0o022 != 0 {
-        Err("others than root can write it")
+        Err("group or others can write it")
     } else {
         Ok(())
     }
@@ -201,18 +198,18 @@ mod tests {
             mode(path, bits);
             let why = refusal("etc/pinfold/100.toml");
             assert!(
-                why.contains("others than root can write it")
+                why.contains("group or others can write it")
                     && why.contains(path.to_str().unwrap()),
                 "{why}"
             );
             fs::set_permissions(path, before).unwrap();
         }
-        // As /tmp: nobody can replace the files of others there.
+        // Like /tmp: users cannot replace the files of others there.
         mode(&at("etc/pinfold"), 0o1777);
         assert_eq!(read("etc/pinfold/100.toml").unwrap(), "text");
         // A pipe is not waited for.
         nix::unistd::mkfifo(&at("etc/pinfold/pipe"), nix::sys::stat::Mode::S_IRUSR).unwrap();
-        assert!(refusal("etc/pinfold/pipe").contains("not a plain file"));
+        assert!(refusal("etc/pinfold/pipe").contains("not a regular file"));
         if nix::unistd::geteuid().is_root() {
             nix::unistd::chown(&file, Some(nix::unistd::Uid::from_raw(1000)), None).unwrap();
             assert!(refusal("etc/pinfold/100.toml").contains("does not belong to root"));

@@ -85,7 +85,7 @@ pub(crate) fn preference(root: &Sysroot, policy: &str) -> Result<Option<String>>
 
 fn value(root: &Sysroot, policy: &str, file: &str) -> Result<Option<String>> {
     match root.read_value(format!("{POLICIES}/{policy}/{file}")) {
-        // The kernel's answer for a policy with all CPUs offline, for any of its files.
+        // The kernel's error for any file of a policy whose CPUs are all offline.
         Err(Error::Io { source, .. }) if source.raw_os_error() == Some(nix::libc::EBUSY) => {
             Ok(Some(String::new()))
         }

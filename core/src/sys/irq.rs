@@ -130,7 +130,7 @@ pub fn is_unmovable(root: &Sysroot, number: u32) -> Result<bool> {
     let path = root.path(format!("proc/irq/{number}/smp_affinity_list"));
     match path
         .metadata()
-        .map_err(|source| Error::io(path, "look at", source))
+        .map_err(|source| Error::io(path, "examine", source))
     {
         Ok(file) => Ok(file.mode() & OWNER_MAY_WRITE == 0),
         Err(error) if error.is_gone() => Ok(false),

@@ -81,7 +81,7 @@ impl PciSelector {
         if found.is_empty() {
             return Err(Error::unusable(
                 format!("PCI {self}"),
-                "no such device on this host; lspci -D lists those there are",
+                "no such device on this host; lspci -D lists all devices",
             ));
         }
         Ok(found)
@@ -393,7 +393,7 @@ mod tests {
         let none: PciSelector = "00:09".parse().unwrap();
         assert_eq!(
             none.functions(&root).unwrap_err().to_string(),
-            "PCI 0000:00:09: no such device on this host; lspci -D lists those there are"
+            "PCI 0000:00:09: no such device on this host; lspci -D lists all devices"
         );
     }
 

@@ -296,7 +296,7 @@ pub struct Allowed<'a> {
 }
 
 impl<'a> Allowed<'a> {
-    /// For questions about these CPUs.
+    /// Prepares reads that concern these CPUs.
     ///
     /// # Errors
     /// If the list of online CPUs cannot be read.
@@ -326,8 +326,8 @@ impl<'a> Allowed<'a> {
         if !self.by_call {
             return None;
         }
-        // A host with more possible CPUs than nix's set has answers EINVAL. An error of a thread
-        // that has ended is the file's.
+        // A host with more possible CPUs than nix's set returns EINVAL. For a thread that has
+        // ended, the error comes from the file.
         let set = nix::sched::sched_getaffinity(Pid::from_raw(tid)).ok()?;
         let is_set = |cpu: &usize| set.is_set(*cpu).unwrap_or(false);
         Some(self.cpus.iter().filter(is_set).collect())

@@ -17,7 +17,7 @@ use nix::sys::socket::{
 
 use crate::error::os_text;
 
-/// A longer message is none that we asked for: a reply to us has some 200 bytes.
+/// A longer message is not an answer: a reply has some 200 bytes.
 const MAX_MESSAGE: usize = 1 << 20;
 /// A longer line is not part of the authentication.
 const MAX_LINE: usize = 1 << 10;
@@ -41,19 +41,19 @@ const SIGNATURE: u8 = 8;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DbusError {
     /// The socket cannot be connected to.
-    #[error("it cannot be reached: {}", os_text(.0))]
+    #[error("cannot connect: {}", os_text(.0))]
     Unreachable(io::Error),
-    /// It does not take us for who we are.
-    #[error("it does not let us in: {0}")]
+    /// It rejected the authentication.
+    #[error("authentication failed: {0}")]
     Rejected(String),
     /// No answer within the deadline.
     #[error("no answer within {} s", .0.as_secs_f64())]
     Late(Duration),
     /// The connection ended, or broke.
-    #[error("it hung up: {}", os_text(.0))]
+    #[error("it closed the connection: {}", os_text(.0))]
     Closed(io::Error),
     /// The reply is not D-Bus, or does not answer the call.
-    #[error("it sends garbage: {0}")]
+    #[error("invalid reply: {0}")]
     Garbage(&'static str),
     /// The call was answered with an error.
     #[error("{}", if message.is_empty() { name } else { message })]
@@ -425,7 +425,7 @@ impl Message {
     /// The body, which must have these types.
     pub(crate) fn body(&self, signature: &str) -> Result<Reader<'_>> {
         if self.signature != signature {
-            return Err(DbusError::Garbage("an answer of another type"));
+            return Err(DbusError::Garbage("an answer of the wrong type"));
         }
         Ok(Reader {
             bytes: &self.body,
@@ -443,7 +443,7 @@ fn message_size(bytes: &[u8]) -> Result<usize> {
     match reader.take(4)? {
         [b'l', _, _, 1] => {}
         [b'B', _, _, 1] => return Err(DbusError::Garbage("a big-endian message")),
-        _ => return Err(DbusError::Garbage("no D-Bus message")),
+        _ => return Err(DbusError::Garbage("not a D-Bus message")),
     }
     let body = reader.u32()? as usize;
     reader.u32()?;
@@ -568,7 +568,7 @@ impl<'a> Reader<'a> {
     /// Goes into a variant, which must be of this type.
     pub(crate) fn variant(&mut self, signature: &str) -> Result<&mut Self> {
         if self.signature()? != signature {
-            return Err(DbusError::Garbage("a value of another type"));
+            return Err(DbusError::Garbage("a value of the wrong type"));
         }
         Ok(self)
     }
@@ -631,7 +631,7 @@ pub(crate) mod fake {
                 for stream in listener.incoming() {
                     let stream = stream.unwrap();
                     *served.lock().unwrap() = Some(stream.try_clone().unwrap());
-                    // A client that has got what it wants hangs up.
+                    // A client closes the connection once it has its answer.
                     let _ = serve(stream, &seen, answer);
                 }
             });
@@ -884,24 +884,21 @@ mod tests {
         let mut big_endian = reply("", b"");
         big_endian[0] = b'B';
         for (bytes, words) in [
-            (long, "it sends garbage: a message of more than 1 MiB"),
-            (
-                long_fields,
-                "it sends garbage: a message of more than 1 MiB",
-            ),
+            (long, "invalid reply: a message of more than 1 MiB"),
+            (long_fields, "invalid reply: a message of more than 1 MiB"),
             (claims_more, "no answer within 0.05 s"),
             (
                 bad_field,
-                "it sends garbage: a header field of an unknown type",
+                "invalid reply: a header field of an unknown type",
             ),
-            (big_endian, "it sends garbage: a big-endian message"),
+            (big_endian, "invalid reply: a big-endian message"),
             (
                 b"HTTP/1.1 400 Bad Request\r\n".to_vec(),
-                "it sends garbage: no D-Bus message",
+                "invalid reply: not a D-Bus message",
             ),
             (
                 encode(ERROR, Some(1), None, "", b""),
-                "it sends garbage: an error without a name",
+                "invalid reply: an error without a name",
             ),
             (Vec::new(), "no answer within 0.05 s"),
         ] {
@@ -946,10 +943,13 @@ mod tests {
         for (number, (answer, words)) in [
             (
                 "REJECTED EXTERNAL\r\n".to_owned(),
-                "it does not let us in: REJECTED EXTERNAL",
+                "authentication failed: REJECTED EXTERNAL",
             ),
-            ("x".repeat(5000), "it sends garbage: a line without end"),
-            (String::new(), "it hung up: unexpected end of file"),
+            ("x".repeat(5000), "invalid reply: a line without end"),
+            (
+                String::new(),
+                "it closed the connection: unexpected end of file",
+            ),
         ]
         .into_iter()
         .enumerate()
@@ -971,7 +971,7 @@ mod tests {
         let error = Connection::open(&dir.path().join("none"), LONG)
             .unwrap_err()
             .to_string();
-        assert_eq!(error, "it cannot be reached: No such file or directory");
+        assert_eq!(error, "cannot connect: No such file or directory");
     }
 
     fn read_all(message: &Message) {

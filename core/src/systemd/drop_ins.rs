@@ -12,7 +12,7 @@ pub(crate) const CONTROL: &str = "run/systemd/system.control";
 /// The name of its file for AllowedCPUs=.
 pub(crate) const OVERRIDE: &str = "50-AllowedCPUs.conf";
 
-/// Says of [`CONTROL`] that it is there and empty; no unit has a name with a slash.
+/// Marks [`CONTROL`] as present and empty; no unit has a name with a slash.
 pub(crate) const EMPTY: &str = "system.control/";
 
 /// The units with AllowedCPUs= overridden until the next boot, sorted; also units with an empty

@@ -15,7 +15,7 @@ const SOCKET: &str = "run/systemd/journal/socket";
 /// The identifier of all messages.
 const IDENTIFIER: &str = "pinfold";
 
-/// How long a journal that reads nothing is waited for.
+/// How long to wait for a journal that does not read.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Longer texts are cut, in bytes: a datagram has no room for more than some 200 KiB.

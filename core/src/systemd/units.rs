@@ -237,7 +237,7 @@ mod tests {
         for (unit, words) in [
             (
                 "odd.slice",
-                "systemd: read AllowedCPUs of odd.slice: it sends garbage: a value of another type",
+                "systemd: read AllowedCPUs of odd.slice: invalid reply: a value of the wrong type",
             ),
             (
                 "huge.slice",

@@ -56,9 +56,9 @@ pub enum SmpError {
 impl fmt::Display for SmpError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Malformed(what) => write!(f, "-smp has {what:?}, which it does not know"),
+            Self::Malformed(what) => write!(f, "-smp has {what:?}, which QEMU does not know"),
             Self::NotPositive(key) => write!(f, "-smp has a `{key}` that is not above zero"),
-            Self::Unsupported(key) => write!(f, "-smp has `{key}`, of which a PC has one only"),
+            Self::Unsupported(key) => write!(f, "-smp has `{key}`, but a PC has only one"),
             Self::Product { product, maxcpus } => write!(
                 f,
                 "the merged -smp has maxcpus={maxcpus}, and a topology of {product} vCPUs"
@@ -262,31 +262,28 @@ mod tests {
                 "-smp has a `threads` that is not above zero",
             ),
             (&["-4"], "-smp has a `cpus` that is not above zero"),
-            (
-                &["4,books=2"],
-                "-smp has `books`, of which a PC has one only",
-            ),
+            (&["4,books=2"], "-smp has `books`, but a PC has only one"),
             (
                 &["threads=x"],
-                "-smp has \"threads=x\", which it does not know",
+                "-smp has \"threads=x\", which QEMU does not know",
             ),
             (
                 &["4,threads"],
-                "-smp has \"threads\", which it does not know",
+                "-smp has \"threads\", which QEMU does not know",
             ),
-            (&["4,foo=1"], "-smp has \"foo=1\", which it does not know"),
+            (&["4,foo=1"], "-smp has \"foo=1\", which QEMU does not know"),
             (
                 &["threads=99999999999999999999"],
-                "-smp has \"threads=99999999999999999999\", which it does not know",
+                "-smp has \"threads=99999999999999999999\", which QEMU does not know",
             ),
-            (&["4\n,=,,=2"], "-smp has \"=\", which it does not know"),
+            (&["4\n,=,,=2"], "-smp has \"=\", which QEMU does not know"),
             (
                 &["4,cores=08"],
-                "-smp has \"cores=08\", which it does not know",
+                "-smp has \"cores=08\", which QEMU does not know",
             ),
             (
                 &["4,cores=+-1"],
-                "-smp has \"cores=+-1\", which it does not know",
+                "-smp has \"cores=+-1\", which QEMU does not know",
             ),
         ] {
             assert_eq!(

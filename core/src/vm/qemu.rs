@@ -122,7 +122,7 @@ pub fn require_running(root: &Sysroot, vmid: VmId) -> Result<Qemu> {
         Status::Running(qemu) => Ok(qemu),
         Status::Stopped(why) => {
             check_exists(root, vmid)?;
-            let why = format!("it does not run: {why}; qm start {vmid} starts it");
+            let why = format!("not running: {why}; qm start {vmid} starts it");
             Err(Error::unusable(format!("VM {vmid}"), why))
         }
     }
@@ -203,7 +203,7 @@ mod tests {
         assert_eq!(
             found.notes,
             [
-                "VM 100: its monitor is not asked under --sysroot; going on with the threads' names from /proc"
+                "VM 100: its monitor is not queried under --sysroot; using thread names from /proc instead"
             ]
         );
         let other = by_pid(&root, 4711).unwrap();
@@ -233,15 +233,13 @@ mod tests {
         ] {
             assert_eq!(
                 why(text),
-                format!(
-                    "VM 102: it does not run: {shown} is stale: {reason}; qm start 102 starts it"
-                )
+                format!("VM 102: not running: {shown} is stale: {reason}; qm start 102 starts it")
             );
         }
         fs::remove_file(run.join("102.pid")).unwrap();
         assert_eq!(
             require_running(&root, id(102)).unwrap_err().to_string(),
-            format!("VM 102: it does not run: there is no {shown}; qm start 102 starts it")
+            format!("VM 102: not running: there is no {shown}; qm start 102 starts it")
         );
         assert_eq!(
             require_running(&root, id(101)).unwrap_err().to_string(),

@@ -1,9 +1,8 @@
-//! A short conversation with QEMU's monitor: which thread is which vCPU, which is which iothread,
-//! does the guest run.
+//! Queries of QEMU's monitor: the threads of vCPUs and iothreads, and whether the guest runs.
 //!
 //! The protocol is a JSON text per line, see QEMU's docs/interop/qmp-spec.rst. A socket serves one
-//! client at a time, and Proxmox VE is another: everything is asked at once, under a deadline, and
-//! the socket is let go.
+//! client at a time, and Proxmox VE is another: all commands are sent at once, under a deadline,
+//! and the socket is closed.
 
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -61,16 +60,16 @@ pub enum QmpError {
     #[error("its monitor is busy with another client, or QEMU hangs")]
     Busy,
     /// Greeted, then nothing within the deadline.
-    #[error("its monitor is silent: no reply to {0}")]
+    #[error("its monitor did not reply to {0}")]
     Silent(&'static str),
     /// The connection ended, or broke.
-    #[error("its monitor hung up: {}", os_text(.0))]
+    #[error("its monitor closed the connection: {}", os_text(.0))]
     Closed(io::Error),
     /// The reply is not QMP.
-    #[error("its monitor sends garbage: {0}")]
+    #[error("its monitor sent an invalid reply: {0}")]
     Garbage(String),
     /// QEMU answered with an error.
-    #[error("its monitor refuses {command}: {why}")]
+    #[error("its monitor rejected {command}: {why}")]
     Refused {
         /// The command.
         command: &'static str,
@@ -116,9 +115,9 @@ fn query_once(path: &Path, until: Instant) -> Result<ThreadRoles, QmpError> {
             .map_err(|stop| stop.into_error(QmpError::Busy))?,
     )? {
         Message::Greeting => {}
-        _ => return Err(QmpError::Garbage("it does not greet".into())),
+        _ => return Err(QmpError::Garbage("no greeting".into())),
     }
-    // Once let in, all questions go out at once: QEMU need not wake for each.
+    // After the greeting all commands are sent at once, so that QEMU wakes up once.
     let (entry, questions) = COMMANDS.split_at(1);
     for commands in [entry, questions] {
         lines.send(commands)?;
@@ -152,7 +151,7 @@ fn open(path: &Path) -> Result<UnixStream, QmpError> {
     }
 }
 
-/// Why no further line was had.
+/// Why no further line was read.
 enum Stop {
     /// The deadline passed.
     Late,
@@ -240,7 +239,7 @@ impl Lines {
                 Message::Error(why) => return Err(QmpError::Refused { command, why }),
                 // Events come at any time; a greeting comes once.
                 Message::Event => {}
-                Message::Greeting => return Err(QmpError::Garbage("it greets twice".into())),
+                Message::Greeting => return Err(QmpError::Garbage("a second greeting".into())),
             }
         }
     }
@@ -304,7 +303,7 @@ fn parse_message(line: &[u8]) -> Result<Message, String> {
     if value.get("event").is_some() {
         return Ok(Message::Event);
     }
-    Err("a reply of no known kind".into())
+    Err("a reply of unknown kind".into())
 }
 
 #[derive(Deserialize)]
@@ -499,52 +498,52 @@ mod tests {
             (
                 &greeting,
                 &[],
-                "its monitor is silent: no reply to qmp_capabilities",
+                "its monitor did not reply to qmp_capabilities",
             ),
             (
                 &greeting,
                 &replies()[..2],
-                "its monitor is silent: no reply to query-iothreads",
+                "its monitor did not reply to query-iothreads",
             ),
             (
                 "hello\n",
                 &[],
-                "its monitor sends garbage: expected value at line 1 column 1",
+                "its monitor sent an invalid reply: expected value at line 1 column 1",
             ),
             (
                 "{}\n",
                 &[],
-                "its monitor sends garbage: a reply of no known kind",
+                "its monitor sent an invalid reply: a reply of unknown kind",
             ),
             (
                 "\n",
                 &[],
-                "its monitor sends garbage: EOF while parsing a value at line 1 column 0",
+                "its monitor sent an invalid reply: EOF while parsing a value at line 1 column 0",
             ),
             (
                 &format!("{EVENT}\n"),
                 &[],
-                "its monitor sends garbage: it does not greet",
+                "its monitor sent an invalid reply: no greeting",
             ),
             (
                 &format!("{greeting}{greeting}"),
                 &[],
-                "its monitor sends garbage: it greets twice",
+                "its monitor sent an invalid reply: a second greeting",
             ),
             (
                 &long,
                 &[],
-                "its monitor sends garbage: more than 1048576 bytes",
+                "its monitor sent an invalid reply: more than 1048576 bytes",
             ),
             (
                 &greeting,
                 &[refusal],
-                "its monitor refuses qmp_capabilities: no such command",
+                "its monitor rejected qmp_capabilities: no such command",
             ),
             (
                 &greeting,
                 &no_cpus,
-                "its monitor sends garbage: query-cpus-fast: invalid value: integer `-1`, expected usize",
+                "its monitor sent an invalid reply: query-cpus-fast: invalid value: integer `-1`, expected usize",
             ),
         ] {
             // Long enough for a loaded machine to answer, too short for a second try.

@@ -85,7 +85,7 @@ pub fn threads(root: &Sysroot, qemu: &Qemu, budget: Duration) -> Result<Threads>
         (None, Some(path)) if root.is_live() => qmp::query(&root.path(path), budget)
             .map(|facts| qemu.qmp_info.get_or_init(|| facts))
             .map_err(|error| error.to_string()),
-        (None, Some(_)) => Err("its monitor is not asked under --sysroot".into()),
+        (None, Some(_)) => Err("its monitor is not queried under --sysroot".into()),
         (None, None) => Err("it has no QMP monitor".into()),
     };
     task::check_start(root, &qemu.id)?;
@@ -126,9 +126,7 @@ pub fn threads(root: &Sysroot, qemu: &Qemu, budget: Duration) -> Result<Threads>
         Ok(facts) => (Some(facts.status.clone()), Vec::new()),
         Err(why) => (
             None,
-            vec![format!(
-                "{qemu}: {why}; going on with the threads' names from /proc"
-            )],
+            vec![format!("{qemu}: {why}; using thread names from /proc instead")],
         ),
     };
     Ok(Threads {

@@ -47,7 +47,7 @@ pub(crate) fn findings(root: &Host, vmid: VmId, conf: &VmConf) -> Vec<Finding> {
     for node in having {
         let settings = match settings::any_file_on(root, node, vmid) {
             Some(file) => Seen::Yes(file.display().to_string()),
-            None => Seen::Unknown("settings in /etc/pinfold are of each node".to_owned()),
+            None => Seen::Unknown("settings in /etc/pinfold are local to each node".to_owned()),
         };
         alike.entry(settings).or_default().push(node);
     }
@@ -91,7 +91,7 @@ fn script_on(root: &Host, volume: &str, in_storage: Option<&(Storage, String)>) 
     }
     match root.path(path).read_link() {
         Ok(target) if target.is_absolute() => Seen::Unknown(format!(
-            "{volume} is a link to {} of each node",
+            "{volume} is a link to {}, which is local to each node",
             target.display()
         )),
         _ => Seen::Yes(volume.to_owned()),

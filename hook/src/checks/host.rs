@@ -1,5 +1,5 @@
-//! What else on this host reaches into a VM's CPUs: the kernel's command line, containers, programs
-//! that tune the host, ZFS; and whether a VM that ends without hook is noticed.
+//! What else on this host affects a VM's CPUs: the kernel's command line, containers, programs that
+//! tune the host, ZFS; and whether a VM that ends without hook is noticed.
 
 use pinfold_core::sys::cpu;
 use pinfold_core::vm::{VmConf, VmId};
@@ -55,7 +55,7 @@ fn command_line(text: &str, isolated: &CpuSet, last: usize) -> Vec<Finding> {
         let Ok(cpus) = kernel_cpus(&list, last) else {
             findings.push(Finding::warn(
                 CHECK,
-                format!("{name}={value} has CPUs that the kernel cannot read"),
+                format!("{name}={value} contains CPUs that the kernel cannot parse"),
                 "correct or remove it",
             ));
             continue;
@@ -77,12 +77,12 @@ fn command_line(text: &str, isolated: &CpuSet, last: usize) -> Vec<Finding> {
             "irqaffinity" if cpus.intersects(isolated) => Finding::warn(
                 CHECK,
                 format!(
-                    "{name}={value} has IRQs begin on CPU {}, which are isolated",
+                    "{name}={value} puts new IRQs on CPU {}, which are isolated",
                     &cpus & isolated
                 ),
                 format!("set {name}={}, or remove it", &CpuSet::range(0, last) - isolated),
             ),
-            "irqaffinity" => Finding::ok(CHECK, format!("{name}={value} has no isolated CPU")),
+            "irqaffinity" => Finding::ok(CHECK, format!("{name}={value} has no isolated CPUs")),
             _ if covers => Finding::ok(
                 CHECK,
                 format!("{name}={value} includes all isolated CPUs"),
@@ -171,7 +171,7 @@ fn profiles(around: &Surroundings<'_>) -> Result<Finding> {
     Ok(match around.tuners()?.next() {
         Some(Program { pid, name }) => Finding::warn(
             CHECK,
-            format!("{name} (process {pid}) sets governors and masks of the isolated CPUs again"),
+            format!("{name} (process {pid}) may overwrite the isolated CPUs' governors and masks"),
             format!("systemctl disable --now {name}; hook sets the governor while the VM runs"),
         ),
         None => Finding::ok(CHECK, "neither tuned nor power-profiles-daemon runs"),

@@ -1,5 +1,5 @@
-//! Whether a VM has the CPUs that an expert would give it: what is so with its CPUs beside what
-//! `hook init` would choose now. So neither reports what the other has made.
+//! Whether a VM has good CPUs: compares the facts about its CPUs with those of the CPUs that `hook
+//! init` would choose now. So `hook check` does not complain about what `hook init` chose.
 
 use std::collections::BTreeMap;
 
@@ -33,10 +33,10 @@ pub(super) fn findings(
         areas,
         guest: &guest,
         claimed: &around.claims().of_others(Owner::Vm(vmid)),
-        // Who has chosen V-Cache wants no other CPUs.
+        // If all CPUs have V-Cache, compare only with CPUs that have it.
         within: Some(&areas.vcache).filter(|vcache| isolated.is_subset(vcache)),
     };
-    // Without room there is nothing better.
+    // Without room elsewhere there is no better choice.
     let best = choice::best(&question).unwrap_or_else(|| facts.clone());
     let mut findings = vec![
         llc(isolated, &facts, &best),
@@ -186,7 +186,7 @@ fn guest_cores(
             let what = match split {
                 0 => format!("{threads} vCPUs per core, on the threads of one host core"),
                 _ => format!(
-                    "{split} of the guest's cores are on several host cores: there are no more with {threads} threads"
+                    "{split} of the guest's cores are on several host cores: too few cores have {threads} threads"
                 ),
             };
             return Finding::ok(CHECK, what);
@@ -258,7 +258,7 @@ fn kinds(guest: &Guest, facts: &Facts, best: &Facts) -> Finding {
         facts.small_vcpus, guest.vcpus, facts.on_small
     );
     if small <= best.small_vcpus.len() {
-        return Finding::ok(CHECK, format!("{what}: the fast ones are too few"));
+        return Finding::ok(CHECK, format!("{what}: there are too few fast cores"));
     }
     Finding::warn(
         CHECK,

@@ -27,7 +27,7 @@ pub(crate) fn before_start(
     let around = Surroundings::new(root);
     let findings = findings(&around, vmid, conf, settings)?;
     refuse(&findings, settings)?;
-    // What only warns stops no start, even if it cannot be looked for.
+    // A check that only warns does not stop a start, even if it fails.
     let interference = advice::interference(&around, vmid, conf, &settings.isolated)
         .unwrap_or_else(|error| vec![Finding::warn("host", error.to_string(), "")]);
     let warnings = findings
@@ -41,7 +41,7 @@ pub(crate) fn before_start(
         .collect())
 }
 
-/// The first error there is.
+/// Fails with the first error.
 fn refuse(findings: &[Finding], settings: &Settings) -> Result<()> {
     match findings
         .iter()
@@ -73,7 +73,7 @@ pub(crate) fn findings(
             Err(error) => Finding::error(key, error.to_string(), ""),
             Ok(()) if key == "emulator" && cpus.intersects(isolated) => {
                 let what = format!("CPU {} is isolated", cpus & isolated);
-                Finding::error(key, what, "emulator threads belong on others")
+                Finding::error(key, what, "give emulator threads housekeeping CPUs")
             }
             Ok(()) => Finding::ok(key, format!("CPU {cpus}")),
         });
@@ -145,7 +145,8 @@ fn isolated_cpus(root: &Host, settings: &Settings) -> Result<Finding> {
     Ok(Finding::ok(CHECK, what))
 }
 
-/// What is for everybody while VMs have these CPUs: not what the kernel's command line isolates.
+/// The CPUs for everything else while VMs have these: without those that the kernel's command line
+/// isolates.
 fn left_to_the_host(root: &Host, taken: &CpuSet) -> Result<CpuSet> {
     Ok(&(&cpu::online(root)? - taken) - &cpu::isolated_at_boot(root)?)
 }
@@ -214,7 +215,7 @@ pub(crate) fn pins_suffice(settings: &Settings, vcpus: usize, last: Option<usize
     refuse(&[pins(settings, vcpus, last)], settings)
 }
 
-/// No CPU for two VMs.
+/// Checks that no CPU is isolated for two VMs.
 ///
 /// # Errors
 /// [`Error::Unusable`] that names the other VM and the CPUs.
@@ -266,7 +267,7 @@ pub(crate) fn overlap(
             .filter(|cpus| cpus.is_subset(&taken))
         {
             let what = format!(
-                "it would take CPU {emulator}, all that another VM's emulator threads have"
+                "it would isolate CPU {emulator}, the only CPUs of another VM's emulator threads"
             );
             return Ok(Finding::error(CHECK, what, ""));
         }
@@ -283,14 +284,13 @@ pub(crate) fn overlap(
         );
         return Ok(Finding::error(CHECK, what, "isolate fewer"));
     }
-    Ok(Finding::ok(CHECK, "no running VM has any of them"))
+    Ok(Finding::ok(CHECK, "no running VM uses them"))
 }
 
 /// How this VM's CPUs are to be isolated, and why if the settings leave it open. `qemu` is
 /// its QEMU, once that runs; `known` has what was read for other VMs.
 ///
-/// # Errors
-/// [`Error::Unusable`] that says why the method of the settings cannot be had.
+/// # Errors [`Error::Unusable`] with the reason why the method of the settings cannot be used.
 pub(crate) fn isolation(
     root: &Host,
     known: &Siblings,
@@ -299,7 +299,7 @@ pub(crate) fn isolation(
     settings: &Settings,
     qemu: Option<&Qemu>,
 ) -> Result<(Isolation, Option<String>)> {
-    // What hotplug does to slices and CPUs would reach into a partition.
+    // Hotplug changes slices and CPUs in a way that affects partitions.
     let not_beside = |isolation: Isolation| {
         let other = reservations.iter().find(|(id, other)| {
             **id != u32::from(vmid) && (other.is_claim()) && other.isolation != isolation
@@ -397,7 +397,7 @@ fn check_governor(around: &Surroundings<'_>, isolated: &CpuSet, governor: &str) 
             return Ok(Finding::error(
                 CHECK,
                 format!("no {governor:?} for CPU {}", lacking.policy.cpus),
-                format!("there is {}", lacking.available.join(", ")),
+                format!("available: {}", lacking.available.join(", ")),
             ));
         }
         Err(error) => return failed(error),
@@ -498,7 +498,7 @@ mod tests {
         host.file("sys/fs/cgroup/cpuset.cpus.isolated", "");
         assert_eq!(isolation_by(""), Ok(Isolation::Partition));
         assert!(isolation_by("method = \"hotplug\"").is_err());
-        // What stays there is said at the start, and by check.
+        // What stays there is reported at the start, and by check.
         let conf = VmConf::parse("cores: 6");
         let notes = before_start(&host.root, vmid, &conf, &settings("")).unwrap();
         assert_eq!(

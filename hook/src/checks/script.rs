@@ -31,7 +31,7 @@ pub(crate) fn findings(root: &Host, vmid: VmId, conf: &VmConf) -> Vec<Finding> {
         let content = storage.content.join(",");
         findings.push(Finding::warn(
             "storage",
-            format!("storage {} is not for snippets", storage.id),
+            format!("storage {} does not allow snippets", storage.id),
             format!("pvesm set {} --content {content},snippets", storage.id),
         ));
     }
@@ -55,7 +55,7 @@ pub(super) fn is_hook_by_name(volume: &str) -> bool {
     volume.rsplit('/').next() == Some("hook")
 }
 
-/// Somebody else's script. It is not to be replaced: both can run.
+/// Another script. It is not replaced: hook can run it too.
 fn foreign(vmid: VmId, shown: &str) -> Finding {
     Finding::warn(
         CHECK,
@@ -82,7 +82,7 @@ fn of_file(root: &Host, vmid: VmId, volume: &str, path: &str) -> Vec<Finding> {
     if !file.is_file() {
         return vec![Finding::error(
             CHECK,
-            format!("{shown}: not a plain file"),
+            format!("{shown}: not a regular file"),
             "install hook there",
         )];
     }

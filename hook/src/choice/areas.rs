@@ -44,9 +44,9 @@ pub(super) struct Area {
 #[derive(Debug)]
 pub(super) struct Group<'a> {
     pub areas: Vec<&'a Area>,
-    /// How it lies among the parts of a machine that sysfs does not show (the CCDs of Zen 2 have two
-    /// LLC domains each): whether it does not begin at a multiple of its size in its node or package,
-    /// and how many pairs it splits.
+    /// Its position among parts of a machine that sysfs does not show (the CCDs of Zen 2 have two
+    /// LLC domains each): whether it does not begin at a multiple of its size in its node or
+    /// package, and how many pairs it splits.
     pub unaligned: (bool, usize),
 }
 

@@ -1,4 +1,4 @@
-//! Who else uses CPUs.
+//! Other users of CPUs: VMs and containers.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -6,7 +6,7 @@ use std::fmt;
 use pinfold_core::CpuSet;
 use pinfold_core::vm::VmId;
 
-/// Who else uses CPUs.
+/// Another user of CPUs: a VM or a container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Owner {
     Vm(VmId),

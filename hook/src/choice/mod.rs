@@ -1,8 +1,9 @@
 //! Which CPUs a VM gets, and which vCPU is on which: one model for `hook init`, `pins = "auto"`,
 //! pre-start and `hook check`.
 //!
-//! It is pure: a machine, a guest and the CPUs of others go in, CPUs and typed reasons come out. The
-//! reasons are computed from the CPUs that were chosen, so that no sentence can say otherwise.
+//! It has no side effects: a machine, a guest and the CPUs of others go in; CPUs and typed reasons
+//! come out. The reasons are computed from the CPUs that were chosen, so that the sentences match
+//! them.
 
 mod areas;
 mod claims;

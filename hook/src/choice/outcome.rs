@@ -1,4 +1,4 @@
-//! What is so with chosen CPUs, computed from them, and the sentences for it.
+//! Facts about chosen CPUs, computed from the CPUs, and the sentences that report them.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -11,7 +11,7 @@ use super::claims::Claim;
 use super::filling::in_vcpu_order;
 use super::guest::Guest;
 
-/// What is so with CPUs that a guest gets.
+/// Facts about the CPUs that a guest gets.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Facts {
     /// The numbers of their LLC domains.
@@ -463,7 +463,7 @@ impl fmt::Display for Verdict {
             }
             Self::BesideHost => write!(f, "shares its cache with the host"),
             Self::Larger => write!(f, "larger"),
-            Self::AsGood => write!(f, "as good"),
+            Self::AsGood => write!(f, "equally good"),
         }
     }
 }

@@ -10,7 +10,7 @@ use super::filling::{fill, in_vcpu_order};
 use super::guest::{Cell, Guest, cpus_of_nodes};
 use super::outcome::{Facts, PassedOver, Reason, Verdict};
 
-/// What is asked.
+/// A request for CPUs: the machine, the guest, and the CPUs that others use.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Question<'a> {
     pub topology: &'a Topology,
@@ -30,7 +30,7 @@ pub(crate) struct Choice {
     pub isolated: CpuSet,
     /// The CPU of each vCPU, by its number.
     pub pins: Vec<CpuSet>,
-    /// What is so with these CPUs.
+    /// Facts about these CPUs.
     pub facts: Facts,
     /// The same as sentences, in their order.
     pub reasons: Vec<Reason>,
@@ -93,8 +93,8 @@ pub(crate) fn choose(question: &Question<'_>, claims: &[Claim]) -> Result<Choice
     }
 }
 
-/// What would be so with the CPUs that [`choose`] takes, but for the claims of others; `None` if
-/// the host has no room.
+/// Facts about the CPUs that [`choose`] would choose, without the claims of others; `None` if the
+/// host has no room.
 pub(crate) fn best(question: &Question<'_>) -> Option<Facts> {
     let isolated = cpus(question)?;
     let Question {
@@ -103,7 +103,7 @@ pub(crate) fn best(question: &Question<'_>) -> Option<Facts> {
     Some(Facts::of(topology, guest, &isolated, &[]))
 }
 
-/// What is so with CPUs that somebody else has chosen.
+/// The answer for CPUs that were chosen elsewhere, as by `--cpus`.
 pub(crate) fn given(question: &Question<'_>, claims: &[Claim], isolated: CpuSet) -> Choice {
     explain(question, claims, isolated)
 }
@@ -144,7 +144,7 @@ fn evenly(question: &Question<'_>, place: &Place) -> Option<CpuSet> {
     (claimed <= rank.shared && small <= rank.small && doubled <= rank.doubled).then_some(isolated)
 }
 
-/// That a guest has no room, with what there is.
+/// The host has no room for a guest: the CPUs that it could have, and its vCPUs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct NoRoom {
     /// The CPUs that a guest can have: whole cores but for that of CPU 0.

@@ -31,7 +31,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = super::seconds)]
     seconds: u64,
 
-    /// Watch again and again until interrupted, and print what each time has shown
+    /// Repeat until interrupted, and print the result each time
     #[arg(long)]
     watch: bool,
 }

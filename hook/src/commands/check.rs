@@ -350,8 +350,11 @@ fn unknown_keys(ignore: &[String]) -> Option<Finding> {
     }
     Some(Finding::warn(
         "settings",
-        format!("ignore has {}, which no finding has", unknown.join(", ")),
-        format!("there are {}", KEYS.join(", ")),
+        format!(
+            "ignore has {}, which is not the key of a finding",
+            unknown.join(", ")
+        ),
+        format!("the keys are {}", KEYS.join(", ")),
     ))
 }
 
@@ -611,7 +614,7 @@ mod tests {
             ),
             (
                 |h| h.settings(100, "layout = \"5900x\"\nemulator = \"5-6\""),
-                "error emulator: CPU 6 is isolated => emulator threads belong on others",
+                "error emulator: CPU 6 is isolated => give emulator threads housekeeping CPUs",
             ),
             (
                 |h| h.settings(100, "layout = \"5900x\"\niothreads = \"24\""),
@@ -639,7 +642,7 @@ mod tests {
                         h.file(&format!("{policy}/{file}"), text);
                     }
                 },
-                "error governor: no \"performance\" for CPU 6 => there is x, y",
+                "error governor: no \"performance\" for CPU 6 => available: x, y",
             ),
             (
                 |h| h.conf(100, &format!("{CONF}\naffinity: 0-3")),
@@ -755,7 +758,7 @@ mod tests {
         assert!(wrong.is_empty(), "{wrong:#?}");
     }
 
-    /// What was reported from the field: a host, and what `hook check` has to say.
+    /// Reports from the field: a host, and what `hook check` has to report.
     #[test]
     fn findings_from_the_field() {
         type Arrange = fn(&MadeUpHost);
@@ -823,12 +826,12 @@ mod tests {
                         "nohz_full=6-11,18-N rcu_nocbs=all irqaffinity=0-15",
                     )
                 },
-                "warn command line: irqaffinity=0-15 has IRQs begin on CPU 6-11, which are isolated => \
+                "warn command line: irqaffinity=0-15 puts new IRQs on CPU 6-11, which are isolated => \
                  set irqaffinity=0-5,12-17, or remove it",
             ),
             (
                 |h| h.file("proc/cmdline", "nohz_full=x"),
-                "warn command line: nohz_full=x has CPUs that the kernel cannot read => correct or remove it",
+                "warn command line: nohz_full=x contains CPUs that the kernel cannot parse => correct or remove it",
             ),
             (
                 |h| h.file("etc/pve/lxc/201.conf", "lxc.cgroup2.cpuset.cpus: 8-11"),
@@ -837,12 +840,12 @@ mod tests {
             ),
             (
                 |h| h.thread(900, 900, "tuned", "0-23", 0),
-                "warn profiles: tuned (process 900) sets governors and masks of the isolated CPUs again => \
+                "warn profiles: tuned (process 900) may overwrite the isolated CPUs' governors and masks => \
                  systemctl disable --now tuned; hook sets the governor while the VM runs",
             ),
             (
                 |h| h.thread(900, 900, "power-profiles-", "0-23", 0),
-                "warn profiles: power-profiles-daemon (process 900) sets governors and masks of the isolated CPUs again => \
+                "warn profiles: power-profiles-daemon (process 900) may overwrite the isolated CPUs' governors and masks => \
                  systemctl disable --now power-profiles-daemon; hook sets the governor while the VM runs",
             ),
             (
@@ -875,11 +878,11 @@ mod tests {
                         "dir: local\n\tpath /var/lib/vz\n\tcontent iso,backup\n",
                     );
                 },
-                "warn storage: storage local is not for snippets => pvesm set local --content iso,backup,snippets",
+                "warn storage: storage local does not allow snippets => pvesm set local --content iso,backup,snippets",
             ),
             (
                 |h| mode(h, HOOK, 0o777),
-                "warn hookscript: /var/lib/vz/snippets/hook: others than root can write it, and root runs it => \
+                "warn hookscript: /var/lib/vz/snippets/hook: group or others can write it, and root runs it => \
                  chown root: /var/lib/vz/snippets/hook && chmod 0755 /var/lib/vz/snippets/hook",
             ),
             (
@@ -892,7 +895,7 @@ mod tests {
             ),
             (
                 |h| h.settings(100, "layout = \"5900x\"\nignore = [\"smp\"]"),
-                "warn settings: ignore has smp, which no finding has => there are affinity, ",
+                "warn settings: ignore has smp, which is not the key of a finding => the keys are affinity, ",
             ),
             (
                 |h| {
@@ -919,7 +922,7 @@ mod tests {
     }
 
     #[test]
-    fn who_has_chosen_vcache_is_not_sent_elsewhere() {
+    fn vcache_is_compared_only_with_vcache() {
         let host = host_of("9950x3d", "isolated = \"1-7,17-23\"\npins = \"auto\"");
         host.conf(100, "cores: 8\nhookscript: local:snippets/hook");
         assert_eq!(faults(&host), [""; 0]);

@@ -40,12 +40,12 @@ pub(crate) struct Args {
     /// Draw the CPUs chosen on the map of `hook layout --map`, and write nothing
     #[arg(long, conflicts_with = "print")]
     pub map: bool,
-    /// Set on the VM what suits its CPUs best, by `qm set`, after printing it: the number of vCPUs
-    /// if they do not have a core each, and the memory's node and huge pages. The VM must not run.
-    /// Settings that it has stay as they are
+    /// Adapt the VM to its CPUs with `qm set`, after printing the command: the number of vCPUs if
+    /// they do not have a core each, and the memory's node and huge pages. The VM must be stopped.
+    /// Existing settings of hook are not changed
     #[arg(long, conflicts_with_all = ["print", "explain", "map"])]
     pub apply: bool,
-    /// Print what would be written, and set with --apply, and change nothing
+    /// Print what would be written and, with --apply, set; change nothing
     #[arg(short = 'n', long, conflicts_with_all = ["print", "explain", "map"])]
     pub dry_run: bool,
     /// Print nothing of what `hook install` does next.
@@ -123,7 +123,7 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
             required::pins_suffice(settings, vcpus, vcpus.checked_sub(1))?;
         }
         if set.is_empty() {
-            report.line(&format!("VM {vmid} suits its CPUs; nothing to set on it"));
+            report.line(&format!("the settings of VM {vmid} suit its CPUs; nothing to change"));
         } else {
             let line = set.command(vmid);
             let doing = if writes { "running" } else { "would run" };
@@ -205,7 +205,7 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
     let pins: Vec<String> = choice.pins.iter().map(ToString::to_string).collect();
     match (&kept, &path) {
         (Some(settings), _) => report.line(&format!(
-            "VM {vmid} has {}, by {}, which stays as it is",
+            "VM {vmid} has {} from {}, which is not changed",
             in_words(&chosen),
             settings.source
         )),
@@ -258,7 +258,7 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
         Some(volume) => report.line(&format!("its hookscript is {volume}")),
     }
     for finding in &findings {
-        // What the line above says.
+        // This is what the line above prints.
         if finding.check != "hookscript" || conf.hookscript.is_some() {
             report.line(&printable(&format!(
                 "hook check: {}: {finding}",
@@ -321,7 +321,7 @@ fn best(
     conf: &VmConf,
 ) -> Result<(QmSet, VmConf)> {
     if vm::find(root, vmid)?.is_some() {
-        let why = "it runs, and its settings would change when it has stopped only; stop it first";
+        let why = "it is running, and changes apply only after it has stopped; stop it first";
         return Err(Error::unusable(format!("VM {vmid}"), why));
     }
     let text = root.read(vm::conf_file(vmid))?;
@@ -363,7 +363,7 @@ fn apply(root: &Host, set: &QmSet, expected: &VmConf, vmid: VmId) -> Result<VmCo
         true => Ok(conf),
         false => Err(Error::unusable(
             format!("VM {vmid}"),
-            "its settings are not what qm set was to make of them; see `qm config`",
+            "qm set did not change its settings as expected; see `qm config`",
         )),
     }
 }
@@ -566,7 +566,7 @@ fn why(chosen: &Chosen) -> Vec<String> {
     } = chosen;
     let mut lines: Vec<String> = Vec::new();
     let llcs = format!("llc:{}", choice.facts.llcs);
-    // The first reason says of the LLC domains what CPUs they are.
+    // The first reason lists the CPUs of the LLC domains.
     if *isolated != choice.isolated.to_string() && *isolated != llcs {
         lines.push(format!("{isolated} is CPU {}.", choice.isolated));
     }
@@ -966,7 +966,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_text_says() {
+    fn text_of_the_settings_file() {
         for (machine, conf, sentences) in [
             (
                 "13900k",
@@ -1086,10 +1086,10 @@ mod tests {
         );
         assert_eq!(all_set, as_written);
         for key in settings::known_keys() {
-            let is_told = set.lines().any(|line| {
+            let is_listed = set.lines().any(|line| {
                 line.starts_with(&format!("{key} =")) || line.starts_with(&format!("[{key}]"))
             });
-            assert!(is_told || key == "layout", "{key} is not in the file");
+            assert!(is_listed || key == "layout", "{key} is not in the file");
         }
     }
 
@@ -1365,7 +1365,7 @@ mod tests {
         };
         let error = run(&args, &quiet(&host.root)).unwrap_err().to_string();
         assert!(
-            error.contains("it runs, and its settings would change"),
+            error.contains("it is running, and changes apply"),
             "{error}"
         );
         assert!(!settings::node_file(&host.root, args.vmid).exists());

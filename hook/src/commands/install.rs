@@ -203,7 +203,7 @@ fn install(
     Ok(Exit::Success)
 }
 
-/// Checks what no step could mend.
+/// Checks what no step could repair.
 fn check_host(root: &Host, vmid: VmId, conf: &VmConf) -> anyhow::Result<()> {
     ensure!(
         !conf.template,
@@ -470,7 +470,7 @@ mod tests {
 
     /// The texts of steps that fail, word for word.
     #[test]
-    fn what_fails_says_what_to_do() {
+    fn failures_name_the_next_step() {
         let cases: &[(Spoil, &[&str], &str)] = &[
             (
                 |host| {

@@ -44,14 +44,14 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = super::seconds)]
     seconds: u64,
 
-    /// Run the loops as real-time threads (SCHED_FIFO, priority 1, by chrt): they then measure what no
-    /// priority prevents. Nothing else gets these CPUs meanwhile but for the kernel's reserve
-    /// (kernel.sched_rt_runtime_us), which is a gap of 50 ms in each second
+    /// Run the loops as real-time threads (SCHED_FIFO, priority 1, by chrt): they then measure only
+    /// what real-time priority does not prevent. Nothing else runs on these CPUs meanwhile, except
+    /// in the kernel's reserve (kernel.sched_rt_runtime_us), a gap of 50 ms in each second
     #[arg(long)]
     fifo: bool,
 }
 
-/// What a loop has seen.
+/// What a loop has measured.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Gaps {
     /// How many gaps there were from 2^N microseconds up to the double.

@@ -153,13 +153,13 @@ fn named(topology: &Topology) -> Vec<Named> {
             topology.first_threads(),
             "one thread of each core",
         ),
-        ("online", topology.online.clone(), "what tasks can run on"),
+        ("online", topology.online.clone(), "CPUs tasks can run on"),
         (
             "offline",
             topology.offline(),
             "the kernel does not report where they are",
         ),
-        ("all", topology.present.clone(), "what is in the machine"),
+        ("all", topology.present.clone(), "present CPUs"),
     ] {
         if !cpus.is_empty() {
             let (selector, what, cores) = (selector.into(), what.into(), cores(&cpus));
@@ -187,7 +187,7 @@ fn what(kind: Kind, domain: &Domain, vcache: bool) -> String {
         what += ", V-Cache";
     }
     if !domain.sure {
-        what += "; the number is not sure, with CPUs offline";
+        what += "; the number is uncertain while CPUs are offline";
     }
     what
 }

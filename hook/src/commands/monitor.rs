@@ -13,7 +13,7 @@ use crate::state::reservation::{Isolation, Reservation};
 use crate::state::{counters, step_times};
 use crate::strays::{Class, Stray};
 
-/// What `hook status` has seen.
+/// What `hook status` has found.
 pub(super) struct Seen<'a> {
     pub reservations: &'a BTreeMap<u32, Reservation>,
     /// The CPUs of all fenced VMs.

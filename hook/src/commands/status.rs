@@ -364,7 +364,7 @@ fn text(
         let phase = match reservation.phase {
             Phase::Leaving => "is releasing",
             Phase::Idle if reservation.comes_back() => {
-                "is stopped for a backup, comes back, and has released"
+                "is stopped for a backup, will start again, and has released"
             }
             Phase::Idle => "is starting its idle VM and has released",
             Phase::Unfenced => "runs without isolated CPUs",

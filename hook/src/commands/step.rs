@@ -42,7 +42,7 @@ pub(crate) enum Step {
     },
     /// Pin threads that a VM has started since post-start, if there are any
     ///
-    /// A timer calls it while a VM with `hotplug: cpu` runs, or until a guest that waits runs.
+    /// A timer calls it while a VM with `hotplug: cpu` runs, or until a waiting guest runs.
     PinNew {
         /// The VM's number
         vmid: VmId,
@@ -84,7 +84,7 @@ pub(crate) fn run(step: Step, output: &Output) -> anyhow::Result<Exit> {
             let (root, mut report) = (common.output.root(), common.output.report(TOOL));
             if common.list || common.restore.is_some() || common.save.is_some() {
                 anyhow::bail!(
-                    "tidy-caches holds no state: there is nothing to list, save or restore"
+                    "tidy-caches has no state: there is nothing to list, save or restore"
                 );
             }
             common.carry_out(
@@ -97,9 +97,7 @@ pub(crate) fn run(step: Step, output: &Output) -> anyhow::Result<Exit> {
         Step::ResetPci { device, common } => {
             let (root, mut report) = (common.output.root(), common.output.report(TOOL));
             if common.list || common.restore.is_some() || common.save.is_some() {
-                anyhow::bail!(
-                    "reset-pci holds no state: there is nothing to list, save or restore"
-                );
+                anyhow::bail!("reset-pci has no state: there is nothing to list, save or restore");
             }
             let functions = pci_reset::expand(&root, &device)?;
             pci_reset::check(&root, &functions)?;

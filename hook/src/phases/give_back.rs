@@ -1,4 +1,4 @@
-//! What VMs give back that have stopped, and the host as the others need it then.
+//! Releases what stopped VMs had, and sets the host as the remaining VMs need it.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -175,7 +175,7 @@ impl Run<'_> {
             let names = store.newer.of_vm((*vmid).into());
             if !names.is_empty() {
                 self.report.left(&format!(
-                    "VM {vmid}: a later version of hook has saved what this one does not know: {}",
+                    "VM {vmid}: a later version of hook has saved data unknown to this one: {}",
                     names.join(", ")
                 ));
             }
@@ -183,8 +183,8 @@ impl Run<'_> {
         let of_host = store.newer.of_host();
         if !of_host.is_empty() && !store.reservations.values().any(Reservation::is_fenced) {
             self.report.left(&format!(
-                "left as it is, since only a later version of hook knows it: {}; `hook recover` of that \
-                 version restores it, `hook recover --discard` gives it up",
+                "not restored, since only a later version of hook knows it: {}; `hook recover` \
+                 of that version restores it, `hook recover --discard` abandons it",
                 of_host.join("; ")
             ));
         }

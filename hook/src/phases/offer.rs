@@ -139,8 +139,8 @@ impl Run<'_> {
         Ok(isolation)
     }
 
-    /// Reports that a VM starts or runs without isolated CPUs, in the journal too: nobody reads the
-    /// task log of a start that succeeded.
+    /// Reports that a VM starts or runs without isolated CPUs, in the journal too, since the task
+    /// log of a successful start is seldom read.
     pub(super) fn without_cpus(&mut self, vmid: VmId, starts: &str, why: &str, is_lack: bool) {
         let message = format!("VM {vmid} {starts} without isolated CPUs: {why}");
         self.report.note(&message);

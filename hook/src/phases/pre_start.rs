@@ -31,7 +31,7 @@ impl Run<'_> {
         let comes_back = conf.is_in_backup() && self.comes_back(vmid);
         if conf.is_in_backup() && !comes_back {
             self.report.line(&format!(
-                "VM {vmid} did not run and is started for a backup; nothing to prepare"
+                "VM {vmid} was not running and is started only for a backup; nothing to prepare"
             ));
             if let Err(error) = self.delegate_for_backup(vmid, &conf) {
                 self.report.note(&format!("{error:#}"));
@@ -63,10 +63,12 @@ impl Run<'_> {
         // Without the lock: stopping the idle VM runs its own hook.
         let prepared = self.prepare(vmid, &conf, reservation.as_ref());
         match prepared {
-            // The guest ran until the backup began: better with less than not at all.
+            // The guest ran until the backup began: starting without isolated CPUs is better than
+            // not at all.
             Err(error) if comes_back => self.report.note(&format!("{error:#}")),
             Err(error) => {
-                // No post-stop follows a start that this phase aborts. Why it does is what counts.
+                // No post-stop follows a start that this phase aborts. The reason for the abort is
+                // what is reported.
                 if let Some(reservation) = &reservation
                     && let Err(error) = self.release(vmid, &reservation.settings.deadlines, false)
                 {

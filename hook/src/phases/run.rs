@@ -1,4 +1,4 @@
-//! One call of hook: the host, the output, and what every phase reads or says.
+//! One call of hook: the host, the output, and what every phase reads or reports.
 
 use std::time::Duration;
 
@@ -58,7 +58,7 @@ impl Run<'_> {
         })?)
     }
 
-    /// A line in the journal beside the task log, which nobody reads when a VM runs.
+    /// A line in the journal beside the task log, which is seldom read once a VM runs.
     pub(super) fn journal(&mut self, priority: Priority, vmid: VmId, message: &str) {
         let entry = Entry {
             priority,

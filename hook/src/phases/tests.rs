@@ -140,7 +140,7 @@ fn on_disk(host: &MadeUpHost) -> serde_json::Value {
 }
 
 #[test]
-fn a_state_of_a_later_version_strands_nobody() {
+fn a_state_of_a_later_version_strands_no_vm() {
     let thread = json!({"pid": 100, "tid": 100, "start": 1, "namespace": 4});
     let entry = |knob: serde_json::Value| json!({"knob": knob, "label": "x", "before": "1", "set": ["120"]});
     type Edit<'a> = &'a dyn Fn(&mut serde_json::Value);
@@ -158,7 +158,7 @@ fn a_state_of_a_later_version_strands_nobody() {
         ),
         (
             &|state| state["reservations"]["100"]["ways"] = json!(3),
-            "VM 100: a later version of hook has saved what this one does not know: ways",
+            "VM 100: a later version of hook has saved data unknown to this one: ways",
             false,
         ),
         (
@@ -280,7 +280,7 @@ fn a_state_of_a_later_version_strands_nobody() {
             "{named}"
         );
 
-        // What is left is for the later version, or for nobody.
+        // What is left is for the later version.
         let mut report = Report::new("hook", Verbosity::Quiet, true);
         let mut run = Run {
             root: host.root.clone(),

@@ -9,7 +9,7 @@ use crate::reconcile::thread_timer;
 use super::run::Run;
 
 impl Run<'_> {
-    /// Whether vCPUs can be plugged into the VM. Without VMID.conf nobody plugs anything in.
+    /// Whether vCPUs can be plugged into the VM. Without VMID.conf nothing is plugged in.
     pub(super) fn plugs_vcpus(&self, vmid: VmId) -> bool {
         self.conf(vmid).is_ok_and(|conf| conf.plugs_vcpus)
     }

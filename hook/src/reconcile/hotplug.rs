@@ -105,8 +105,8 @@ impl Reconcile<'_> {
         let mut in_vms = Vec::new();
         for id in fenced {
             let vmid = VmId::try_from(id)?;
-            // One that cannot be looked up is another VM's trouble; its threads stay as they are,
-            // since they are in the baseline with the CPUs that they had.
+            // A VM that cannot be looked up is not the one of this run; its threads are not
+            // changed, since they are in the baseline with the CPUs that they had.
             self.attempt_for(vmid, |this| {
                 let Some(guest) = this.guest(vmid)? else {
                     return Ok(());

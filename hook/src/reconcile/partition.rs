@@ -26,7 +26,7 @@ impl Reconcile<'_> {
                 Ok(Some(scope)) => scope,
                 Err(error) if self.is_for(vmid) => return Err(error),
                 Err(error) => {
-                    // Another VM's trouble: its partition is to stay.
+                    // It is not the VM of this run: its partition is to stay.
                     self.attempt_for(vmid, |_| Err(error));
                     cg_slice::usual_scope(vmid)
                 }
@@ -82,7 +82,7 @@ impl Reconcile<'_> {
         }
         let now = cgroup::isolated(self.root)?.unwrap_or_default();
         if !isolated.is_subset(&now) && !self.root.dry_run() {
-            let why = format!("the kernel took it and isolates CPU {now} only");
+            let why = format!("the kernel accepted it but isolates only CPU {now}");
             return Err(Error::unusable(format!("partition of CPU {isolated}"), why));
         }
         self.sum_up("partition", made);

@@ -33,7 +33,7 @@ impl Reconcile<'_> {
         let without_pin = self.pin_all(guest)?;
         if !without_pin.is_empty() {
             self.report.note(&format!(
-                "VM {}: no pin for vCPU {without_pin} in {}; the host's CPUs have to do for it",
+                "VM {}: no pin for vCPU {without_pin} in {}; using the host's CPUs",
                 guest.vmid, guest.reservation.settings.source
             ));
         }

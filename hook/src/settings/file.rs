@@ -196,7 +196,7 @@ pub(crate) fn no_own_file(root: &Host, vmid: VmId) -> Result<()> {
 /// A VM's settings file: its full path and its text.
 ///
 /// # Errors
-/// If the file cannot be read, or others than root can write it.
+/// If the file cannot be read, or users other than root can write it.
 pub(crate) fn find(root: &Host, vmid: VmId) -> Result<Option<(String, String)>> {
     for candidate in candidates(vmid) {
         // Whoever can write the settings decides where root writes. Proxmox VE's folder has links

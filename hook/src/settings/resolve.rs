@@ -340,8 +340,8 @@ fn resolve_file(
     })
 }
 
-/// Checks that CPU 0 is among the isolated CPUs only if the list names it: the kernel keeps work there
-/// that no other CPU has, so nobody should get it by the name of a larger part.
+/// Checks that CPU 0 is among the isolated CPUs only if the list names it: the kernel keeps work
+/// there that no other CPU has, so it must not be isolated just because a larger part contains it.
 ///
 /// # Errors
 /// What to write instead.
@@ -740,7 +740,7 @@ mod tests {
             ),
             (
                 "isolated = \"llc:1&0\"",
-                "test: isolated: llc:1&0: there is no CPU in it",
+                "test: isolated: llc:1&0: it selects no CPU",
             ),
             (
                 "isolated = \"!vm:101\"",
@@ -830,7 +830,7 @@ mod tests {
                 "isolated = \"6\"\npins = \"6\"\nmethod = \"magic\"",
                 "unknown variant `magic`",
             ),
-            ("layout = \"9999x\"", "no \"9999x\"; there is 5900x"),
+            ("layout = \"9999x\"", "no \"9999x\"; available: 5900x"),
             (
                 "isolated = \"6\"\npins = \"6\"\nemulator = \"\"",
                 "emulator: an empty CPU list",
@@ -904,7 +904,7 @@ mod tests {
     /// The settings that the README shows are settings, all keys are among them, and the defaults
     /// are as it lists them.
     #[test]
-    fn the_readme_tells_the_truth() {
+    fn the_readme_shows_every_key_with_its_default() {
         let readme = include_str!("../../../README.md");
         let blocks: Vec<&str> = readme
             .split("```toml\n")
@@ -920,10 +920,10 @@ mod tests {
         resolve(&root, example, "docs/example.toml", 1).unwrap();
         let all = blocks[0];
         for key in known_keys() {
-            let is_told = |line: &str| {
+            let is_shown = |line: &str| {
                 line.contains(&format!("{key} =")) || line.starts_with(&format!("[{key}]"))
             };
-            assert!(all.lines().any(is_told), "README.md does not show {key}");
+            assert!(all.lines().any(is_shown), "README.md does not show {key}");
         }
         let shown = resolve(&root, all, "", 1).unwrap();
         let default = resolve(&root, "isolated = \"6\"\npins = \"6\"", "", 1).unwrap();

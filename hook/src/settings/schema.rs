@@ -67,7 +67,7 @@ impl MachineLayout {
                 "a host with an L3 for each of CPU {}; this one has {}",
                 listed(&self.llcs),
                 match llcs.as_slice() {
-                    [] => "no L3 that is known".to_owned(),
+                    [] => "no known L3".to_owned(),
                     [one] => format!("one for CPU {one}"),
                     several => format!("one for each of CPU {}", listed(several)),
                 }
@@ -492,7 +492,7 @@ pub(super) fn layout(name: &str) -> std::result::Result<MachineLayout, String> {
     let (_, text) = LAYOUTS
         .iter()
         .find(|(known, _)| *known == name)
-        .ok_or_else(|| format!("layout: no {name:?}; there is {}", known()))?;
+        .ok_or_else(|| format!("layout: no {name:?}; available: {}", known()))?;
     toml::from_str(text).map_err(|error| format!("layout {name}: {error}"))
 }
 

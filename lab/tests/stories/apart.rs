@@ -27,7 +27,7 @@ fn users_of(host: &Host, cpus: &str) -> Vec<String> {
     lines
 }
 
-/// Fences VM 100: nobody but these is on the administrator's CPUs, and the host is restored.
+/// Fences VM 100: only these are on the administrator's CPUs, and the host is restored.
 fn fence(host: &Host, method: &str, theirs: &str, users: &[&str], common: &str) {
     println!("by {method}, beside CPU {theirs}");
     let pins: Vec<String> = PINS.iter().map(ToString::to_string).collect();
@@ -48,7 +48,7 @@ fn fence(host: &Host, method: &str, theirs: &str, users: &[&str], common: &str) 
         }
     }
     assert_eq!(users_of(host, theirs), users);
-    // Another run finds nothing that somebody else has set.
+    // Another run finds nothing that something else has set.
     let (_, notes) = expect(host, "hook 100 post-start", 0);
     assert!(!notes.contains("something else"), "{notes}");
     let log = host.stop_vm(100).unwrap();

@@ -162,7 +162,7 @@ fn a_backup_of_a_stopped_vm(host: &mut Host) {
         let log = task(host, "qm vzdump-begin 100");
         assert_log(
             &log,
-            "VM 100 did not run and is started for a backup; nothing to prepare",
+            "VM 100 was not running and is started only for a backup; nothing to prepare",
         );
         assert_log(&log, ISOLATING);
         // Somebody starts it meanwhile: `cont`, and no hook.

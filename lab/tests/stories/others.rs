@@ -15,7 +15,7 @@ stories![only trixie:
     a_guest_reboots_and_a_vcpu_is_plugged_in,
     recover_comes_by_itself,
     the_state_cannot_be_saved,
-    nobody_reads_what_is_said,
+    output_is_full_closed_or_not_read,
     a_monitor_that_does_not_answer,
     a_systemd_that_does_not_answer,
     everything_hangs,
@@ -287,7 +287,7 @@ fn restored_but_for_the_scope(host: &Host, before: &HostState) {
 }
 
 /// A full device, a closed stdout, a reader that has gone.
-fn nobody_reads_what_is_said(host: &mut Host) {
+fn output_is_full_closed_or_not_read(host: &mut Host) {
     let before = running(host);
     for where_to in ["> /dev/full 2> /dev/full", ">&- 2>&-", "-v 2>&1 | true"] {
         host.ok(&format!("hook 100 post-start {where_to}")).unwrap();
@@ -311,7 +311,7 @@ fn a_monitor_that_does_not_answer(host: &mut Host) {
     for (words, why) in [
         (None, busy),
         (Some(""), busy),
-        (Some("garbage\n"), "its monitor sends garbage"),
+        (Some("garbage\n"), "its monitor sent an invalid reply"),
     ] {
         if let Some(words) = words {
             host.ok(&format!(
@@ -322,7 +322,7 @@ fn a_monitor_that_does_not_answer(host: &mut Host) {
         }
         let (_, message) = expect(host, "hook 100 post-start", 0);
         assert!(
-            message.contains("going on with the threads' names from /proc")
+            message.contains("using thread names from /proc instead")
                 && message.contains(why),
             "{message}"
         );
@@ -338,8 +338,8 @@ fn a_systemd_that_does_not_answer(host: &mut Host) {
     const SOCKETS: [&str; 2] = ["/run/systemd/private", "/run/dbus/system_bus_socket"];
     let before = running(host);
     for (words, why) in [
-        (None, "it cannot be reached: No such file or directory"),
-        (Some("hello\r\n"), "it does not let us in: hello"),
+        (None, "cannot connect: No such file or directory"),
+        (Some("hello\r\n"), "authentication failed: hello"),
     ] {
         for socket in SOCKETS {
             match words {
@@ -475,7 +475,7 @@ fn guards(host: &mut Host) {
     let (_, message) = expect(host, "hook 100 pre-start", 1);
     assert!(
         message
-            .contains("/etc/pinfold/100.toml: refused: others than root can write it; chmod go-w"),
+            .contains("/etc/pinfold/100.toml: refused: group or others can write it; chmod go-w"),
         "{message}"
     );
     host.ok("mv /etc/pinfold/100.toml /tmp/mine && ln -s /tmp/mine /etc/pinfold/100.toml")
@@ -607,7 +607,7 @@ fn a_state_of_a_later_version(host: &mut Host) {
     }
     let (_, log) = expect(host, "hook 100 post-stop", 64);
     for named in [
-        "VM 100: a later version of hook has saved what this one does not know: ",
+        "VM 100: a later version of hook has saved data unknown to this one: ",
         "values of \"l3-ways\" (1); the fields \"boot\"; version 2 of the file",
     ] {
         assert_eq!(log.matches(named).count(), 1, "{named}: {log}");

@@ -276,7 +276,7 @@ fn init_sets_what_suits_the_vm(host: &mut Host) {
     host.ok("rm /etc/pinfold/103.toml").unwrap();
     let (_, message) = expect(host, "hook init 103 --apply", 1);
     assert!(
-        message.contains("it runs, and its settings would change"),
+        message.contains("it is running, and changes apply"),
         "{message}"
     );
     host.ok("qm stop 103 2>&1").unwrap();
@@ -320,13 +320,13 @@ fn a_partition_by_hand(host: &mut Host) {
         host,
         "cg-slice partition make nowhere 7-8",
         1,
-        "cg-slice: cgroup /nowhere: there is none; see `systemd-cgls`",
+        "cg-slice: cgroup /nowhere: no such cgroup; see `systemd-cgls`",
     );
     refuses(
         host,
         "cg-slice partition undo pen",
         1,
-        "cg-slice: cgroup /pen: it is not a partition; see `cg-slice partition show`",
+        "cg-slice: cgroup /pen: not a partition; see `cg-slice partition show`",
     );
 }
 
@@ -415,8 +415,8 @@ fn what_partition_refuses(host: &mut Host) {
         host,
         "hook 100 post-start",
         1,
-        "hook: 100.scope: systemd would take a partition in it away: hook's pre-start was not run before this VM was \
-         started. Stop and start it, or use the method hotplug",
+        "hook: 100.scope: systemd would undo a partition in it: hook's pre-start did not run \
+         before this VM was started. Stop and start the VM, or use the method hotplug",
     );
     // With method auto it uses the other method, and reports why.
     settings(host, "auto");
@@ -446,7 +446,7 @@ fn what_partition_refuses(host: &mut Host) {
     .unwrap();
     let (_, why) = expect(host, "hook 102 pre-start", 1);
     assert!(
-        why.contains("cgroup /lxc: its cpuset.cpus 5 is all in CPU 5,17"),
+        why.contains("cgroup /lxc: its cpuset.cpus 5 is entirely in CPU 5,17"),
         "{why}"
     );
     host.ok("echo > /sys/fs/cgroup/lxc/cpuset.cpus").unwrap();
@@ -506,7 +506,7 @@ fn too_old_a_kernel(host: &mut Host) {
     host.start_vm(&VmSpec::new(100)).unwrap();
     let release = host.ok("uname -r").unwrap();
     let why = format!(
-        "kernel {}: it has no cpuset.cpus.isolated, which partitions below the top need: Linux 6.8 or newer, \
+        "kernel {}: it has no cpuset.cpus.isolated, which a partition below the root needs: Linux 6.8 or newer, \
          with the cpuset controller",
         release.trim()
     );

@@ -54,7 +54,7 @@ pub(crate) fn there_and_back(host: &Host, tool: &str, args: &str, effect: impl F
     let (_, message) = expect(host, &format!("{tool} {args} --save /tmp/saved"), 1);
     assert!(
         message.contains(
-            "/tmp/saved: save: it holds the values of an earlier run; --restore it first"
+            "/tmp/saved: save: the file holds values of an earlier run; --restore it first"
         ),
         "{message}"
     );
@@ -398,7 +398,7 @@ fn bad_input(host: &mut Host) {
     let (_, message) = expect(host, "pin-vcpu 102 --vcpu 0=6", 1);
     assert!(
         message.starts_with(
-            "pin-vcpu: VM 102: it does not run: /run/qemu-server/102.pid is stale: process 1 is "
+            "pin-vcpu: VM 102: not running: /run/qemu-server/102.pid is stale: process 1 is "
         ),
         "{message}"
     );
@@ -466,7 +466,7 @@ fn without_root(host: &mut Host) {
     let (_, message) = expect(host, &format!("{user} hook status"), 3);
     assert_eq!(
         message,
-        "hook: /run/pinfold: look into: Permission denied; only root can read the reservations\n"
+        "hook: /run/pinfold: list: Permission denied; only root can read the reservations\n"
     );
     expect(host, "hook 100 post-stop -q", 0);
     assert_restored(host, &before);

@@ -40,7 +40,7 @@ pub(super) fn write(knob: &Knob, host: &Host, value: &Value) -> io::Result<Answe
                 None => Err(error),
             },
             Ok(kept) if kept != value.to_string() => Ok(Answer::Refused(format!(
-                "the kernel took the value and kept {kept}"
+                "the kernel accepted the value but kept {kept}"
             ))),
             Ok(_) => Ok(taken(())),
         },
@@ -166,7 +166,7 @@ fn cpus(value: &Value) -> io::Result<&CpuSet> {
 fn text(value: &Value) -> io::Result<&str> {
     value
         .as_text()
-        .ok_or_else(|| io::Error::other(format!("{value} is not a text")))
+        .ok_or_else(|| io::Error::other(format!("{value} is not text")))
 }
 
 #[cfg(test)]

@@ -108,7 +108,7 @@ fn wait_until_in(host: &Host, pid: i32, cgroup: &str) -> io::Result<()> {
     {
         if Instant::now() >= until {
             return Err(io::Error::other(format!(
-                "systemd made the scope and did not move process {pid} into it"
+                "systemd created the scope but did not move process {pid} into it"
             )));
         }
         std::thread::sleep(MOVED_INTERVAL);

@@ -83,7 +83,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kinds_are_told_apart_by_a_gap() {
+    fn kinds_are_distinguished_by_a_gap() {
         for (speeds, slowest) in [
             (&[][..], None),
             (&[3_600_000], None),

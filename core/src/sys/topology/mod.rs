@@ -368,7 +368,7 @@ fn cores(root: &Sysroot, online: &CpuSet) -> Result<Vec<CpuSet>> {
     let mut cores = Vec::new();
     while let Some(cpu) = left.first() {
         let own: CpuSet = [cpu].into_iter().collect();
-        // A CPU is in one core, whatever a list says: those that another core has are left out.
+        // A CPU is in one core, whatever a list contains: those that another core has are left out.
         let core = &(&cpu::siblings(root, cpu)? & &left) | &own;
         left = &left - &core;
         cores.push(core);

@@ -84,8 +84,7 @@ pub struct NumaNode {
     pub policy: Option<String>,
 }
 
-/// Settings that Proxmox VE takes, and with which the VM does not start or does not start as they
-/// say.
+/// Settings that Proxmox VE accepts, but with which the VM does not start, or starts differently.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Contradiction {
     /// QEMU refuses the merged `-smp`.
@@ -102,11 +101,11 @@ pub enum Contradiction {
     Args,
     /// `affinity` has no CPU.
     Affinity,
-    /// `affinity: 0`, which Perl takes for false: Proxmox VE does not apply it.
+    /// `affinity: 0`, which Perl treats as false: Proxmox VE does not apply it.
     AffinityOfZero,
     /// `hugepages` without `numa: 1`.
     HugepagesWithoutNuma,
-    /// A size of huge pages that there is not.
+    /// A size of huge pages that does not exist.
     HugepagesSize(String),
     /// A `numaN` entry, or all of them, with which Proxmox VE refuses to start.
     Numa {
@@ -139,19 +138,19 @@ impl fmt::Display for Contradiction {
                 f,
                 "QEMU refuses to start: `hotplug: cpu` plugs in cpu{number}, {why} in args",
                 why = if *is_there {
-                    "which is there already by the -smp"
+                    "which is already part of the -smp"
                 } else {
-                    "for which there is no place in the -smp"
+                    "for which there is no room in the -smp"
                 }
             ),
             Self::Args => write!(
                 f,
                 "args has a quote that is not closed; all of it is ignored"
             ),
-            Self::Affinity => write!(f, "affinity has no CPU, with which taskset fails"),
+            Self::Affinity => write!(f, "affinity has no CPU, so taskset fails"),
             Self::AffinityOfZero => write!(
                 f,
-                "`affinity: 0` has no effect, since Proxmox VE takes it for unset; `0-0` has"
+                "`affinity: 0` has no effect, since Proxmox VE treats it as unset; use `0-0`"
             ),
             Self::HugepagesWithoutNuma => {
                 write!(f, "Proxmox VE refuses to start: hugepages needs `numa: 1`")
@@ -204,7 +203,7 @@ impl VmConf {
                 self.hotplug = text();
             }
             "cpu" => self.cpu = text(),
-            // Perl takes 0 for nothing.
+            // Perl treats 0 as false.
             "args" => self.args = text().filter(|args| args != "0"),
             "affinity" => {
                 let ranges = schema::parse_cpus(value).unwrap_or_default();
@@ -707,40 +706,37 @@ mod tests {
             ),
             (
                 "cores: 4\nargs: -smp help",
-                &["QEMU refuses to start: -smp has \"help\", which it does not know"],
+                &["QEMU refuses to start: -smp has \"help\", which QEMU does not know"],
             ),
             (
                 "cores: 12\nhotplug: cpu\nargs: -smp 12,sockets=1,cores=6,threads=2",
                 &[
-                    "QEMU refuses to start: `hotplug: cpu` plugs in cpu2, which is there already by the -smp in args",
+                    "QEMU refuses to start: `hotplug: cpu` plugs in cpu2, which is already part of the -smp in args",
                 ],
             ),
             (
                 "cores: 12\nhotplug: cpu\nargs: -smp cores=6",
                 &[
                     "QEMU refuses to start: `hotplug: cpu` plugs in cpu7, for which there is no \
-                     place in the -smp in args",
+                     room in the -smp in args",
                 ],
             ),
             (
                 "cores: 2\nvcpus: 3\nhotplug: cpu",
                 &[
                     "QEMU refuses to start: `hotplug: cpu` plugs in cpu3, for which there is no \
-                     place in the -smp in args",
+                     room in the -smp in args",
                 ],
             ),
             (
                 "args: -cpu 'host",
                 &["args has a quote that is not closed; all of it is ignored"],
             ),
-            (
-                "affinity: ,",
-                &["affinity has no CPU, with which taskset fails"],
-            ),
+            ("affinity: ,", &["affinity has no CPU, so taskset fails"]),
             ("affinity: 0-0", &[]),
             (
                 "affinity: 0",
-                &["`affinity: 0` has no effect, since Proxmox VE takes it for unset; `0-0` has"],
+                &["`affinity: 0` has no effect, since Proxmox VE treats it as unset; use `0-0`"],
             ),
             (
                 "hugepages: 2",

@@ -87,7 +87,7 @@ impl Section {
     }
 }
 
-/// What a line of a section says.
+/// The kind of a line in a section.
 #[derive(Debug, PartialEq, Eq)]
 enum Line<'a> {
     /// Nothing that is checked: a part of the description, or the state of a snapshot.
@@ -98,7 +98,7 @@ enum Line<'a> {
     Args(&'a str),
     /// A setting.
     Setting(&'a str, &'a str),
-    /// No line of the grammar.
+    /// Not a line of the grammar.
     Other,
 }
 
@@ -165,14 +165,14 @@ pub(super) fn read(text: &str, mut set: impl FnMut(&str, &str)) -> Vec<PassedOve
         match Section::opened_by(line) {
             Some(Ok(opened)) => {
                 if seen.contains(&opened) {
-                    pass_over(&Section::Main, line, "the section is there twice".into());
+                    pass_over(&Section::Main, line, "the section is given twice".into());
                 }
                 seen.push(opened.clone());
                 section = opened;
                 continue;
             }
             Some(Err(_)) => {
-                let reason = "unknown section, with all lines up to the next one";
+                let reason = "unknown section, including its lines";
                 pass_over(&Section::Main, line, reason.into());
                 section = Section::Unknown;
                 continue;
@@ -320,8 +320,8 @@ mod tests {
                 "[x]\ncores: 4\n\n[PENDING]\n[pending]\ncores: 4x",
                 &[],
                 &[
-                    "line 1: `[x]`: unknown section, with all lines up to the next one",
-                    "line 5: `[pending]`: the section is there twice",
+                    "line 1: `[x]`: unknown section, including its lines",
+                    "line 5: `[pending]`: the section is given twice",
                     "line 6 of [PENDING]: `cores: 4x`: not an integer",
                 ],
             ),
@@ -329,8 +329,8 @@ mod tests {
                 "[] \n[special:CLOUDINIT]\n[[ab]]",
                 &[],
                 &[
-                    "line 1: `[]`: unknown section, with all lines up to the next one",
-                    "line 2: `[special:CLOUDINIT]`: unknown section, with all lines up to the next one",
+                    "line 1: `[]`: unknown section, including its lines",
+                    "line 2: `[special:CLOUDINIT]`: unknown section, including its lines",
                 ],
             ),
             (

@@ -49,9 +49,9 @@ pub fn pci_mapping(root: &Sysroot, id: &str) -> Result<Vec<Vec<PciSelector>>> {
         Some(devices) if !devices.is_empty() => Ok(devices),
         found => {
             let lacks = if found.is_some() {
-                format!("offers nothing on node {node}")
+                format!("has no device on node {node}")
             } else {
-                "is not there".into()
+                "does not exist".into()
             };
             Err(Error::unusable(
                 format!("PCI mapping {id}"),
@@ -93,7 +93,7 @@ mod tests {
         );
         assert_eq!(
             error("nic"),
-            format!("PCI mapping nic: it offers nothing on node pve1; see {file}")
+            format!("PCI mapping nic: it has no device on node pve1; see {file}")
         );
     }
 

@@ -67,7 +67,7 @@ impl Format {
 pub(super) fn parse(format: &Format, text: &str) -> Result<BTreeMap<String, String>, String> {
     let mut values: BTreeMap<String, String> = BTreeMap::new();
     let mut has_default = false;
-    let twice = |key: &str| format!("`{}` is there twice", excerpt(key));
+    let twice = |key: &str| format!("`{}` is given twice", excerpt(key));
     for part in text.split(',') {
         if part.chars().all(is_space) {
             continue;
@@ -251,11 +251,11 @@ mod tests {
             ("a,n=4", Ok("host=a n=4")),
             ("", Err("`host` is missing")),
             ("pcie=1", Err("`host` is missing")),
-            ("a,b", Err("`host` is there twice")),
-            ("a,host=b", Err("`host` is there twice")),
-            ("host=a,b", Err("`host` is there twice")),
-            ("nic=a,nic=b", Err("`kind` is there twice")),
-            ("a,pcie=1,pcie=1", Err("`pcie` is there twice")),
+            ("a,b", Err("`host` is given twice")),
+            ("a,host=b", Err("`host` is given twice")),
+            ("host=a,b", Err("`host` is given twice")),
+            ("nic=a,nic=b", Err("`kind` is given twice")),
+            ("a,pcie=1,pcie=1", Err("`pcie` is given twice")),
             ("a,pcie=", Err("`pcie=` lacks a key or a value")),
             ("a,=1", Err("`=1` lacks a key or a value")),
             ("a,pcie=maybe", Err("pcie: not a boolean")),
