@@ -61,8 +61,8 @@ pub mod testutils;
 mod text;
 pub mod vm;
 
-pub use cli::Table;
-pub use cli::report::{Exit, Report, Verbosity};
+pub use cli::report::{Report, Verbosity};
+pub use cli::{Exit, Table};
 pub use cpuset::{CpuSet, CpuSetError, CpuSetPool, MAX_CPU};
 pub use error::{Error, Result, os_text};
 pub use host::Host;

@@ -14,7 +14,7 @@ use crate::commands::{
     status, step,
 };
 use crate::phases;
-use crate::steps::TOOL;
+use crate::own_steps::TOOL;
 
 /// Isolate CPUs for a VM when it starts and return them to the host when it stops
 ///

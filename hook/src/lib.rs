@@ -25,7 +25,7 @@ mod reconcile;
 mod settings;
 mod snippet;
 mod state;
-mod steps;
+mod own_steps;
 mod strays;
 
 pub use cli::Args;
@@ -34,7 +34,7 @@ use state::reservation::Reservation;
 
 /// The command's whole run. `commit` is that of the program, for `--version` and the report.
 pub fn main(commit: Option<&str>) -> ExitCode {
-    pinfold_core::cli::main(steps::TOOL, commit, |args| cli::run(args, commit))
+    pinfold_core::cli::main(own_steps::TOOL, commit, |args| cli::run(args, commit))
 }
 
 /// Checks the text of a settings file as pre-start does, and resolves it for a guest without SMT:

@@ -1,10 +1,12 @@
 //! The options that every tool has, and the run from the command line to the exit code.
 
+mod exit;
 pub mod filter;
 pub mod report;
 mod table;
 pub mod terminal;
 
+pub use exit::{EXIT_CODES, Exit};
 pub use table::Table;
 
 use std::path::PathBuf;
@@ -13,7 +15,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use clap::error::{ContextKind, ErrorKind};
 
-use self::report::{Exit, Report, Verbosity};
+use self::report::{Report, Verbosity};
 use self::terminal::err;
 use crate::error::Error;
 use crate::host::Host;
@@ -321,14 +323,6 @@ pub fn in_words(error: &anyhow::Error) -> String {
     }
     words.join(": ")
 }
-
-/// The part of the help that every tool ends with.
-pub const EXIT_CODES: &str = "\
-Exit codes:
-  0   success, or nothing to do
-  1   failed
-  2   the command line is wrong
-  64  some items failed and others succeeded";
 
 #[cfg(test)]
 mod tests {

@@ -2,39 +2,17 @@
 
 use std::cell::{Cell, RefCell};
 use std::io::{self, IsTerminal};
-use std::process::ExitCode;
 use std::time::Instant;
 
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::exit::Exit;
 use super::table::Table;
 use super::terminal::{Each, err, print, print_json, print_json_array};
 
 use crate::knob::{Applied, Change, Outcome};
 use crate::text::printable;
-
-/// The exit codes, the same in every tool (as util-linux's chcpu), but for [`Exit::Unknown`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Exit {
-    /// Applied, or nothing to do.
-    Success = 0,
-    /// Nothing was done, or everything that was done was undone.
-    Failed = 1,
-    /// The command line is wrong.
-    Usage = 2,
-    /// A command that only reads could not read the host.
-    Unknown = 3,
-    /// Some items failed and some were done.
-    Partial = 64,
-}
-
-impl From<Exit> for ExitCode {
-    fn from(exit: Exit) -> Self {
-        Self::from(exit as u8)
-    }
-}
 
 /// How much is printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -6,9 +6,11 @@ mod baseline;
 mod newer;
 mod replace;
 pub mod save;
+mod state_file;
 pub mod store;
 pub mod trust;
 
 pub use baseline::{Baseline, Planned};
 pub use newer::Newer;
-pub use store::{Pending, State, Store};
+pub use state_file::State;
+pub use store::{Pending, Store};

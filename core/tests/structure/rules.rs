@@ -30,7 +30,7 @@ const HOOK: Layers = &[
     &["settings"],
     &["state"],
     &["claims"],
-    &["steps"],
+    &["own_steps"],
     &["strays"],
     &["reconcile"],
     &["checks"],

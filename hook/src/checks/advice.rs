@@ -1,14 +1,11 @@
 //! Checks that only warn: `hook check` reports all of them, pre-start what interferes with the VM.
 
-use std::collections::BTreeSet;
-
 use pinfold_core::sys::cpu;
-use pinfold_core::sys::topology::{Kind, Topology};
-use pinfold_core::vm::{self, VmConf, VmId};
+use pinfold_core::vm::{VmConf, VmId};
 use pinfold_core::{CpuSet, Host, Result};
 
 use super::finding::Finding;
-use super::surroundings::{Balancer, Surroundings};
+use super::surroundings::Surroundings;
 use super::{devices, host, memory, place};
 use crate::settings::Settings;
 
@@ -26,10 +23,7 @@ pub(crate) fn findings(
     let mut findings = host::findings(around, vmid, conf, &settings.isolated)?;
     findings.extend(place::findings(around, vmid, conf, settings)?);
     findings.extend(devices::findings(root, vmid, conf, settings)?);
-    findings.push(match hugepages(root, topology, conf, &settings.isolated)? {
-        Some(far) => far,
-        None => memory::hugepages(root, conf)?,
-    });
+    findings.push(memory::hugepages(root, topology, conf, &settings.isolated)?);
     findings.extend(memory::numa_nodes(vmid, conf));
     findings.push(helpers(conf, settings));
     Ok(findings)
@@ -76,25 +70,7 @@ pub(crate) fn interference(
         ));
     }
     findings.append(&mut shut_out);
-    let mut balancers = Vec::new();
-    for Balancer { pid, banned } in around.balancers()? {
-        balancers.push(if isolated.is_subset(banned) {
-            Finding::ok(
-                "irqbalance",
-                format!("irqbalance (process {pid}) does not use CPU {isolated}"),
-            )
-        } else {
-            Finding::warn(
-                "irqbalance",
-                format!("irqbalance (process {pid}) moves IRQs back within 10 s"),
-                format!("stop it, or set IRQBALANCE_BANNED_CPULIST={isolated}"),
-            )
-        });
-    }
-    if balancers.is_empty() {
-        balancers.push(Finding::ok("irqbalance", "not running"));
-    }
-    findings.append(&mut balancers);
+    findings.extend(host::irqbalance(around, isolated)?);
     findings.push(if siblings_inside(around.root, isolated)? {
         Finding::ok("SMT", "whole cores are isolated")
     } else {
@@ -113,62 +89,6 @@ fn siblings_inside(root: &Host, isolated: &CpuSet) -> Result<bool> {
         }
     }
     Ok(true)
-}
-
-/// That no huge pages are on the nodes of the isolated CPUs, and some on others
-/// (admin-guide/mm/hugetlbpage.rst).
-fn hugepages(
-    root: &Host,
-    topology: &Topology,
-    conf: &VmConf,
-    isolated: &CpuSet,
-) -> Result<Option<Finding>> {
-    const CHECK: &str = "hugepages";
-    let wanted = vm::huge_pages(root, conf);
-    let sizes: BTreeSet<u64> = wanted.iter().map(|pages| pages.kib).collect();
-    let Some(largest) = sizes.last() else {
-        return Ok(None);
-    };
-    let nodes = topology.domains(Kind::Node);
-    let (mut near, mut far) = (0, Vec::new());
-    for node in nodes {
-        for size in &sizes {
-            let path = format!(
-                "sys/devices/system/node/node{}/hugepages/hugepages-{size}kB/nr_hugepages",
-                node.number
-            );
-            let pages: u64 = root
-                .read_value(path)?
-                .and_then(|text| text.parse().ok())
-                .unwrap_or(0);
-            if node.cpus.intersects(isolated) {
-                near += pages;
-            } else if pages > 0 {
-                far.push(format!("node {}", node.number));
-            }
-        }
-    }
-    far.dedup();
-    let own: Vec<String> = nodes
-        .iter()
-        .filter(|node| node.cpus.intersects(isolated))
-        .map(|node| node.number.to_string())
-        .collect();
-    if near > 0 || far.is_empty() {
-        return Ok(None);
-    }
-    let what = format!(
-        "all on {}, but the isolated CPUs are on node {}",
-        far.join(", "),
-        own.join(", ")
-    );
-    let file = format!(
-        "/sys/devices/system/node/node{}/hugepages/hugepages-{}kB/nr_hugepages",
-        own.join(","),
-        largest
-    );
-    let fix = format!("reserve them there, in {file}");
-    Ok(Some(Finding::warn(CHECK, what, fix)))
 }
 
 /// The CPUs of the processes beside QEMU.

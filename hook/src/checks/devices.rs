@@ -6,7 +6,7 @@ use pinfold_core::{Error, Host, Result};
 
 use super::finding::Finding;
 use crate::settings::{REMOVE, ResetPci, Settings};
-use crate::steps::{self, Reset};
+use crate::own_steps::{self, Reset};
 
 /// What would not be reset, and what pre-start would fail with.
 ///
@@ -22,7 +22,7 @@ pub(super) fn findings(
     let mut findings = Vec::new();
     let mut before = Vec::new();
     for is_before in [true, false] {
-        let mut resets = match steps::resets(root, vmid, conf, settings, is_before) {
+        let mut resets = match own_steps::resets(root, vmid, conf, settings, is_before) {
             Ok(resets) => resets,
             Err(error @ Error::Io { .. }) => return Ok(vec![Finding::of_error(CHECK, &error)]),
             Err(error) => return Ok(vec![Finding::warn(CHECK, error.to_string(), "")]),

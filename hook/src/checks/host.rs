@@ -6,7 +6,7 @@ use pinfold_core::vm::{VmConf, VmId};
 use pinfold_core::{CpuSet, CpuSetError, Host, MAX_CPU, Result};
 
 use super::finding::Finding;
-use super::surroundings::{Program, Surroundings};
+use super::surroundings::{Balancer, Program, Surroundings};
 
 /// The findings about the host around a VM.
 ///
@@ -176,6 +176,35 @@ fn profiles(around: &Surroundings<'_>) -> Result<Finding> {
         ),
         None => Finding::ok(CHECK, "neither tuned nor power-profiles-daemon runs"),
     })
+}
+
+/// Whether irqbalance moves IRQs to the isolated CPUs.
+///
+/// # Errors
+/// If /proc cannot be read.
+pub(super) fn irqbalance(
+    around: &Surroundings<'_>,
+    isolated: &CpuSet,
+) -> Result<Vec<Finding>> {
+    let mut balancers = Vec::new();
+    for Balancer { pid, banned } in around.balancers()? {
+        balancers.push(if isolated.is_subset(banned) {
+            Finding::ok(
+                "irqbalance",
+                format!("irqbalance (process {pid}) does not use CPU {isolated}"),
+            )
+        } else {
+            Finding::warn(
+                "irqbalance",
+                format!("irqbalance (process {pid}) moves IRQs back within 10 s"),
+                format!("stop it, or set IRQBALANCE_BANNED_CPULIST={isolated}"),
+            )
+        });
+    }
+    if balancers.is_empty() {
+        balancers.push(Finding::ok("irqbalance", "not running"));
+    }
+    Ok(balancers)
 }
 
 /// Threads of ZFS that are bound to isolated CPUs.

@@ -1,9 +1,14 @@
 //! Whether the VM's huge pages are there, and its memory is where its settings say.
 
+use std::collections::BTreeSet;
+
+use pinfold_core::sys::topology::{Kind, Topology};
 use pinfold_core::vm::{self, HugePages, VmConf, VmId};
-use pinfold_core::{Host, Result};
+use pinfold_core::{CpuSet, Host, Result};
 
 use super::finding::Finding;
+
+const CHECK: &str = "hugepages";
 
 /// The sizes of huge pages in KiB: 2M and 1G.
 const SMALL: u64 = 2048;
@@ -29,15 +34,22 @@ pub(super) fn numa_nodes(vmid: VmId, conf: &VmConf) -> Option<Finding> {
     ))
 }
 
-/// Whether the nodes have the pages that Proxmox VE asks for.
+/// Whether the nodes of the isolated CPUs have the pages that Proxmox VE asks for.
 ///
 /// It makes what is missing at the start,
 /// which fails if memory is fragmented (`hugepages_allocate` in `PVE::QemuServer::Memory`).
 ///
 /// # Errors
 /// If sysfs cannot be read.
-pub(super) fn hugepages(root: &Host, conf: &VmConf) -> Result<Finding> {
-    const CHECK: &str = "hugepages";
+pub(super) fn hugepages(
+    root: &Host,
+    topology: &Topology,
+    conf: &VmConf,
+    isolated: &CpuSet,
+) -> Result<Finding> {
+    if let Some(far) = on_other_nodes(root, topology, conf, isolated)? {
+        return Ok(far);
+    }
     if conf.hugepages.is_none() {
         return Ok(Finding::ok(CHECK, "not configured"));
     }
@@ -80,6 +92,61 @@ pub(super) fn hugepages(root: &Host, conf: &VmConf) -> Result<Finding> {
         short.join("; "),
         "reserve them at boot, as with hugepagesz=1G hugepages=N, while memory is not fragmented",
     ))
+}
+
+/// That no huge pages are on the nodes of the isolated CPUs, and some on others
+/// (admin-guide/mm/hugetlbpage.rst).
+fn on_other_nodes(
+    root: &Host,
+    topology: &Topology,
+    conf: &VmConf,
+    isolated: &CpuSet,
+) -> Result<Option<Finding>> {
+    let wanted = vm::huge_pages(root, conf);
+    let sizes: BTreeSet<u64> = wanted.iter().map(|pages| pages.kib).collect();
+    let Some(largest) = sizes.last() else {
+        return Ok(None);
+    };
+    let nodes = topology.domains(Kind::Node);
+    let (mut near, mut far) = (0, Vec::new());
+    for node in nodes {
+        for size in &sizes {
+            let path = format!(
+                "sys/devices/system/node/node{}/hugepages/hugepages-{size}kB/nr_hugepages",
+                node.number
+            );
+            let pages: u64 = root
+                .read_value(path)?
+                .and_then(|text| text.parse().ok())
+                .unwrap_or(0);
+            if node.cpus.intersects(isolated) {
+                near += pages;
+            } else if pages > 0 {
+                far.push(format!("node {}", node.number));
+            }
+        }
+    }
+    far.dedup();
+    let own: Vec<String> = nodes
+        .iter()
+        .filter(|node| node.cpus.intersects(isolated))
+        .map(|node| node.number.to_string())
+        .collect();
+    if near > 0 || far.is_empty() {
+        return Ok(None);
+    }
+    let what = format!(
+        "all on {}, but the isolated CPUs are on node {}",
+        far.join(", "),
+        own.join(", ")
+    );
+    let file = format!(
+        "/sys/devices/system/node/node{}/hugepages/hugepages-{}kB/nr_hugepages",
+        own.join(","),
+        largest
+    );
+    let fix = format!("reserve them there, in {file}");
+    Ok(Some(Finding::warn(CHECK, what, fix)))
 }
 
 /// Whether a node has so much memory at all; assumed if it is not known.

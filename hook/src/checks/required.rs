@@ -509,7 +509,7 @@ mod tests {
             ]
         );
         let around = Surroundings::new(&host.root);
-        let found = findings(&around, &conf, &settings("")).unwrap();
+        let found = findings(&around, "100".parse().unwrap(), &conf, &settings("")).unwrap();
         assert!(
             found[0].level == Level::Ok && found[0].what.ends_with("boot CPU stay there"),
             "{found:?}"

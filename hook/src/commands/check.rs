@@ -18,7 +18,7 @@ use crate::checks::{advice, cluster, required, script};
 use crate::choice;
 use crate::settings::{self, Loaded};
 use crate::state::reservation::Reservation;
-use crate::steps::TOOL;
+use crate::own_steps::TOOL;
 
 /// The options of `hook check`.
 #[derive(Debug, clap::Args)]

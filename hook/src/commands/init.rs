@@ -17,7 +17,7 @@ use crate::checks::{required, vm_settings};
 use crate::choice::{self, Areas, Choice, Claim, Claimed, Guest, NoRoom, Question};
 use crate::claims;
 use crate::settings::{self, Deadlines, Loaded, Method, Settings, default};
-use crate::steps::{self, TOOL};
+use crate::own_steps::{self, TOOL};
 
 /// The options of `hook init`.
 #[derive(Debug, clap::Args)]
@@ -355,7 +355,7 @@ fn best(
 /// If `qm` fails, or the VM's settings are not as expected after it.
 fn apply(root: &Host, set: &QmSet, expected: &VmConf, vmid: VmId) -> Result<VmConf> {
     if !set.is_empty() {
-        steps::set_on_vm(root, &set.words(vmid))?;
+        own_steps::set_on_vm(root, &set.words(vmid))?;
     }
     let conf = vm::conf(root, vmid)?;
     let size = |conf: &VmConf| (conf.vcpus(), conf.threads_per_core(), choice::cells(conf));
@@ -749,15 +749,9 @@ mod tests {
     ) -> std::result::Result<Settings, String> {
         let vmid = VmId::try_from(id).unwrap();
         let args = Args {
-            vmid,
             cpus: cpus.map(|text| text.parse().unwrap()),
             vcache,
-            print: false,
-            explain: false,
-            map: false,
-            apply: false,
-            dry_run: false,
-            by_install: false,
+            ..Args::for_vm(vmid)
         };
         run(&args, &quiet(root)).map_err(|error| error.to_string())?;
         let threads = vm::conf(root, vmid).unwrap().threads_per_core();
@@ -1252,15 +1246,10 @@ mod tests {
                 std::fs::write(nodes.join(file), text).unwrap();
             }
             let args = Args {
-                vmid: as_vmid(100),
-                cpus: None,
                 vcache,
-                print: false,
-                explain: false,
-                map: false,
                 apply: true,
                 dry_run: true,
-                by_install: false,
+                ..Args::for_vm(as_vmid(100))
             };
             let topology = Topology::read(&root).unwrap();
             let before = vm::conf(&root, args.vmid).unwrap();
@@ -1354,14 +1343,8 @@ mod tests {
         let host = crate::fixture::MadeUpHost::new("5900x");
         host.vm(100, &[0; 12]);
         let args = Args {
-            vmid: as_vmid(100),
-            cpus: None,
-            vcache: false,
-            print: false,
-            explain: false,
-            map: false,
             apply: true,
-            dry_run: false,
+            ..Args::for_vm(as_vmid(100))
         };
         let error = run(&args, &quiet(&host.root)).unwrap_err().to_string();
         assert!(

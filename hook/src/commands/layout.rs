@@ -14,7 +14,7 @@ use super::drawing;
 use super::machine::Machine;
 use super::places::{CORES_PER_LINE, Place, by_place, core_selector, place, selector, wrapped};
 use crate::claims;
-use crate::steps::TOOL;
+use crate::own_steps::TOOL;
 
 /// How wide the output may be.
 const WIDTH: usize = 100;

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::phases::Run;
 use crate::state::step_times::{self, Times};
-use crate::steps::TOOL;
+use crate::own_steps::TOOL;
 
 /// The options of `hook plan`.
 #[derive(Debug, clap::Args)]

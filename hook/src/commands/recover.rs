@@ -4,7 +4,7 @@ use pinfold_core::Exit;
 use pinfold_core::cli::Output;
 
 use crate::phases::Run;
-use crate::steps::TOOL;
+use crate::own_steps::TOOL;
 
 /// The options of `hook recover`.
 #[derive(Debug, clap::Args)]

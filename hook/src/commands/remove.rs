@@ -15,7 +15,7 @@ use crate::phases::Run;
 use crate::settings;
 use crate::snippet::{self, Found};
 use crate::state::reservation::Reservation;
-use crate::steps::TOOL;
+use crate::own_steps::TOOL;
 
 /// The options of `hook remove`.
 #[derive(Debug, clap::Args)]

@@ -21,7 +21,7 @@ use super::monitor;
 use crate::phases::failures;
 use crate::settings::Bounds;
 use crate::state::reservation::{Isolation, Phase, Reservation};
-use crate::steps::TOOL;
+use crate::own_steps::TOOL;
 use crate::strays::{Class, Stray, strays};
 
 /// The options of `hook status`.

@@ -11,7 +11,7 @@ use pinfold_core::{CpuSet, Exit, Table};
 
 use crate::phases::Run;
 use crate::settings::{Deadlines, MAX_DEADLINE};
-use crate::steps::{self, TOOL};
+use crate::own_steps::{self, TOOL};
 
 /// The steps.
 #[derive(Debug, Subcommand)]
@@ -91,7 +91,7 @@ pub(crate) fn run(step: Step, output: &Output) -> anyhow::Result<Exit> {
                 &root,
                 &mut report,
                 TOOL,
-                steps::tidy_caches_plan(nodes.as_ref()),
+                own_steps::tidy_caches_plan(nodes.as_ref()),
             )
         }
         Step::ResetPci { device, common } => {
@@ -101,15 +101,15 @@ pub(crate) fn run(step: Step, output: &Output) -> anyhow::Result<Exit> {
             }
             let functions = pci_reset::expand(&root, &device)?;
             pci_reset::check(&root, &functions)?;
-            let changes = functions.iter().map(steps::pci_reset_by_kernel).collect();
+            let changes = functions.iter().map(own_steps::pci_reset_by_kernel).collect();
             common.carry_out(&root, &mut report, TOOL, changes)
         }
         Step::StatInterval { seconds, common } => {
             let (root, mut report) = (common.output.root(), common.output.report(TOOL));
-            if let Some(exit) = common.restore(&root, &mut report, TOOL, steps::is_stat_interval)? {
+            if let Some(exit) = common.restore(&root, &mut report, TOOL, own_steps::is_stat_interval)? {
                 return Ok(exit);
             }
-            let object = steps::stat_interval(&root)?
+            let object = own_steps::stat_interval(&root)?
                 .ok_or_else(|| anyhow::anyhow!("vm.stat_interval: this kernel has none"))?;
             let Some(seconds) = seconds.filter(|_| !common.list) else {
                 let mut table = Table::new(&["sysctl", "seconds"]);
@@ -140,9 +140,9 @@ pub(crate) fn run(step: Step, output: &Output) -> anyhow::Result<Exit> {
             let (root, mut report) = (output.root(), output.report(TOOL));
             let deadline = Duration::from_secs(deadline);
             match action {
-                IdleAction::Stop => steps::stop_idle_vm(&root, &mut report, vmid.into(), deadline)?,
+                IdleAction::Stop => own_steps::stop_idle_vm(&root, &mut report, vmid.into(), deadline)?,
                 IdleAction::Start => {
-                    steps::start_idle_vm(&root, &mut report, vmid.into(), deadline)?
+                    own_steps::start_idle_vm(&root, &mut report, vmid.into(), deadline)?
                 }
             }
             Ok(report.finish())

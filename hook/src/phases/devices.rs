@@ -5,7 +5,7 @@ use std::time::Duration;
 use pinfold_core::vm::{VmConf, VmId};
 
 use crate::settings::{REMOVE, Settings};
-use crate::steps::{self, Reset};
+use crate::own_steps::{self, Reset};
 
 use super::run::Run;
 
@@ -19,7 +19,7 @@ impl Run<'_> {
         settings: &Settings,
         is_before: bool,
     ) -> anyhow::Result<()> {
-        let resets = match steps::resets(&self.root, vmid, conf, settings, is_before) {
+        let resets = match own_steps::resets(&self.root, vmid, conf, settings, is_before) {
             Ok(resets) => resets,
             Err(error) => {
                 let required = settings
@@ -42,7 +42,7 @@ impl Run<'_> {
             } else {
                 self.report.step("pci");
                 self.open(&settings.deadlines).and_then(|mut store| {
-                    steps::reset_by_kernel(&mut store, self.report, functions, method, deadline)
+                    own_steps::reset_by_kernel(&mut store, self.report, functions, method, deadline)
                 })
             };
             if done.is_ok() && method != REMOVE {

@@ -12,7 +12,7 @@ use pinfold_core::{Host, TaskId};
 use crate::reconcile::Reconcile;
 use crate::settings::Deadlines;
 use crate::state::reservation::{Backup, Phase, Reservation, is_in_backup};
-use crate::steps;
+use crate::own_steps;
 
 use super::run::{Run, process};
 
@@ -210,7 +210,7 @@ impl Run<'_> {
             };
             let deadline = Duration::from_secs(settings.deadlines.idle_vm);
             // Tried once: hook cannot repair what keeps it from starting.
-            if let Err(error) = steps::start_idle_vm(&self.root, self.report, idle, deadline) {
+            if let Err(error) = own_steps::start_idle_vm(&self.root, self.report, idle, deadline) {
                 self.report.error(&format!("{error:#}"));
             }
         }

@@ -1,4 +1,4 @@
-//! After QEMU has started.
+//! After QEMU has started. The order of the steps is in reconcile/order.rs.
 
 use std::time::Duration;
 

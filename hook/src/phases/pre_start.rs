@@ -12,7 +12,7 @@ use pinfold_core::vm::{self, VmConf, VmId};
 use crate::choice;
 use crate::settings::{self, Loaded, Method};
 use crate::state::reservation::{Backup, Isolation, Reservation};
-use crate::steps;
+use crate::own_steps;
 
 use super::offer::{Offer, has_idle_vm_to_restart};
 use super::run::{Run, process};
@@ -150,7 +150,7 @@ impl Run<'_> {
         reservation.starter = process(&self.root, Pid::parent());
         if let Some(idle) = reservation.settings.idle_vm {
             reservation.idle_vm_stopped =
-                has_idle_vm_to_restart(&store, vmid) || steps::idle_vm_runs(&self.root, idle)?;
+                has_idle_vm_to_restart(&store, vmid) || own_steps::idle_vm_runs(&self.root, idle)?;
         }
         reservation.resets_owed =
             (store.reservations.get(&vmid.into())).is_some_and(|earlier| earlier.resets_owed);
@@ -174,7 +174,7 @@ impl Run<'_> {
             self.delegate(vmid)?;
         }
         if let Some(idle) = settings.idle_vm {
-            steps::stop_idle_vm(
+            own_steps::stop_idle_vm(
                 &self.root,
                 self.report,
                 idle,
@@ -192,7 +192,7 @@ impl Run<'_> {
             let always = settings.tidy_caches == Some(true);
             let deadline = Duration::from_secs(settings.deadlines.caches);
             let huge = vm::huge_pages(&self.root, conf);
-            steps::tidy_caches(&self.root, self.report, &huge, always, deadline);
+            own_steps::tidy_caches(&self.root, self.report, &huge, always, deadline);
         }
         Ok(())
     }

@@ -9,7 +9,7 @@ use pinfold_core::{CpuSet, Knob, Outcome, Result, Setting};
 
 use super::run::{Readings, Reconcile, TUNING};
 use crate::state::reservation::Reservation;
-use crate::steps;
+use crate::own_steps;
 
 /// The same in a task log.
 const TUNING_LABEL: &str = "tuning";
@@ -202,7 +202,7 @@ impl Reconcile<'_> {
         let mut objects = governor::settings(&policies, |policy| {
             policy.cpus.intersects(isolated) || governed(&policy.name)
         });
-        objects.extend(steps::stat_interval(self.root)?);
+        objects.extend(own_steps::stat_interval(self.root)?);
         objects.extend(governor::latencies(self.root, &self.limited())?);
         Ok(objects)
     }

@@ -11,7 +11,7 @@ mod containers;
 mod guest;
 mod host_steps;
 mod hotplug;
-mod kernel_masks;
+mod changed_by_kernel;
 mod order;
 mod partition;
 mod run;

@@ -11,7 +11,7 @@ use pinfold_core::{Applied, Change, CpuSet, Host, Knob, Outcome, Report, Result,
 
 use super::apart::{Apart, Housekeeping};
 use super::guest::Guest;
-use super::kernel_masks::KernelMasks;
+use super::changed_by_kernel::ChangedByKernel;
 use crate::state::reservation::{Isolation, Phase, Reservation};
 
 /// The step of governor and statistics interval, as programs know it.
@@ -103,7 +103,7 @@ impl<'a> Reconcile<'a> {
         let present = cpu::present(root)?;
         let partitioned = cgroup::isolated(root)?.unwrap_or_default();
         let apart = Apart::on(root, store)?;
-        let kernel_masks = KernelMasks::on(root, store, &present, &partitioned, &apart.at_boot)?;
+        let changed_by_kernel = ChangedByKernel::on(root, store, &present, &partitioned, &apart.at_boot)?;
         let (mut host_irqs, mut host_kthreads) = Default::default();
         let readings = Readings::of_saved(root, store, &mut host_irqs, &mut host_kthreads);
         let known = readings.by_knob();
@@ -112,7 +112,7 @@ impl<'a> Reconcile<'a> {
             None => knob.read(root),
         };
         let is_kernels =
-            |knob: &Knob, given: &_, found: &_| kernel_masks.explains(knob, given, found);
+            |knob: &Knob, given: &_, found: &_| changed_by_kernel.explains(knob, given, found);
         if store.baseline.detect_foreign(read, is_kernels) {
             store.save()?;
         }

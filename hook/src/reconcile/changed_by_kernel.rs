@@ -13,7 +13,7 @@ use pinfold_core::{CpuSet, Host, Knob, Result};
 use crate::state::reservation::{Isolation, Phase, Reservation};
 
 /// What masks the kernel makes of those it is given, now.
-pub(crate) struct KernelMasks {
+pub(crate) struct ChangedByKernel {
     present: CpuSet,
     /// What partitions leave to all others now: without the CPUs of `isolcpus=`, as unbound
     /// workqueues have it, and with them, as kernel threads do.
@@ -27,7 +27,7 @@ pub(crate) struct KernelMasks {
     interrupted: bool,
 }
 
-impl KernelMasks {
+impl ChangedByKernel {
     /// From the CPUs of the host, those that are isolated now, those of them that are so since
     /// the boot, and from the changes in the store.
     ///
@@ -155,7 +155,7 @@ mod tests {
         });
         let set = |list: &str| list.parse::<CpuSet>().unwrap();
         // Of two partitions one, 6-9, is there; the other, 18, has gone with its VM.
-        let kernel = KernelMasks {
+        let kernel = ChangedByKernel {
             present: set("0-23"),
             unpartitioned: [set("0-2,4-5,10-23"), set("0-5,10-23")],
             partitions: vec![set("6-9"), set("18")],
@@ -207,7 +207,7 @@ mod tests {
                 "{knob:?} {before} {found}"
             );
         }
-        let kernel = KernelMasks {
+        let kernel = ChangedByKernel {
             present: set("0-23"),
             unpartitioned: [set("0-23"), set("0-23")],
             partitions: Vec::new(),
