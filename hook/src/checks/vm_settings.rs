@@ -161,7 +161,8 @@ fn sizes(
         .collect();
     let crowded = facts.doubled > 0 || !facts.on_small.is_empty();
     let has_cells = conf.numa && conf.numa_nodes.len() > 1;
-    if fast.is_empty() || has_cells {
+    // A smaller guest would be on one node, and crowded there.
+    if fast.is_empty() || has_cells || facts.nodes.len() > 1 {
         return Vec::new();
     }
     if guest.threads > 1 {

@@ -1206,12 +1206,12 @@ mod tests {
             // Too large for a node.
             (
                 "epyc2x7313",
-                "cores: 20\nmemory: 65536\n".into(),
+                "cores: 40\nmemory: 65536\n".into(),
                 false,
                 "",
-                "qm set 100 --sockets 2 --cores 10 --numa 1 \
-                 --numa0 cpus=0-9,hostnodes=0,memory=32768,policy=bind \
-                 --numa1 cpus=10-19,hostnodes=1,memory=32768,policy=bind",
+                "qm set 100 --sockets 2 --cores 20 --numa 1 \
+                 --numa0 cpus=0-19,hostnodes=0,memory=32768,policy=bind \
+                 --numa1 cpus=20-39,hostnodes=1,memory=32768,policy=bind",
             ),
             // The node is smaller than the VM; affinity keeps its memory where it is.
             (

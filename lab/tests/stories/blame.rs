@@ -1,5 +1,7 @@
 //! `hook blame` names what disturbs a VM: each disturbance planted here is in its first three lines.
 
+use std::time::Duration;
+
 use pinfold_lab::Host;
 use serde_json::Value;
 
@@ -89,7 +91,15 @@ fn names_planted_disturbances(host: &mut Host) {
         text.starts_with("VM 100, CPU 6-11,18-23, ") && text.contains("\nvCPUs waited for a CPU"),
         "{text}"
     );
+    // Ended by the VM's stop, after some looks.
+    let watch = ["hook", "blame", "100", "--seconds", "2", "--watch"];
+    let watch = host.spawn(&watch, Duration::from_secs(120)).unwrap();
+    host.ok("sleep 10").unwrap();
     host.stop_vm(100).unwrap();
+    let watched = watch.wait().unwrap();
+    assert_eq!(watched.code, Some(0), "{}", watched.stderr);
+    let looks = watched.stdout.matches("VM 100, CPU 6-11,18-23, 2.").count();
+    assert!(looks >= 2, "{}", watched.stdout);
     let (_, why) = expect(host, "hook blame 100", 1);
     assert!(why.contains("VM 100"), "{why}");
 }
