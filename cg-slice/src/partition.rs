@@ -422,7 +422,7 @@ mod tests {
         list.parse().unwrap()
     }
 
-    fn told(changes: &[Change]) -> Vec<String> {
+    fn shown(changes: &[Change]) -> Vec<String> {
         changes.iter().map(ToString::to_string).collect()
     }
 
@@ -430,7 +430,7 @@ mod tests {
     fn from_the_top_down_and_back_up() {
         let (_dir, root) = host(&[("sys/fs/cgroup/a.slice/cpuset.cpus.exclusive", "2-3")]);
         assert_eq!(
-            told(&plan_make(&root, "a.slice/b.scope", &cpus("6-7")).unwrap()),
+            shown(&plan_make(&root, "a.slice/b.scope", &cpus("6-7")).unwrap()),
             [
                 "cpusets below /: absent -> present",
                 "cpusets below /a.slice: absent -> present",
@@ -450,7 +450,7 @@ mod tests {
             ),
         ]);
         assert_eq!(
-            told(&plan_undo(&root, "a.slice/b.scope").unwrap()),
+            shown(&plan_undo(&root, "a.slice/b.scope").unwrap()),
             [
                 "partition /a.slice/b.scope: isolated invalid (no idea) -> member",
                 "cgroup /a.slice/b.scope: 6-7 -> unset",
@@ -512,7 +512,7 @@ mod tests {
     fn the_way_into_a_scope() {
         let (_dir, root) = host(&[]);
         assert_eq!(
-            told(&plan_vcpus(&root, "/a.slice/b.scope", &cpus("6-7")).unwrap()),
+            shown(&plan_vcpus(&root, "/a.slice/b.scope", &cpus("6-7")).unwrap()),
             [
                 "cgroup /a.slice/b.scope/vcpu: absent -> threaded",
                 "cpusets below /a.slice/b.scope: absent -> present",

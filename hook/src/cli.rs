@@ -146,7 +146,7 @@ pub(crate) fn run(args: Args, commit: Option<&str>) -> anyhow::Result<Exit> {
     };
     if let Some(vmid) = args.vmid {
         let what = match verb.without_vmid() {
-            Some(name) => format!("hook {name} takes no VM's number"),
+            Some(name) => format!("hook {name} takes no VM number"),
             None => format!("the number of a VM comes after the command, not before it: {vmid}"),
         };
         return Err(usage(ErrorKind::ArgumentConflict, &what));

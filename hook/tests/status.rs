@@ -187,7 +187,7 @@ fn watching_ends_with_its_reader() {
             None if Instant::now() < until => std::thread::sleep(Duration::from_millis(20)),
             None => {
                 hook.kill().unwrap();
-                panic!("it watches on, and nobody reads");
+                panic!("it goes on though its output has no reader");
             }
         }
     };

@@ -826,24 +826,24 @@ mod tests {
         let device = dir.path().join("sys/devices/pci0000:00/0000:00:04.0");
         fs::write(device.join("boot_vga"), "1\n").unwrap();
         let address: PciAddress = "00:04.0".parse().unwrap();
-        let told = |expected: &str| {
+        let reported = |expected: &str| {
             assert_eq!(
                 guards(&root, &address).unwrap(),
                 [format!("it is the boot display{expected}")]
             );
         };
         let _ = fs::remove_file(device.join("driver"));
-        told("");
+        reported("");
         symlink("../../../bus/pci/drivers/vfio-pci", device.join("driver")).unwrap();
-        told("");
+        reported("");
         let memory = " d0000000-d0ffffff : 0000:00:04.0\n  d0000000-d0000fff : efifb\n";
         fs::write(dir.path().join("proc/iomem"), memory).unwrap();
         let framebuffer = ", and the kernel's framebuffer efifb holds it (to keep that off: \
                            initcall_blacklist=sysfb_init on the kernel's command line)";
-        told(framebuffer);
+        reported(framebuffer);
         fs::remove_file(device.join("driver")).unwrap();
         symlink("../../../bus/pci/drivers/amdgpu", device.join("driver")).unwrap();
-        told(&format!(
+        reported(&format!(
             "{framebuffer}, and the driver amdgpu holds it (to keep that off: \
              `softdep amdgpu pre: vfio-pci` and `options vfio-pci ids=` in /etc/modprobe.d)"
         ));

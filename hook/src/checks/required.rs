@@ -434,12 +434,12 @@ mod tests {
     fn pre_start_refuses_with_the_first_error_and_notes_the_warnings() {
         let host = MadeUpHost::new("5900x");
         let vmid = "100".parse().unwrap();
-        let told = |conf: &str, text: &str| {
+        let reported = |conf: &str, text: &str| {
             let settings = settings::resolve(&host.root, text, "test", 1).unwrap();
             before_start(&host.root, vmid, &VmConf::parse(conf), &settings)
         };
-        assert_eq!(told("cores: 12", "layout = \"5900x\"").unwrap(), [""; 0]);
-        let notes = told("affinity: 0-3", "isolated = \"6\"\npins = [6]").unwrap();
+        assert_eq!(reported("cores: 12", "layout = \"5900x\"").unwrap(), [""; 0]);
+        let notes = reported("affinity: 0-3", "isolated = \"6\"\npins = [6]").unwrap();
         assert_eq!(
             notes,
             [
@@ -462,7 +462,7 @@ mod tests {
                 "test: pins: the VM has 13 vCPUs but only 12 pins; add pins or remove vCPUs",
             ),
         ] {
-            let error = told(conf, text).unwrap_err().to_string();
+            let error = reported(conf, text).unwrap_err().to_string();
             assert!(error.starts_with(why), "{error}");
         }
     }

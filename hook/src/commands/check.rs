@@ -1028,11 +1028,11 @@ mod tests {
     #[test]
     fn helpers_go_with_the_emulator_threads() {
         let host = host();
-        let told = || check_one(&host.root, vmid()).findings.pop().unwrap().what;
-        assert_eq!(told(), "none");
+        let reported = || check_one(&host.root, vmid()).findings.pop().unwrap().what;
+        assert_eq!(reported(), "none");
         host.conf(100, &format!("{CONF}\ntpmstate0: local:x"));
         assert_eq!(
-            told(),
+            reported(),
             "swtpm goes with the emulator threads to the housekeeping CPUs"
         );
         host.conf(
@@ -1041,7 +1041,7 @@ mod tests {
         );
         host.settings(100, "layout = \"5900x\"\nemulator = \"0-1\"");
         assert_eq!(
-            told(),
+            reported(),
             "swtpm and virtiofsd go with the emulator threads to CPU 0-1"
         );
     }

@@ -165,13 +165,13 @@ impl PlannedStep {
         let seconds = seconds.unwrap_or_default();
         let mut text = format!("{}: {what}{held}{seconds}\n", self.label);
         for done in &self.changes {
-            let told = match done.outcome {
+            let shown = match done.outcome {
                 Outcome::Planned | Outcome::Foreign(_) | Outcome::Failed(_) => true,
                 Outcome::Changed | Outcome::Already | Outcome::Gone | Outcome::Refused(_) => {
                     verbose
                 }
             };
-            if told {
+            if shown {
                 text += &format!("  {done}\n");
             }
         }

@@ -100,13 +100,13 @@ fn a_vm_that_needs_no_cpus_starts_without() {
             "{notes:?}"
         );
         assert!(notes[0].contains(why), "{notes:?}");
-        let told = messages(&journal);
-        assert_eq!(told.len(), 1, "{told:?}");
+        let reported = messages(&journal);
+        assert_eq!(reported.len(), 1, "{reported:?}");
         assert!(
-            told[0].starts_with(&format!(
+            reported[0].starts_with(&format!(
                 "SYSLOG_IDENTIFIER=pinfold PRIORITY={priority} VMID=100 MESSAGE=VM 100 starts"
             )),
-            "{told:?}"
+            "{reported:?}"
         );
         host.vm(100, &[0, 1]);
         let (ended, notes) = phase(&host, 100, "post-start");
@@ -445,9 +445,9 @@ fn a_backup_of_a_stopped_vm_touches_and_refuses_nothing() {
         host.conf(100, conf);
         let (ended, notes) = phase(&host, 100, "post-start");
         assert_eq!(ended, Ok(Exit::Success), "{conf}");
-        let told = messages(&journal);
+        let reported = messages(&journal);
         if conf.contains("template") {
-            assert!(notes.is_empty() && told.is_empty(), "{notes:?} {told:?}");
+            assert!(notes.is_empty() && reported.is_empty(), "{notes:?} {reported:?}");
             assert!(reservation(&host, 100).is_none());
             continue;
         }
@@ -457,8 +457,8 @@ fn a_backup_of_a_stopped_vm_touches_and_refuses_nothing() {
             "{notes:?}"
         );
         assert!(
-            told[0].contains("PRIORITY=4 VMID=100 MESSAGE=VM 100 runs without"),
-            "{told:?}"
+            reported[0].contains("PRIORITY=4 VMID=100 MESSAGE=VM 100 runs without"),
+            "{reported:?}"
         );
         assert_eq!(reservation(&host, 100).unwrap().phase, Phase::Unfenced);
         // It stops: nothing comes back.
@@ -513,11 +513,11 @@ fn a_vm_that_is_stopped_for_a_backup_comes_back() {
             .any(|note| note.starts_with("VM 100 starts without isolated CPUs: ")),
         "{notes:?}"
     );
-    let told = messages(&journal);
-    assert_eq!(told.len(), 3, "{told:?}");
+    let reported = messages(&journal);
+    assert_eq!(reported.len(), 3, "{reported:?}");
     assert!(
-        told[0].contains("PRIORITY=5 VMID=100 MESSAGE=VM 100 has ended; "),
-        "{told:?}"
+        reported[0].contains("PRIORITY=5 VMID=100 MESSAGE=VM 100 has ended; "),
+        "{reported:?}"
     );
     // Without the lock it is a start like any other.
     host.conf(100, "cores: 2");

@@ -141,10 +141,10 @@ fn from_nothing_to_a_fence_and_back(host: &mut Host) {
         plan.contains("qm set 100 --hookscript local:snippets/hook"),
         "{plan}"
     );
-    let (told, _) = expect(host, "/usr/sbin/hook install 100", 0);
-    assert!(told.contains("\nchanged: true\n"), "{told}");
-    let (told, _) = expect(host, "/usr/sbin/hook install 100", 0);
-    assert!(told.contains("changed: false\n"), "{told}");
+    let (shown, _) = expect(host, "/usr/sbin/hook install 100", 0);
+    assert!(shown.contains("\nchanged: true\n"), "{shown}");
+    let (shown, _) = expect(host, "/usr/sbin/hook install 100", 0);
+    assert!(shown.contains("changed: false\n"), "{shown}");
     let (log, _) = expect(host, "qm start 100 2>&1", 0);
     for line in ["old script: 100 pre-start", "old script: 100 post-start"] {
         assert!(log.contains(line), "{line}: {log}");

@@ -136,8 +136,8 @@ fn a_vm_has_a_partition(host: &mut Host) {
     let (_, notes) = expect(host, "hook recover", 0);
     assert!(notes.contains("VM 100 has ended"), "{notes}");
     assert!(
-        !notes.contains("somebody else"),
-        "what the kernel does by itself is nobody's: {notes}"
+        !notes.contains("something else has set"),
+        "a change by the kernel is taken for that of a program: {notes}"
     );
     assert_restored(host, &before);
 
