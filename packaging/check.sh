@@ -34,6 +34,20 @@ expect_vm() {
         *) complain "$1 does not complete a VM: $2" ;;
     esac
 }
+# Every function that a script calls is defined: each program once, with nothing typed.
+for file in "$manual"/bash/*; do
+    program=${file##*/}
+    output=$(PATH=$host/bin:$PATH bash --norc -c '
+        source "$1"
+        COMP_WORDS=("$2" --) COMP_CWORD=1 COMP_LINE="$2 --" COMP_POINT=$((${#2} + 3))
+        function=$(complete -p "$2" | sed "s/.*-F \([^ ]*\).*/\1/")
+        "$function" "$2" -- "$2"
+        echo "${COMPREPLY[*]}"' bash "$file" "$program" 2>&1)
+    case $output in
+        *--help*) ;;
+        *) complain "bash does not complete the options of $program: $output" ;;
+    esac
+done
 expect_vm bash "$(PATH=$host/bin:$PATH bash --norc -c '
     source target/deb/manual/bash/hook
     COMP_WORDS=(hook check 47) COMP_CWORD=2 COMP_LINE="hook check 47" COMP_POINT=13
@@ -60,6 +74,28 @@ expect_vm zsh "$(PATH=$host/bin:$PATH zsh -f -c '
     expect ready
     zpty -w -n terminal "hook check 47$(printf "\t")"
     expect 4711 && print 4711')"
+expect_command() {
+    case $2 in
+        *status*) ;;
+        *) complain "$1 does not complete the commands of hook: $2" ;;
+    esac
+}
+expect_command zsh "$(PATH=$host/bin:$PATH zsh -f -c '
+    zmodload zsh/zpty
+    zpty terminal "zsh -f -i"
+    zpty -w terminal "fpath=($PWD/target/deb/manual/zsh \$fpath); autoload -Uz compinit; compinit -u -D; print re\"\"ady"
+    expect() {
+        local text part
+        repeat 200; do
+            while zpty -rt terminal part; do text+=$part; done
+            [[ $text == *$1* ]] && return
+            sleep 0.1
+        done
+        return 1
+    }
+    expect ready
+    zpty -w -n terminal "hook stat$(printf "\t")"
+    expect status && print status')"
 
 package=$(ls target/pinfold_*.deb)
 output=$(lintian --allow-root --fail-on warning "$package" 2>&1) || complain "$output"

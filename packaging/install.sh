@@ -7,6 +7,9 @@
 set -eu
 
 PREFIX=${PREFIX:-/usr/local}
+while [ "$PREFIX" != / ] && [ "${PREFIX%/}" != "$PREFIX" ]; do
+    PREFIX=${PREFIX%/}
+done
 DESTDIR=${DESTDIR:-}
 SNIPPETS=${SNIPPETS:-/var/lib/vz/snippets}
 BINDIR=${BINDIR:-target/release}
@@ -55,6 +58,9 @@ install_file() {
 }
 
 install_all() {
+    case $PREFIX in
+        /*[\&\|]* | [!/]*) fail "PREFIX=$PREFIX: not an absolute path without & and |" ;;
+    esac
     for tool in $PRODUCT pinfold; do
         [ -f "$BINDIR/$tool" ] || fail "$BINDIR/$tool: not found; run make release first"
     done
@@ -75,7 +81,12 @@ install_all() {
     if [ -n "$DESTDIR" ]; then
         folder "$SNIPPETS"
     fi
-    if [ -d "$DESTDIR$SNIPPETS" ]; then
+    if [ -L "$DESTDIR$SNIPPETS/hook" ]; then
+        say "$SNIPPETS/hook: a link to $(readlink "$DESTDIR$SNIPPETS/hook"), left as it is"
+    elif [ -e "$DESTDIR$SNIPPETS/hook" ] && ! grep -q 'pinfold hook' "$DESTDIR$SNIPPETS/hook"; then
+        say "$SNIPPETS/hook: not Pinfold's, left as it is. Install the hookscript under another name:"
+        say "install -m 0755 $PREFIX/sbin/hook $SNIPPETS/pinfold-hook"
+    elif [ -d "$DESTDIR$SNIPPETS" ]; then
         install_file 0755 "$BINDIR/hook" "$SNIPPETS/hook"
     else
         say "$SNIPPETS: not found, so the hookscript was not installed. Copy it into the snippets folder of a storage"
@@ -110,6 +121,10 @@ uninstall_all() {
 
     # Files before the folders that hold them.
     LC_ALL=C sort -r "$DESTDIR$MANIFEST" | while IFS= read -r path; do
+        # The package's link, which was made since.
+        if [ -L "$DESTDIR$path" ]; then
+            continue
+        fi
         if [ -d "$DESTDIR$path" ]; then
             rmdir --ignore-fail-on-non-empty "$DESTDIR$path"
         else

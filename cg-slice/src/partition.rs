@@ -503,7 +503,7 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert!(
-            error.starts_with("kernel 6.1.0-44-amd64: a partition below the root needs Linux 6.8"),
+            error.starts_with("kernel 6.1.0-44-amd64: it has no cpuset.cpus.isolated, which"),
             "{error}"
         );
     }

@@ -36,7 +36,9 @@ const MAX_SLIPS: usize = 2;
 
 /// The word that was probably meant by a misspelt one, if one is near.
 pub fn nearest<'a>(word: &str, words: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    let distances = words.into_iter().map(|known| (distance(word, known), known));
+    let distances = words
+        .into_iter()
+        .map(|known| (distance(word, known), known));
     let (slips, nearest) = distances.min_by_key(|(slips, _)| *slips)?;
     (slips <= MAX_SLIPS).then_some(nearest)
 }

@@ -59,7 +59,9 @@ pub fn check_partitions(root: &Host, cpus: &CpuSet, force: bool) -> Result<Vec<S
                 "{object}: cpuset partition /{path} lacks it until it is online again"
             ));
         } else if force {
-            notes.push(format!("{object}: cpuset partition /{path} loses all of its CPUs and becomes invalid"));
+            notes.push(format!(
+                "{object}: cpuset partition /{path} loses all of its CPUs and becomes invalid"
+            ));
         } else {
             let why = format!(
                 "cpuset partition /{path} would lose all of its CPUs and become invalid; \

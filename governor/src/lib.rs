@@ -1,4 +1,5 @@
-//! governor: sets the cpufreq governor of CPUs, and how long they may take to wake up.
+//! governor: sets the cpufreq governor and the energy preference of CPUs, and how long they may take
+//! to wake up.
 //!
 //! A governor belongs to a policy: the CPUs that share a clock. Setting it for one of them sets it
 //! for all. How long a CPU may take to wake up is its own.
@@ -18,7 +19,7 @@ use pinfold_core::{Change, CpuSet, Error, Exit, Host, Knob, Result, Selector, Se
 
 const TOOL: &str = "governor";
 
-/// Set the cpufreq governor of CPUs, and how long they may take to wake up
+/// Set the cpufreq governor and energy preference of CPUs, and how long they may take to wake up
 #[derive(Debug, Parser)]
 #[command(name = TOOL, version, after_help = cli::EXIT_CODES)]
 #[command(arg_required_else_help = true, mut_args(|arg| arg.global(true)))]
@@ -35,6 +36,13 @@ enum Verb {
     /// Set the governor of these CPUs, and of those that share a policy with them
     Set {
         /// The governor's name, as in performance; --list prints those available
+        name: String,
+        /// CPUs by logical number, as in 6-11,18-23, or by selector, as in llc:1; see `hook layout`
+        cpus: Selector,
+    },
+    /// Set the energy preference of these CPUs, and of those that share a policy with them
+    Epp {
+        /// The preference's name, as in balance_performance, or a number; drivers differ
         name: String,
         /// CPUs by logical number, as in 6-11,18-23, or by selector, as in llc:1; see `hook layout`
         cpus: Selector,
@@ -85,6 +93,13 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     }
     let (name, cpus) = match args.verb {
         Some(Verb::Set { name, cpus }) => (name, cpus),
+        Some(Verb::Epp { name, cpus }) => {
+            let cpus = cpus.resolve(&root)?;
+            let changes = (preferences_of_all(&root, &cpus, &name)?.into_iter())
+                .map(|object| object.want(Value::text(&*name)))
+                .collect();
+            return args.common.carry_out(&root, &mut report, TOOL, changes);
+        }
         Some(Verb::Latency { latency, cpus }) => {
             let cpus = cpus.resolve(&root)?;
             let changes = (latencies_of_all(&root, &cpus)?.into_iter())
@@ -94,7 +109,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         }
         None => {
             report.error(
-                "nothing to do; use set NAME CPUS, latency MICROSECONDS CPUS, --list or --restore FILE",
+                "nothing to do; use set NAME CPUS, epp NAME CPUS, latency MICROSECONDS CPUS, --list or --restore FILE",
             );
             return Ok(Exit::Usage);
         }
@@ -161,6 +176,38 @@ pub fn preferences(policies: &[Policy], is_chosen: impl Fn(&Policy) -> bool) -> 
             Some(preference(policy, found))
         })
         .collect()
+}
+
+/// The energy preferences of all policies of these CPUs, to be set to `name`.
+///
+/// # Errors
+/// [`Error::Unusable`] if a CPU does not exist or has none, or if a policy does not offer this one.
+fn preferences_of_all(root: &Host, cpus: &CpuSet, name: &str) -> Result<Vec<Setting>> {
+    cpu::check_present(root, cpus)?;
+    let policies = cpufreq::policies(root)?;
+    let is_chosen = |policy: &Policy| policy.cpus.intersects(cpus);
+    let mut without = cpus.clone();
+    for policy in policies.iter().filter(|policy| is_chosen(policy)) {
+        let available = policy.available_preferences(root)?;
+        if policy.preference.is_some() && !available.is_empty() {
+            without = &without - &policy.cpus;
+        }
+        let is_offered = name.parse::<u8>().is_ok() || available.iter().any(|one| one == name);
+        if !available.is_empty() && !is_offered {
+            let why = format!(
+                "no energy preference {name:?}; available: {}",
+                available.join(", ")
+            );
+            return Err(Error::unusable(label(policy), why));
+        }
+    }
+    match without.is_empty() {
+        true => Ok(preferences(&policies, is_chosen)),
+        false => Err(Error::unusable(
+            format!("CPU {without}"),
+            "the cpufreq driver has no energy preference",
+        )),
+    }
 }
 
 /// A policy's energy preference with a value found.

@@ -1,12 +1,11 @@
 //! Other hookscripts of a VM, which hook runs since Proxmox VE calls only one: `chain` in its
 //! settings. See docs/design.md, "Other hookscripts".
 
-use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, bail};
 use pinfold_core::state::Store;
-use pinfold_core::vm::{self, VmId};
+use pinfold_core::vm::VmId;
 use pinfold_core::{Host, Report, os_text};
 
 use crate::checks::script;
@@ -74,7 +73,7 @@ impl Chain {
         phase: &str,
     ) -> anyhow::Result<()> {
         let named = || format!("hookscript {volume} on {phase}");
-        let path = file(root, volume).with_context(named)?;
+        let path = script::file(root, volume).with_context(named)?;
         let vmid = self.vmid.to_string();
         let ended = exec::run_script(&root.path(path), &[&vmid, phase], self.deadline, |line| {
             report.line(line);
@@ -96,34 +95,13 @@ impl Chain {
     }
 }
 
-/// The file of a script, below the root, as Proxmox VE would run it.
-///
-/// # Errors
-/// Why it cannot be run.
-pub(crate) fn file(root: &Host, volume: &str) -> anyhow::Result<String> {
-    let Some((_, path)) = vm::snippet(root, volume) else {
-        bail!("not found in any storage");
-    };
-    let full = root.path(&path);
-    let file = full.metadata();
-    let file = file.map_err(|error| anyhow::anyhow!("{}: {}", full.display(), os_text(&error)))?;
-    ensure!(file.is_file(), "{}: not a regular file", full.display());
-    let is_executable = file.permissions().mode() & 0o111 != 0;
-    ensure!(is_executable, "{}: not executable", full.display());
-    ensure!(
-        !script::is_hook(root, &path),
-        "{}: it is hook itself, or calls it",
-        full.display()
-    );
-    Ok(path)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::fixture::MadeUpHost;
     use pinfold_core::Verbosity;
     use std::fs;
+    use std::os::unix::fs::PermissionsExt;
 
     fn host(scripts: &[(&str, &str)]) -> MadeUpHost {
         let host = MadeUpHost::new("5900x");

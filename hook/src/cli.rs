@@ -5,16 +5,16 @@ use std::ffi::OsStr;
 use clap::builder::{StyledStr, TypedValueParser};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, Command, CommandFactory, Parser, Subcommand};
-use pinfold_core::{Exit, nearest};
 use pinfold_core::cli::{self, Output};
 use pinfold_core::vm::VmId;
+use pinfold_core::{Exit, nearest};
 
 use crate::commands::{
     blame, check, complete, init, install, jitter, layout, list, plan, recover, remove, report,
     status, step,
 };
-use crate::phases;
 use crate::own_steps::TOOL;
+use crate::phases;
 
 /// Isolate CPUs for a VM when it starts and return them to the host when it stops
 ///
@@ -95,7 +95,9 @@ enum Verb {
     /// Runs a loop on all of the CPUs at the same time for some seconds, records gaps of a
     /// microsecond or more, and counts interrupts. Run it before a VM starts, to see what would
     /// disturb the VM. CPUs of a running VM are refused.
-    #[command(override_usage = "hook jitter [OPTIONS] <VMID>\n       hook jitter [OPTIONS] --cpus <CPUS>")]
+    #[command(
+        override_usage = "hook jitter [OPTIONS] <VMID>\n       hook jitter [OPTIONS] --cpus <CPUS>"
+    )]
     Jitter(jitter::Args),
     /// Collect what a bug report needs, without names, paths and secrets
     ///
@@ -297,13 +299,25 @@ mod tests {
         );
         assert!(refusal("hook 7x post-start").contains("invalid value '7x' for '<VMID>'"));
         for (line, tip) in [
-            ("hook uninstall 100", "a similar subcommand exists: 'remove'"),
-            ("hook stop 100", "Proxmox VE does that, and calls hook: qm stop VMID"),
-            ("hook post-start 100", "the number of a VM comes before a phase: hook VMID post-start"),
+            (
+                "hook uninstall 100",
+                "a similar subcommand exists: 'remove'",
+            ),
+            (
+                "hook stop 100",
+                "Proxmox VE does that, and calls hook: qm stop VMID",
+            ),
+            (
+                "hook post-start 100",
+                "the number of a VM comes before a phase: hook VMID post-start",
+            ),
         ] {
             let text = refusal(line);
             assert!(text.contains(tip), "{line}: {text}");
-            assert!(!text.contains("'install'") && !text.contains("'step'"), "{line}: {text}");
+            assert!(
+                !text.contains("'install'") && !text.contains("'step'"),
+                "{line}: {text}"
+            );
         }
     }
 

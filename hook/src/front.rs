@@ -37,12 +37,17 @@ pub fn programs() -> Vec<Command> {
 /// The command line of `pinfold`: hook's, and the programs.
 #[must_use]
 pub fn command() -> Command {
-    let hook = Args::command();
+    let mut hook = Args::command();
+    // With the options that all commands have.
+    hook.build();
+    let verbs = hook
+        .get_subcommands()
+        .filter(|verb| verb.get_name() != "help");
     Command::new(NAME)
         .about("Isolate CPUs of a Proxmox VE host for virtual machines: all of Pinfold's commands by one name")
         .override_usage("pinfold <COMMAND> [ARGUMENTS]\n       pinfold <VMID> <PHASE>")
         .subcommand_help_heading("Commands, those of hook first")
-        .subcommands(hook.get_subcommands().cloned())
+        .subcommands(verbs.cloned())
         .subcommands(programs())
         .after_help("pinfold help COMMAND prints the help of a command.")
 }
@@ -63,20 +68,34 @@ fn meaning(mut words: Vec<OsString>) -> Meaning {
         programs.any(|program| word == program.get_name())
     };
     let is_verb = |word: &str| Args::command().find_subcommand(word).is_some();
-    let Some(first) = words.first().map(|word| word.to_string_lossy().into_owned()) else {
+    let Some(first) = words
+        .first()
+        .map(|word| word.to_string_lossy().into_owned())
+    else {
         return Meaning::Help;
     };
     match (first.as_str(), words.get(1)) {
         ("-h" | "--help", _) | ("help", None) => Meaning::Help,
         ("-V" | "--version", _) => Meaning::Version,
         ("help", Some(program)) if is_program(program) => {
-            Meaning::Run(program.clone(), vec!["--help".into()])
+            let program = words.remove(1);
+            // A program without commands has no help for them.
+            let args = if words.len() > 1 {
+                words
+            } else {
+                vec!["--help".into()]
+            };
+            Meaning::Run(program, args)
         }
         ("help", Some(word)) if !is_verb(&word.to_string_lossy()) => {
             Meaning::Unknown(word.to_string_lossy().into_owned())
         }
         (program, _) if is_program(OsStr::new(program)) => Meaning::Run(words.remove(0), words),
-        (word, _) if word.starts_with(|c: char| c.is_ascii_alphabetic()) && !is_verb(word) && word != "help" => {
+        (word, _)
+            if word.starts_with(|c: char| c.is_ascii_alphabetic())
+                && !is_verb(word)
+                && word != "help" =>
+        {
             Meaning::Unknown(first)
         }
         _ => Meaning::Run("hook".into(), words),
@@ -121,6 +140,7 @@ mod tests {
             ("--json status", "hook", "--json status"),
             ("help check", "hook", "help check"),
             ("help pin-irqs", "pin-irqs", "--help"),
+            ("help governor set", "governor", "help set"),
         ] {
             assert_eq!(
                 meaning(words(line)),
@@ -132,7 +152,10 @@ mod tests {
             assert_eq!(meaning(words(line)), Meaning::Help, "{line}");
         }
         assert_eq!(meaning(words("--version")), Meaning::Version);
-        for (line, nearest) in [("pin-irq --list", "'pin-irqs'"), ("help statsu", "'status'")] {
+        for (line, nearest) in [
+            ("pin-irq --list", "'pin-irqs'"),
+            ("help statsu", "'status'"),
+        ] {
             let Meaning::Unknown(word) = meaning(words(line)) else {
                 panic!("{line} is known")
             };

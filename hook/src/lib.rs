@@ -20,12 +20,12 @@ mod exec;
 #[cfg(test)]
 mod fixture;
 pub mod front;
+mod own_steps;
 mod phases;
 mod reconcile;
 mod settings;
 mod snippet;
 mod state;
-mod own_steps;
 mod strays;
 
 pub use cli::Args;

@@ -73,6 +73,9 @@ fn a_full_disk_is_named_and_the_vm_stays_as_it_was() {
         (
             "var/lib/vz/snippets",
             "settings of VM 100 in /etc/pinfold/100.toml: hook init 100\n\
+             wrote /etc/pinfold/100.toml: VM 100 gets CPU 10-11,22-23\n\
+             its 2 vCPUs are pinned to 10,11\n\
+             the host and other guests keep CPU 0-9,12-21\n\
              hook among the snippets: ln -s /usr/sbin/hook /var/lib/vz/snippets/hook\n\
              hook: /var/lib/vz/snippets/hook: link: No space left on device\n",
         ),

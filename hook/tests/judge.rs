@@ -495,10 +495,7 @@ fn faults(machine: &Machine, guest: &Guest, answer: &Value) -> Vec<String> {
     if !vcache.is_empty() && !gets_it && !says("3D V-Cache") {
         faults.push("V-Cache that it does not get is not named".into());
     }
-    if threads == 1
-        && per_core.values().any(|count| *count > 1)
-        && !says("several vCPUs, by ")
-    {
+    if threads == 1 && per_core.values().any(|count| *count > 1) && !says("several vCPUs, by ") {
         faults.push("doubled cores are not named".into());
     }
     if on_small > 0 && !says("small cores") {

@@ -12,6 +12,7 @@ use hook::front::{self, programs};
 pub(crate) fn all() -> Vec<(PathBuf, Vec<u8>)> {
     let mut files = Vec::new();
     for program in programs().into_iter().chain([front::command()]) {
+        let program = for_completion(program);
         let name = program.get_name().to_owned();
         for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
             let folder = shell.to_string();
@@ -25,6 +26,34 @@ pub(crate) fn all() -> Vec<(PathBuf, Vec<u8>)> {
         }
     }
     files
+}
+
+/// A program without what is hidden, and without the arguments that a command takes the place of:
+/// zsh would ask for these first.
+fn for_completion(mut program: Command) -> Command {
+    program.build();
+    reduced(&program)
+}
+
+fn reduced(program: &Command) -> Command {
+    if !program.has_subcommands() {
+        return program.clone();
+    }
+    // clap wants texts that live as long as the program.
+    let name: &'static str = program.get_name().to_owned().leak();
+    let options = program.get_arguments().filter(|it| {
+        let generated = ["help", "version"].contains(&it.get_id().as_str());
+        !it.is_positional() && !generated
+    });
+    let commands = program
+        .get_subcommands()
+        .filter(|it| !it.is_hide_set() && it.get_name() != "help");
+    let version: &'static str = program.get_version().unwrap_or_default().to_owned().leak();
+    Command::new(name)
+        .version(version)
+        .args(options.cloned())
+        .about(program.get_about().cloned().unwrap_or_default())
+        .subcommands(commands.map(reduced))
 }
 
 fn script(shell: Shell, mut program: Command, name: &str) -> String {
@@ -78,13 +107,15 @@ fn with_host_words(text: &str, name: &str) -> String {
 /// bash and fish: words of the host beside those of the generated script.
 fn dynamic(shell: Shell, name: &str) -> String {
     let function = name.replace('-', "_");
+    // As clap_complete names it.
+    let generated = name.replace('-', "__");
     let words = kinds(name).join(" ");
     match shell {
         Shell::Bash => format!(
             r#"
 _pinfold_{function}() {{
     local current=${{COMP_WORDS[COMP_CWORD]}} kind
-    _{name} "$@"
+    _{generated} "$@"
     [[ $current == -* ]] && return 0
     for kind in {words}; do
         COMPREPLY+=($(compgen -W "$(hook __complete "$kind" 2>/dev/null)" -- "$current"))
@@ -113,7 +144,13 @@ mod tests {
         assert_eq!(files.len(), 3 * (programs().len() + 1));
         for (path, text) in files {
             let text = String::from_utf8(text).unwrap();
-            assert!(text.contains("hook __complete"), "{}", path.display());
+            let path = path.display();
+            assert!(text.contains("hook __complete"), "{path}");
+            let offers_hidden = text.lines().any(|line| {
+                let is_call = line.contains("hook __complete ");
+                line.contains("__complete") && !is_call
+            });
+            assert!(!offers_hidden, "{path}");
         }
     }
 }

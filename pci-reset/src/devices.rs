@@ -322,7 +322,7 @@ mod tests {
             (
                 "hostpci0: mapping=nic",
                 &[],
-                &["hostpci0: PCI mapping nic: it is not there; see /etc/pve/mapping/pci.cfg"],
+                &["hostpci0: PCI mapping nic: it does not exist; see /etc/pve/mapping/pci.cfg"],
             ),
             (
                 "hostpci0: mapping=gpu",
@@ -381,7 +381,7 @@ mod tests {
             ),
             (
                 "hostpci0: mapping=nic\n",
-                "PCI mapping nic: it is not there; see /etc/pve/mapping/pci.cfg",
+                "PCI mapping nic: it does not exist; see /etc/pve/mapping/pci.cfg",
             ),
         ] {
             assert_eq!(functions(conf, GPUS, "").unwrap_err(), error);

@@ -171,7 +171,7 @@ fn bad_ones_name_the_token_and_its_place() {
         ),
         (
             "llc:1,!6&!7",
-            "\"!6&!7\" in \"llc:1,!6&!7\" (character 7) is ambiguous here; use parentheses, ",
+            "\"!6&!7\" in \"llc:1,!6&!7\" (character 7) is ambiguous here; use parentheses: ",
         ),
     ] {
         let error = read(text).unwrap_err();

@@ -289,10 +289,8 @@ fn restore_one(root: &Host, entry: Entry, dry_run: bool) -> Applied {
         Ok(Some(found)) => {
             let change = restoring(found);
             if change.found != set && !change.is_noop() {
-                let outcome = Outcome::Foreign(format!(
-                    "it was set to {set} and is now {}",
-                    change.found
-                ));
+                let outcome =
+                    Outcome::Foreign(format!("it was set to {set} and is now {}", change.found));
                 Applied { change, outcome }
             } else if dry_run && !change.is_noop() {
                 Applied {

@@ -91,7 +91,10 @@ fn find(start: &Path, path: &Path, links: Option<&Path>) -> Result<PathBuf> {
             || !stays
             || followed > MAX_LINKS
         {
-            return Err(refused(&full, "it is a symbolic link; name its target instead"));
+            return Err(refused(
+                &full,
+                "it is a symbolic link; name its target instead",
+            ));
         }
         check_owner(&full, &meta)?;
         below.pop();

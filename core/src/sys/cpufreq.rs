@@ -31,6 +31,16 @@ impl Policy {
         let names = value(root, &self.name, "scaling_available_governors")?.unwrap_or_default();
         Ok(names.split_whitespace().map(str::to_owned).collect())
     }
+
+    /// The energy preferences that can be set by name; none if the driver has none.
+    ///
+    /// # Errors
+    /// If the file cannot be read.
+    pub fn available_preferences(&self, root: &Sysroot) -> Result<Vec<String>> {
+        let names = value(root, &self.name, "energy_performance_available_preferences")?;
+        let names = names.unwrap_or_default();
+        Ok(names.split_whitespace().map(str::to_owned).collect())
+    }
 }
 
 /// All policies by number; none if the machine has no cpufreq driver.

@@ -126,7 +126,9 @@ pub fn threads(root: &Sysroot, qemu: &Qemu, budget: Duration) -> Result<Threads>
         Ok(facts) => (Some(facts.status.clone()), Vec::new()),
         Err(why) => (
             None,
-            vec![format!("{qemu}: {why}; using thread names from /proc instead")],
+            vec![format!(
+                "{qemu}: {why}; using thread names from /proc instead"
+            )],
         ),
     };
     Ok(Threads {

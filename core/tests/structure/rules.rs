@@ -55,7 +55,7 @@ const TOOLS: [&str; 7] = [
 const NOT_SHIPPED: [&str; 3] = ["fuzz", "lab", "packaging"];
 
 /// Files with absolute kernel paths that are printed, not opened.
-const PRINTS_KERNEL_PATHS: [&str; 1] = ["hook/src/checks/advice.rs"];
+const PRINTS_KERNEL_PATHS: [&str; 1] = ["hook/src/checks/memory.rs"];
 
 /// What the paths of Proxmox VE's files begin with.
 const PROXMOX: [&str; 5] = [

@@ -5,8 +5,8 @@ use pinfold_core::vm::{VmConf, VmId};
 use pinfold_core::{Error, Host, Result};
 
 use super::finding::Finding;
-use crate::settings::{REMOVE, ResetPci, Settings};
 use crate::own_steps::{self, Reset};
+use crate::settings::{REMOVE, ResetPci, Settings};
 
 /// What would not be reset, and what pre-start would fail with.
 ///

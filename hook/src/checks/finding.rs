@@ -18,11 +18,13 @@ pub(crate) enum Level {
 }
 
 /// The keys of all findings, by which settings mute warnings (`ignore`). They are permanent.
-pub(crate) const KEYS: [&str; 34] = [
+pub(crate) const KEYS: [&str; 36] = [
     "affinity",
+    "chain",
     "command-line",
     "containers",
     "emulator",
+    "energy_preference",
     "governor",
     "guest-cores",
     "helpers",

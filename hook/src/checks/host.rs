@@ -28,7 +28,12 @@ pub(super) fn findings(
             format!("remove it: qm set {vmid} --delete pinning"),
         ));
     }
-    findings.push(containers(around.pinned_containers(), isolated));
+    let everywhere = cpu::online(root)?;
+    findings.push(containers(
+        around.pinned_containers(),
+        isolated,
+        &everywhere,
+    ));
     findings.push(profiles(around)?);
     findings.extend(zfs(root, isolated)?);
     findings.push(recover(root));
@@ -141,11 +146,12 @@ fn kernel_cpus(parts: &[&str], last: usize) -> std::result::Result<CpuSet, CpuSe
 }
 
 /// Containers that are pinned to isolated CPUs.
-fn containers(pinned: &[(VmId, CpuSet)], isolated: &CpuSet) -> Finding {
+fn containers(pinned: &[(VmId, CpuSet)], isolated: &CpuSet, everywhere: &CpuSet) -> Finding {
     const CHECK: &str = "containers";
     let inside: Vec<_> = pinned
         .iter()
-        .filter(|(_, cpus)| cpus.intersects(isolated))
+        // Containers that may run everywhere lose nothing that they count on.
+        .filter(|(_, cpus)| cpus.intersects(isolated) && !everywhere.is_subset(cpus))
         .collect();
     let Some((container, cpus)) = inside.first() else {
         return Finding::ok(CHECK, "none is pinned to the isolated CPUs");
@@ -182,10 +188,7 @@ fn profiles(around: &Surroundings<'_>) -> Result<Finding> {
 ///
 /// # Errors
 /// If /proc cannot be read.
-pub(super) fn irqbalance(
-    around: &Surroundings<'_>,
-    isolated: &CpuSet,
-) -> Result<Vec<Finding>> {
+pub(super) fn irqbalance(around: &Surroundings<'_>, isolated: &CpuSet) -> Result<Vec<Finding>> {
     let mut balancers = Vec::new();
     for Balancer { pid, banned } in around.balancers()? {
         balancers.push(if isolated.is_subset(banned) {

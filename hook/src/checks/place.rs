@@ -9,7 +9,7 @@ use pinfold_core::{CpuSet, Result};
 
 use super::finding::Finding;
 use super::surroundings::Surroundings;
-use super::{required, vm_settings};
+use super::vm_settings;
 use crate::choice::{self, Facts, Guest, Owner, Question};
 use crate::settings::Settings;
 
@@ -40,7 +40,7 @@ pub(super) fn findings(
     let best = choice::best(&question).unwrap_or_else(|| facts.clone());
     let mut findings = vec![
         llc(isolated, &facts, &best),
-        numa(topology, &guest, &facts, &best),
+        numa(topology, &guest, pins, &facts, &best),
         unused(topology, &guest, settings),
         guest_cores(vmid, conf, topology, &guest, settings, &facts, &best),
         kinds(&guest, &facts, &best),
@@ -72,13 +72,42 @@ fn llc(isolated: &CpuSet, facts: &Facts, best: &Facts) -> Finding {
 }
 
 /// Whether CPUs, memory and devices are on the same NUMA nodes.
-fn numa(topology: &Topology, guest: &Guest, facts: &Facts, best: &Facts) -> Finding {
+fn numa(
+    topology: &Topology,
+    guest: &Guest,
+    pins: &[CpuSet],
+    facts: &Facts,
+    best: &Facts,
+) -> Finding {
     const CHECK: &str = "NUMA";
     if topology.domains(Kind::Node).len() < 2 {
         return Finding::ok(CHECK, "this host has one node");
     }
     let nodes = &facts.nodes;
     let (memory, devices) = (guest.memory_nodes(), &guest.device_nodes);
+    let there: CpuSet = (topology.domains(Kind::Node).iter())
+        .map(|node| node.number)
+        .collect();
+    let missing = &memory - &there;
+    if !missing.is_empty() {
+        let what = format!("memory is bound to node {missing}; this host has node {there}");
+        return Finding::warn(
+            CHECK,
+            what,
+            "Proxmox VE refuses such a start; correct hostnodes",
+        );
+    }
+    let far_vcpus = far_vcpus(topology, guest, pins);
+    if !far_vcpus.is_empty() && memory.is_subset(nodes) {
+        return Finding::warn(
+            CHECK,
+            match far_vcpus.len() {
+                1 => format!("vCPU {far_vcpus} is on another node than its memory"),
+                _ => format!("vCPUs {far_vcpus} are on other nodes than their memory"),
+            },
+            "write pins = \"auto\", which puts each vCPU on the node of its cell",
+        );
+    }
     let is_far = |near: &CpuSet, nodes: &CpuSet| !near.is_empty() && !nodes.is_subset(near);
     let mut far = Vec::new();
     if is_far(&memory, nodes) && !is_far(&memory, &best.nodes) {
@@ -104,35 +133,56 @@ fn numa(topology: &Topology, guest: &Guest, facts: &Facts, best: &Facts) -> Find
     )
 }
 
+/// vCPUs of cells that could be on the nodes of their memory, since there are CPUs of these, and are
+/// not.
+fn far_vcpus(topology: &Topology, guest: &Guest, pins: &[CpuSet]) -> CpuSet {
+    let used: CpuSet = pins
+        .iter()
+        .take(guest.vcpus)
+        .flat_map(CpuSet::iter)
+        .collect();
+    let mut far = CpuSet::new();
+    for cell in &guest.cells {
+        let near = choice::cpus_of_nodes(topology, &cell.nodes);
+        if (&used & &near).len() < cell.vcpus.len() {
+            continue;
+        }
+        let is_far = |vcpu: &usize| pins.get(*vcpu).is_some_and(|pin| !pin.is_subset(&near));
+        let vcpus = cell.vcpus.iter().filter(|vcpu| *vcpu < guest.vcpus);
+        far = &far | &vcpus.filter(is_far).collect();
+    }
+    far
+}
+
 /// CPUs that are isolated and that no vCPU has. Further threads of cores with a vCPU are kept empty
 /// on purpose.
 fn unused(topology: &Topology, guest: &Guest, settings: &Settings) -> Finding {
     const CHECK: &str = "vCPUs";
     let Settings { isolated, pins, .. } = settings;
     let vcpus = guest.vcpus;
+    if !settings.sharing(vcpus).is_empty() {
+        return Finding::ok(CHECK, "not checked: some vCPUs share a CPU");
+    }
     let used: CpuSet = pins.iter().take(vcpus).flat_map(CpuSet::iter).collect();
-    let busy = topology.cores_of(&used);
-    let beside: CpuSet = busy.flat_map(CpuSet::iter).collect();
-    let spare = &(isolated - &used) - &beside;
-    let kept = &(isolated - &used) & &beside;
     // Threads that the guest believes to have are not kept empty for it.
-    let (spare, kept) = match guest.threads {
-        1 => (spare, kept),
-        _ => (&spare | &kept, CpuSet::new()),
-    };
+    let is_full = |core: &&CpuSet| (*core & &used).len() >= guest.threads.max(1);
+    let full: CpuSet = (topology.cores_of(&used).filter(is_full))
+        .flat_map(CpuSet::iter)
+        .collect();
+    let spare = &(isolated - &used) - &full;
+    let kept = &(isolated - &used) & &full;
     if !spare.is_empty() {
         let what = match pins.len() > vcpus {
             true => format!(
                 "{vcpus}, but {} pins: CPU {spare} is isolated but unused",
                 pins.len()
             ),
-            false => format!("{vcpus}, each with a pin: CPU {spare} is isolated but unused"),
+            false => format!(
+                "{vcpus}, with {} pins: CPU {spare} is isolated but unused",
+                pins.len()
+            ),
         };
-        let fix = match required::sharing(settings, vcpus).is_empty() {
-            true => "give the VM more cores, or isolate fewer CPUs",
-            false => "pin the vCPUs that share a CPU to them, or isolate fewer CPUs",
-        };
-        return Finding::warn(CHECK, what, fix);
+        return Finding::warn(CHECK, what, "give the VM more cores, or isolate fewer CPUs");
     }
     if kept.is_empty() {
         return Finding::ok(CHECK, format!("{vcpus}, each with a pin"));
@@ -157,10 +207,13 @@ fn guest_cores(
     let (vcpus, threads) = (guest.vcpus, guest.threads);
     let single = |pin: &CpuSet| pin.first().filter(|_| pin.len() == 1);
     let pins: Vec<usize> = settings.pins.iter().take(vcpus).map_while(single).collect();
-    if pins.len() < vcpus || vcpus < 2 {
+    if vcpus < 2 {
+        return Finding::ok(CHECK, "one vCPU");
+    }
+    if pins.len() < vcpus {
         return Finding::ok(CHECK, "not checked: not every vCPU has a CPU of its own");
     }
-    if !required::sharing(settings, vcpus).is_empty() {
+    if !settings.sharing(vcpus).is_empty() {
         return Finding::ok(CHECK, "not checked: some vCPUs share a CPU");
     }
     let pinned: CpuSet = pins.iter().copied().collect();
@@ -191,17 +244,32 @@ fn guest_cores(
             };
             return Finding::ok(CHECK, what);
         }
-        let mut pins = pins.clone();
-        pins.sort_by_key(|cpu| (core_of(*cpu), *cpu));
-        let pins: Vec<String> = pins.iter().map(ToString::to_string).collect();
-        return Finding::warn(
-            CHECK,
-            "the guest sees vCPUs 0 and 1, 2 and 3, … as threads of one core, but their pins are on two cores",
-            format!(
-                "put the threads of a core next to each other: pins = \"{}\"",
-                pins.join(",")
-            ),
+        let what = format!(
+            "the guest sees vCPUs 0-{}, {threads}-{}, … as threads of one core each, but {split} of these are on \
+             several host cores",
+            threads - 1,
+            2 * threads - 1
         );
+        let ordered = choice::in_vcpu_order(topology, &settings.isolated, threads, &guest.cells);
+        let ordered: Vec<usize> = ordered
+            .iter()
+            .take(vcpus)
+            .filter_map(CpuSet::first)
+            .collect();
+        let better = ordered
+            .chunks(threads)
+            .filter(|core| is_split(core))
+            .count()
+            < split;
+        let ordered: Vec<String> = ordered.iter().map(ToString::to_string).collect();
+        let fix = match better {
+            true => format!(
+                "put the threads of a core next to each other: pins = \"{}\"",
+                ordered.join(",")
+            ),
+            false => "isolate whole cores; `hook layout` shows them".to_owned(),
+        };
+        return Finding::warn(CHECK, what, fix);
     }
     let pairs: Vec<String> = shared
         .iter()
@@ -222,7 +290,7 @@ fn guest_cores(
         return Finding::ok(
             CHECK,
             format!(
-                "vCPUs {pairs} are threads of one core: there are {} for {vcpus} vCPUs",
+                "vCPUs {pairs} are threads of one core: {vcpus} vCPUs have {}",
                 choice::counted(facts.cores, "core")
             ),
         );
@@ -230,12 +298,14 @@ fn guest_cores(
     let in_order = pins
         .chunks(2)
         .all(|pair| pair.len() == 2 && core_of(pair[0]) == core_of(pair[1]));
-    let fix = match in_order {
-        true => vm_settings::with_threads(conf, vcpus, 2).command(vmid),
-        false => format!(
+    let fewer = vm_settings::resized(conf, facts.cores, 1);
+    let fix = match (in_order, fewer) {
+        (true, _) => vm_settings::with_threads(conf, vcpus, 2).command(vmid),
+        (false, Some(fewer)) => format!(
             "give each vCPU a core of its own, or the VM fewer vCPUs: {}",
-            vm_settings::resize(conf, facts.cores, 1).command(vmid)
+            fewer.command(vmid)
         ),
+        (false, None) => "give each vCPU a core of its own, or the VM fewer vCPUs".to_owned(),
     };
     Finding::warn(
         CHECK,

@@ -10,7 +10,9 @@ use pinfold_core::{CpuSet, Error, Host, Result};
 
 use super::advice;
 use super::finding::{Finding, Level};
+use super::script;
 use super::surroundings::Surroundings;
+use crate::choice;
 use crate::settings::{Method, Settings};
 use crate::state::reservation::{Isolation, Reservation};
 
@@ -90,9 +92,13 @@ pub(crate) fn findings(
     if let Some(governor) = &settings.governor {
         findings.push(check_governor(around, isolated, governor)?);
     }
+    if let Some(preference) = &settings.energy_preference {
+        findings.push(check_preference(around, settings, preference)?);
+    }
     if settings.max_latency_us.is_some() {
         findings.push(check_latency(root, isolated));
     }
+    findings.extend(script::chain(root, &settings.chain));
     if let Some(idle) = settings.idle_vm {
         findings.push(idle_vm(root, vmid, idle));
     }
@@ -156,9 +162,12 @@ fn left_to_the_host(root: &Host, taken: &CpuSet) -> Result<CpuSet> {
 fn pins(settings: &Settings, vcpus: usize, last: Option<usize>) -> Finding {
     let pins = settings.pins.len();
     if last.is_none_or(|last| last < pins) {
-        let shared = sharing(settings, vcpus);
+        let shared = settings.sharing(vcpus);
         if shared.is_empty() {
-            return Finding::ok("pins", format!("{pins}, for {vcpus} vCPUs"));
+            return Finding::ok(
+                "pins",
+                format!("{pins}, for {}", choice::counted(vcpus, "vCPU")),
+            );
         }
         let shared: Vec<String> = shared
             .iter()
@@ -182,28 +191,24 @@ fn pins(settings: &Settings, vcpus: usize, last: Option<usize>) -> Finding {
     }
 }
 
-/// The CPUs that are the only one of several vCPUs, with these.
-pub(crate) fn sharing(settings: &Settings, vcpus: usize) -> BTreeMap<usize, CpuSet> {
-    let mut by_cpu: BTreeMap<usize, CpuSet> = BTreeMap::new();
-    for (vcpu, pin) in settings.pins.iter().take(vcpus).enumerate() {
-        if let Some(cpu) = pin.first().filter(|_| pin.len() == 1) {
-            by_cpu.entry(cpu).or_default().insert(vcpu);
-        }
-    }
-    by_cpu.retain(|_, vcpus| vcpus.len() > 1);
-    by_cpu
-}
-
 /// Whether the VM that is stopped for this one is another one of this node.
 fn idle_vm(root: &Host, vmid: VmId, idle: u32) -> Finding {
     const CHECK: &str = "idle_vm";
     if idle == u32::from(vmid) {
-        return Finding::error(CHECK, format!("VM {idle} is this VM itself"), "name another one");
+        return Finding::error(
+            CHECK,
+            format!("VM {idle} is this VM itself"),
+            "name another one",
+        );
     }
     let found = VmId::try_from(idle).and_then(|idle| vm::check_exists(root, idle));
     match found {
         Ok(()) => Finding::ok(CHECK, format!("VM {idle} is stopped while this VM runs")),
-        Err(error) => Finding::warn(CHECK, error.to_string(), "`qm list` shows the VMs of this node"),
+        Err(error) => Finding::warn(
+            CHECK,
+            error.to_string(),
+            "`qm list` shows the VMs of this node",
+        ),
     }
 }
 
@@ -412,6 +417,47 @@ fn check_governor(around: &Surroundings<'_>, isolated: &CpuSet, governor: &str) 
     ))
 }
 
+/// Whether the isolated CPUs can have this energy preference. Where they have none at all, or the
+/// governor decides, the VM can start all the same.
+fn check_preference(
+    around: &Surroundings<'_>,
+    settings: &Settings,
+    preference: &str,
+) -> Result<Finding> {
+    const CHECK: &str = "energy_preference";
+    let policies = match around.policies() {
+        Ok(policies) => policies.iter(),
+        Err(error) => return Ok(Finding::error(CHECK, error.to_string(), "")),
+    };
+    let mut policies = policies.filter(|policy| policy.cpus.intersects(&settings.isolated));
+    let Some(policy) = policies.next() else {
+        let what = "this host has no cpufreq driver that has one";
+        return Ok(Finding::warn(CHECK, what, "leave energy_preference out"));
+    };
+    let available = policy.available_preferences(around.root)?;
+    if available.is_empty() {
+        let what = "the cpufreq driver of these CPUs has none";
+        return Ok(Finding::warn(CHECK, what, "leave energy_preference out"));
+    }
+    // Drivers take numbers as well (admin-guide/pm/intel_pstate.rst).
+    let is_number = preference.parse::<u8>().is_ok();
+    if !is_number && !available.iter().any(|name| name == preference) {
+        return Ok(Finding::error(
+            CHECK,
+            format!("no {preference:?} for CPU {}", settings.isolated),
+            format!("available: {}", available.join(", ")),
+        ));
+    }
+    if settings.governor.as_deref() == Some("performance") && preference != "performance" {
+        return Ok(Finding::warn(
+            CHECK,
+            "with the governor performance the kernel allows no other than performance",
+            "governor = \"powersave\", or leave energy_preference out",
+        ));
+    }
+    Ok(Finding::ok(CHECK, preference))
+}
+
 /// Whether the isolated CPUs have a wake-up latency. Without one the VM can start all the same.
 fn check_latency(root: &Host, isolated: &CpuSet) -> Finding {
     const CHECK: &str = "max_latency_us";
@@ -438,7 +484,10 @@ mod tests {
             let settings = settings::resolve(&host.root, text, "test", 1).unwrap();
             before_start(&host.root, vmid, &VmConf::parse(conf), &settings)
         };
-        assert_eq!(reported("cores: 12", "layout = \"5900x\"").unwrap(), [""; 0]);
+        assert_eq!(
+            reported("cores: 12", "layout = \"5900x\"").unwrap(),
+            [""; 0]
+        );
         let notes = reported("affinity: 0-3", "isolated = \"6\"\npins = [6]").unwrap();
         assert_eq!(
             notes,

@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::PermissionsExt;
 
+use anyhow::{bail, ensure};
 use pinfold_core::state::trust;
 use pinfold_core::vm::{self, VmConf, VmId};
 use pinfold_core::{Host, os_text};
@@ -75,7 +76,7 @@ fn of_file(root: &Host, vmid: VmId, volume: &str, path: &str) -> Vec<Finding> {
             return vec![Finding::error(
                 CHECK,
                 format!("{shown}: {}", os_text(&error)),
-                format!("copy hook there: install -m 0755 $(command -v hook) {shown}"),
+                format!("hook install {vmid}"),
             )];
         }
     };
@@ -171,9 +172,78 @@ fn identity(text: &str) -> Identity {
         // Other texts may follow it in a program.
         Some(_) if versions.iter().any(|version| version.starts_with(own)) => Identity::Hook,
         Some(version) => Identity::Other(version.clone()),
-        None if text.contains("pinfold") || text.contains("snippets/hook") => Identity::Hook,
+        None if text.contains(name.trim_end()) || calls_hook(text) => Identity::Hook,
         None => Identity::Foreign,
     }
+}
+
+/// Whether a script calls hook: by its place, in a line that is no comment.
+fn calls_hook(text: &str) -> bool {
+    let is_name = |c: char| c.is_alphanumeric() || matches!(c, '-' | '_' | '.');
+    text.lines()
+        .filter(|line| !line.trim_start().starts_with('#'))
+        .any(|line| {
+            ["snippets/hook", "sbin/hook"].iter().any(|place| {
+                let mut after = line.split(place).skip(1);
+                after.any(|rest| !rest.starts_with(is_name))
+            })
+        })
+}
+
+/// The file of a script, below the root, as Proxmox VE would run it.
+///
+/// # Errors
+/// Why it cannot be run.
+pub(crate) fn file(root: &Host, volume: &str) -> anyhow::Result<String> {
+    let Some((_, path)) = vm::snippet(root, volume) else {
+        bail!("not found in any storage");
+    };
+    let full = root.path(&path);
+    let file = full.metadata();
+    let file = file.map_err(|error| anyhow::anyhow!("{}: {}", full.display(), os_text(&error)))?;
+    ensure!(file.is_file(), "{}: not a regular file", full.display());
+    let is_executable = file.permissions().mode() & 0o111 != 0;
+    ensure!(is_executable, "{}: not executable", full.display());
+    ensure!(
+        !is_hook(root, &path),
+        "{}: it is hook itself, or calls it",
+        full.display()
+    );
+    Ok(path)
+}
+
+/// The findings about the other hookscripts that hook runs for a VM.
+pub(super) fn chain(root: &Host, scripts: &[String]) -> Vec<Finding> {
+    const CHECK: &str = "chain";
+    let mut findings = Vec::new();
+    for (at, volume) in scripts.iter().enumerate() {
+        let path = match file(root, volume) {
+            Ok(path) => path,
+            Err(error) => {
+                let what = format!("{volume}: {error:#}");
+                findings.push(Finding::error(CHECK, what, "correct or remove it in chain"));
+                continue;
+            }
+        };
+        let full = root.path(&path);
+        let faults = full
+            .metadata()
+            .ok()
+            .and_then(|file| trust::is_roots(&file).err());
+        findings.push(match faults {
+            Some(why) => Finding::warn(
+                CHECK,
+                format!("{}: {why}, and root runs it", full.display()),
+                format!("chown root: {0} && chmod 0755 {0}", full.display()),
+            ),
+            None if scripts[..at].contains(volume) => {
+                let what = format!("{volume} is listed twice, and runs twice");
+                Finding::warn(CHECK, what, "remove one of them")
+            }
+            None => Finding::ok(CHECK, format!("{volume} runs too")),
+        });
+    }
+    findings
 }
 
 #[cfg(test)]
@@ -192,6 +262,17 @@ mod tests {
             ),
             ("x pinfold hook 0.0.1y", Identity::Other("0.0.1".into())),
             ("#!/bin/bash\n", Identity::Foreign),
+            ("#!/bin/sh\nexec /usr/sbin/hook \"$@\"\n", Identity::Hook),
+            // Proxmox VE's example has its own name in a comment.
+            (
+                "#!/usr/bin/perl\n# qm set <vmid> -hookscript local:snippets/hookscript.pl\n",
+                Identity::Foreign,
+            ),
+            (
+                "#!/bin/sh\n# instead of snippets/hook\nlogger pinfold\n",
+                Identity::Foreign,
+            ),
+            ("#!/bin/sh\n/root/snippets/hook-old.sh\n", Identity::Foreign),
             ("", Identity::Foreign),
         ] {
             assert_eq!(identity(text), expected, "{text:?}");

@@ -68,10 +68,17 @@ pub(crate) fn advice(
             ..guest.clone()
         };
         let memory = memory(root, topology, conf, &guest, choice);
-        let set = resized(conf, size).and(memory.set);
-        add(&format!("{or}{}", size.what), set.command(vmid));
+        if let Some(resized) = resized(conf, size.vcpus, size.threads) {
+            add(
+                &format!("{or}{}", size.what),
+                resized.and(memory.set).command(vmid),
+            );
+        }
     }
-    let wants_smt = guest.threads > 1 || sizes.iter().any(|size| size.threads > 1);
+    let wants_smt = match sizes[..] {
+        [] => guest.threads > 1,
+        _ => sizes.iter().any(|size| size.threads > 1),
+    };
     if wants_smt && lacks_topoext(root, topology, conf) {
         add(
             "for SMT in the guest on AMD, which needs topoext",
@@ -99,30 +106,36 @@ pub(crate) fn best_size(
     choice: &Choice,
 ) -> QmSet {
     let sizes = sizes(root, topology, conf, guest, choice);
-    // A guest on AMD needs a CPU model for SMT that `qm set` cannot make.
-    let is_able = |size: &&Size| size.threads == 1 || !lacks_topoext(root, topology, conf);
+    // A guest on AMD needs a CPU model for SMT that `qm set` cannot make. And to lose more than half
+    // of the vCPUs is a choice.
+    let is_able = |size: &&Size| {
+        (size.threads == 1 || !lacks_topoext(root, topology, conf)) && size.vcpus * 2 >= guest.vcpus
+    };
     let nearest = sizes
         .iter()
         .filter(is_able)
         .min_by_key(|size| (size.vcpus.abs_diff(guest.vcpus), size.vcpus));
-    nearest.map_or_else(QmSet::default, |size| resized(conf, size))
+    let set = nearest.and_then(|size| resized(conf, size.vcpus, size.threads));
+    set.unwrap_or_default()
 }
 
-/// What gives a VM a size. Its memory stays bound, for as many vCPUs as it has then.
-fn resized(conf: &VmConf, size: &Size) -> QmSet {
-    let resized = resize(conf, size.vcpus, size.threads);
-    // Its memory stays bound, for as many vCPUs as it has then.
+/// What gives a VM so many vCPUs, in cores of so many threads. Its memory stays bound, for as many
+/// vCPUs as it has then; none if it is bound for parts of them.
+pub(crate) fn resized(conf: &VmConf, vcpus: usize, threads: usize) -> Option<QmSet> {
+    let resized = resize(conf, vcpus, threads);
     match &conf.numa_nodes[..] {
-        [node] if conf.numa => resized.set(
+        _ if !conf.numa => Some(resized),
+        [] => Some(resized),
+        [node] => Some(resized.set(
             &format!("numa{}", node.index),
             numa_node(
-                size.vcpus,
+                vcpus,
                 node.host_nodes.as_ref(),
                 node.memory,
                 node.policy.as_deref(),
             ),
-        ),
-        _ => resized,
+        )),
+        _ => None,
     }
 }
 
@@ -154,25 +167,29 @@ fn sizes(
     choice: &Choice,
 ) -> Vec<Size> {
     let facts = &choice.facts;
-    let fast: Vec<&CpuSet> = topology
-        .cores
-        .iter()
-        .filter(|core| core.intersects(&choice.isolated) && !core.intersects(&topology.ecores))
+    let isolated = &choice.isolated;
+    let fast: Vec<CpuSet> = topology
+        .cores_of(isolated)
+        .filter(|core| !core.intersects(&topology.ecores))
+        .map(|core| core & isolated)
         .collect();
     let crowded = facts.doubled > 0 || !facts.on_small.is_empty();
     let has_cells = conf.numa && conf.numa_nodes.len() > 1;
-    // A smaller guest would be on one node, and crowded there.
-    if fast.is_empty() || has_cells || facts.nodes.len() > 1 {
+    if fast.is_empty() || has_cells {
         return Vec::new();
     }
     if guest.threads > 1 {
         return if_split(guest, choice, &fast).into_iter().collect();
     }
-    if !crowded {
+    // A smaller guest than one on several nodes would be on one, and crowded there.
+    if !crowded || facts.nodes.len() > 1 {
         return Vec::new();
     }
     let mut sizes = vec![Size {
-        what: "for a core per vCPU",
+        what: match facts.doubled {
+            0 => "for fast cores only",
+            _ => "for a core per vCPU",
+        },
         vcpus: fast.len(),
         threads: 1,
     }];
@@ -200,10 +217,16 @@ fn sizes(
 }
 
 /// The size for a guest with SMT that has cores whose threads are on several of the host's.
-fn if_split(guest: &Guest, choice: &Choice, fast: &[&CpuSet]) -> Option<Size> {
+fn if_split(guest: &Guest, choice: &Choice, fast: &[CpuSet]) -> Option<Size> {
     let threads = guest.threads;
     let whole = fast.iter().filter(|core| core.len() >= threads).count();
+    let theirs = fast.iter().map(CpuSet::len).min().unwrap_or(1);
     let size = match whole {
+        0 if theirs > 1 => Size {
+            what: "for as many threads per core as the host's have",
+            vcpus: (guest.vcpus / theirs * theirs).min(fast.len() * theirs),
+            threads: theirs,
+        },
         0 => Size {
             what: "for a guest without SMT, since these cores have too few threads",
             vcpus: fast.len().min(guest.vcpus),
@@ -308,9 +331,13 @@ fn cells_of(
     let count = nodes.len();
     let mib = conf.memory.unwrap_or(DEFAULT_MEMORY);
     let has_own = !guest.cells.is_empty() || !conf.numa_nodes.is_empty() || conf.vcpus.is_some();
-    let has_smp = conf.args.as_deref().is_some_and(|args| args.contains("-smp"));
-    let is_even = guest.vcpus.is_multiple_of(count) && mib.is_multiple_of(count as u64);
-    if count < 2 || has_own || has_smp || !is_even {
+    let has_smp = conf
+        .args
+        .as_deref()
+        .is_some_and(|args| args.contains("-smp"));
+    let threads = guest.threads.max(1);
+    let is_even = guest.vcpus.is_multiple_of(count * threads) && mib.is_multiple_of(count as u64);
+    if count < 2 || has_own || !is_even {
         return None;
     }
     let (vcpus, mib) = (guest.vcpus / count, mib / count as u64);
@@ -318,6 +345,10 @@ fn cells_of(
         .set("sockets", count.to_string())
         .set("cores", vcpus.to_string())
         .set("numa", "1");
+    if has_smp {
+        let args = smp_of(conf.args.as_deref(), guest.vcpus, count, threads);
+        set = set.set("args", args);
+    }
     for (cell, node) in nodes.iter().enumerate() {
         let cpus = choice::cpus_of_nodes(topology, &[node].into_iter().collect());
         if (&cpus & &choice.isolated).len() < vcpus || !super::memory::has_room(root, node, mib) {
@@ -358,7 +389,7 @@ fn numa_node(
 }
 
 /// What gives a VM so many vCPUs, in cores of so many threads.
-pub(crate) fn resize(conf: &VmConf, vcpus: usize, threads: usize) -> QmSet {
+fn resize(conf: &VmConf, vcpus: usize, threads: usize) -> QmSet {
     let mut set = QmSet::default().set("cores", vcpus.to_string());
     if conf.sockets.is_some_and(|sockets| sockets > 1) {
         set = set.set("sockets", "1");
@@ -373,7 +404,12 @@ pub(crate) fn resize(conf: &VmConf, vcpus: usize, threads: usize) -> QmSet {
     if let Some(features) = hotplug_without_cpu(conf).filter(|_| threads > 1) {
         set = set.set("hotplug", features);
     }
-    set.delete("vcpus", conf.vcpus.is_some())
+    // A `-smp` has all of them, and fewer cannot be more.
+    let keeps = threads == 1 && !has_smp;
+    set.delete(
+        "vcpus",
+        conf.vcpus.is_some_and(|now| !keeps || now as usize > vcpus),
+    )
 }
 
 /// `hotplug` without `cpu`, since that adds vCPUs in places that a `-smp` in `args` has filled; none
@@ -407,10 +443,15 @@ fn is_smp(word: &str) -> bool {
 }
 
 /// `args` with a `-smp` for so many vCPUs in cores of so many threads; whatever else is in it stays.
-pub(crate) fn smp(args: Option<&str>, vcpus: usize, threads: usize) -> String {
+fn smp(args: Option<&str>, vcpus: usize, threads: usize) -> String {
+    smp_of(args, vcpus, 1, threads)
+}
+
+/// The same for several sockets.
+fn smp_of(args: Option<&str>, vcpus: usize, sockets: usize, threads: usize) -> String {
     let smp = format!(
-        "-smp {vcpus},sockets=1,cores={},threads={threads},maxcpus={vcpus}",
-        vcpus / threads.max(1)
+        "-smp {vcpus},sockets={sockets},cores={},threads={threads},maxcpus={vcpus}",
+        vcpus / threads.max(1) / sockets
     );
     let args = args.unwrap_or_default().trim();
     if args.contains(['\'', '"', '\\']) {

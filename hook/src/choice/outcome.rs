@@ -352,8 +352,14 @@ impl fmt::Display for Reason {
                 let of = if *guest_cores { "guest cores" } else { "vCPUs" };
                 let verb = if *doubled == 1 { "runs" } else { "run" };
                 match (*doubled == *cores, *cores) {
-                    (true, 1) => write!(f, "The core runs several {of}, by its second thread: they are slower."),
-                    (true, _) => write!(f, "All {cores} cores run several {of}, by second threads: they are slower."),
+                    (true, 1) => write!(
+                        f,
+                        "The core runs several {of}, by its second thread: they are slower."
+                    ),
+                    (true, _) => write!(
+                        f,
+                        "All {cores} cores run several {of}, by second threads: they are slower."
+                    ),
                     (false, _) => write!(
                         f,
                         "{doubled} of the {cores} cores {verb} several {of}, by second threads: these are slower."
@@ -434,6 +440,8 @@ pub(crate) enum Verdict {
     BesideHost,
     Larger,
     AsGood,
+    /// CPUs that were asked for are worse.
+    Better,
 }
 
 impl fmt::Display for Verdict {
@@ -463,6 +471,7 @@ impl fmt::Display for Verdict {
             }
             Self::BesideHost => write!(f, "shares its cache with the host"),
             Self::Larger => write!(f, "larger"),
+            Self::Better => write!(f, "would be better"),
             Self::AsGood => write!(f, "equally good"),
         }
     }

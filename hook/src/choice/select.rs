@@ -123,7 +123,11 @@ fn evenly(question: &Question<'_>, place: &Place) -> Option<CpuSet> {
     } = question;
     let nodes = Facts::of(topology, guest, &place.isolated, &[]).nodes;
     let per_node = guest.vcpus.checked_div(nodes.len())?;
-    if nodes.len() < 2 || !guest.vcpus.is_multiple_of(nodes.len() * guest.threads.max(1)) {
+    if nodes.len() < 2
+        || !guest
+            .vcpus
+            .is_multiple_of(nodes.len() * guest.threads.max(1))
+    {
         return None;
     }
     let cells = nodes.iter().enumerate().map(|(at, node)| Cell {
@@ -182,7 +186,10 @@ fn by_cells(question: &Question<'_>) -> Option<CpuSet> {
     }
     let mut all = CpuSet::new();
     let mut bound = CpuSet::new();
-    for cell in &guest.cells {
+    // Those that can be on few nodes choose first.
+    let mut cells: Vec<&Cell> = guest.cells.iter().collect();
+    cells.sort_by_key(|cell| cell.nodes.len());
+    for cell in cells {
         let near = cpus_of_nodes(question.topology, &cell.nodes);
         let vcpus = &(&cell.vcpus & &CpuSet::range(0, guest.vcpus - 1)) - &bound;
         bound = &bound | &vcpus;
@@ -203,7 +210,22 @@ fn by_cells(question: &Question<'_>) -> Option<CpuSet> {
         })?;
         all = &all | &place.isolated;
     }
-    (bound.len() == guest.vcpus).then_some(all)
+    let unbound = guest.vcpus.saturating_sub(bound.len());
+    if unbound > 0 {
+        let online = question.within.unwrap_or(&question.topology.online);
+        let place = find(&Question {
+            guest: &Guest {
+                vcpus: unbound,
+                threads: guest.threads,
+                cells: Vec::new(),
+                device_nodes: CpuSet::new(),
+            },
+            within: Some(&(online - &all)),
+            ..*question
+        })?;
+        all = &all | &place.isolated;
+    }
+    Some(all)
 }
 
 /// The best place. CPUs of other VMs are taken only if there is no room without.
@@ -415,6 +437,11 @@ fn passed_over(
                     }
                 } else if rank.beside_host && !best.beside_host {
                     Verdict::BesideHost
+                } else if rank.small < best.small
+                    || rank.doubled < best.doubled
+                    || best.beside_host && !rank.beside_host
+                {
+                    Verdict::Better
                 } else if llc.cpus.len() > best.size {
                     Verdict::Larger
                 } else {

@@ -16,9 +16,9 @@ use crate::checks::finding::{Finding, KEYS, Level};
 use crate::checks::surroundings::Surroundings;
 use crate::checks::{advice, cluster, required, script};
 use crate::choice;
+use crate::own_steps::TOOL;
 use crate::settings::{self, Loaded};
 use crate::state::reservation::Reservation;
-use crate::own_steps::TOOL;
 
 /// The options of `hook check`.
 #[derive(Debug, clap::Args)]
@@ -578,9 +578,45 @@ mod tests {
 
     /// A host with one fault each, and the finding.
     #[test]
+    fn vcpus_far_from_their_memory_are_found() {
+        let host = MadeUpHost::new("epyc2x7313");
+        let cells = "cores: 8\nmemory: 4096\nnuma: 1\n\
+                     numa0: cpus=0-3,hostnodes=0,memory=2048,policy=bind\n\
+                     numa1: cpus=4-7,hostnodes=1,memory=2048,policy=bind\n";
+        let numa = |conf: &str, pins: &str| {
+            host.conf(100, conf);
+            let isolated = "isolated = \"8-11,16-19,40-43,48-51\"";
+            host.settings(100, &format!("{isolated}\npins = \"{pins}\""));
+            let findings = check_one(&host.root, vmid()).findings;
+            let found = findings.iter().find(|finding| finding.check == "NUMA");
+            found.unwrap().what.clone()
+        };
+        let right = numa(cells, "8,9,10,11,16,17,18,19");
+        assert_eq!(right, "CPUs on node 0-1; memory is bound to node 0-1");
+        assert_eq!(
+            numa(cells, "16,17,18,19,8,9,10,11"),
+            "vCPUs 0-7 are on other nodes than their memory"
+        );
+        assert_eq!(
+            numa(cells, "8,9,10,16,11,17,18,19"),
+            "vCPUs 3-4 are on other nodes than their memory"
+        );
+        assert_eq!(
+            numa(&cells.replace("hostnodes=1", "hostnodes=5"), "auto"),
+            "memory is bound to node 5; this host has node 0-1"
+        );
+        // vCPUs that no node is bound to are placed beside those of the cells.
+        let more = cells.replace("cores: 8", "cores: 10\nvcpus: 8\nhotplug: cpu");
+        assert_eq!(
+            numa(&more, "auto"),
+            "CPUs on node 0-1; memory is bound to node 0-1"
+        );
+    }
+
+    #[test]
     fn each_fault_is_found_with_its_fix() {
         type Arrange = fn(&MadeUpHost);
-        let cases: [(Arrange, &str); 27] = [
+        let cases: [(Arrange, &str); 31] = [
             (
                 |h| h.conf(100, &CONF.replace("hookscript", "#")),
                 "warn hookscript: not set: Proxmox VE does not call hook for this VM => hook install 100",
@@ -588,7 +624,7 @@ mod tests {
             (
                 |h| std::fs::remove_file(h.root.path(HOOK)).unwrap(),
                 "error hookscript: /var/lib/vz/snippets/hook: No such file or directory => \
-                 copy hook there: install -m 0755 $(command -v hook) /var/lib/vz/snippets/hook",
+                 hook install 100",
             ),
             (
                 |h| mode(h, HOOK, 0o644),
@@ -722,9 +758,37 @@ mod tests {
                  qm set 100 --args '-smp 12,sockets=1,cores=6,threads=2,maxcpus=12'",
             ),
             (
+                |h| {
+                    let pins = "6,6,6,6,7,7,7,7,8,9,10,11";
+                    h.settings(
+                        100,
+                        &format!("isolated = \"6-11,18-23\"\npins = \"{pins}\""),
+                    );
+                },
+                "warn pins: vCPUs 0-3 share CPU 6, 4-7 share CPU 7 => give each vCPU a CPU of its own, or write \
+                 pins = \"auto\"",
+            ),
+            (
+                |h| h.settings(100, "layout = \"5900x\"\nidle_vm = 100"),
+                "error idle_vm: VM 100 is this VM itself => name another one",
+            ),
+            (
+                |h| h.settings(100, "layout = \"5900x\"\nidle_vm = 777"),
+                "warn idle_vm: VM 777: no such VM on this node: there is no /etc/pve/qemu-server/777.conf => \
+                 `qm list` shows the VMs of this node",
+            ),
+            (
+                |h| {
+                    let text = "layout = \"5900x\"\nchain = [\"local:snippets/gone.pl\"]";
+                    h.settings(100, text);
+                },
+                "error chain: local:snippets/gone.pl: /var/lib/vz/snippets/gone.pl: No such file or directory => \
+                 correct or remove it in chain",
+            ),
+            (
                 |h| h.settings(100, "isolated = \"6-11,18-23\"\npins = \"6-11,18-23\""),
-                "warn guest cores: the guest sees vCPUs 0 and 1, 2 and 3, … as threads of one \
-                 core, but their pins are on two cores => \
+                "warn guest cores: the guest sees vCPUs 0-1, 2-3, … as threads of one core each, \
+                 but 6 of these are on several host cores => \
                  put the threads of a core next to each other: pins = \
                  \"6,18,7,19,8,20,9,21,10,22,11,23\"",
             ),

@@ -16,8 +16,8 @@ use crate::checks::qm_set::QmSet;
 use crate::checks::{required, vm_settings};
 use crate::choice::{self, Areas, Choice, Claim, Claimed, Guest, NoRoom, Question};
 use crate::claims;
-use crate::settings::{self, Deadlines, Loaded, Method, Settings, default};
 use crate::own_steps::{self, TOOL};
+use crate::settings::{self, Deadlines, Loaded, Method, Settings, default};
 
 /// The options of `hook init`.
 #[derive(Debug, clap::Args)]
@@ -123,7 +123,7 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
             required::pins_suffice(settings, vcpus, vcpus.checked_sub(1))?;
         }
         if set.is_empty() {
-            report.line(&format!("the settings of VM {vmid} suit its CPUs; nothing to change"));
+            report.line(&format!("--apply has nothing to set on VM {vmid}"));
         } else {
             let line = set.command(vmid);
             let doing = if writes { "running" } else { "would run" };
@@ -252,9 +252,7 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
         return Ok(report.finish());
     }
     match &conf.hookscript {
-        None => report.line(&format!(
-            "next: qm set {vmid} --hookscript local:snippets/hook"
-        )),
+        None => report.line(&format!("next: hook install {vmid}")),
         Some(volume) => report.line(&format!("its hookscript is {volume}")),
     }
     for finding in &findings {
@@ -308,6 +306,9 @@ impl<'a> Place<'a> {
     }
 }
 
+/// How often a size is chosen for the CPUs of the size before.
+const MAX_SIZES: usize = 4;
+
 /// What `qm set` is to change, so that the VM suits its CPUs best, and the VM's settings after it.
 ///
 /// # Errors
@@ -339,10 +340,18 @@ fn best(
         let chosen = choose(root, vmid, place, conf, &question, claims)?;
         Ok::<_, Error>((guest, chosen.choice))
     };
-    let (guest, choice) = chosen_for(conf)?;
-    let size = vm_settings::best_size(root, conf, topology, &guest, &choice);
-    let resized = VmConf::parse(&size.applied_to(&text));
-    let (guest, choice) = chosen_for(&resized)?;
+    let (mut guest, mut choice) = chosen_for(conf)?;
+    let (mut size, mut resized) = (QmSet::default(), conf.clone());
+    // A smaller VM may get other CPUs, which another size would suit better.
+    for _ in 0..MAX_SIZES {
+        let next = vm_settings::best_size(root, &resized, topology, &guest, &choice);
+        if next.is_empty() {
+            break;
+        }
+        size = size.and(next);
+        resized = VmConf::parse(&size.applied_to(&text));
+        (guest, choice) = chosen_for(&resized)?;
+    }
     let memory = vm_settings::best_memory(root, topology, &resized, &guest, &choice);
     let set = size.and(memory);
     let expected = VmConf::parse(&set.applied_to(&text));
@@ -444,6 +453,7 @@ fn choose(
 /// A refusal for lack of CPUs, with a command that makes the VM fit.
 fn refused(vmid: VmId, conf: &VmConf, no_room: &NoRoom, place: &str, more: &str) -> Error {
     let NoRoom { usable, vcpus } = no_room;
+    let is_host = more.is_empty();
     let threads = conf.threads_per_core().max(1);
     let most = usable.len() / threads * threads;
     let what = format!(
@@ -451,16 +461,15 @@ fn refused(vmid: VmId, conf: &VmConf, no_room: &NoRoom, place: &str, more: &str)
         choice::counted(usable.len(), "CPU"),
         match usable.is_empty() {
             true => String::new(),
-            false => format!(" (CPU {usable}; the core of CPU 0 stays with the host)"),
+            false if is_host => format!(" (CPU {usable}; the core of CPU 0 stays with the host)"),
+            false => format!(" (CPU {usable})"),
         },
         choice::counted(*vcpus, "vCPU"),
     );
-    let fix = match most {
-        0 => String::new(),
-        _ => format!(
-            "; give the VM fewer: {}",
-            vm_settings::resize(conf, most, threads).command(vmid)
-        ),
+    let fix = match vm_settings::resized(conf, most, threads) {
+        _ if most == 0 => String::new(),
+        Some(set) => format!("; give the VM fewer: {}", set.command(vmid)),
+        None => "; give the VM fewer vCPUs".to_owned(),
     };
     Error::unusable(format!("VM {vmid}"), format!("{what}{fix}{more}"))
 }
@@ -607,7 +616,8 @@ fn text(vmid: VmId, guest: &Guest, chosen: &Chosen, topology: &Topology) -> Stri
         text += "# CPU 0 cannot be isolated by hotplug.\n";
         text += &format!("method = {}\n\n", json!(Method::Partition));
     } else {
-        text += "# partition if this host supports it, else hotplug; man pinfold.toml compares them.\n";
+        text +=
+            "# partition if this host supports it, else hotplug; man pinfold.toml compares them.\n";
         text += &format!("method = {}\n\n", json!(default::METHOD));
     }
     text += "# The other keys with their defaults; man pinfold.toml explains them.\n";
@@ -638,6 +648,11 @@ fn other_keys() -> String {
             "false: the VM starts without isolated CPUs if it cannot have them",
         ),
         key("governor", json!(default::GOVERNOR), "or \"keep\""),
+        key(
+            "energy_preference",
+            json!("balance_performance"),
+            "the energy_performance_preference of the VM's CPUs; default: the governor's",
+        ),
         key(
             "max_latency_us",
             json!(20),
@@ -1073,6 +1088,13 @@ mod tests {
         assert_eq!(
             (all_set.tidy_caches.take(), as_written.tidy_caches),
             (Some(true), None)
+        );
+        assert_eq!(
+            (
+                all_set.energy_preference.take().as_deref(),
+                &as_written.energy_preference
+            ),
+            (Some("balance_performance"), &None)
         );
         assert_eq!(
             (all_set.max_latency_us.take(), as_written.max_latency_us),

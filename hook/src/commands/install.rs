@@ -6,14 +6,15 @@ use std::time::Duration;
 
 use anyhow::{bail, ensure};
 use cg_slice::partition::Siblings;
-use pinfold_core::cli::terminal::{print, print_json};
 use pinfold_core::cli::Output;
+use pinfold_core::cli::terminal::{print, print_json};
 use pinfold_core::sys::{cgroup, cpu};
 use pinfold_core::vm::{self, LOCAL, Storage, VmConf, VmId};
 use pinfold_core::{Exit, Host, printable};
 use serde_json::json;
 
 use super::{check, init, needs_root};
+use crate::checks::finding::Level;
 use crate::checks::required;
 use crate::exec;
 use crate::settings::{self, Loaded};
@@ -131,7 +132,8 @@ fn install(
         );
     }
     let mut steps = Steps::new(output, args.dry_run);
-    if needs_settings(root, vmid, &conf)? {
+    let needs_settings = needs_settings(root, vmid, &conf)?;
+    if needs_settings {
         let file = settings::node_file(root, vmid).display().to_string();
         let what = format!("settings of VM {vmid} in {file}");
         let choose = || {
@@ -149,7 +151,7 @@ fn install(
     }
     let earlier = conf.hookscript.clone();
     if let Some(earlier) = earlier.filter(|volume| *volume != target.volume) {
-        keep_earlier(root, vmid, &earlier, &mut steps)?;
+        keep_earlier(root, vmid, &earlier, needs_settings, &mut steps)?;
     }
     if let Some(content) = &target.content {
         let id = &target.storage;
@@ -195,6 +197,13 @@ fn install(
         steps.line(&format!("hook check: {}: {finding}", finding.check))?;
     }
     steps.line(&format!("changed: {changed}"))?;
+    let fails = findings.iter().any(|finding| finding.level == Level::Error);
+    if fails {
+        steps.line(&format!(
+            "next: correct the errors above; hook check {vmid}"
+        ))?;
+        return Ok(Exit::Partial);
+    }
     if !args.dry_run {
         steps.line(&format!(
             "next: hook plan {vmid}; qm start {vmid}; hook status"
@@ -327,6 +336,7 @@ fn keep_earlier(
     root: &Host,
     vmid: VmId,
     earlier: &str,
+    is_new: bool,
     steps: &mut Steps<'_>,
 ) -> anyhow::Result<()> {
     if vm::snippet(root, earlier)
@@ -346,6 +356,10 @@ fn keep_earlier(
         "earlier hookscript, which hook runs too, in {}",
         file.display()
     );
+    // Only printed, a new file is not there.
+    if !(is_new && steps.dry_run) {
+        settings::with_chain(root, vmid, earlier)?;
+    }
     steps.step(&what, &format!("chain = [{earlier:?}]"), || {
         Ok(settings::add_chain(root, vmid, earlier)?)
     })

@@ -7,9 +7,9 @@ use pinfold_core::vm::{self, VmId};
 use pinfold_core::{Applied, CpuSet, Exit, Host, Outcome, Report, Verbosity, printable};
 use serde::Serialize;
 
+use crate::own_steps::TOOL;
 use crate::phases::Run;
 use crate::state::step_times::{self, Times};
-use crate::own_steps::TOOL;
 
 /// The options of `hook plan`.
 #[derive(Debug, clap::Args)]
@@ -161,7 +161,9 @@ impl PlannedStep {
         } else {
             String::new()
         };
-        let seconds = self.seconds.map(|seconds| format!("; last time {seconds:.1} s"));
+        let seconds = self
+            .seconds
+            .map(|seconds| format!("; last time {seconds:.1} s"));
         let seconds = seconds.unwrap_or_default();
         let mut text = format!("{}: {what}{held}{seconds}\n", self.label);
         for done in &self.changes {

@@ -3,8 +3,8 @@
 use pinfold_core::Exit;
 use pinfold_core::cli::Output;
 
-use crate::phases::Run;
 use crate::own_steps::TOOL;
+use crate::phases::Run;
 
 /// The options of `hook recover`.
 #[derive(Debug, clap::Args)]

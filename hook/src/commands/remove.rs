@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use pinfold_core::cli::Output;
 use pinfold_core::cli::terminal::print_json;
+use pinfold_core::cli::{Output, print_error};
 use pinfold_core::state::Store;
 use pinfold_core::vm::{self, VmConf, VmId};
 use pinfold_core::{Exit, Host};
@@ -11,11 +11,11 @@ use serde_json::json;
 
 use super::install::{Programs, Steps, programs};
 use super::needs_root;
+use crate::own_steps::TOOL;
 use crate::phases::Run;
 use crate::settings;
 use crate::snippet::{self, Found};
 use crate::state::reservation::Reservation;
-use crate::own_steps::TOOL;
 
 /// The options of `hook remove`.
 #[derive(Debug, clap::Args)]
@@ -74,10 +74,16 @@ fn remove(
     };
     let mut steps = Steps::new(output, args.dry_run);
     let mut gone = Vec::new();
+    let mut exit = Exit::Success;
     for vmid in &vmids {
-        gone.extend(remove_vm(
-            root, args, *vmid, &reserved, programs, &mut steps,
-        )?);
+        match remove_vm(root, args, *vmid, &reserved, programs, &mut steps) {
+            Ok(removed) => gone.extend(removed),
+            Err(error) if args.all => {
+                print_error(TOOL, &error);
+                exit = Exit::Partial;
+            }
+            Err(error) => return Err(error),
+        }
     }
     if args.all {
         remove_links(root, &gone, &mut steps)?;
@@ -98,7 +104,7 @@ fn remove(
         }
         steps.line(&format!("changed: {changed}"))?;
     }
-    Ok(Exit::Success)
+    Ok(exit)
 }
 
 /// The volume of a VM's hookscript, if that is hook.
@@ -126,6 +132,21 @@ fn remove_vm(
     steps: &mut Steps<'_>,
 ) -> anyhow::Result<Option<(VmId, String)>> {
     let id = vmid.to_string();
+    let conf = vm::conf(root, vmid)?;
+    let volume = hook_of(root, &conf);
+    // Before anything is released: without it the VM would lose its earlier hookscript.
+    let chain = match (reserved.get(&vmid.into()), &volume) {
+        (_, None) => Vec::new(),
+        (Some(reservation), _) => reservation.settings.chain.clone(),
+        (None, _) => settings::chain_of(root, vmid)?,
+    };
+    if let [first, _, ..] = chain.as_slice() {
+        anyhow::bail!(
+            "VM {vmid} has {} other hookscripts, and Proxmox VE calls only one: choose it \
+             (qm set {id} --hookscript {first}), then run this again",
+            chain.len()
+        );
+    }
     if let Some(reservation) = reserved.get(&vmid.into()) {
         let what = match reservation.is_fenced() {
             true => format!("CPU {} of VM {vmid}", reservation.settings.isolated),
@@ -151,28 +172,19 @@ fn remove_vm(
             }
         })?;
     }
-    let conf = vm::conf(root, vmid)?;
-    let volume = hook_of(root, &conf);
     if volume.is_some() {
-        let (chain, _) = settings::chain(root, vmid);
         let what = format!("hookscript of VM {vmid}");
-        match chain.as_slice() {
-            [] => steps.step(&what, &format!("qm set {id} --delete hookscript"), || {
+        match chain.first() {
+            None => steps.step(&what, &format!("qm set {id} --delete hookscript"), || {
                 Ok(programs("qm", &["set", &id, "--delete", "hookscript"])?)
             })?,
-            [earlier] => {
+            Some(earlier) => {
                 steps.step(
                     &what,
                     &format!("qm set {id} --hookscript {earlier}"),
                     || Ok(programs("qm", &["set", &id, "--hookscript", earlier])?),
                 )?;
             }
-            several => anyhow::bail!(
-                "VM {vmid} has {} other hookscripts, and Proxmox VE calls only one: choose it \
-                 (qm set {id} --hookscript {}), then run this again",
-                several.len(),
-                several[0]
-            ),
         }
     }
     if args.purge {

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use anyhow::{anyhow, ensure};
-use pinfold_core::cli::{Output, in_words};
 use pinfold_core::cli::terminal::{plain, print, print_json};
+use pinfold_core::cli::{Output, in_words};
 use pinfold_core::state::store;
 use pinfold_core::vm::{self, VmId};
 use pinfold_core::{Exit, Host, printable};
@@ -327,6 +327,9 @@ impl Hidden {
         if let Some(args) = vm::conf(root, vmid).ok().and_then(|conf| conf.args) {
             words.push((args, "(args)"));
         }
+        for storage in vm::storages(root).unwrap_or_default() {
+            words.push((storage.id, "(storage)"));
+        }
         for guest in vm::guests(root) {
             words.extend(guest.name.map(|name| (name, "(name)")));
             words.extend(guest.node.map(|name| (name, "(node)")));
@@ -336,7 +339,9 @@ impl Hidden {
             words.push((name.trim().to_owned(), "(host)"));
         }
         // Numbers and very short words name nothing, and are part of much else.
-        words.retain(|(word, _)| word.len() > 2 && word.parse::<u64>().is_err());
+        words.retain(|(word, _)| {
+            word != vm::LOCAL && word.len() > 2 && word.parse::<u64>().is_err()
+        });
         words.sort_by_key(|(word, _)| std::cmp::Reverse(word.len()));
         words.dedup();
         Self {
@@ -361,8 +366,14 @@ impl Hidden {
     }
 }
 
-/// Without what is quoted of VMID.conf, and of `args` that are to be set.
+/// Without lines of a settings file, which its parser's errors draw, and without what is quoted of VMID.conf, and of `args` that are to be set.
 fn without_quotes(line: &str) -> String {
+    let drawn = line
+        .trim_start()
+        .trim_start_matches(|c: char| c.is_ascii_digit());
+    if drawn.trim_start().starts_with('|') {
+        return "(left out)".to_owned();
+    }
     let line = match (line.find('`'), line.rfind("; Proxmox VE ignores it")) {
         (Some(begin), Some(end)) if begin < end => {
             format!("{}(left out){}", &line[..begin], &line[end..])

@@ -18,10 +18,10 @@ use serde_json::json;
 use super::drawing;
 use super::map::{self, Cpu, Owner};
 use super::monitor;
+use crate::own_steps::TOOL;
 use crate::phases::failures;
 use crate::settings::Bounds;
 use crate::state::reservation::{Isolation, Phase, Reservation};
-use crate::own_steps::TOOL;
 use crate::strays::{Class, Stray, strays};
 
 /// The options of `hook status`.

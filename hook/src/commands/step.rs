@@ -9,9 +9,9 @@ use pinfold_core::sys::pci::PciSelector;
 use pinfold_core::vm::VmId;
 use pinfold_core::{CpuSet, Exit, Table};
 
+use crate::own_steps::{self, TOOL};
 use crate::phases::Run;
 use crate::settings::{Deadlines, MAX_DEADLINE};
-use crate::own_steps::{self, TOOL};
 
 /// The steps.
 #[derive(Debug, Subcommand)]
@@ -101,12 +101,17 @@ pub(crate) fn run(step: Step, output: &Output) -> anyhow::Result<Exit> {
             }
             let functions = pci_reset::expand(&root, &device)?;
             pci_reset::check(&root, &functions)?;
-            let changes = functions.iter().map(own_steps::pci_reset_by_kernel).collect();
+            let changes = functions
+                .iter()
+                .map(own_steps::pci_reset_by_kernel)
+                .collect();
             common.carry_out(&root, &mut report, TOOL, changes)
         }
         Step::StatInterval { seconds, common } => {
             let (root, mut report) = (common.output.root(), common.output.report(TOOL));
-            if let Some(exit) = common.restore(&root, &mut report, TOOL, own_steps::is_stat_interval)? {
+            if let Some(exit) =
+                common.restore(&root, &mut report, TOOL, own_steps::is_stat_interval)?
+            {
                 return Ok(exit);
             }
             let object = own_steps::stat_interval(&root)?
@@ -140,7 +145,9 @@ pub(crate) fn run(step: Step, output: &Output) -> anyhow::Result<Exit> {
             let (root, mut report) = (output.root(), output.report(TOOL));
             let deadline = Duration::from_secs(deadline);
             match action {
-                IdleAction::Stop => own_steps::stop_idle_vm(&root, &mut report, vmid.into(), deadline)?,
+                IdleAction::Stop => {
+                    own_steps::stop_idle_vm(&root, &mut report, vmid.into(), deadline)?
+                }
                 IdleAction::Start => {
                     own_steps::start_idle_vm(&root, &mut report, vmid.into(), deadline)?
                 }

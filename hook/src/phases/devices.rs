@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use pinfold_core::vm::{VmConf, VmId};
 
-use crate::settings::{REMOVE, Settings};
 use crate::own_steps::{self, Reset};
+use crate::settings::{REMOVE, Settings};
 
 use super::run::Run;
 

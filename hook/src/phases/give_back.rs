@@ -9,10 +9,10 @@ use pinfold_core::systemd::journal::Priority;
 use pinfold_core::vm::{self, VmId};
 use pinfold_core::{Host, TaskId};
 
+use crate::own_steps;
 use crate::reconcile::Reconcile;
 use crate::settings::Deadlines;
 use crate::state::reservation::{Backup, Phase, Reservation, is_in_backup};
-use crate::own_steps;
 
 use super::run::{Run, process};
 

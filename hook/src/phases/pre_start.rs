@@ -10,9 +10,9 @@ use pinfold_core::state::store::Store;
 use pinfold_core::vm::{self, VmConf, VmId};
 
 use crate::choice;
+use crate::own_steps;
 use crate::settings::{self, Loaded, Method};
 use crate::state::reservation::{Backup, Isolation, Reservation};
-use crate::own_steps;
 
 use super::offer::{Offer, has_idle_vm_to_restart};
 use super::run::{Run, process};

@@ -447,7 +447,10 @@ fn a_backup_of_a_stopped_vm_touches_and_refuses_nothing() {
         assert_eq!(ended, Ok(Exit::Success), "{conf}");
         let reported = messages(&journal);
         if conf.contains("template") {
-            assert!(notes.is_empty() && reported.is_empty(), "{notes:?} {reported:?}");
+            assert!(
+                notes.is_empty() && reported.is_empty(),
+                "{notes:?} {reported:?}"
+            );
             assert!(reservation(&host, 100).is_none());
             continue;
         }

@@ -237,6 +237,54 @@ fn what_proxmox_ve_gave_the_scope_is_kept_meanwhile() {
 }
 
 #[test]
+fn a_vm_has_its_energy_preference() {
+    for governor in ["powersave", "keep"] {
+        let host = host(&[6, 18]);
+        let policy =
+            |cpu: usize, file: &str| format!("sys/devices/system/cpu/cpufreq/policy{cpu}/{file}");
+        let preference = |cpu| policy(cpu, "energy_performance_preference");
+        for cpu in [5, 6, 18] {
+            host.file(&policy(cpu, "related_cpus"), &cpu.to_string());
+            host.file(&policy(cpu, "scaling_governor"), "powersave");
+            host.file(
+                &policy(cpu, "scaling_available_governors"),
+                "performance powersave",
+            );
+            host.file(
+                &policy(cpu, "energy_performance_available_preferences"),
+                "default performance balance_performance balance_power power",
+            );
+            host.file(&preference(cpu), "balance_power");
+        }
+        let settings = |preference: &str| {
+            let text = SETTINGS.replace("\"keep\"", &format!("\"{governor}\""));
+            let text = format!("energy_preference = \"{preference}\"\n{text}");
+            host.settings(100, &text);
+        };
+        let all = || [5, 6, 18].map(|cpu| host.root.read_value(preference(cpu)).unwrap().unwrap());
+        settings("balance_performance");
+        let (exit, notes) = phase(&host, "post-start");
+        assert_eq!(exit.unwrap(), Exit::Partial, "{notes:#?}");
+        let while_it_runs = [
+            "balance_power",
+            "balance_performance",
+            "balance_performance",
+        ];
+        assert_eq!(all(), while_it_runs, "{governor}");
+        // Run again, it finds what it has set.
+        phase(&host, "post-start").0.unwrap();
+        assert_eq!(all(), while_it_runs, "{governor}");
+        phase(&host, "post-stop").0.unwrap();
+        assert_eq!(all(), ["balance_power"; 3], "{governor}");
+        // One that the driver does not have is refused before anything is changed.
+        settings("fast");
+        let error = phase(&host, "pre-start").0.unwrap_err().to_string();
+        assert!(error.contains("energy_preference: no \"fast\""), "{error}");
+        assert_eq!(all(), ["balance_power"; 3]);
+    }
+}
+
+#[test]
 fn the_energy_preference_comes_back() {
     for (governor, changes) in [("performance", true), ("keep", false)] {
         let host = host(&[6, 18]);

@@ -8,8 +8,8 @@ use pinfold_core::sys::task;
 use pinfold_core::{CpuSet, Knob, Outcome, Result, Setting};
 
 use super::run::{Readings, Reconcile, TUNING};
-use crate::state::reservation::Reservation;
 use crate::own_steps;
+use crate::state::reservation::Reservation;
 
 /// The same in a task log.
 const TUNING_LABEL: &str = "tuning";
@@ -95,30 +95,39 @@ impl Reconcile<'_> {
         Ok(())
     }
 
-    /// After the governors: the energy preferences of the baseline go back to what they were,
-    /// except where a VM has a governor of its own, which brings its preference with it. What the
-    /// kernel has made of these is noted as ours.
+    /// After the governors, which change them: the energy preferences of the baseline become what the
+    /// VM's settings have, else go back to what they were, except where a VM has a governor of its own,
+    /// which brings its preference with it. What the kernel has made of these is noted as ours.
     fn set_preferences(&mut self) -> Result<usize> {
-        let governed: Vec<CpuSet> = self
-            .fenced()
-            .filter(|(_, vm)| vm.settings.governor.is_some())
-            .map(|(_, vm)| vm.settings.isolated.clone())
-            .collect();
+        let fenced: Vec<Reservation> = self.fenced().map(|(_, vm)| vm.clone()).collect();
+        let vms_of = |policy: &Policy| {
+            let cpus = policy.cpus.clone();
+            let mut vms = fenced.iter().map(|vm| &vm.settings);
+            vms.find(|settings| settings.isolated.intersects(&cpus))
+        };
         let is_governed =
-            |policy: &Policy| governed.iter().any(|cpus| cpus.intersects(&policy.cpus));
+            |policy: &Policy| vms_of(policy).is_some_and(|settings| settings.governor.is_some());
         for object in self.preferences(is_governed)? {
             self.store.baseline.learn(&object);
         }
-        let mut objects = Vec::new();
+        let (mut objects, mut wanted) = (Vec::new(), BTreeMap::new());
         for policy in self.policies()? {
             let knob = Knob::EnergyPreference(policy.name.clone());
-            if self.store.baseline.has(&knob) && !is_governed(&policy) {
-                // A value that the kernel does not report is none that it had before.
-                let found = Value::text(policy.preference.clone().unwrap_or_default());
-                objects.push(governor::preference(&policy, found));
+            if !self.store.baseline.has(&knob) {
+                continue;
             }
+            let preference = vms_of(&policy).and_then(|vm| vm.energy_preference.clone());
+            if preference.is_none() && is_governed(&policy) {
+                continue;
+            }
+            wanted.extend(preference.map(|name| (knob, Value::text(name))));
+            // A value that the kernel does not report is none that it had before.
+            let found = Value::text(policy.preference.clone().unwrap_or_default());
+            objects.push(governor::preference(&policy, found));
         }
-        self.change(TUNING, objects, |_, before| before.clone())
+        self.change(TUNING, objects, |knob, before| {
+            wanted.get(knob).unwrap_or(before).clone()
+        })
     }
 
     /// The energy preferences of the policies that `is_chosen` selects, as far as they are known.

@@ -7,11 +7,11 @@
 
 mod apart;
 mod boot_masks;
+mod changed_by_kernel;
 mod containers;
 mod guest;
 mod host_steps;
 mod hotplug;
-mod changed_by_kernel;
 mod order;
 mod partition;
 mod run;

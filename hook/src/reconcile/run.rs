@@ -10,8 +10,8 @@ use pinfold_core::vm::{self, Qemu, VmId};
 use pinfold_core::{Applied, Change, CpuSet, Host, Knob, Outcome, Report, Result, Setting, TaskId};
 
 use super::apart::{Apart, Housekeeping};
-use super::guest::Guest;
 use super::changed_by_kernel::ChangedByKernel;
+use super::guest::Guest;
 use crate::state::reservation::{Isolation, Phase, Reservation};
 
 /// The step of governor and statistics interval, as programs know it.
@@ -103,7 +103,8 @@ impl<'a> Reconcile<'a> {
         let present = cpu::present(root)?;
         let partitioned = cgroup::isolated(root)?.unwrap_or_default();
         let apart = Apart::on(root, store)?;
-        let changed_by_kernel = ChangedByKernel::on(root, store, &present, &partitioned, &apart.at_boot)?;
+        let changed_by_kernel =
+            ChangedByKernel::on(root, store, &present, &partitioned, &apart.at_boot)?;
         let (mut host_irqs, mut host_kthreads) = Default::default();
         let readings = Readings::of_saved(root, store, &mut host_irqs, &mut host_kthreads);
         let known = readings.by_knob();

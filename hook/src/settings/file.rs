@@ -7,7 +7,7 @@
 
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use pinfold_core::state::trust;
@@ -62,6 +62,9 @@ pub(crate) fn vms_with_own_file(root: &Host) -> Result<Vec<VmId>> {
     Ok(vmids)
 }
 
+/// Some editors begin a file with it.
+const BYTE_ORDER_MARK: char = '\u{feff}';
+
 /// The path of a VM's own settings file, if there is one; default.toml is not its own.
 pub(crate) fn own_file(root: &Host, vmid: VmId) -> Option<PathBuf> {
     own_candidates(vmid)
@@ -100,13 +103,12 @@ pub(crate) fn create(root: &Host, vmid: VmId, text: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Adds a hookscript to `chain` in a VM's own settings file. The file is replaced as a whole, so that
-/// no phase reads a part of it.
+/// A VM's own settings file with a hookscript added to `chain`: its path and its text.
 ///
 /// # Errors
 /// [`Error::Unusable`] if it has no file of its own, or others in `chain`; [`Error::Io`] with the
 /// path.
-pub(crate) fn add_chain(root: &Host, vmid: VmId, volume: &str) -> Result<()> {
+pub(crate) fn with_chain(root: &Host, vmid: VmId, volume: &str) -> Result<(PathBuf, String)> {
     let Some(path) = own_file(root, vmid) else {
         let why = "without a settings file of its own, its earlier hookscript cannot be kept";
         let fix = format!("write one: hook init {vmid}");
@@ -116,18 +118,32 @@ pub(crate) fn add_chain(root: &Host, vmid: VmId, volume: &str) -> Result<()> {
         ));
     };
     let text = fs::read_to_string(&path).map_err(|source| Error::io(&path, "read", source))?;
+    let text = text.trim_start_matches(BYTE_ORDER_MARK);
     let new = format!("chain = [{volume:?}]\n{text}");
     if toml::from_str::<File>(&new).is_err() {
         let why = format!("add {volume:?} to the hookscripts of `chain`, then run this again");
         return Err(Error::unusable(path.display().to_string(), why));
     }
+    Ok((path, new))
+}
+
+/// Adds a hookscript to `chain` in a VM's own settings file. The file is replaced as a whole, so that
+/// no phase reads a part of it.
+///
+/// # Errors
+/// As [`with_chain`].
+pub(crate) fn add_chain(root: &Host, vmid: VmId, volume: &str) -> Result<()> {
+    let (path, new) = with_chain(root, vmid, volume)?;
+    let mode = path
+        .metadata()
+        .map_or(0o644, |file| file.permissions().mode() & 0o777);
     let beside = path.with_extension("toml.new");
     // One of a run that was killed.
     drop(fs::remove_file(&beside));
     let file = OpenOptions::new()
         .write(true)
         .create_new(true)
-        .mode(0o644)
+        .mode(mode)
         .open(&beside);
     let written = file
         .and_then(|mut file| file.write_all(new.as_bytes()))

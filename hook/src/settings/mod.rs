@@ -9,9 +9,9 @@ mod schema;
 pub(crate) use deadlines::{Bounds, Deadlines, MAX_DEADLINE};
 pub(crate) use file::{
     add_chain, any_file_on, create, file_on, find, no_own_file, node_file, node_files, own_file,
-    remove, vms_with_own_file,
+    remove, vms_with_own_file, with_chain,
 };
-pub(crate) use resolve::{Loaded, chain, deadlines, joined, load, load_on, resolve};
+pub(crate) use resolve::{Loaded, chain, chain_of, deadlines, joined, load, load_on, resolve};
 #[cfg(test)]
 pub(crate) use schema::known_keys;
 pub(crate) use schema::{Method, PciReset, REMOVE, ResetPci, Settings, default};

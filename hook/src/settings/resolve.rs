@@ -100,6 +100,7 @@ pub(crate) fn load_on(
             pins: None,
             emulator: None,
             iothreads: None,
+            energy_preference: None,
             max_latency_us: None,
             stat_interval: None,
             ..file
@@ -160,6 +161,17 @@ pub(crate) fn chain(root: &Host, vmid: VmId) -> (Vec<String>, Duration) {
     (file.chain, Duration::from_secs(file.deadlines.chain))
 }
 
+/// As [`chain`], for a step that depends on it.
+///
+/// # Errors
+/// If the settings file cannot be read.
+pub(crate) fn chain_of(root: &Host, vmid: VmId) -> Result<Vec<String>> {
+    match find(root, vmid)? {
+        Some((path, text)) => Ok(parse(&text, &path)?.chain),
+        None => Ok(Vec::new()),
+    }
+}
+
 /// Resolves the text of a settings file, for a guest with so many threads per core.
 pub(crate) fn resolve(
     root: &Host,
@@ -180,7 +192,10 @@ fn in_words(text: &str, error: &toml::de::Error) -> String {
     let mut words = error.to_string().trim_end().to_owned();
     for (parsers, ours) in [
         ("unknown field", "unknown key"),
-        ("expected a boolean", "expected true or false, without quotes"),
+        (
+            "expected a boolean",
+            "expected true or false, without quotes",
+        ),
         ("expected u32", "expected a number, 0 or more"),
         ("expected u64", "expected a number, 0 or more"),
         ("expected usize", "expected a number, 0 or more"),
@@ -205,7 +220,10 @@ fn in_words(text: &str, error: &toml::de::Error) -> String {
         && ["isolated", "pins", "emulator", "iothreads"].contains(&key.trim())
         && !value.trim_start().starts_with(['"', '\'', '{'])
     {
-        words += &format!("; CPUs are written in quotes: {} = \"6-11,18-23\"", key.trim());
+        words += &format!(
+            "; CPUs are written in quotes: {} = \"6-11,18-23\"",
+            key.trim()
+        );
     }
     words
 }
@@ -325,6 +343,7 @@ fn resolve_file(
         method: file.method.unwrap_or(default::METHOD),
         governor: Some(file.governor.unwrap_or_else(|| default::GOVERNOR.into()))
             .filter(|name| name != KEEP),
+        energy_preference: file.energy_preference,
         max_latency_us: file.max_latency_us,
         stat_interval: Some(file.stat_interval.unwrap_or(default::STAT_INTERVAL)),
         idle_vm: file.idle_vm,
@@ -707,10 +726,16 @@ mod tests {
             ("isolated = 6-11\n", quotes),
             ("isolated = 6-11,18-23\n", quotes),
             ("isolated = [6, 7]\n", quotes),
-            ("pins = auto\n", "; CPUs are written in quotes: pins = \"6-11,18-23\""),
+            (
+                "pins = auto\n",
+                "; CPUs are written in quotes: pins = \"6-11,18-23\"",
+            ),
             ("isolate = \"6\"\n", "; did you mean isolated?"),
             ("[deadline]\nlock = 1\n", "; did you mean deadlines?"),
-            ("required = \"no\"\n", "expected true or false, without quotes"),
+            (
+                "required = \"no\"\n",
+                "expected true or false, without quotes",
+            ),
             ("max_latency_us = -1\n", "expected a number, 0 or more"),
             (
                 "isolated = \"6\"\npins = \"aut\"\n",
@@ -953,6 +978,10 @@ mod tests {
             ),
             ("min_housekeeping = 2", default.min_housekeeping == 1),
             ("tidy_caches = true", default.tidy_caches.is_none()),
+            (
+                "energy_preference = \"balance_performance\"",
+                default.energy_preference.is_none(),
+            ),
             ("max_latency_us = 20", default.max_latency_us.is_none()),
         ] {
             let line = all.lines().find(|line| line.starts_with(key)).unwrap();

@@ -105,6 +105,7 @@ pub(super) struct File {
     pub(super) iothreads: Option<Iothreads>,
     pub(super) method: Option<Method>,
     pub(super) governor: Option<String>,
+    pub(super) energy_preference: Option<String>,
     pub(super) max_latency_us: Option<u32>,
     pub(super) stat_interval: Option<u32>,
     pub(super) idle_vm: Option<u32>,
@@ -375,6 +376,9 @@ pub(crate) struct Settings {
     pub method: Method,
     /// The governor of the isolated CPUs; unchanged if none.
     pub governor: Option<String>,
+    /// The energy_performance_preference of the isolated CPUs; what the governor makes of it if none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub energy_preference: Option<String>,
     /// The longest that the isolated CPUs may take to wake up, in microseconds; unchanged if none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_latency_us: Option<u32>,
@@ -414,6 +418,18 @@ impl Settings {
     /// Whether there is no file for them.
     pub(crate) fn is_built_in(&self) -> bool {
         self.source.starts_with(BUILT_IN)
+    }
+
+    /// The CPUs that are the only one of several vCPUs, with these.
+    pub(crate) fn sharing(&self, vcpus: usize) -> BTreeMap<usize, CpuSet> {
+        let mut by_cpu: BTreeMap<usize, CpuSet> = BTreeMap::new();
+        for (vcpu, pin) in self.pins.iter().take(vcpus).enumerate() {
+            if let Some(cpu) = pin.first().filter(|_| pin.len() == 1) {
+                by_cpu.entry(cpu).or_default().insert(vcpu);
+            }
+        }
+        by_cpu.retain(|_, vcpus| vcpus.len() > 1);
+        by_cpu
     }
 
     /// The devices of a list that are reset before the VM starts, or else after it has stopped.

@@ -67,9 +67,15 @@ fn a_playbook_changes_nothing_twice(host: &mut Host) {
         output.stdout
     };
     let first = run();
-    assert!(first.contains("changed=3 ") && first.contains("failed=0"), "{first}");
+    assert!(
+        first.contains("changed=3 ") && first.contains("failed=0"),
+        "{first}"
+    );
     let second = run();
-    assert!(second.contains("changed=0 ") && second.contains("failed=0"), "{second}");
+    assert!(
+        second.contains("changed=0 ") && second.contains("failed=0"),
+        "{second}"
+    );
     expect(host, "qm start 100", 0);
     assert_fenced(host);
 }

@@ -322,8 +322,7 @@ fn a_monitor_that_does_not_answer(host: &mut Host) {
         }
         let (_, message) = expect(host, "hook 100 post-start", 0);
         assert!(
-            message.contains("using thread names from /proc instead")
-                && message.contains(why),
+            message.contains("using thread names from /proc instead") && message.contains(why),
             "{message}"
         );
         assert_fenced(host);

@@ -340,6 +340,7 @@ impl VmConf {
         if !self.numa {
             return found;
         }
+        let vcpus = self.vcpus().max(self.max_vcpus()) as usize;
         for node in &self.numa_nodes {
             let reason = if node.memory.unwrap_or(0) == 0 {
                 "it has no memory"
@@ -347,6 +348,15 @@ impl VmConf {
                 "hostnodes needs a policy"
             } else if node.host_nodes.is_none() && self.hugepages.is_some() {
                 "hugepages needs hostnodes"
+            } else if node
+                .host_nodes
+                .as_ref()
+                .is_some_and(|nodes| nodes.len() > 1)
+                && self.hugepages.is_some()
+            {
+                "hugepages needs a single host node"
+            } else if node.vcpus.last().is_some_and(|last| last >= vcpus) {
+                "it has vCPUs that the VM does not have"
             } else {
                 continue;
             };

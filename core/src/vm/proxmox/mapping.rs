@@ -80,7 +80,7 @@ mod tests {
             .to_string();
         assert_eq!(
             error("gpu"),
-            format!("PCI mapping gpu: it is not there; see {file}")
+            format!("PCI mapping gpu: it does not exist; see {file}")
         );
         write(
             dir.path(),
