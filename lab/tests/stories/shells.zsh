@@ -15,8 +15,9 @@ expect() {
 	exit 1
 }
 
+# -e: readline prints what is typed only on a terminal that echoes.
 for shell in bash zsh fish; do
-	zpty terminal $shell -i
+	zpty -e terminal $shell -i
 	[[ $shell != bash ]] || zpty -w terminal 'source /usr/share/bash-completion/bash_completion'
 	# The echo of what is typed is not what is waited for.
 	zpty -w terminal 'echo re""ady'
