@@ -132,6 +132,7 @@ upgrade: setup deb
 	rm -rf target/earlier/bin $(EARLIER_TREE) && git worktree prune && mkdir -p target/earlier/bin
 	git worktree add --force --detach $(EARLIER_TREE) $(EARLIER)
 	$(CARGO) build --locked --release --workspace --bins --manifest-path $(EARLIER_TREE)/Cargo.toml --target-dir target/earlier/build
+	git worktree remove --force $(EARLIER_TREE)
 	cp $(addprefix target/release/,pinfold manual) $(addprefix target/earlier/build/release/,$(PRODUCT)) target/earlier/bin
 	BINDIR=target/earlier/bin PRODUCT='$(PRODUCT)' DEB_VERSION=0.0.1 DEB_FOLDER=target/earlier sh packaging/deb.sh
 	$(MAKE) deb
