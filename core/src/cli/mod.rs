@@ -312,7 +312,7 @@ pub fn refused(answer: &clap::Error) -> ExitCode {
     }
 }
 
-/// An error with its causes. [`Error`](crate::Error) already contains its own.
+/// An error with its causes. [`Error`] already contains its own.
 pub fn in_words(error: &anyhow::Error) -> String {
     let mut words = Vec::new();
     for cause in error.chain() {
