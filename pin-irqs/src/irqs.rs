@@ -1,4 +1,5 @@
-//! The settings that pin-irqs changes: every IRQ's CPUs, and the mask that new IRQs start with.
+//! The settings that pin-irqs changes: every IRQ's CPUs, and the mask that new IRQs start with. They are
+//! set by the tool's `run` (lib.rs) and by hook's `irqs` (hook/src/reconcile/host_steps.rs).
 
 use std::collections::{BTreeMap, BTreeSet};
 

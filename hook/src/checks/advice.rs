@@ -5,7 +5,7 @@ use pinfold_core::vm::{VmConf, VmId};
 use pinfold_core::{CpuSet, Host, Result};
 
 use super::finding::Finding;
-use super::surroundings::Surroundings;
+use super::shared_readings::SharedReadings;
 use super::{devices, host, memory, place};
 use crate::settings::Settings;
 
@@ -14,7 +14,7 @@ use crate::settings::Settings;
 /// # Errors
 /// If the host cannot be read.
 pub(crate) fn findings(
-    around: &Surroundings<'_>,
+    around: &SharedReadings<'_>,
     vmid: VmId,
     conf: &VmConf,
     settings: &Settings,
@@ -34,7 +34,7 @@ pub(crate) fn findings(
 /// # Errors
 /// If the host cannot be read.
 pub(crate) fn interference(
-    around: &Surroundings<'_>,
+    around: &SharedReadings<'_>,
     vmid: VmId,
     conf: &VmConf,
     isolated: &CpuSet,

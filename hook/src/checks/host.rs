@@ -6,14 +6,14 @@ use pinfold_core::vm::{VmConf, VmId};
 use pinfold_core::{CpuSet, CpuSetError, Host, MAX_CPU, Result};
 
 use super::finding::Finding;
-use super::surroundings::{Balancer, Program, Surroundings};
+use super::shared_readings::{Balancer, Program, SharedReadings};
 
 /// The findings about the host around a VM.
 ///
 /// # Errors
 /// If the host cannot be read.
 pub(super) fn findings(
-    around: &Surroundings<'_>,
+    around: &SharedReadings<'_>,
     vmid: VmId,
     conf: &VmConf,
     isolated: &CpuSet,
@@ -172,7 +172,7 @@ fn containers(pinned: &[(VmId, CpuSet)], isolated: &CpuSet, everywhere: &CpuSet)
 }
 
 /// Programs that set governors and masks of the whole host.
-fn profiles(around: &Surroundings<'_>) -> Result<Finding> {
+fn profiles(around: &SharedReadings<'_>) -> Result<Finding> {
     const CHECK: &str = "profiles";
     Ok(match around.tuners()?.next() {
         Some(Program { pid, name }) => Finding::warn(
@@ -188,7 +188,7 @@ fn profiles(around: &Surroundings<'_>) -> Result<Finding> {
 ///
 /// # Errors
 /// If /proc cannot be read.
-pub(super) fn irqbalance(around: &Surroundings<'_>, isolated: &CpuSet) -> Result<Vec<Finding>> {
+pub(super) fn irqbalance(around: &SharedReadings<'_>, isolated: &CpuSet) -> Result<Vec<Finding>> {
     let mut balancers = Vec::new();
     for Balancer { pid, banned } in around.balancers()? {
         balancers.push(if isolated.is_subset(banned) {

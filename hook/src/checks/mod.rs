@@ -10,5 +10,5 @@ mod place;
 pub(crate) mod qm_set;
 pub(crate) mod required;
 pub(crate) mod script;
-pub(crate) mod surroundings;
+pub(crate) mod shared_readings;
 pub(crate) mod vm_settings;

@@ -8,7 +8,7 @@ use pinfold_core::vm::{VmConf, VmId};
 use pinfold_core::{CpuSet, Result};
 
 use super::finding::Finding;
-use super::surroundings::Surroundings;
+use super::shared_readings::SharedReadings;
 use super::vm_settings;
 use crate::choice::{self, Facts, Guest, Owner, Question};
 use crate::settings::Settings;
@@ -18,7 +18,7 @@ use crate::settings::Settings;
 /// # Errors
 /// If sysfs cannot be read.
 pub(super) fn findings(
-    around: &Surroundings<'_>,
+    around: &SharedReadings<'_>,
     vmid: VmId,
     conf: &VmConf,
     settings: &Settings,

@@ -11,7 +11,7 @@ use pinfold_core::{CpuSet, Error, Host, Result};
 use super::advice;
 use super::finding::{Finding, Level};
 use super::script;
-use super::surroundings::Surroundings;
+use super::shared_readings::SharedReadings;
 use crate::choice;
 use crate::settings::{Method, Settings};
 use crate::state::reservation::{Isolation, Reservation};
@@ -26,7 +26,7 @@ pub(crate) fn before_start(
     conf: &VmConf,
     settings: &Settings,
 ) -> Result<Vec<String>> {
-    let around = Surroundings::new(root);
+    let around = SharedReadings::new(root);
     let findings = findings(&around, vmid, conf, settings)?;
     refuse(&findings, settings)?;
     // A check that only warns does not stop a start, even if it fails.
@@ -62,7 +62,7 @@ fn refuse(findings: &[Finding], settings: &Settings) -> Result<()> {
 /// # Errors
 /// If the host cannot be read.
 pub(crate) fn findings(
-    around: &Surroundings<'_>,
+    around: &SharedReadings<'_>,
     vmid: VmId,
     conf: &VmConf,
     settings: &Settings,
@@ -388,7 +388,11 @@ fn check_hotplug(root: &Host, isolated: &CpuSet) -> Result<()> {
     }
 }
 
-fn check_governor(around: &Surroundings<'_>, isolated: &CpuSet, governor: &str) -> Result<Finding> {
+fn check_governor(
+    around: &SharedReadings<'_>,
+    isolated: &CpuSet,
+    governor: &str,
+) -> Result<Finding> {
     const CHECK: &str = "governor";
     let failed = |error: Error| Ok(Finding::error(CHECK, error.to_string(), ""));
     let policies = match around.policies() {
@@ -420,7 +424,7 @@ fn check_governor(around: &Surroundings<'_>, isolated: &CpuSet, governor: &str) 
 /// Whether the isolated CPUs can have this energy preference. Where they have none at all, or the
 /// governor decides, the VM can start all the same.
 fn check_preference(
-    around: &Surroundings<'_>,
+    around: &SharedReadings<'_>,
     settings: &Settings,
     preference: &str,
 ) -> Result<Finding> {
@@ -557,7 +561,7 @@ mod tests {
                  stay there"
             ]
         );
-        let around = Surroundings::new(&host.root);
+        let around = SharedReadings::new(&host.root);
         let found = findings(&around, "100".parse().unwrap(), &conf, &settings("")).unwrap();
         assert!(
             found[0].level == Level::Ok && found[0].what.ends_with("boot CPU stay there"),

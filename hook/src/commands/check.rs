@@ -13,7 +13,7 @@ use serde::{Serialize, Serializer};
 use serde_json::json;
 
 use crate::checks::finding::{Finding, KEYS, Level};
-use crate::checks::surroundings::Surroundings;
+use crate::checks::shared_readings::SharedReadings;
 use crate::checks::{advice, cluster, required, script};
 use crate::choice;
 use crate::own_steps::TOOL;
@@ -102,7 +102,7 @@ Exit codes:
 /// If the result cannot be written.
 pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
     let root = output.root();
-    let (around, reservations) = (Surroundings::new(&root), reservations(&root));
+    let (around, reservations) = (SharedReadings::new(&root), reservations(&root));
     let vmids = match args.vmid {
         Some(vmid) => vec![vmid],
         None => match managed_vms(&around) {
@@ -149,7 +149,7 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
 }
 
 /// The VMs with settings of their own, or with hook as their hookscript.
-pub(super) fn managed_vms(around: &Surroundings<'_>) -> pinfold_core::Result<Vec<VmId>> {
+pub(super) fn managed_vms(around: &SharedReadings<'_>) -> pinfold_core::Result<Vec<VmId>> {
     let root = around.root;
     let mut vmids = settings::vms_with_own_file(root)?;
     for (vmid, conf) in around.vms()? {
@@ -174,13 +174,13 @@ fn calls_hook(conf: &VmConf) -> bool {
 
 /// All findings of a VM as text, for a report.
 pub(super) fn text(root: &Host, vmid: VmId) -> String {
-    let checked = check(&Surroundings::new(root), &reservations(root), vmid);
+    let checked = check(&SharedReadings::new(root), &reservations(root), vmid);
     to_text(vmid.into(), &checked, Level::Ok)
 }
 
 /// The warnings and errors of a VM.
 pub(super) fn faults(root: &Host, vmid: VmId) -> Vec<Finding> {
-    let checked = check(&Surroundings::new(root), &reservations(root), vmid);
+    let checked = check(&SharedReadings::new(root), &reservations(root), vmid);
     let mut findings = checked.findings;
     findings.retain(|finding| finding.level > Level::Ok);
     findings
@@ -217,7 +217,7 @@ fn reservations(root: &Host) -> (BTreeMap<u32, Reservation>, Option<Finding>) {
 
 /// All findings of a VM. What cannot be read is a finding too.
 fn check(
-    around: &Surroundings<'_>,
+    around: &SharedReadings<'_>,
     (reservations, unread): &(BTreeMap<u32, Reservation>, Option<Finding>),
     vmid: VmId,
 ) -> Checked {
@@ -453,7 +453,7 @@ mod tests {
     const RECOVER: &str = "etc/systemd/system/multi-user.target.wants/pinfold-recover.path";
 
     fn check_one(root: &Host, vmid: VmId) -> Checked {
-        check(&Surroundings::new(root), &reservations(root), vmid)
+        check(&SharedReadings::new(root), &reservations(root), vmid)
     }
 
     fn vmid() -> VmId {
@@ -1121,7 +1121,7 @@ mod tests {
         host.settings(998, "isolated = \"6\"");
         host.file("etc/pve/nodes/other/qemu-server/998.conf", "");
         host.file("etc/pinfold/default.toml", "");
-        let ours: Vec<u32> = managed_vms(&Surroundings::new(&host.root))
+        let ours: Vec<u32> = managed_vms(&SharedReadings::new(&host.root))
             .unwrap()
             .into_iter()
             .map(u32::from)
@@ -1151,7 +1151,7 @@ mod tests {
         }
         host.conf(103, "affinity: 6-7");
         host.thread(900, 900, "irqbalance", "0-23", 0);
-        let around = Surroundings::new(&host.root);
+        let around = SharedReadings::new(&host.root);
         let state = reservations(&host.root);
         let first = check(&around, &state, ids[0]).findings;
         let of = |check: &str| {

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::check;
 use crate::checks::script;
-use crate::checks::surroundings::Surroundings;
+use crate::checks::shared_readings::SharedReadings;
 use crate::settings::{self, Loaded, Method};
 use crate::snippet;
 use crate::state::reservation::{Isolation, Phase, Reservation};
@@ -77,7 +77,7 @@ fn rows(root: &Host) -> anyhow::Result<Vec<Row>> {
         .reservations;
     let node = vm::node(root);
     let mut rows = Vec::new();
-    for vmid in check::managed_vms(&Surroundings::new(root))? {
+    for vmid in check::managed_vms(&SharedReadings::new(root))? {
         rows.push(row(root, vmid, node.clone(), reserved.get(&vmid.into()))?);
     }
     for guest in vm::guests(root) {

@@ -14,7 +14,7 @@ use crate::claims::{self, Vms};
 
 /// The host around the VMs that are checked. Nothing is read before it is needed.
 #[derive(Debug)]
-pub(crate) struct Surroundings<'a> {
+pub(crate) struct SharedReadings<'a> {
     pub root: &'a Host,
     /// The host's CPUs, for settings and checks.
     pub cpus: Resolver<'a>,
@@ -44,7 +44,7 @@ pub(crate) struct Balancer {
     pub banned: CpuSet,
 }
 
-impl<'a> Surroundings<'a> {
+impl<'a> SharedReadings<'a> {
     pub(crate) fn new(root: &'a Host) -> Self {
         Self {
             root,
