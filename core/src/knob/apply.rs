@@ -34,6 +34,8 @@ pub fn apply_one(host: &Host, change: Change) -> Applied {
             Ok(Answer::Taken(_)) => Outcome::Changed,
             Ok(Answer::Refused(why)) => Outcome::Refused(why),
             Err(error) if is_gone(&error) && has_gone(host, &change) => Outcome::Gone,
+            // A file that goes with a controller or a driver stands for a value, too.
+            Err(error) if is_gone(&error) && holds(host, &change) => Outcome::Changed,
             Err(error) => Outcome::Failed(why(&change.knob, &error)),
         }
     };
@@ -170,6 +172,13 @@ fn has_gone(host: &Host, change: &Change) -> bool {
             .map_or(true, |found| found.is_some_and(|found| found != ABSENT))
     };
     change.found != ABSENT && !must_exist(&change.knob) && !is_there()
+}
+
+/// Whether the knob has the wanted value by itself: systemd switches the cpuset controller off after the
+/// last unit that used it, and without it no CPUs are exclusive.
+fn holds(host: &Host, change: &Change) -> bool {
+    let found = change.knob.read(host);
+    found.is_ok_and(|found| found.as_ref() == Some(&change.wanted))
 }
 
 /// Whether the object does not come and go by itself, so that a missing file is an error.
@@ -389,6 +398,18 @@ mod tests {
             Outcome::Changed,
             "a failure does not stop the rest"
         );
+    }
+
+    #[test]
+    fn a_file_that_went_with_its_controller_is_unset() {
+        let (dir, host) = tree();
+        let slice = dir.path().join("sys/fs/cgroup/qemu.slice");
+        std::fs::create_dir_all(slice).unwrap();
+        let knob = || Knob::ExclusiveCpus("qemu.slice".into());
+        let unset = apply_one(&host, change(knob(), "6-7", ""));
+        assert_eq!(unset.outcome, Outcome::Changed);
+        let set = apply_one(&host, change(knob(), "", "6-7"));
+        assert!(matches!(set.outcome, Outcome::Failed(_)), "{set}");
     }
 
     #[test]
