@@ -139,7 +139,7 @@ impl Area {
 }
 
 /// The part of the machine that an area is in, by numbers that no other part has.
-type PartOf = fn(&Area) -> (usize, usize);
+pub(super) type PartOf = fn(&Area) -> (usize, usize);
 
 /// The parts in which areas are grouped: nodes, packages, the machine; the narrowest first.
 pub(super) const SCOPES: [PartOf; 3] = [

@@ -4,7 +4,7 @@ use pinfold_core::CpuSet;
 use pinfold_core::sys::cpu;
 use pinfold_core::sys::topology::{Kind, Topology};
 
-use super::areas::{Area, Areas, Group, SCOPES, neighbours, whole_parts};
+use super::areas::{Area, Areas, Group, PartOf, SCOPES, neighbours, whole_parts};
 use super::claims::{Claim, Claimed};
 use super::filling::{fill, in_vcpu_order};
 use super::guest::{Cell, Guest, cpus_of_nodes};
@@ -244,33 +244,67 @@ fn find_in_llc(question: &Question<'_>, llc: usize, cpus: &CpuSet) -> Option<Pla
 
 /// The best place in the narrowest scope that has one. Of places that are alike it is the first.
 fn best_of(question: &Question<'_>, areas: &[Area]) -> Option<Place> {
-    for part in SCOPES {
-        let mut best: Option<Place> = None;
-        let mut take_better = |groups: &mut dyn Iterator<Item = Group<'_>>| {
-            for group in groups.filter(|group| has_room(question, group)) {
-                // Most parts of a machine are alike.
-                let is_worse = |best: &Place| best.rank <= at_best(question, &group);
-                if best.as_ref().is_some_and(is_worse) {
-                    continue;
-                }
+    SCOPES
+        .into_iter()
+        .find_map(|part| with_all(question, areas, part).or_else(|| best_in(question, areas, part)))
+}
+
+/// What [`best_in`] finds, if that is a place [that has all](Rank::has_all). On a large machine a large
+/// guest has room in many groups that are too small for that: no place is looked for in these.
+fn with_all(question: &Question<'_>, areas: &[Area], part: PartOf) -> Option<Place> {
+    let groups = |size| {
+        let groups = neighbours(areas, part, size);
+        groups.filter(|group| has_room(question, group))
+    };
+    let mut best: Option<Place> = None;
+    for size in 1..=areas.len() {
+        for group in groups(size) {
+            let at_best = at_best(question, &group);
+            let is_better = best.as_ref().is_none_or(|best| at_best < best.rank);
+            if at_best.has_all() && is_better {
                 let place = fit(question, &group);
                 if best.as_ref().is_none_or(|best| place.rank < best.rank) {
                     best = Some(place);
                 }
             }
-            // More domains are of no use then.
-            best.as_ref().is_some_and(|best| best.rank.has_all())
+        }
+        let Some(best) = best.as_ref().filter(|best| best.rank.has_all()) else {
+            continue;
         };
-        let is_found =
-            (1..=areas.len()).any(|size| take_better(&mut neighbours(areas, part, size)));
-        if !is_found {
-            take_better(&mut whole_parts(areas, part));
-        }
-        if best.is_some() {
-            return best;
-        }
+        // One on fewer nodes is better even if it has not all.
+        let is_better = |group: Group<'_>| {
+            let at_best = at_best(question, &group);
+            !at_best.has_all() && at_best < best.rank
+        };
+        let is_best = !(1..=size).flat_map(groups).any(is_better);
+        return is_best.then(|| best.clone());
     }
     None
+}
+
+/// The best place in a scope.
+fn best_in(question: &Question<'_>, areas: &[Area], part: PartOf) -> Option<Place> {
+    let mut best: Option<Place> = None;
+    let mut take_better = |groups: &mut dyn Iterator<Item = Group<'_>>| {
+        for group in groups.filter(|group| has_room(question, group)) {
+            // Most parts of a machine are alike.
+            let is_worse = |best: &Place| best.rank <= at_best(question, &group);
+            if best.as_ref().is_some_and(is_worse) {
+                continue;
+            }
+            let place = fit(question, &group);
+            if best.as_ref().is_none_or(|best| place.rank < best.rank) {
+                best = Some(place);
+            }
+        }
+        // More domains are of no use then.
+        best.as_ref().is_some_and(|best| best.rank.has_all())
+    };
+    let is_found = (1..=areas.len()).any(|size| take_better(&mut neighbours(areas, part, size)));
+    if !is_found {
+        take_better(&mut whole_parts(areas, part));
+    }
+    best
 }
 
 fn has_room(question: &Question<'_>, group: &Group<'_>) -> bool {
@@ -582,7 +616,8 @@ mod tests {
         }
     }
 
-    /// So a group that is passed over for its best would not have been taken.
+    /// So a group that is passed over for its best would not have been taken, and what is found without
+    /// looking at small groups is what is found among all.
     #[test]
     fn no_place_is_better_than_its_group_at_best() {
         for (name, text) in machine::all() {
@@ -620,6 +655,13 @@ mod tests {
                     };
                     let areas = all.among(&own.into_iter().collect());
                     for part in SCOPES {
+                        if let Some(found) = with_all(&question, &areas, part) {
+                            let place = best_in(&question, &areas, part).unwrap();
+                            prop_assert_eq!(
+                                (found.isolated, found.rank),
+                                (place.isolated, place.rank)
+                            );
+                        }
                         let groups =
                             (1..=areas.len()).flat_map(|size| neighbours(&areas, part, size));
                         for group in groups.chain(whole_parts(&areas, part)) {
