@@ -57,45 +57,27 @@ expect_vm bash "$(PATH=$host/bin:$PATH bash --norc -c '
 expect_vm fish "$(PATH=$host/bin:$PATH HOME=$host fish --no-config -c '
     source target/deb/manual/fish/hook.fish
     complete -C "hook check 47"')"
-# zsh completes only on a terminal.
-expect_vm zsh "$(PATH=$host/bin:$PATH zsh -f -c '
-    zmodload zsh/zpty
-    zpty terminal "zsh -f -i"
-    zpty -w terminal "fpath=($PWD/target/deb/manual/zsh \$fpath); autoload -Uz compinit; compinit -u -D; print re\"\"ady"
-    expect() {
-        local text part
-        repeat 200; do
-            while zpty -rt terminal part; do text+=$part; done
-            [[ $text == *$1* ]] && return
-            sleep 0.1
-        done
-        return 1
-    }
-    expect ready
-    zpty -w -n terminal "hook check 47$(printf "\t")"
-    expect 4711 && print 4711')"
-expect_command() {
-    case $2 in
-        *status*) ;;
-        *) complain "$1 does not complete the commands of hook: $2" ;;
-    esac
+# zsh completes only on a terminal: what is typed, and what has to appear.
+in_zsh() {
+    PATH=$host/bin:$PATH zsh -f -c '
+        zmodload zsh/zpty
+        zpty terminal "zsh -f -i"
+        zpty -w terminal "fpath=($PWD/target/deb/manual/zsh \$fpath); autoload -Uz compinit; compinit -u -D; print re\"\"ady"
+        expect() {
+            local text part
+            repeat 200; do
+                while zpty -rt terminal part; do text+=$part; done
+                [[ $text == *$1* ]] && return
+                sleep 0.1
+            done
+            return 1
+        }
+        expect ready
+        zpty -w -n terminal "$1$(printf "\t")"
+        expect "$2" && print -r -- "$2"' zsh "$1" "$2"
 }
-expect_command zsh "$(PATH=$host/bin:$PATH zsh -f -c '
-    zmodload zsh/zpty
-    zpty terminal "zsh -f -i"
-    zpty -w terminal "fpath=($PWD/target/deb/manual/zsh \$fpath); autoload -Uz compinit; compinit -u -D; print re\"\"ady"
-    expect() {
-        local text part
-        repeat 200; do
-            while zpty -rt terminal part; do text+=$part; done
-            [[ $text == *$1* ]] && return
-            sleep 0.1
-        done
-        return 1
-    }
-    expect ready
-    zpty -w -n terminal "hook stat$(printf "\t")"
-    expect status && print status')"
+expect_vm zsh "$(in_zsh 'hook check 47' 4711)"
+[ -n "$(in_zsh 'hook stat' status)" ] || complain "zsh does not complete the commands of hook"
 
 package=$(ls target/pinfold_*.deb)
 output=$(lintian --allow-root --fail-on warning "$package" 2>&1) || complain "$output"
