@@ -252,16 +252,16 @@ fn best_of(question: &Question<'_>, areas: &[Area]) -> Option<Place> {
 /// What [`best_in`] finds, if that is a place [that has all](Rank::has_all). On a large machine a large
 /// guest has room in many groups that are too small for that: no place is looked for in these.
 fn with_all(question: &Question<'_>, areas: &[Area], part: PartOf) -> Option<Place> {
-    let groups = |size| {
-        let groups = neighbours(areas, part, size);
-        groups.filter(|group| has_room(question, group))
-    };
     let mut best: Option<Place> = None;
+    // What the groups that are too small could have at best.
+    let mut best_of_others: Option<Rank> = None;
     for size in 1..=areas.len() {
-        for group in groups(size) {
+        let groups = neighbours(areas, part, size);
+        for group in groups.filter(|group| has_room(question, group)) {
             let at_best = at_best(question, &group);
-            let is_better = best.as_ref().is_none_or(|best| at_best < best.rank);
-            if at_best.has_all() && is_better {
+            if !at_best.has_all() {
+                best_of_others = Some(best_of_others.map_or(at_best, |least| least.min(at_best)));
+            } else if best.as_ref().is_none_or(|best| at_best < best.rank) {
                 let place = fit(question, &group);
                 if best.as_ref().is_none_or(|best| place.rank < best.rank) {
                     best = Some(place);
@@ -272,11 +272,7 @@ fn with_all(question: &Question<'_>, areas: &[Area], part: PartOf) -> Option<Pla
             continue;
         };
         // One on fewer nodes is better even if it has not all.
-        let is_better = |group: Group<'_>| {
-            let at_best = at_best(question, &group);
-            !at_best.has_all() && at_best < best.rank
-        };
-        let is_best = !(1..=size).flat_map(groups).any(is_better);
+        let is_best = best_of_others.is_none_or(|others| best.rank <= others);
         return is_best.then(|| best.clone());
     }
     None
