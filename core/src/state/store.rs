@@ -845,11 +845,11 @@ mod tests {
             "hook\x00101\x00post-start\0",
         )
         .unwrap();
-        let mut told = Vec::new();
+        let mut holders = Vec::new();
         let wait = Duration::from_millis(30);
-        let tell = |holder: &str| told.push(holder.to_owned());
-        Store::<String>::open_telling(&root, wait, tell).unwrap_err();
-        assert_eq!(told, ["process 4711 (hook 101 post-start)"]);
+        let on_wait = |holder: &str| holders.push(holder.to_owned());
+        Store::<String>::open_telling(&root, wait, on_wait).unwrap_err();
+        assert_eq!(holders, ["process 4711 (hook 101 post-start)"]);
         drop(first);
         Store::<String>::open(&root, SOON).unwrap();
     }

@@ -10,10 +10,6 @@ use super::finding::Finding;
 
 const CHECK: &str = "hugepages";
 
-/// The sizes of huge pages in KiB: 2M and 1G.
-const SMALL: u64 = 2048;
-const LARGE: u64 = 1_048_576;
-
 /// That `numaN` has no effect without `numa: 1`.
 pub(super) fn numa_nodes(vmid: VmId, conf: &VmConf) -> Option<Finding> {
     if conf.numa || conf.numa_nodes.is_empty() {
@@ -64,7 +60,7 @@ pub(super) fn hugepages(
     for wanted in vm::huge_pages(root, conf) {
         let HugePages { node, kib, pages } = wanted;
         let (size, unit) = match kib {
-            SMALL => ("2M", "2M pages"),
+            vm::SMALL => ("2M", "2M pages"),
             _ => ("1G", "1G pages"),
         };
         let folder = wanted.folder();
@@ -169,6 +165,6 @@ pub(super) fn free_pages_for(root: &Host, node: usize, mib: u64) -> Option<&'sta
         let free = root.read_value(path).ok().flatten()?.parse::<u64>().ok()?;
         ((mib * 1024).is_multiple_of(kib) && free * kib >= mib * 1024).then_some(())
     };
-    let large = is_enough(LARGE).map(|()| "1024");
-    large.or_else(|| is_enough(SMALL).map(|()| "2"))
+    let large = is_enough(vm::LARGE).map(|()| "1024");
+    large.or_else(|| is_enough(vm::SMALL).map(|()| "2"))
 }

@@ -1,6 +1,8 @@
 //! Whether Proxmox VE calls this hook for a VM, and can.
 
+use std::fs::Metadata;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 use anyhow::{bail, ensure};
 use pinfold_core::state::trust;
@@ -96,14 +98,7 @@ fn of_file(root: &Host, vmid: VmId, volume: &str, path: &str) -> Vec<Finding> {
             format!("chmod 0755 {shown}"),
         ));
     }
-    // Root runs it.
-    if let Err(why) = trust::is_roots(&file) {
-        findings.push(Finding::warn(
-            CHECK,
-            format!("{shown}: {why}, and root runs it"),
-            format!("chown root: {shown} && chmod 0755 {shown}"),
-        ));
-    }
+    findings.extend(not_roots(CHECK, &full, &file));
     let text = match root.read(path) {
         Ok(text) => text,
         Err(error) => {
@@ -128,6 +123,17 @@ fn of_file(root: &Host, vmid: VmId, volume: &str, path: &str) -> Vec<Finding> {
         Identity::Hook => {}
     }
     findings
+}
+
+/// That others can change a file that root runs.
+fn not_roots(check: &'static str, path: &Path, file: &Metadata) -> Option<Finding> {
+    let why = trust::is_roots(file).err()?;
+    let shown = path.display();
+    Some(Finding::warn(
+        check,
+        format!("{shown}: {why}, and root runs it"),
+        format!("chown root: {shown} && chmod 0755 {shown}"),
+    ))
 }
 
 /// Whether a file, below the root, is hook or calls it. One that cannot be read is not.
@@ -226,16 +232,9 @@ pub(super) fn chain(root: &Host, scripts: &[String]) -> Vec<Finding> {
             }
         };
         let full = root.path(&path);
-        let faults = full
-            .metadata()
-            .ok()
-            .and_then(|file| trust::is_roots(&file).err());
-        findings.push(match faults {
-            Some(why) => Finding::warn(
-                CHECK,
-                format!("{}: {why}, and root runs it", full.display()),
-                format!("chown root: {0} && chmod 0755 {0}", full.display()),
-            ),
+        let file = full.metadata().ok();
+        findings.push(match file.and_then(|file| not_roots(CHECK, &full, &file)) {
+            Some(fault) => fault,
             None if scripts[..at].contains(volume) => {
                 let what = format!("{volume} is listed twice, and runs twice");
                 Finding::warn(CHECK, what, "remove one of them")

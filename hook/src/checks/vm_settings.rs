@@ -271,7 +271,7 @@ fn memory(
 ) -> Memory {
     let nodes = &choice.facts.nodes;
     let several = topology.domains(Kind::Node).len() > 1;
-    let mib = conf.memory.unwrap_or(DEFAULT_MEMORY);
+    let mib = conf.memory_mib();
     let plugs_memory = |features: &str| features.split([',', ';', ' ']).any(|one| one == "memory");
     let node = nodes.first().filter(|_| nodes.len() == 1);
     let is_plugged = conf.hotplug.as_deref().is_some_and(plugs_memory);
@@ -329,7 +329,7 @@ fn cells_of(
 ) -> Option<QmSet> {
     let nodes = &choice.facts.nodes;
     let count = nodes.len();
-    let mib = conf.memory.unwrap_or(DEFAULT_MEMORY);
+    let mib = conf.memory_mib();
     let has_own = !guest.cells.is_empty() || !conf.numa_nodes.is_empty() || conf.vcpus.is_some();
     let has_smp = conf
         .args
@@ -363,9 +363,6 @@ fn cells_of(
     }
     Some(set)
 }
-
-/// What Proxmox VE gives a VM without `memory:`, in MiB.
-const DEFAULT_MEMORY: u64 = 512;
 
 /// A value of `numaN`.
 fn numa_node(

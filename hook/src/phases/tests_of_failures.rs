@@ -236,26 +236,38 @@ fn what_proxmox_ve_gave_the_scope_is_kept_meanwhile() {
     assert_eq!(kept.cpu_quota_usec, Some(1_500_000));
 }
 
+/// A file of a CPU's own cpufreq policy.
+fn policy(cpu: usize, file: &str) -> String {
+    format!("sys/devices/system/cpu/cpufreq/policy{cpu}/{file}")
+}
+
+fn preference(cpu: usize) -> String {
+    policy(cpu, "energy_performance_preference")
+}
+
+/// Gives three CPUs a cpufreq driver with energy preferences.
+fn with_preferences(host: &MadeUpHost) {
+    for cpu in [5, 6, 18] {
+        for (file, text) in [
+            ("related_cpus", cpu.to_string().as_str()),
+            ("scaling_governor", "powersave"),
+            ("scaling_available_governors", "performance powersave"),
+            (
+                "energy_performance_available_preferences",
+                "default performance balance_performance balance_power power",
+            ),
+            ("energy_performance_preference", "balance_power"),
+        ] {
+            host.file(&policy(cpu, file), text);
+        }
+    }
+}
+
 #[test]
 fn a_vm_has_its_energy_preference() {
     for governor in ["powersave", "keep"] {
         let host = host(&[6, 18]);
-        let policy =
-            |cpu: usize, file: &str| format!("sys/devices/system/cpu/cpufreq/policy{cpu}/{file}");
-        let preference = |cpu| policy(cpu, "energy_performance_preference");
-        for cpu in [5, 6, 18] {
-            host.file(&policy(cpu, "related_cpus"), &cpu.to_string());
-            host.file(&policy(cpu, "scaling_governor"), "powersave");
-            host.file(
-                &policy(cpu, "scaling_available_governors"),
-                "performance powersave",
-            );
-            host.file(
-                &policy(cpu, "energy_performance_available_preferences"),
-                "default performance balance_performance balance_power power",
-            );
-            host.file(&preference(cpu), "balance_power");
-        }
+        with_preferences(&host);
         let settings = |preference: &str| {
             let text = SETTINGS.replace("\"keep\"", &format!("\"{governor}\""));
             let text = format!("energy_preference = \"{preference}\"\n{text}");
@@ -288,18 +300,7 @@ fn a_vm_has_its_energy_preference() {
 fn the_energy_preference_comes_back() {
     for (governor, changes) in [("performance", true), ("keep", false)] {
         let host = host(&[6, 18]);
-        let policy =
-            |cpu: usize, file: &str| format!("sys/devices/system/cpu/cpufreq/policy{cpu}/{file}");
-        let preference = |cpu| policy(cpu, "energy_performance_preference");
-        for cpu in [5, 6, 18] {
-            host.file(&policy(cpu, "related_cpus"), &cpu.to_string());
-            host.file(&policy(cpu, "scaling_governor"), "powersave");
-            host.file(
-                &policy(cpu, "scaling_available_governors"),
-                "performance powersave",
-            );
-            host.file(&preference(cpu), "balance_power");
-        }
+        with_preferences(&host);
         // A value without a name is unknown, and not written back.
         std::fs::remove_file(host.root.path(preference(18))).unwrap();
         std::fs::create_dir(host.root.path(preference(18))).unwrap();

@@ -250,6 +250,12 @@ impl VmConf {
         self.lock.as_deref() == Some("backup")
     }
 
+    /// Its memory in MiB; what Proxmox VE gives a VM without `memory:` if that is not set.
+    pub fn memory_mib(&self) -> u64 {
+        const DEFAULT: u64 = 512;
+        self.memory.unwrap_or(DEFAULT)
+    }
+
     /// The number of vCPUs that the VM starts with.
     pub fn vcpus(&self) -> u32 {
         let plugged = || {
@@ -365,7 +371,7 @@ impl VmConf {
                 reason: reason.into(),
             });
         }
-        let memory = self.memory.unwrap_or(512);
+        let memory = self.memory_mib();
         let of_nodes = self
             .numa_nodes
             .iter()

@@ -6,12 +6,11 @@ use super::conf::VmConf;
 use crate::cpuset::CpuSet;
 use crate::sysroot::Sysroot;
 
-/// The sizes of huge pages in KiB: 2M and 1G.
-const SMALL: u64 = 2 * 1024;
-const LARGE: u64 = 1024 * 1024;
+/// The smaller size of huge pages, 2M, in KiB.
+pub const SMALL: u64 = 2 * 1024;
 
-/// What Proxmox VE gives a VM without `memory:`, in MiB.
-const DEFAULT_MEMORY: u64 = 512;
+/// The larger size of huge pages, 1G, in KiB.
+pub const LARGE: u64 = 1024 * 1024;
 
 /// Huge pages of one size on one NUMA node of the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -45,7 +44,7 @@ pub fn huge_pages(root: &Sysroot, conf: &VmConf) -> Vec<HugePages> {
         .collect();
     if conf.numa_nodes.is_empty() {
         let sockets = conf.sockets.unwrap_or(1).max(1);
-        let each = conf.memory.unwrap_or(DEFAULT_MEMORY) / u64::from(sockets);
+        let each = conf.memory_mib() / u64::from(sockets);
         parts = (0..sockets as usize).map(|node| (node, each)).collect();
     }
     let mut pages: BTreeMap<(usize, u64), u64> = BTreeMap::new();
