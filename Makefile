@@ -7,7 +7,7 @@ PRODUCT = cg-slice cpu-hotplug governor hook pci-reset pin-irqs pin-kthreads pin
 export RUSTFLAGS ?=
 LAB = $(CARGO) run --locked --quiet --release -p pinfold-lab --bin lab --
 
-.PHONY: all demo test check lint spell docs unit msrv audit audit-advisories fuzz fuzz-short lab torture upgrade selftest bench noise scale picture maps setup release \
+.PHONY: all demo test check lint spell docs unit msrv audit audit-advisories fuzz fuzz-short properties lab torture upgrade selftest bench noise scale picture maps setup release \
 	deb package install uninstall clean
 
 all: release
@@ -39,9 +39,16 @@ docs:
 
 # Made-up hosts are thousands of small files: in memory, where programs can be run from there.
 SHM = $(shell test -w /dev/shm && ! grep -q ' /dev/shm .*noexec' /proc/mounts && echo TMPDIR=/dev/shm)
+unit: export PROPTEST_RNG_SEED = 1
 unit:
 	$(SHM) $(CARGO) test --locked --workspace --exclude pinfold-lab
 	$(SHM) $(CARGO) test --locked -p pinfold-lab --lib --bins
+
+# The property tests with other inputs every time, and more of them: make unit gives them the same ones, so that it fails
+# for what a change broke and not by chance.
+properties: export PROPTEST_CASES ?= 10000
+properties:
+	$(SHM) $(CARGO) test --locked --workspace --exclude pinfold-lab
 
 # Spelling. PyPI has typos as a prebuilt program; without pip it is built from crates.io.
 TYPOS_VERSION = 1.52.0

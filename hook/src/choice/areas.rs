@@ -27,7 +27,7 @@ pub(super) struct Area {
     /// The position of its node among the nodes.
     pub node: usize,
     /// The position of its LLC domain among the LLC domains.
-    llc: usize,
+    pub llc: usize,
     /// Whether CPU 0, the host's own, shares its cache.
     pub beside_host: bool,
     /// The number of CPUs in the LLC domain.

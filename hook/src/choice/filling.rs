@@ -260,9 +260,11 @@ mod tests {
                 }
                 Ok(())
             };
+            let usual = ProptestConfig::default();
             let config = ProptestConfig {
-                cases: 32,
-                ..ProptestConfig::default()
+                cases: usual.cases.div_ceil(8),
+                failure_persistence: None,
+                ..usual
             };
             TestRunner::new(config)
                 .run(&(isolated, 1..5usize), check)
