@@ -26,6 +26,8 @@ struct Machine {
     /// CPUs by node; one node if the text has none.
     nodes: BTreeMap<usize, Cpus>,
     small: Cpus,
+    /// Those of a third kind, slower than the other small ones.
+    slowest: Cpus,
     amd: bool,
 }
 
@@ -109,14 +111,9 @@ impl Machine {
         if let Some(fast) = pmus.get("cpu_core") {
             this.small = &this.online - fast;
         } else if speeds.len() == this.online.len() {
-            let all: BTreeSet<u64> = speeds.values().copied().collect();
-            let all: Vec<u64> = all.into_iter().collect();
-            let gap = all.windows(2).rev().find(|pair| pair[1] * 5 >= pair[0] * 6);
-            let fast = gap.map_or(0, |pair| pair[1]);
-            let is_small = |(_, speed): &(usize, u64)| *speed < fast;
-            let small = speeds.into_iter().filter(is_small);
-            this.small = small.map(|(cpu, _)| cpu).collect();
+            this.small = slower(&this.online, &speeds);
         }
+        this.slowest = slower(&this.small, &speeds);
         this
     }
 
@@ -144,6 +141,19 @@ impl Machine {
             .position(|core| core.contains(&cpu))
             .unwrap()
     }
+}
+
+/// The CPUs below the highest gap of a fifth in the speeds of `cpus`.
+fn slower(cpus: &Cpus, speeds: &BTreeMap<usize, u64>) -> Cpus {
+    let speed = |cpu: &usize| speeds.get(cpu).copied().unwrap_or(0);
+    let all: BTreeSet<u64> = cpus.iter().map(speed).collect();
+    let all: Vec<u64> = all.into_iter().collect();
+    let gap = all.windows(2).rev().find(|pair| pair[1] * 5 >= pair[0] * 6);
+    let fast = gap.map_or(0, |pair| pair[1]);
+    cpus.iter()
+        .copied()
+        .filter(|cpu| speed(cpu) < fast)
+        .collect()
 }
 
 /// Groups by the highest cache that several cores share or that is an L3; what has none by die.
@@ -342,6 +352,16 @@ fn faults(machine: &Machine, guest: &Guest, answer: &Value) -> Vec<String> {
     expect(
         on_small <= vcpus.saturating_sub(fast_threads(&place)),
         "fast before small",
+    );
+    let on_slowest = (&used & &machine.slowest).len();
+    let faster: usize = machine
+        .usable()
+        .filter(|core| core.is_subset(&place) && core.is_disjoint(&machine.slowest))
+        .map(BTreeSet::len)
+        .sum();
+    expect(
+        on_slowest <= vcpus.saturating_sub(faster),
+        "the slowest cores last",
     );
     if machine.nodes.len() == 1 {
         let least = vcpus.saturating_sub(fast_threads(&machine.online));
@@ -752,6 +772,26 @@ fn beside_another(root: &Path, machine: &Machine, guest: &Guest) -> Vec<String> 
             let text = second["why"].to_string();
             if is_shared != text.contains("only one of the two VMs can run") {
                 faults.push("beside another: the text is not true".into());
+            }
+            if let Some((_, rest)) = text.split_once("has 3D V-Cache, ") {
+                let vcache = machine.llcs.iter().filter(|llc| machine.has_vcache(llc));
+                let vcache: Cpus = vcache.flat_map(|llc| llc.cpus.iter().copied()).collect();
+                let room = |without: &Cpus| -> usize {
+                    let cores = machine.usable();
+                    let cores =
+                        cores.filter(|core| core.is_subset(&vcache) && core.is_disjoint(without));
+                    cores.map(BTreeSet::len).sum()
+                };
+                let way = match room(&theirs) >= guest.vcpus {
+                    true => "; --vcache chooses there.",
+                    false if room(&Cpus::new()) >= guest.vcpus => {
+                        "; --vcache chooses there, and shares CPU "
+                    }
+                    false => "; this VM has no room there.",
+                };
+                if !rest.contains(way) {
+                    faults.push("beside another: what --vcache would do is not true".into());
+                }
             }
             // What keeps it from better CPUs of the same domains is named.
             let place: Cpus = machine

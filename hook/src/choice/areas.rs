@@ -116,11 +116,11 @@ impl Area {
         }
     }
 
-    /// How many of its CPUs are not small cores'.
-    pub(super) fn fast_cpus(&self, ecores: &CpuSet) -> usize {
-        match ecores.is_empty() {
+    /// How many of its CPUs are not among `slow`.
+    pub(super) fn cpus_without(&self, slow: &CpuSet) -> usize {
+        match slow.is_empty() {
             true => self.room,
-            false => (&self.cpus - ecores).len(),
+            false => (&self.cpus - slow).len(),
         }
     }
 

@@ -24,7 +24,7 @@ pub(crate) fn in_vcpu_order(
     cores.extend((isolated - &topology.online).iter().map(one));
     let llc = |core: &CpuSet| core.iter().filter_map(|cpu| topology.llc_of(cpu)).min();
     cores.sort_by_cached_key(|core| (llc(core).is_none(), llc(core)));
-    let order = fill(&cores, &topology.ecores, threads);
+    let order = fill(topology, &cores, threads);
     by_cells(topology, order, cells)
         .into_iter()
         .map(one)
@@ -32,19 +32,20 @@ pub(crate) fn in_vcpu_order(
 }
 
 /// The CPUs of cores in the order in which vCPUs fill them: fast cores, their further threads, small
-/// cores, since a slow vCPU stalls the guest's locks. The cores are filled in the order given.
+/// cores, the slowest last, since a slow vCPU stalls the guest's locks. Cores that are alike are
+/// filled in the order given.
 ///
 /// A guest's core gets the threads of one of the host's: QEMU numbers vCPUs thread by thread. Guests
 /// without SMT, with `threads` 1, get a thread of each core, then the next thread of each. What is
 /// left of cores that are not a multiple of a guest's comes last.
-pub(super) fn fill(cores: &[CpuSet], ecores: &CpuSet, threads: usize) -> Vec<usize> {
+pub(super) fn fill(topology: &Topology, cores: &[CpuSet], threads: usize) -> Vec<usize> {
     let mut groups = Vec::new();
     for (at, core) in cores.iter().enumerate() {
         let cpus: Vec<usize> = core.iter().collect();
         for (round, group) in cpus.chunks(threads.max(1)).enumerate() {
             let is_rest = group.len() < threads;
             groups.push((
-                (is_rest, core.intersects(ecores), round, at),
+                (is_rest, topology.slowness(core), round, at),
                 group.to_vec(),
             ));
         }

@@ -124,12 +124,13 @@ impl Facts {
         facts
     }
 
-    /// The facts as sentences.
+    /// The facts as sentences. `shared_by_vcache` are the CPUs of others among those that the guest
+    /// would get of the V-Cache; `None` if it has no room there.
     pub(super) fn reasons(
         &self,
         topology: &Topology,
         guest: &Guest,
-        room_by_vcache: bool,
+        shared_by_vcache: Option<CpuSet>,
     ) -> Vec<Reason> {
         let mut reasons = Vec::new();
         let of_vm = |llc: &&Domain| self.llcs.contains(llc.number);
@@ -209,7 +210,7 @@ impl Facts {
                 llcs: vcache,
                 extent: first.extent.to_string(),
                 cpus: elsewhere.iter().flat_map(|llc| llc.cpus.iter()).collect(),
-                has_room: room_by_vcache,
+                shared: shared_by_vcache,
             });
         }
         reasons.extend(self.shared.iter().cloned().map(Reason::Shared));
@@ -261,8 +262,8 @@ pub(crate) enum Reason {
         llcs: CpuSet,
         extent: String,
         cpus: CpuSet,
-        /// Whether the VM has room there.
-        has_room: bool,
+        /// The CPUs of others that the VM would get there; `None` if it has no room.
+        shared: Option<CpuSet>,
     },
     /// CPUs that others use too.
     Shared(Claim),
@@ -389,16 +390,19 @@ impl fmt::Display for Reason {
                 llcs,
                 extent,
                 cpus,
-                has_room,
+                shared,
             } => {
-                let way = match has_room {
-                    true => "--vcache chooses there",
-                    false => "this VM has no room there",
-                };
-                write!(
-                    f,
-                    "llc:{llcs} (CPU {cpus}) has 3D V-Cache, {extent}; {way}."
-                )
+                write!(f, "llc:{llcs} (CPU {cpus}) has 3D V-Cache, {extent}; ")?;
+                match shared {
+                    None => write!(f, "this VM has no room there."),
+                    Some(shared) if shared.is_empty() => write!(f, "--vcache chooses there."),
+                    Some(shared) => {
+                        write!(
+                            f,
+                            "--vcache chooses there, and shares CPU {shared} with others."
+                        )
+                    }
+                }
             }
             Self::Beside(claim) => write!(f, "Beside them, {claim}."),
             Self::Shared(claim) if claim.exclusive => {
@@ -428,6 +432,8 @@ pub(crate) enum Verdict {
     TooFew,
     Claimed(Vec<Claim>),
     SmallCores,
+    /// As many small cores, but slower ones.
+    SlowestCores,
     /// Far from the VM's memory, its devices or both.
     OtherNode {
         memory: bool,
@@ -453,6 +459,7 @@ impl fmt::Display for Verdict {
                 f.write_str(&claims.join(", "))
             }
             Self::SmallCores => write!(f, "includes more small cores"),
+            Self::SlowestCores => write!(f, "includes more of the slowest cores"),
             Self::OtherNode { memory, devices } => {
                 let what: Vec<&str> = [(memory, "memory"), (devices, "devices")]
                     .into_iter()

@@ -44,8 +44,9 @@ pub(crate) struct Choice {
 pub(super) struct Rank {
     /// CPUs of others, first those that they have for themselves.
     shared: (usize, usize),
-    /// vCPUs on small cores.
+    /// vCPUs on small cores, and of these on the slowest ones.
     small: usize,
+    slowest: usize,
     /// NUMA nodes other than those of the guest's memory, and of its devices.
     far_memory: usize,
     far_devices: usize,
@@ -321,8 +322,10 @@ fn at_best(question: &Question<'_>, group: &Group<'_>) -> Rank {
     };
     let parts = |largest: Option<usize>| guest.vcpus.div_ceil(largest.unwrap_or(1).max(1));
     let cores: usize = areas().map(|area| area.cores.len()).sum();
-    let fast = |area: &&Area| area.fast_cpus(&topology.ecores);
-    let fast: usize = areas().map(fast).sum();
+    let on = |slow: &CpuSet| {
+        let others: usize = areas().map(|area| area.cpus_without(slow)).sum();
+        guest.vcpus.saturating_sub(others)
+    };
     let guest_cores = guest.vcpus.div_ceil(guest.threads.max(1));
     // Small cores come after the second threads of fast ones, so that a place may do with fewer.
     let apart = match topology.ecores.is_empty() {
@@ -339,7 +342,8 @@ fn at_best(question: &Question<'_>, group: &Group<'_>) -> Rank {
     let most_cores = cores_of_llc.into_iter().max().unwrap_or(0);
     Rank {
         shared: (0, 0),
-        small: guest.vcpus.saturating_sub(fast),
+        small: on(&topology.ecores),
+        slowest: on(&topology.slowest),
         far_memory: far(&guest.memory_nodes()),
         far_devices: far(&guest.device_nodes),
         nodes: parts(nodes.iter().map(|node| node.cpus.len()).max()),
@@ -366,7 +370,7 @@ fn fit(question: &Question<'_>, group: &Group<'_>) -> Place {
     } = question;
     let cores = group.areas.iter().flat_map(|area| area.cores.iter());
     let cores: Vec<CpuSet> = cores.cloned().collect();
-    let order = fill(&cores, &topology.ecores, guest.threads);
+    let order = fill(topology, &cores, guest.threads);
     let used: CpuSet = order.into_iter().take(guest.vcpus).collect();
     let isolated: CpuSet = topology.cores_of(&used).flat_map(CpuSet::iter).collect();
     let facts = Facts::of(topology, guest, &isolated, &[]);
@@ -377,6 +381,7 @@ fn fit(question: &Question<'_>, group: &Group<'_>) -> Place {
     let rank = Rank {
         shared: question.claimed.count(&isolated),
         small: facts.on_small.len(),
+        slowest: (&facts.on_small & &topology.slowest).len(),
         far_memory: outside(&guest.memory_nodes()),
         far_devices: outside(&guest.device_nodes),
         nodes: facts.nodes.len(),
@@ -399,7 +404,8 @@ fn explain(question: &Question<'_>, claims: &[Claim], isolated: CpuSet) -> Choic
         within: Some(&question.areas.vcache),
         ..*question
     });
-    let mut reasons = facts.reasons(topology, guest, by_vcache.is_some());
+    let by_vcache = by_vcache.map(|place| &place.isolated & &question.claimed.all);
+    let mut reasons = facts.reasons(topology, guest, by_vcache);
     if facts.doubled + facts.on_small.len() + facts.split > 0 {
         let llcs = topology.llcs_of(&isolated);
         let there: CpuSet = llcs.flat_map(|llc| llc.cpus.iter()).collect();
@@ -430,6 +436,7 @@ fn passed_over(
         rank: Rank {
             shared: claimed.count(isolated),
             small: facts.on_small.len(),
+            slowest: (&facts.on_small & &topology.slowest).len(),
             nodes: facts.nodes.len(),
             doubled: facts.doubled,
             llcs: facts.llcs.len(),
@@ -466,6 +473,8 @@ fn passed_over(
                 let (memory, devices) = far(&nodes);
                 if rank.small > best.small {
                     Verdict::SmallCores
+                } else if rank.small == best.small && rank.slowest > best.slowest {
+                    Verdict::SlowestCores
                 } else if (memory, devices) > far(&facts.nodes) {
                     Verdict::OtherNode { memory, devices }
                 } else if rank.doubled > best.doubled {
@@ -474,7 +483,7 @@ fn passed_over(
                     }
                 } else if rank.beside_host && !best.beside_host {
                     Verdict::BesideHost
-                } else if rank.small < best.small
+                } else if (rank.small, rank.slowest) < (best.small, best.slowest)
                     || rank.doubled < best.doubled
                     || best.beside_host && !rank.beside_host
                 {
@@ -554,6 +563,7 @@ mod tests {
             ("hybrid", 15, 2, "2-15,23"),
             ("meteor-lake", 2, 1, "4-7"),
             ("meteor-lake", 9, 1, "2-7,9-11"),
+            ("meteor-lake", 11, 1, "2-11,13"),
             ("big-little", 4, 1, "4-7"),
             ("big-little", 5, 1, "3-7"),
             ("smt-off", 6, 2, "6-11"),
@@ -616,6 +626,38 @@ mod tests {
             };
             let choice = choose(&question, &claims);
             assert_eq!(choice.unwrap().isolated.to_string(), isolated, "{claims:?}");
+        }
+    }
+
+    #[test]
+    fn vcache_of_another_vm_is_not_promised() {
+        let topology = topology("7950x3d");
+        let claims = [Claim {
+            owner: Owner::Vm(101.try_into().unwrap()),
+            cpus: "2-7,18-23".parse().unwrap(),
+            exclusive: true,
+        }];
+        for (vcpus, claims, way) in [
+            (4, &[][..], "--vcache chooses there."),
+            (2, &claims, "--vcache chooses there."),
+            (
+                4,
+                &claims,
+                "--vcache chooses there, and shares CPU 4-7,20-23 with others.",
+            ),
+            (15, &claims, "this VM has no room there."),
+        ] {
+            let question = Question {
+                topology: &topology,
+                areas: &Areas::new(&topology),
+                guest: &guest(vcpus, 1),
+                claimed: &Claimed::by(claims),
+                within: None,
+            };
+            let choice = given(&question, claims, "8-15,24-31".parse().unwrap());
+            let text: Vec<String> = choice.reasons.iter().map(ToString::to_string).collect();
+            let text = text.join(" ");
+            assert!(text.contains(&format!("; {way}")), "{vcpus} vCPUs: {text}");
         }
     }
 

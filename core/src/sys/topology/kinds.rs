@@ -22,26 +22,60 @@ fn is_amd_vendor(line: &str) -> bool {
         .is_some_and(|(key, value)| key.trim() == "vendor_id" && value.trim() == "AuthenticAMD")
 }
 
-/// The fast and the small cores of a hybrid machine: by Intel's two PMUs, else by the CPUs'
-/// capacities (ARM), else by their highest clocks; none if they are alike.
-pub(super) fn of_cores(
-    root: &Sysroot,
-    online: &CpuSet,
-    cores: &[CpuSet],
-) -> Result<(CpuSet, CpuSet)> {
+/// The CPUs of a hybrid machine by their cores' kinds; all empty if these are alike.
+#[derive(Debug, Default)]
+pub(super) struct Kinds {
+    /// Of the fast cores.
+    pub fast: CpuSet,
+    /// Of all others.
+    pub small: CpuSet,
+    /// Of the slower ones of these, if there are two kinds of them.
+    pub slowest: CpuSet,
+}
+
+/// The kinds of a machine's cores: by Intel's PMUs, else by the CPUs' capacities (ARM), else by their
+/// highest clocks.
+pub(super) fn of_cores(root: &Sysroot, online: &CpuSet, cores: &[CpuSet]) -> Result<Kinds> {
     let pmu = |name: &str| -> Result<Option<CpuSet>> {
         let path = format!("sys/devices/{name}/cpus");
         root.read_value(&path)?
             .map(|list| Ok(&cpu_list(&path, &list)? & online))
             .transpose()
     };
-    if let Some(pcores) = pmu("cpu_core")? {
+    if let Some(fast) = pmu("cpu_core")? {
         let ecores = pmu("cpu_atom")?.unwrap_or_default();
         // Some parts have a third kind, that of the SoC tile, with a PMU of its own since Linux
-        // 6.13.
+        // 6.13; before, these are among the E cores, with lower clocks.
         let lowest = pmu("cpu_lowpower")?.unwrap_or_default();
-        return Ok((pcores, &ecores | &lowest));
+        let slowest = match lowest.is_empty() {
+            true => by_speed(root, &of(cores, &ecores))?.map(|(_, slower)| slower),
+            false => Some(lowest.clone()),
+        };
+        return Ok(Kinds {
+            fast,
+            small: &ecores | &lowest,
+            slowest: slowest.unwrap_or_default(),
+        });
     }
+    let Some((fast, small)) = by_speed(root, cores)? else {
+        return Ok(Kinds::default());
+    };
+    let slower = by_speed(root, &of(cores, &small))?;
+    Ok(Kinds {
+        fast,
+        small,
+        slowest: slower.map(|(_, slower)| slower).unwrap_or_default(),
+    })
+}
+
+/// Those of the cores that have some of these CPUs.
+fn of(cores: &[CpuSet], cpus: &CpuSet) -> Vec<CpuSet> {
+    let cores = cores.iter().filter(|core| core.intersects(cpus));
+    cores.cloned().collect()
+}
+
+/// The CPUs of the faster and of the slower cores; `None` if these are alike, or nothing is known.
+fn by_speed(root: &Sysroot, cores: &[CpuSet]) -> Result<Option<(CpuSet, CpuSet)>> {
     for file in ["cpu_capacity", "cpufreq/cpuinfo_max_freq"] {
         let mut speeds = Vec::new();
         for core in cores {
@@ -57,16 +91,19 @@ pub(super) fn of_cores(
         let speeds: Option<Vec<u64>> = speeds.into_iter().collect();
         let slowest = speeds.as_deref().and_then(slowest_fast);
         if let Some((speeds, slowest)) = speeds.zip(slowest) {
-            let fast: CpuSet = cores
-                .iter()
-                .zip(speeds)
-                .filter(|(_, speed)| *speed >= slowest)
-                .flat_map(|(core, _)| core.iter())
-                .collect();
-            return Ok((fast.clone(), online - &fast));
+            let by_core = cores.iter().zip(speeds);
+            let (faster, slower): (Vec<_>, Vec<_>) =
+                by_core.partition(|(_, speed)| *speed >= slowest);
+            let cpus = |cores: Vec<(&CpuSet, u64)>| {
+                cores
+                    .into_iter()
+                    .flat_map(|(core, _)| core.iter())
+                    .collect()
+            };
+            return Ok(Some((cpus(faster), cpus(slower))));
         }
     }
-    Ok(Default::default())
+    Ok(None)
 }
 
 /// The speed of the slowest fast core: the one above the highest gap of a fifth or more. Cores of

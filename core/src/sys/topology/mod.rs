@@ -113,6 +113,8 @@ pub struct Topology {
     pub pcores: CpuSet,
     /// The small cores of a hybrid machine.
     pub ecores: CpuSet,
+    /// Those of the small cores that are slower than others of them, as of Intel's SoC tile.
+    pub slowest: CpuSet,
     /// Whether the CPUs are AMD's; unknown if the kernel does not report the vendor.
     amd: Option<bool>,
     packages: Vec<Domain>,
@@ -144,7 +146,7 @@ impl Topology {
         let cores = cores(root, &online)?;
         let llcs = llcs(root, &online, &cores, &places.dies)?;
         let nodes = nodes(root, &online)?;
-        let (pcores, ecores) = kinds::of_cores(root, &online, &cores)?;
+        let kinds = kinds::of_cores(root, &online, &cores)?;
         let amd = kinds::is_amd(root)?;
         let (packages, dies) = (
             numbered(places.packages, &offline),
@@ -157,8 +159,9 @@ impl Topology {
             present,
             online,
             cores,
-            pcores,
-            ecores,
+            pcores: kinds.fast,
+            ecores: kinds.small,
+            slowest: kinds.slowest,
             amd,
             packages,
             dies,
@@ -185,6 +188,14 @@ impl Topology {
     /// The position of a CPU's core among the cores; `None` if the CPU is not online.
     pub fn core_of(&self, cpu: usize) -> Option<usize> {
         *self.core_by_cpu.get(cpu)?
+    }
+
+    /// How slow a core is among the machine's: 0 for fast ones, 1 for small ones, 2 for the slowest.
+    pub fn slowness(&self, core: &CpuSet) -> u8 {
+        match core.intersects(&self.ecores) {
+            false => 0,
+            true => 1 + u8::from(core.intersects(&self.slowest)),
+        }
     }
 
     /// The position of a CPU's LLC domain among those; `None` if the CPU is not online.
