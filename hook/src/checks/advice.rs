@@ -25,6 +25,7 @@ pub(crate) fn findings(
     findings.extend(devices::findings(root, vmid, conf, settings)?);
     findings.push(memory::hugepages(root, topology, conf, &settings.isolated)?);
     findings.extend(memory::numa_nodes(vmid, conf));
+    findings.extend(memory::size(root, topology, conf, &settings.isolated));
     findings.push(helpers(conf, settings));
     Ok(findings)
 }

@@ -18,7 +18,7 @@ pub(crate) enum Level {
 }
 
 /// The keys of all findings, by which settings mute warnings (`ignore`). They are permanent.
-pub(crate) const KEYS: [&str; 36] = [
+pub(crate) const KEYS: [&str; 37] = [
     "affinity",
     "chain",
     "command-line",
@@ -37,6 +37,7 @@ pub(crate) const KEYS: [&str; 36] = [
     "isolated",
     "kinds",
     "l3",
+    "memory",
     "method",
     "numa",
     "other-nodes",

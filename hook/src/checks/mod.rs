@@ -5,7 +5,7 @@ pub(crate) mod cluster;
 mod devices;
 pub(crate) mod finding;
 mod host;
-mod memory;
+pub(crate) mod memory;
 mod place;
 pub(crate) mod qm_set;
 pub(crate) mod required;

@@ -299,13 +299,14 @@ fn guest_cores(
         .chunks(2)
         .all(|pair| pair.len() == 2 && core_of(pair[0]) == core_of(pair[1]));
     let fewer = vm_settings::resized(conf, facts.cores, 1);
-    let fix = match (in_order, fewer) {
-        (true, _) => vm_settings::with_threads(conf, vcpus, 2).command(vmid),
-        (false, Some(fewer)) => format!(
+    let with_threads = vm_settings::with_threads(conf, vcpus, 2).filter(|_| in_order);
+    let fix = match (with_threads, fewer) {
+        (Some(set), _) => set.command(vmid),
+        (None, Some(fewer)) => format!(
             "give each vCPU a core of its own, or the VM fewer vCPUs: {}",
             fewer.command(vmid)
         ),
-        (false, None) => "give each vCPU a core of its own, or the VM fewer vCPUs".to_owned(),
+        (None, None) => "give each vCPU a core of its own, or the VM fewer vCPUs".to_owned(),
     };
     Finding::warn(
         CHECK,

@@ -120,9 +120,10 @@ pub(crate) fn best_size(
 }
 
 /// What gives a VM so many vCPUs, in cores of so many threads. Its memory stays bound, for as many
-/// vCPUs as it has then; none if it is bound for parts of them.
+/// vCPUs as it has then; none if it is bound for parts of them, or if `args` needs a change and
+/// cannot be split into words.
 pub(crate) fn resized(conf: &VmConf, vcpus: usize, threads: usize) -> Option<QmSet> {
-    let resized = resize(conf, vcpus, threads);
+    let resized = resize(conf, vcpus, threads)?;
     match &conf.numa_nodes[..] {
         _ if !conf.numa => Some(resized),
         [] => Some(resized),
@@ -331,10 +332,6 @@ fn cells_of(
     let count = nodes.len();
     let mib = conf.memory_mib();
     let has_own = !guest.cells.is_empty() || !conf.numa_nodes.is_empty() || conf.vcpus.is_some();
-    let has_smp = conf
-        .args
-        .as_deref()
-        .is_some_and(|args| args.contains("-smp"));
     let threads = guest.threads.max(1);
     let is_even = guest.vcpus.is_multiple_of(count * threads) && mib.is_multiple_of(count as u64);
     if count < 2 || has_own || !is_even {
@@ -345,9 +342,8 @@ fn cells_of(
         .set("sockets", count.to_string())
         .set("cores", vcpus.to_string())
         .set("numa", "1");
-    if has_smp {
-        let args = smp_of(conf.args.as_deref(), guest.vcpus, count, threads);
-        set = set.set("args", args);
+    if conf.has_smp() {
+        set = set.set("args", args(conf, guest.vcpus, count, threads)?);
     }
     for (cell, node) in nodes.iter().enumerate() {
         let cpus = choice::cpus_of_nodes(topology, &[node].into_iter().collect());
@@ -386,27 +382,24 @@ fn numa_node(
 }
 
 /// What gives a VM so many vCPUs, in cores of so many threads.
-fn resize(conf: &VmConf, vcpus: usize, threads: usize) -> QmSet {
+fn resize(conf: &VmConf, vcpus: usize, threads: usize) -> Option<QmSet> {
     let mut set = QmSet::default().set("cores", vcpus.to_string());
     if conf.sockets.is_some_and(|sockets| sockets > 1) {
         set = set.set("sockets", "1");
     }
-    let has_smp = conf
-        .args
-        .as_deref()
-        .is_some_and(|args| args.split_whitespace().any(is_smp));
+    let has_smp = conf.has_smp();
     if threads > 1 || has_smp {
-        set = set.set("args", smp(conf.args.as_deref(), vcpus, threads));
+        set = set.set("args", args(conf, vcpus, 1, threads)?);
     }
     if let Some(features) = hotplug_without_cpu(conf).filter(|_| threads > 1) {
         set = set.set("hotplug", features);
     }
     // A `-smp` has all of them, and fewer cannot be more.
     let keeps = threads == 1 && !has_smp;
-    set.delete(
+    Some(set.delete(
         "vcpus",
         conf.vcpus.is_some_and(|now| !keeps || now as usize > vcpus),
-    )
+    ))
 }
 
 /// `hotplug` without `cpu`, since that adds vCPUs in places that a `-smp` in `args` has filled; none
@@ -426,46 +419,22 @@ fn hotplug_without_cpu(conf: &VmConf) -> Option<String> {
     })
 }
 
-/// What makes the threads of its cores known to a guest.
-pub(crate) fn with_threads(conf: &VmConf, vcpus: usize, threads: usize) -> QmSet {
-    let set = QmSet::default().set("args", smp(conf.args.as_deref(), vcpus, threads));
-    match hotplug_without_cpu(conf) {
+/// What makes the threads of its cores known to a guest; none if `args` cannot be split into words.
+pub(crate) fn with_threads(conf: &VmConf, vcpus: usize, threads: usize) -> Option<QmSet> {
+    let set = QmSet::default().set("args", args(conf, vcpus, 1, threads)?);
+    Some(match hotplug_without_cpu(conf) {
         Some(features) => set.set("hotplug", features),
         None => set,
-    }
+    })
 }
 
-fn is_smp(word: &str) -> bool {
-    matches!(word, "-smp" | "--smp")
-}
-
-/// `args` with a `-smp` for so many vCPUs in cores of so many threads; whatever else is in it stays.
-fn smp(args: Option<&str>, vcpus: usize, threads: usize) -> String {
-    smp_of(args, vcpus, 1, threads)
-}
-
-/// The same for several sockets.
-fn smp_of(args: Option<&str>, vcpus: usize, sockets: usize, threads: usize) -> String {
-    let smp = format!(
-        "-smp {vcpus},sockets={sockets},cores={},threads={threads},maxcpus={vcpus}",
+/// `args` with a `-smp` for so many vCPUs in so many sockets, with cores of so many threads; whatever
+/// else is in it stays.
+fn args(conf: &VmConf, vcpus: usize, sockets: usize, threads: usize) -> Option<String> {
+    conf.args_with_smp(&format!(
+        "{vcpus},sockets={sockets},cores={},threads={threads},maxcpus={vcpus}",
         vcpus / threads.max(1) / sockets
-    );
-    let args = args.unwrap_or_default().trim();
-    if args.contains(['\'', '"', '\\']) {
-        // QEMU takes the last of several for each key.
-        return format!("{args} {smp}");
-    }
-    let mut kept = Vec::new();
-    let mut words = args.split_whitespace();
-    while let Some(word) = words.next() {
-        if is_smp(word) {
-            words.next();
-        } else {
-            kept.push(word);
-        }
-    }
-    kept.push(&smp);
-    kept.join(" ")
+    ))
 }
 
 /// Whether a guest on AMD would not see the threads of its cores: QEMU's model host, and those that
@@ -495,31 +464,101 @@ pub(crate) fn topoext(vmid: VmId) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::choice::{Areas, Claimed, Question};
+    use pinfold_core::testutils::machine;
+
+    #[test]
+    fn sizes_that_suit_the_cpus() {
+        let vmid: VmId = "100".parse().unwrap();
+        for (machine, conf, isolated, set) in [
+            ("13900k", "cores: 7", "2-15", ""),
+            (
+                "13900k",
+                "cores: 24",
+                "",
+                "qm set 100 --cores 14 --args '-smp 14,sockets=1,cores=7,threads=2,maxcpus=14'",
+            ),
+            // To lose more than half of the vCPUs is a choice.
+            ("13900k", "cores: 30", "", ""),
+            // A guest's core needs both threads of one.
+            ("13900k", "cores: 4", "2,4,16-17", "qm set 100 --cores 2"),
+            // A guest on AMD has no SMT without topoext.
+            ("5900x", "cores: 12", "6-11,18-23", "qm set 100 --cores 6"),
+            ("5900x", "cores: 12", "", "qm set 100 --cores 11"),
+            (
+                "5900x",
+                "cores: 12\ncpu: EPYC",
+                "6-11,18-23",
+                "qm set 100 --cores 12 --args '-smp 12,sockets=1,cores=6,threads=2,maxcpus=12'",
+            ),
+            // What it starts with stays if it still can.
+            (
+                "5900x",
+                "cores: 12\nvcpus: 4",
+                "6-11,18-23",
+                "qm set 100 --cores 6",
+            ),
+            (
+                "5900x",
+                "cores: 12\nvcpus: 8",
+                "6-11,18-23",
+                "qm set 100 --cores 6 --delete vcpus",
+            ),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            machine::expand(&machine::text(machine), dir.path());
+            let root = Host::new(dir.path());
+            let topology = Topology::read(&root).unwrap();
+            let conf_text = conf;
+            let conf = VmConf::parse(conf);
+            let guest = Guest::new(&conf, CpuSet::new());
+            let question = Question {
+                topology: &topology,
+                areas: &Areas::new(&topology),
+                guest: &guest,
+                claimed: &Claimed::default(),
+                within: None,
+            };
+            let choice = match isolated {
+                "" => choice::choose(&question, &[]).unwrap(),
+                cpus => choice::given(&question, &[], cpus.parse().unwrap()),
+            };
+            let best = best_size(&root, &conf, &topology, &guest, &choice);
+            let found = match best.is_empty() {
+                true => String::new(),
+                false => best.command(vmid),
+            };
+            assert_eq!(found, set, "{machine}: {conf_text:?} on {isolated:?}");
+        }
+    }
 
     #[test]
     fn other_arguments_stay() {
-        for (args, smp_args) in [
-            (None, "-smp 12,sockets=1,cores=6,threads=2,maxcpus=12"),
+        for (old, new) in [
+            ("", "-smp 12,sockets=1,cores=6,threads=2,maxcpus=12"),
             (
-                Some("-device ivshmem -smp 4,cores=4 -global x=y"),
+                "-device ivshmem -smp 4,cores=4 -global x=y",
                 "-device ivshmem -global x=y -smp 12,sockets=1,cores=6,threads=2,maxcpus=12",
             ),
             (
-                Some("-append \"-smp 1\""),
+                "-append \"-smp 1\" --smp '4,dies=2'",
                 "-append \"-smp 1\" -smp 12,sockets=1,cores=6,threads=2,maxcpus=12",
             ),
-            (
-                Some("-smp"),
-                "-smp 12,sockets=1,cores=6,threads=2,maxcpus=12",
-            ),
+            ("-smp", "-smp 12,sockets=1,cores=6,threads=2,maxcpus=12"),
         ] {
-            assert_eq!(smp(args, 12, 2), smp_args, "{args:?}");
+            let conf = VmConf::parse(&format!("args: {old}"));
+            assert_eq!(args(&conf, 12, 1, 2).unwrap(), new, "{old:?}");
         }
+        let unbalanced = VmConf::parse("cores: 4\nargs: -name 'a");
+        assert_eq!(resized(&unbalanced, 12, 2), None);
+        assert!(resized(&unbalanced, 2, 1).is_some());
         let conf = VmConf::parse(
             "cores: 8\nvcpus: 2\nsockets: 2\nhotplug: disk,cpu,usb\nargs: -name a'b'",
         );
         assert_eq!(
-            resize(&conf, 14, 2).command("100".parse().unwrap()),
+            resized(&conf, 14, 2)
+                .unwrap()
+                .command("100".parse().unwrap()),
             "qm set 100 --cores 14 --sockets 1 --args '-name a'\\''b'\\'' \
              -smp 14,sockets=1,cores=7,threads=2,maxcpus=14' --hotplug disk,usb --delete vcpus"
         );

@@ -662,6 +662,26 @@ mod tests {
     }
 
     #[test]
+    fn what_is_better_than_cpus_asked_for_is_named() {
+        let topology = topology("5900x");
+        for (isolated, verdict) in [
+            ("2-5,14-17", Verdict::Better),
+            ("6-7,18-19", Verdict::BesideHost),
+        ] {
+            let question = Question {
+                topology: &topology,
+                areas: &Areas::new(&topology),
+                guest: &guest(4, 1),
+                claimed: &Claimed::default(),
+                within: None,
+            };
+            let choice = given(&question, &[], isolated.parse().unwrap());
+            let verdicts: Vec<_> = choice.passed_over.iter().map(|one| &one.verdict).collect();
+            assert_eq!(verdicts, [&verdict], "{isolated}");
+        }
+    }
+
+    #[test]
     fn a_cache_of_several_nodes_is_one_domain() {
         let topology = topology("numa-one-llc");
         let areas = Areas::new(&topology);

@@ -13,7 +13,7 @@ use serde_json::json;
 use super::machine::{self, Machine};
 use super::{check, drawing, needs_root};
 use crate::checks::qm_set::QmSet;
-use crate::checks::{required, vm_settings};
+use crate::checks::{memory, required, vm_settings};
 use crate::choice::{self, Areas, Choice, Claim, Claimed, Guest, NoRoom, Question};
 use crate::claims;
 use crate::own_steps::{self, TOOL};
@@ -142,7 +142,10 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
         claimed: &Claimed::by(&claims),
         within: None,
     };
-    let chosen = choose(root, vmid, &place, &conf, &question, &claims)?;
+    let mut chosen = choose(root, vmid, &place, &conf, &question, &claims)?;
+    let isolated = &chosen.choice.isolated;
+    let is_short = memory::too_small_nodes(root, &topology, &conf, isolated);
+    chosen.remarks.extend(is_short);
     let Chosen {
         choice, remarks, ..
     } = &chosen;

@@ -8,7 +8,7 @@ pub use super::hostpci::{HostDevices, HostPci};
 use super::paths::{CONFS, NODES, conf_file, conf_file_on, container_conf_file};
 use super::property;
 use super::schema::{self, MACHINE, MAX_NUMA, MEMORY, NUMA};
-use super::words;
+use super::words::{self, Word};
 use crate::cpuset::{CpuSet, MAX_CPU};
 use crate::error::{Error, Result, is_gone};
 use crate::sysroot::Sysroot;
@@ -450,8 +450,21 @@ impl VmConf {
         )
     }
 
+    /// Whether `args` has a `-smp` of its own.
+    pub fn has_smp(&self) -> bool {
+        let words = self.words().unwrap_or_default();
+        !words::values_of(&words, "smp").is_empty()
+    }
+
+    /// `args` with this `-smp` in place of its own ones, since QEMU merges them key by key; `None` if
+    /// Proxmox VE cannot split it into words.
+    pub fn args_with_smp(&self, smp: &str) -> Option<String> {
+        let others = words::without(self.args.as_deref().unwrap_or_default(), "smp")?;
+        Some(format!("{others} -smp {smp}").trim_start().to_owned())
+    }
+
     /// The words of `args`; `None` if it cannot be split.
-    fn words(&self) -> Option<Vec<String>> {
+    fn words(&self) -> Option<Vec<Word>> {
         words::split(self.args.as_deref().unwrap_or_default())
     }
 }

@@ -3,41 +3,57 @@
 //! `PVE::Tools::split_args` is Perl's `Text::ParseWords::shellwords`: it differs from a shell in
 //! that nothing at all is left of a text with an unbalanced quote.
 
+use std::ops::Range;
+
 /// Whether Perl's `\s` matches the character in a text of bytes.
 pub(super) fn is_space(char: char) -> bool {
     matches!(char, ' ' | '\t' | '\n' | '\r' | '\u{b}' | '\u{c}')
 }
 
+/// A word of a text.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Word {
+    /// Without its quotes and backslashes.
+    pub value: String,
+    /// Where it is in the text, with these.
+    pub place: Range<usize>,
+}
+
 /// Splits a text into words; `None` if a quote is not closed or the last character is a backslash.
-pub(super) fn split(text: &str) -> Option<Vec<String>> {
+pub(super) fn split(text: &str) -> Option<Vec<Word>> {
     let mut words = Vec::new();
-    let mut word: Option<String> = None;
-    let mut chars = text.chars().peekable();
-    while let Some(char) = chars.next() {
-        match char {
-            '"' | '\'' => {
-                let word = word.get_or_insert_default();
-                loop {
-                    match chars.next()? {
+    let mut chars = text.char_indices().peekable();
+    loop {
+        while chars.next_if(|(_, char)| is_space(*char)).is_some() {}
+        let Some(&(start, _)) = chars.peek() else {
+            return Some(words);
+        };
+        let mut value = String::new();
+        while let Some((_, char)) = chars.next_if(|(_, char)| !is_space(*char)) {
+            match char {
+                '"' | '\'' => loop {
+                    match chars.next()?.1 {
                         end if end == char => break,
                         // A backslash hides a quote in both, but only double quotes drop it.
                         '\\' => {
                             if char == '\'' {
-                                word.push('\\');
+                                value.push('\\');
                             }
-                            word.push(chars.next()?);
+                            value.push(chars.next()?.1);
                         }
-                        other => word.push(other),
+                        other => value.push(other),
                     }
-                }
+                },
+                '\\' => value.push(chars.next()?.1),
+                other => value.push(other),
             }
-            '\\' => word.get_or_insert_default().push(chars.next()?),
-            space if is_space(space) => words.extend(word.take()),
-            other => word.get_or_insert_default().push(other),
         }
+        let end = chars.peek().map_or(text.len(), |(at, _)| *at);
+        words.push(Word {
+            value,
+            place: start..end,
+        });
     }
-    words.extend(word);
-    Some(words)
 }
 
 /// The options of QEMU that take no value, as qemu-options.hx has them; of every other one the next
@@ -79,29 +95,49 @@ const WITHOUT_VALUE: [&str; 34] = [
     "win2k-hack",
 ];
 
-/// The values of one of QEMU's options among the words of `args:`, `-name VALUE` or `--name VALUE`.
-pub(super) fn values_of<'a>(words: &'a [String], name: &str) -> Vec<&'a str> {
-    let mut values = Vec::new();
-    let mut words = words.iter();
-    while let Some(word) = words.next() {
-        let Some(option) = word.strip_prefix('-') else {
-            continue;
+/// The words of `args:` as QEMU takes them: each an option, `-name` or `--name`, with its value, or a
+/// word of its own, which has no name.
+fn options(words: &[Word]) -> Vec<(Option<&str>, &[Word])> {
+    let mut options = Vec::new();
+    let mut rest = words;
+    while let Some(first) = rest.first() {
+        let dashed = first.value.strip_prefix('-');
+        let name = dashed.map(|name| name.strip_prefix('-').unwrap_or(name));
+        let length = match name {
+            Some(name) if !WITHOUT_VALUE.contains(&name) => rest.len().min(2),
+            _ => 1,
         };
-        let option = option.strip_prefix('-').unwrap_or(option);
-        if WITHOUT_VALUE.contains(&option) {
-            continue;
-        }
-        let value = words.next();
-        if option == name {
-            values.extend(value.map(String::as_str));
-        }
+        let (option, after) = rest.split_at(length);
+        options.push((name, option));
+        rest = after;
     }
-    values
+    options
+}
+
+/// The values of one of QEMU's options among the words of `args:`.
+pub(super) fn values_of<'a>(words: &'a [Word], name: &str) -> Vec<&'a str> {
+    let options = options(words).into_iter();
+    let same = options.filter(|(option, _)| *option == Some(name));
+    same.filter_map(|(_, option)| option.get(1))
+        .map(|word| word.value.as_str())
+        .collect()
+}
+
+/// `args:` without one of QEMU's options; `None` if it cannot be split.
+pub(super) fn without(text: &str, name: &str) -> Option<String> {
+    let words = split(text)?;
+    let others = options(&words).into_iter();
+    let others = others.filter(|(option, _)| *option != Some(name));
+    let kept: Vec<&str> = others
+        .flat_map(|(_, option)| option)
+        .filter_map(|word| text.get(word.place.clone()))
+        .collect();
+    Some(kept.join(" "))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{split, values_of};
+    use super::{split, values_of, without};
 
     #[test]
     fn options_as_qemu_takes_them() {
@@ -118,6 +154,23 @@ mod tests {
         ] {
             let words = split(text).unwrap();
             assert_eq!(values_of(&words, "smp"), values, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_left_keeps_its_quotes() {
+        for (text, left) in [
+            ("", Some("")),
+            ("-smp 4,dies=2", Some("")),
+            ("-smp", Some("")),
+            (
+                r#" -name "a b"  --smp '4,dies=2' -append '-smp 4' "#,
+                Some(r#"-name "a b" -append '-smp 4'"#),
+            ),
+            ("-S -smp 4 -append -smp é", Some("-S -append -smp é")),
+            ("-smp 4 'x", None),
+        ] {
+            assert_eq!(without(text, "smp").as_deref(), left, "{text:?}");
         }
     }
 
@@ -142,9 +195,12 @@ mod tests {
             ("-smp 4 \\", None),
         ] {
             let found = split(text);
-            let found = found
-                .as_ref()
-                .map(|words| words.iter().map(String::as_str).collect::<Vec<_>>());
+            let found = found.as_ref().map(|words| {
+                words
+                    .iter()
+                    .map(|word| word.value.as_str())
+                    .collect::<Vec<_>>()
+            });
             assert_eq!(found.as_deref(), words, "{text:?}");
         }
     }
