@@ -48,7 +48,7 @@ unit:
 # for what a change broke and not by chance.
 properties: export PROPTEST_CASES ?= 10000
 properties:
-	$(SHM) $(CARGO) test --locked --workspace --exclude pinfold-lab
+	$(SHM) $(CARGO) test --locked --workspace --exclude pinfold-lab --lib --test machines
 
 # Spelling. PyPI has typos as a prebuilt program; without pip it is built from crates.io.
 TYPOS_VERSION = 1.52.0
