@@ -45,7 +45,12 @@ impl MadeUpHost {
     pub(crate) fn settings(&self, vmid: u32, text: &str) {
         let path = format!("etc/pinfold/{vmid}.toml");
         self.file(&path, text);
-        fs::set_permissions(self.root.path(path), fs::Permissions::from_mode(0o644)).unwrap();
+        self.mode(&path, 0o644);
+    }
+
+    /// Sets a file's mode.
+    pub(crate) fn mode(&self, path: &str, mode: u32) {
+        fs::set_permissions(self.root.path(path), fs::Permissions::from_mode(mode)).unwrap();
     }
 
     /// The state that hook has for a VM, with its threads' CPUs as those that hook has set.

@@ -445,7 +445,6 @@ mod tests {
     use super::*;
     use crate::fixture::MadeUpHost;
     use crate::state::reservation::Phase;
-    use std::os::unix::fs::PermissionsExt;
 
     const CONF: &str = "cores: 12\nargs: -smp 12,sockets=1,cores=6,threads=2\n\
                         hookscript: local:snippets/hook\nmemory: 4096\ncpu: EPYC-v4";
@@ -460,11 +459,6 @@ mod tests {
         "100".parse().unwrap()
     }
 
-    fn mode(host: &MadeUpHost, path: &str, mode: u32) {
-        std::fs::set_permissions(host.root.path(path), std::fs::Permissions::from_mode(mode))
-            .unwrap();
-    }
-
     /// A host and a VM 100 without faults.
     fn host_of(machine: &str, settings: &str) -> MadeUpHost {
         let host = MadeUpHost::new(machine);
@@ -472,7 +466,7 @@ mod tests {
         host.settings(100, settings);
         host.file(HOOK, "#!/bin/sh\n# pinfold hook stub");
         host.file(RECOVER, "");
-        mode(&host, HOOK, 0o755);
+        host.mode(HOOK, 0o755);
         host
     }
 
@@ -627,7 +621,7 @@ mod tests {
                  hook install 100",
             ),
             (
-                |h| mode(h, HOOK, 0o644),
+                |h| h.mode(HOOK, 0o644),
                 "error hookscript: /var/lib/vz/snippets/hook: not executable => chmod 0755 /var/lib/vz/snippets/hook",
             ),
             (
@@ -803,7 +797,7 @@ mod tests {
                 |h| {
                     h.vm(102, &[]);
                     h.reserve(102, Phase::Isolated, "isolated = \"0\"\npins = [0]");
-                    mode(h, "run/pinfold/state.json", 0o644);
+                    h.mode("run/pinfold/state.json", 0o644);
                 },
                 "error state: ",
             ),
@@ -848,7 +842,7 @@ mod tests {
             (
                 |h| {
                     h.file("var/lib/vz/snippets/exec-cmds", "#!/bin/bash");
-                    mode(h, "var/lib/vz/snippets/exec-cmds", 0o755);
+                    h.mode("var/lib/vz/snippets/exec-cmds", 0o755);
                     h.conf(100, &CONF.replace("snippets/hook", "snippets/exec-cmds"));
                 },
                 "warn hookscript: /var/lib/vz/snippets/exec-cmds is not hook: nothing is isolated for this VM => let hook run it too: hook install 100",
@@ -945,7 +939,7 @@ mod tests {
                 "warn storage: storage local does not allow snippets => pvesm set local --content iso,backup,snippets",
             ),
             (
-                |h| mode(h, HOOK, 0o777),
+                |h| h.mode(HOOK, 0o777),
                 "warn hookscript: /var/lib/vz/snippets/hook: group or others can write it, and root runs it => \
                  chown root: /var/lib/vz/snippets/hook && chmod 0755 /var/lib/vz/snippets/hook",
             ),

@@ -393,8 +393,7 @@ mod tests {
     fn old_script(host: &MadeUpHost) {
         host.conf(100, "cores: 4\nhookscript: local:snippets/old.pl");
         host.file(OLD, "#!/usr/bin/perl\n");
-        let mode = fs::Permissions::from_mode(0o755);
-        fs::set_permissions(host.root.path(OLD), mode).unwrap();
+        host.mode(OLD, 0o755);
     }
 
     /// What Proxmox VE's programs were called with; they do as the real ones.

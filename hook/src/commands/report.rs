@@ -6,7 +6,7 @@ use anyhow::{anyhow, ensure};
 use pinfold_core::cli::terminal::{plain, print, print_json};
 use pinfold_core::cli::{Output, in_words};
 use pinfold_core::state::store;
-use pinfold_core::vm::{self, VmId};
+use pinfold_core::vm::{self, HostDevices, VmId};
 use pinfold_core::{Exit, Host, printable};
 use serde::Serialize;
 use serde_json::json;
@@ -14,7 +14,8 @@ use serde_json::json;
 use super::{check, layout, plan, status};
 use crate::checks::script;
 use crate::exec;
-use crate::settings;
+use crate::settings::{self, Loaded};
+use crate::snippet;
 use crate::state::counters;
 
 /// The options of `hook report`.
@@ -324,8 +325,23 @@ struct Hidden {
 impl Hidden {
     fn of(root: &Host, vmid: VmId) -> Self {
         let mut words = Vec::new();
-        if let Some(args) = vm::conf(root, vmid).ok().and_then(|conf| conf.args) {
-            words.push((args, "(args)"));
+        let mut scripts: Vec<String> = Vec::new();
+        if let Ok(conf) = vm::conf(root, vmid) {
+            // The administrator's own model, by `cpu:`.
+            let model = conf.cpu.iter().flat_map(|cpu| cpu.split([',', '=']));
+            let custom = model.filter(|word| word.starts_with("custom-"));
+            words.extend(custom.map(|model| (model.to_owned(), "(model)")));
+            for hostpci in conf.hostpci {
+                if let HostDevices::Mapping(id) = hostpci.devices {
+                    words.push((id, "(mapping)"));
+                }
+            }
+            words.extend(conf.args.map(|args| (args, "(args)")));
+        }
+        if let Ok(Loaded::Fenced(settings) | Loaded::Unfenced { settings, .. }) =
+            settings::load(root, vmid, 1, &[])
+        {
+            scripts.extend(settings.chain);
         }
         for storage in vm::storages(root).unwrap_or_default() {
             words.push((storage.id, "(storage)"));
@@ -333,6 +349,13 @@ impl Hidden {
         for guest in vm::guests(root) {
             words.extend(guest.name.map(|name| (name, "(name)")));
             words.extend(guest.node.map(|name| (name, "(node)")));
+            scripts.extend(guest.hookscript);
+        }
+        for volume in scripts {
+            let name = volume.rsplit('/').next().unwrap_or(&volume);
+            if name != snippet::NAME {
+                words.push((name.to_owned(), "(script)"));
+            }
         }
         words.extend(vm::node(root).map(|name| (name, "(node)")));
         if let Ok(name) = root.read("proc/sys/kernel/hostname") {
@@ -452,12 +475,16 @@ mod tests {
         host.conf(
             100,
             "#password hunter2\nname: hunter2\ncores: 2\nfoo hunter2\nargs: -fw_cfg hunter2\n\
-             hookscript: local:snippets/hook\nsshkeys: hunter2\ncipassword: hunter2",
+             hookscript: local:snippets/hook\nsshkeys: hunter2\ncipassword: hunter2\n\
+             cpu: custom-hunter2-model\nhostpci0: mapping=hunter2-gpu,pcie=1",
         );
         host.conf(
             101,
-            "name: hunter2-mail\ncores: 2\nhookscript: hunter2:snippets/x",
+            "name: hunter2-mail\ncores: 2\nhookscript: hunter2:snippets/hunter2.pl",
         );
+        let script = "var/lib/vz/snippets/hunter2.sh";
+        host.file(script, "#!/bin/sh");
+        host.mode(script, 0o755);
         host.file("proc/sys/kernel/hostname", "hunter2host");
         // Names are taken out wherever they are.
         host.file("proc/sys/kernel/version", "#1 of hunter2host, hunter2-mail");
@@ -467,7 +494,8 @@ mod tests {
         );
         host.settings(
             100,
-            "# of hunter2\nisolated = \"6,18\"\npins = \"auto\"\nemulator = \"0-3\"",
+            "# of hunter2\nisolated = \"6,18\"\npins = \"auto\"\nemulator = \"0-3\"\n\
+             chain = [\"local:snippets/hunter2.sh\"]",
         );
         host.file(
             "var/lib/dpkg/status",
@@ -491,7 +519,9 @@ mod tests {
             "release: 6.1.0-44-amd64\nversion: #1 of (host), (name)\n",
             "isolcpus=6-7 quiet\n(3 others left out)\n",
             "model: -\nSELECTOR",
-            "cores: 2\nargs: (2 other words left out)\nhookscript: local:snippets/hook\n(4 other lines left out)\n",
+            "cores: 2\nargs: (2 other words left out)\nhookscript: local:snippets/hook\n\
+             cpu: (model)\nhostpci0: pcie=1,(1 more)\n(4 other lines left out)\n",
+            "\"local:snippets/(script)\"",
             "/etc/pinfold/100.toml:\n",
             "  \"isolated\": \"6,18\",\n",
             "VM 100 runs and will have CPU 6,18",

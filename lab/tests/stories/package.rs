@@ -110,7 +110,16 @@ fn installed_upgraded_and_purged(host: &mut Host) {
     host.ok("sed -i /^hookscript:/d /etc/pve/qemu-server/100.conf")
         .unwrap();
     expect(host, "dpkg -r pinfold", 0);
-    expect(host, "dpkg -P pinfold", 0);
+    // This node's settings go, those of the cluster stay.
+    host.ok("for folder in /etc/pinfold /etc/pve/local/pinfold /etc/pve/pinfold; do mkdir -p $folder; touch $folder/100.toml; done")
+        .unwrap();
+    let (shown, _) = expect(host, "dpkg -P pinfold", 0);
+    assert!(
+        shown.contains("/etc/pve/pinfold belongs to the whole cluster"),
+        "{shown}"
+    );
+    host.ok("test ! -e /etc/pve/local/pinfold && rm -r /etc/pve/pinfold")
+        .unwrap();
     assert_eq!(host.ok(FILES).unwrap(), files);
     assert_restored(host, &before);
 }
