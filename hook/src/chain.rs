@@ -1,6 +1,7 @@
 //! Other hookscripts of a VM, which hook runs since Proxmox VE calls only one: `chain` in its
 //! settings. See docs/design.md, "Other hookscripts".
 
+use std::io;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -75,10 +76,17 @@ impl Chain {
         let named = || format!("hookscript {volume} on {phase}");
         let path = script::file(root, volume).with_context(named)?;
         let vmid = self.vmid.to_string();
-        let ended = exec::run_script(&root.path(path), &[&vmid, phase], self.deadline, |line| {
+        let ended = exec::run_script(&root.path(&path), &[&vmid, phase], self.deadline, |line| {
             report.line(line);
         });
-        let ended = ended.map_err(|error| anyhow::anyhow!("{}: {}", named(), os_text(&error)))?;
+        let ended = ended.map_err(|error| {
+            let why = match error.kind() {
+                io::ErrorKind::NotFound => script::lacks_interpreter(root, &path),
+                _ => None,
+            };
+            let why = why.unwrap_or_else(|| os_text(&error));
+            anyhow::anyhow!("{}: {why}", named())
+        })?;
         if !ended.left.is_empty() {
             let left = ended.left.join(", ");
             report.note(&format!("{} left processes behind: {left}", named()));
@@ -101,15 +109,13 @@ mod tests {
     use crate::fixture::MadeUpHost;
     use pinfold_core::Verbosity;
     use std::fs;
-    use std::os::unix::fs::PermissionsExt;
 
     fn host(scripts: &[(&str, &str)]) -> MadeUpHost {
         let host = MadeUpHost::new("5900x");
         for (name, text) in scripts {
             let path = format!("var/lib/vz/snippets/{name}");
             host.file(&path, &format!("#!/bin/sh\n{text}\n"));
-            let mode = fs::Permissions::from_mode(0o755);
-            fs::set_permissions(host.root.path(path), mode).unwrap();
+            host.mode(&path, 0o755);
         }
         host
     }
@@ -159,6 +165,15 @@ mod tests {
             ("fine", "touch \"$0.ran\""),
             ("loops", "/var/lib/vz/snippets/hook \"$@\""),
         ]);
+        for (name, text) in [
+            ("windows", "#!/bin/sh\r\nexit 0\r\n"),
+            ("moved", "#! /opt/gone/perl -w\n"),
+            ("bare", "touch \"$0.ran\"\n"),
+        ] {
+            let path = format!("var/lib/vz/snippets/{name}");
+            host.file(&path, text);
+            host.mode(&path, 0o755);
+        }
         let why = |names: &[&str]| run(&host, &chain(names, 1500), "pre-start").0.unwrap_err();
         assert_eq!(
             why(&["fails", "fine"]),
@@ -171,6 +186,17 @@ mod tests {
         );
         assert!(why(&["gone"]).ends_with("snippets/gone: No such file or directory"));
         assert!(why(&["loops"]).ends_with("snippets/loops: it is hook itself, or calls it"));
+        assert!(why(&["windows"]).ends_with(
+            "snippets/windows: its lines end as on Windows, so that the interpreter \"/bin/sh\\r\" is \
+             not found; remove the carriage returns"
+        ));
+        assert_eq!(
+            why(&["moved"]),
+            "hookscript local:snippets/moved on pre-start: its interpreter /opt/gone/perl does not exist"
+        );
+        // As by exec(3).
+        assert_eq!(run(&host, &chain(&["bare"], 5000), "pre-start").0, Ok(()));
+        assert!(host.root.exists("var/lib/vz/snippets/bare.ran"));
         // It holds the script's pipes; hook does not wait for it.
         let (ended, notes) = run(&host, &chain(&["leaves"], 5000), "post-start");
         assert_eq!(ended, Ok(()));

@@ -127,12 +127,23 @@ pub(crate) fn run_script(
     // Orphans of the script become children of this process, which makes them known.
     nix::sys::prctl::set_child_subreaper(true)?;
     let before = children();
-    let mut child = Command::new(program)
-        .args(args)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()?;
+    let start = |mut command: Command| {
+        command
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+    };
+    let mut child = match start(Command::new(program)) {
+        // A script without `#!` is one of the shell's, as for exec(3), by which Proxmox VE starts it.
+        Err(error) if error.raw_os_error() == Some(nix::libc::ENOEXEC) => {
+            let mut shell = Command::new("/bin/sh");
+            shell.arg(program);
+            start(shell)?
+        }
+        started => started?,
+    };
     let (lines, read) = mpsc::channel();
     if let Some(stdout) = child.stdout.take() {
         forward(stdout, lines.clone());

@@ -215,7 +215,32 @@ pub(crate) fn file(root: &Host, volume: &str) -> anyhow::Result<String> {
         "{}: it is hook itself, or calls it",
         full.display()
     );
+    if interpreter(root, &path).is_some_and(|name| name.ends_with('\r'))
+        && let Some(why) = lacks_interpreter(root, &path)
+    {
+        bail!("{}: {why}", full.display());
+    }
     Ok(path)
+}
+
+/// The interpreter that a script's first line names.
+fn interpreter(root: &Host, path: &str) -> Option<String> {
+    let text = root.read(path).ok()?;
+    let line = text.strip_prefix("#!")?.split('\n').next()?;
+    let name = line.trim_start().split([' ', '\t']).next()?;
+    Some(name.to_owned())
+}
+
+/// Why a script, which exists, cannot be started if its interpreter does not exist.
+pub(crate) fn lacks_interpreter(root: &Host, path: &str) -> Option<String> {
+    let name = interpreter(root, path)?;
+    Some(match name.ends_with('\r') {
+        true => format!(
+            "its lines end as on Windows, so that the interpreter {name:?} is not found; remove the \
+             carriage returns"
+        ),
+        false => format!("its interpreter {name} does not exist"),
+    })
 }
 
 /// The findings about the other hookscripts that hook runs for a VM.
