@@ -103,9 +103,14 @@ install_all() {
 users_of_hook() {
     for conf in "$DESTDIR"/etc/pve/qemu-server/*.conf "$DESTDIR"/etc/pve/lxc/*.conf; do
         [ -f "$conf" ] || continue
-        if sed '/^\[/,$d' "$conf" | grep -q '^hookscript:.*[:/]snippets/hook[[:space:]]*$'; then
-            basename "$conf" .conf
+        volume=$(sed -n '/^\[/q; s|^hookscript:[[:space:]]*\(.*[:/]snippets/hook\)[[:space:]]*$|\1|p' "$conf")
+        [ -n "$volume" ] || continue
+        # Another script can have that name.
+        file=$(pvesm path "$volume" 2>/dev/null) || file=
+        if [ -f "$file" ] && ! grep -qa pinfold "$file"; then
+            continue
         fi
+        basename "$conf" .conf
     done
 }
 

@@ -4,7 +4,9 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -34,11 +36,24 @@ impl Target {
             fs::write(programs.join(tool), format!("{tool}\n")).unwrap();
         }
         fs::create_dir(folder.path().join("root")).unwrap();
+        let pvesm = folder.path().join("path/pvesm");
+        fs::create_dir(pvesm.parent().unwrap()).unwrap();
+        let text = format!("#!/bin/sh\necho {}/$2\n", folder.path().display());
+        fs::write(&pvesm, text).unwrap();
+        fs::set_permissions(&pvesm, fs::Permissions::from_mode(0o755)).unwrap();
         Self { folder }
     }
 
     fn root(&self) -> PathBuf {
         self.folder.path().join("root")
+    }
+
+    /// Where programs are looked for: first those of this folder.
+    fn path(&self) -> OsString {
+        let mut path = self.folder.path().join("path").into_os_string();
+        path.push(":");
+        path.push(std::env::var_os("PATH").unwrap());
+        path
     }
 
     fn write(&self, path: &str, text: &str) {
@@ -54,6 +69,7 @@ impl Target {
             .current_dir(workspace)
             .env_remove("MAKEFLAGS")
             .env_remove("MAKELEVEL")
+            .env("PATH", self.path())
             .arg(goal)
             .arg(format!("DESTDIR={}", self.root().display()))
             .arg(format!("BINDIR={}/programs", self.folder.path().display()))
@@ -214,6 +230,27 @@ fn uninstall_refuses_while_a_guest_needs_hook() {
         assert_eq!(target.tree(), before, "{path}");
         fs::remove_file(target.root().join(path)).unwrap();
         target.succeed("uninstall", &[]);
+    }
+}
+
+#[test]
+fn uninstall_passes_over_another_script_of_that_name() {
+    for (text, needs_hook) in [
+        ("#!/bin/sh\nlogger x\n", false),
+        ("\u{7f}ELF pinfold hook", true),
+    ] {
+        let target = Target::new();
+        target.succeed("install", &[]);
+        target.write(
+            "etc/pve/qemu-server/100.conf",
+            "hookscript: nas:snippets/hook\n[before]\nhookscript: local:snippets/hook\n",
+        );
+        fs::create_dir(target.folder.path().join("nas:snippets")).unwrap();
+        fs::write(target.folder.path().join("nas:snippets/hook"), text).unwrap();
+        match needs_hook {
+            true => assert!(target.fail("uninstall").contains("the guests 100 have")),
+            false => drop(target.succeed("uninstall", &[])),
+        }
     }
 }
 
