@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::text::excerpt;
+use crate::text::{excerpt, quoted_in};
 
 /// The largest CPU number accepted: the kernel's biggest NR_CPUS (x86 MAXSMP) is 8192.
 pub const MAX_CPU: usize = 8191;
@@ -24,9 +24,8 @@ pub enum CpuSetError {
     Empty(String),
     /// A token that is neither a number nor a range.
     #[error(
-        "\"{}\" in \"{}\" is not a CPU number or range; write CPUs as in 0-5,12",
-        excerpt(token),
-        excerpt(text)
+        "{} is not a CPU number or range; write CPUs as in 0-5,12",
+        quoted_in(token, text)
     )]
     Token {
         /// The part that could not be read.
@@ -36,9 +35,8 @@ pub enum CpuSetError {
     },
     /// A range that ends below its start.
     #[error(
-        "\"{}\" in \"{}\" runs backwards; did you mean {last}-{first}?",
-        excerpt(token),
-        excerpt(text)
+        "{} runs backwards; did you mean {last}-{first}?",
+        quoted_in(token, text)
     )]
     Backwards {
         /// The range as written.
@@ -497,10 +495,7 @@ mod tests {
         for (text, message) in [
             ("", "\"\" is an empty CPU list; write CPUs as in 0-5,12"),
             ("  \n", "\"\" is an empty CPU list; write CPUs as in 0-5,12"),
-            (
-                "5-3",
-                "\"5-3\" in \"5-3\" runs backwards; did you mean 3-5?",
-            ),
+            ("5-3", "\"5-3\" runs backwards; did you mean 3-5?"),
             (
                 "1,,2",
                 "\"\" in \"1,,2\" is not a CPU number or range; write CPUs as in 0-5,12",
@@ -511,15 +506,15 @@ mod tests {
             ),
             (
                 "-1",
-                "\"-1\" in \"-1\" is not a CPU number or range; write CPUs as in 0-5,12",
+                "\"-1\" is not a CPU number or range; write CPUs as in 0-5,12",
             ),
             (
                 "1-2-3",
-                "\"1-2-3\" in \"1-2-3\" is not a CPU number or range; write CPUs as in 0-5,12",
+                "\"1-2-3\" is not a CPU number or range; write CPUs as in 0-5,12",
             ),
             (
                 "+1",
-                "\"+1\" in \"+1\" is not a CPU number or range; write CPUs as in 0-5,12",
+                "\"+1\" is not a CPU number or range; write CPUs as in 0-5,12",
             ),
             (
                 "8192",

@@ -31,6 +31,14 @@ pub fn excerpt(text: &str) -> Cow<'_, str> {
     }
 }
 
+/// A part of a text in quotes, and the text, if that has more.
+pub(crate) fn quoted_in(part: &str, text: &str) -> String {
+    match part == text {
+        true => format!("\"{}\"", excerpt(part)),
+        false => format!("\"{}\" in \"{}\"", excerpt(part), excerpt(text)),
+    }
+}
+
 /// The most letters by which a word may differ from what was meant.
 const MAX_SLIPS: usize = 2;
 

@@ -203,7 +203,7 @@ mod tests {
             (
                 Knob::Irq(1),
                 "x",
-                "IRQ 1: \"x\" in \"x\" is not a CPU number or range; write CPUs as in 0-5,12",
+                "IRQ 1: \"x\" is not a CPU number or range; write CPUs as in 0-5,12",
             ),
             (Knob::CpuOnline(6), "", "CPU 6: \"\" is not 1 or 0"),
             (

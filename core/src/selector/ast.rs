@@ -5,6 +5,7 @@ use std::fmt;
 use serde::{Serialize, Serializer};
 
 use crate::cpuset::{CpuSet, CpuSetError};
+use crate::text::quoted_in;
 use crate::vm::VmId;
 
 /// Why a text names no CPUs. The message has the offending token and its position.
@@ -14,7 +15,7 @@ pub enum SelectorError {
     #[error(transparent)]
     List(#[from] CpuSetError),
     /// Anything else that cannot be read.
-    #[error("{token:?} in {text:?} (character {at}) {why}")]
+    #[error("{}{} {why}", quoted_in(token, text), place(token, text, *at))]
     Token {
         /// The part that could not be read.
         token: String,
@@ -25,6 +26,14 @@ pub enum SelectorError {
         /// What is wrong with it.
         why: String,
     },
+}
+
+/// Where a token is in a text that has more.
+fn place(token: &str, text: &str, at: usize) -> String {
+    match token == text {
+        true => String::new(),
+        false => format!(" (character {at})"),
+    }
 }
 
 /// CPUs by number, by selector, or both.

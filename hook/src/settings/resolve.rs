@@ -801,7 +801,7 @@ mod tests {
             ),
             (
                 "isolated = \"6,18\"\npins = \"6,cor:6\"",
-                "test: pins: \"cor:6\" in \"cor:6\" is not a CPU number or range",
+                "test: pins: \"cor:6\" is not a CPU number or range",
             ),
         ] {
             let error = resolve(&root, text, "test", 1).unwrap_err().to_string();
