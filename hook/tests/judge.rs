@@ -689,15 +689,15 @@ fn is_true(
             && list_after(sentence, "CPU ").is_superset(&Cpus::new())
             && list_after(sentence, ", CPU ") == &used & &machine.small;
     }
-    if sentence.contains("of the guest's cores are on several") {
+    if sentence.contains("of the guest's cores ha") {
         let is_split = |core: &&[usize]| {
             core.iter()
                 .any(|cpu| machine.core_of(*cpu) != machine.core_of(core[0]))
         };
         let split = pins.chunks(guest.threads).filter(is_split).count();
         return match split {
-            1 => sentence.contains("one of the guest's cores"),
-            _ => sentence.contains(&format!("threads of {split} of")),
+            1 => sentence.starts_with("One of the guest's cores has its threads on several"),
+            _ => sentence.starts_with(&format!("{split} of the guest's cores have their threads")),
         };
     }
     if sentence.contains("has 3D V-Cache") {

@@ -15,6 +15,10 @@ pub(crate) struct Areas {
     pub vcache: CpuSet,
     /// The CPUs that guests may have: whole cores but for that of CPU 0.
     pub(super) usable: CpuSet,
+    /// Whether CPU 0 shares a known cache.
+    pub(super) shares_cache: bool,
+    /// The most threads that a core has.
+    pub(super) threads: usize,
     /// By package and node, with all their cores.
     all: Vec<Area>,
 }
@@ -88,6 +92,9 @@ impl Areas {
         Self {
             vcache: topology.vcache_cpus(),
             usable: &topology.online - boot.unwrap_or(&CpuSet::new()),
+            shares_cache: (topology.domains(Kind::Llc).iter())
+                .any(|llc| llc.cpus.contains(cpu::BOOT_CPU) && llc.extent.is_cache()),
+            threads: topology.cores.iter().map(CpuSet::len).max().unwrap_or(1),
             all,
         }
     }

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use pinfold_core::CpuSet;
+use pinfold_core::sys::cpu;
 use pinfold_core::sys::topology::Topology;
 
 use super::guest::{Cell, cpus_of_nodes};
@@ -24,7 +25,7 @@ pub(crate) fn in_vcpu_order(
     cores.extend((isolated - &topology.online).iter().map(one));
     let llc = |core: &CpuSet| core.iter().filter_map(|cpu| topology.llc_of(cpu)).min();
     cores.sort_by_cached_key(|core| (llc(core).is_none(), llc(core)));
-    let order = fill(topology, &cores, threads);
+    let order = fill(topology, &cores, threads, cells);
     by_cells(topology, order, cells)
         .into_iter()
         .map(one)
@@ -33,19 +34,40 @@ pub(crate) fn in_vcpu_order(
 
 /// The CPUs of cores in the order in which vCPUs fill them: fast cores, their further threads, small
 /// cores, the slowest last, since a slow vCPU stalls the guest's locks. Cores that are alike are
-/// filled in the order given.
+/// filled in the order given, first those near the memory of the guest's cells, last that of CPU 0 and
+/// those of which others have a thread.
 ///
 /// A guest's core gets the threads of one of the host's: QEMU numbers vCPUs thread by thread. Guests
 /// without SMT, with `threads` 1, get a thread of each core, then the next thread of each. What is
 /// left of cores that are not a multiple of a guest's comes last.
-pub(super) fn fill(topology: &Topology, cores: &[CpuSet], threads: usize) -> Vec<usize> {
+pub(super) fn fill(
+    topology: &Topology,
+    cores: &[CpuSet],
+    threads: usize,
+    cells: &[Cell],
+) -> Vec<usize> {
+    let nodes = cells.iter().flat_map(|cell| cell.nodes.iter());
+    let memory = cpus_of_nodes(topology, &nodes.collect());
     let mut groups = Vec::new();
     for (at, core) in cores.iter().enumerate() {
         let cpus: Vec<usize> = core.iter().collect();
+        let whole = cpus.first().and_then(|cpu| topology.core_of(*cpu));
+        let whole = whole.and_then(|at| topology.cores.get(at));
+        let is_part = whole.is_some_and(|whole| whole.len() > core.len());
+        let is_far = !memory.is_empty() && !core.intersects(&memory);
+        let is_hosts = core.contains(cpu::BOOT_CPU);
         for (round, group) in cpus.chunks(threads.max(1)).enumerate() {
             let is_rest = group.len() < threads;
             groups.push((
-                (is_rest, topology.slowness(core), round, at),
+                (
+                    is_rest,
+                    topology.slowness(core),
+                    round,
+                    is_far,
+                    is_part,
+                    is_hosts,
+                    at,
+                ),
                 group.to_vec(),
             ));
         }
@@ -127,7 +149,7 @@ mod tests {
             ("5900x", "6-11,18-23", 1, "6 7 8 9 10 11 18 19 20 21 22 23"),
             ("5900x", "4-8,16-20", 1, "4 5 6 7 8 16 17 18 19 20"),
             ("5900x", "6-8,18", 2, "6 18 7 8"),
-            ("5900x", "6-8,19-20", 1, "6 7 8 19 20"),
+            ("5900x", "6-8,19-20", 1, "7 8 6 19 20"),
             ("5900x", "18-20", 1, "18 19 20"),
             ("5900x", "6-9,18-21", 4, "6 18 7 19 8 20 9 21"),
             ("two-sockets", "2-5,10-13", 2, "2 10 4 12 3 11 5 13"),
@@ -183,7 +205,7 @@ mod tests {
                 "2-5,10-13",
                 1,
                 vec![cell("0-5", "1")],
-                "3 5 2 4 10 12 11 13",
+                "3 5 11 13 2 4 10 12",
             ),
             (
                 "2-5,10-13",

@@ -9,7 +9,7 @@ use pinfold_core::sys::topology::{Domain, Kind, Topology};
 
 use super::claims::Claim;
 use super::filling::in_vcpu_order;
-use super::guest::Guest;
+use super::guest::{Guest, cpus_of_nodes};
 
 /// Facts about the CPUs that a guest gets.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -36,6 +36,8 @@ pub(crate) struct Facts {
     pub empty_threads: CpuSet,
     /// Cores without a vCPU.
     pub idle_cores: CpuSet,
+    /// The vCPUs that are not on the NUMA nodes of their memory, if that is bound.
+    pub far_vcpus: CpuSet,
     /// Whether CPU 0 shares a cache with them.
     pub beside_host: bool,
     /// Whether CPU 0 is one of them.
@@ -91,6 +93,12 @@ impl Facts {
             .filter(|(_, cpu)| topology.ecores.contains(**cpu))
             .map(|(vcpu, _)| vcpu)
             .collect();
+        for cell in &guest.cells {
+            let near = cpus_of_nodes(topology, &cell.nodes);
+            let is_far = |vcpu: &usize| order.get(*vcpu).is_some_and(|cpu| !near.contains(*cpu));
+            let far: CpuSet = cell.vcpus.iter().filter(is_far).collect();
+            facts.far_vcpus = &facts.far_vcpus | &far;
+        }
         for llc in topology.llcs_of(isolated) {
             facts.llcs.insert(llc.number);
             facts.size += llc.cpus.len();
@@ -124,13 +132,12 @@ impl Facts {
         facts
     }
 
-    /// The facts as sentences. `shared_by_vcache` are the CPUs of others among those that the guest
-    /// would get of the V-Cache; `None` if it has no room there.
+    /// The facts as sentences; `room_by_vcache` is the room for the guest in the domains with V-Cache.
     pub(super) fn reasons(
         &self,
         topology: &Topology,
         guest: &Guest,
-        shared_by_vcache: Option<CpuSet>,
+        room_by_vcache: VcacheRoom,
     ) -> Vec<Reason> {
         let mut reasons = Vec::new();
         let of_vm = |llc: &&Domain| self.llcs.contains(llc.number);
@@ -142,7 +149,11 @@ impl Facts {
             let is_alike = llcs.iter().all(|llc| llc.extent == first.extent);
             reasons.push(Reason::Where {
                 llcs: self.llcs.clone(),
-                extent: is_alike.then(|| first.extent.to_string()),
+                extent: is_alike.then(|| match first.extent.is_cache() {
+                    true if llcs.len() > 1 => format!("{} each", first.extent),
+                    true => first.extent.to_string(),
+                    false => "no shared cache known".to_owned(),
+                }),
                 vcache: !vcache.is_empty() && self.llcs.is_subset(&vcache),
                 all: cores_there == self.cores,
                 cpus,
@@ -186,7 +197,11 @@ impl Facts {
                 guest_cores: guest.threads > 1,
             });
         } else if guest.threads <= 1 && !self.empty_threads.is_empty() {
-            reasons.push(Reason::OwnCores);
+            let cores = topology.cores.iter();
+            let mut mine = cores.filter(|core| core.intersects(&self.empty_threads));
+            let busy = self.cores - topology.cores_of(&self.idle_cores).count();
+            let pairs = self.empty_threads.len() == busy && mine.all(|core| core.len() == 2);
+            reasons.push(Reason::OwnCores { pairs });
         }
         if !self.on_small.is_empty() {
             reasons.push(Reason::SmallCores {
@@ -210,12 +225,28 @@ impl Facts {
                 llcs: vcache,
                 extent: first.extent.to_string(),
                 cpus: elsewhere.iter().flat_map(|llc| llc.cpus.iter()).collect(),
-                shared: shared_by_vcache,
+                room: room_by_vcache,
             });
         }
         reasons.extend(self.shared.iter().cloned().map(Reason::Shared));
         reasons
     }
+}
+
+/// How a user names the CPUs of the V-Cache with the core of CPU 0.
+pub(crate) const WITH_CPU_0: &str = "'vcache,core:0'";
+
+/// The room for a guest in the LLC domains with V-Cache.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum VcacheRoom {
+    /// Enough.
+    Free,
+    /// Enough with these CPUs of others.
+    Shared(CpuSet),
+    /// Enough with the core of CPU 0.
+    WithCpu0,
+    /// Not enough.
+    TooSmall,
 }
 
 /// A sentence about the CPUs.
@@ -243,8 +274,9 @@ pub(crate) enum Reason {
     BesideHost { cache: bool },
     /// CPU 0 is among them.
     HasCpu0,
-    /// A core for each vCPU of a guest without SMT, with further threads that stay empty.
-    OwnCores,
+    /// A core for each vCPU of a guest without SMT, with further threads that stay empty: one of each
+    /// core, if they are `pairs`.
+    OwnCores { pairs: bool },
     /// Cores with more than one vCPU, or guest core.
     Doubled {
         cores: usize,
@@ -262,8 +294,8 @@ pub(crate) enum Reason {
         llcs: CpuSet,
         extent: String,
         cpus: CpuSet,
-        /// The CPUs of others that the VM would get there; `None` if it has no room.
-        shared: Option<CpuSet>,
+        /// Whether the VM has room there.
+        room: VcacheRoom,
     },
     /// CPUs that others use too.
     Shared(Claim),
@@ -284,8 +316,7 @@ impl fmt::Display for Reason {
             } => {
                 write!(f, "llc:{llcs} is CPU {cpus}")?;
                 if let Some(extent) = extent {
-                    let each = if llcs.len() > 1 { " each" } else { "" };
-                    write!(f, ", {extent}{each}")?;
+                    write!(f, ", {extent}")?;
                 }
                 if *vcache {
                     write!(f, ", V-Cache")?;
@@ -341,10 +372,13 @@ impl fmt::Display for Reason {
                 "CPU 0 is among them: timekeeping, IRQs that cannot be moved and the kernel's work for \
                  the boot CPU stay there."
             ),
-            Self::OwnCores => write!(
-                f,
-                "Each vCPU has a core of its own; the second threads stay idle."
-            ),
+            Self::OwnCores { pairs } => {
+                let others = if *pairs { "second" } else { "other" };
+                write!(
+                    f,
+                    "Each vCPU has a core of its own; the {others} threads stay idle."
+                )
+            }
             Self::Doubled {
                 cores,
                 doubled,
@@ -379,29 +413,32 @@ impl fmt::Display for Reason {
             }
             Self::Split(1) => write!(
                 f,
-                "The threads of one of the guest's cores are on several of the host's."
+                "One of the guest's cores has its threads on several of the host's cores."
             ),
             Self::Split(count) => write!(
                 f,
-                "The threads of {count} of the guest's cores are on several of the host's each."
+                "{count} of the guest's cores have their threads on several of the host's cores each."
             ),
             Self::Idle(cpus) => write!(f, "CPU {cpus} is isolated but unused."),
             Self::VcacheElsewhere {
                 llcs,
                 extent,
                 cpus,
-                shared,
+                room,
             } => {
                 write!(f, "llc:{llcs} (CPU {cpus}) has 3D V-Cache, {extent}; ")?;
-                match shared {
-                    None => write!(f, "this VM has no room there."),
-                    Some(shared) if shared.is_empty() => write!(f, "--vcache chooses there."),
-                    Some(shared) => {
-                        write!(
-                            f,
-                            "--vcache chooses there, and shares CPU {shared} with others."
-                        )
-                    }
+                match room {
+                    VcacheRoom::Free => write!(f, "--vcache chooses there."),
+                    VcacheRoom::Shared(shared) => write!(
+                        f,
+                        "--vcache chooses there, and shares CPU {shared} with others."
+                    ),
+                    VcacheRoom::WithCpu0 => write!(
+                        f,
+                        "this VM has room there only with the core of CPU 0, by partition: \
+                         --cpus {WITH_CPU_0}."
+                    ),
+                    VcacheRoom::TooSmall => write!(f, "this VM has no room there."),
                 }
             }
             Self::Beside(claim) => write!(f, "Beside them, {claim}."),
@@ -435,7 +472,7 @@ pub(crate) enum Verdict {
     /// As many small cores, but slower ones.
     SlowestCores,
     /// Far from the VM's memory, its devices or both.
-    OtherNode {
+    Farther {
         memory: bool,
         devices: bool,
     },
@@ -443,7 +480,12 @@ pub(crate) enum Verdict {
     Doubled {
         guest_cores: bool,
     },
-    BesideHost,
+    /// In the domain of CPU 0, whose cache it shares if one is known.
+    BesideHost {
+        cache: bool,
+    },
+    /// More guest cores with threads on several of the host's.
+    Split,
     Larger,
     AsGood,
     /// CPUs that were asked for are worse.
@@ -460,23 +502,21 @@ impl fmt::Display for Verdict {
             }
             Self::SmallCores => write!(f, "includes more small cores"),
             Self::SlowestCores => write!(f, "includes more of the slowest cores"),
-            Self::OtherNode { memory, devices } => {
+            Self::Farther { memory, devices } => {
                 let what: Vec<&str> = [(memory, "memory"), (devices, "devices")]
                     .into_iter()
                     .filter(|(is_far, _)| **is_far)
                     .map(|(_, what)| what)
                     .collect();
-                write!(
-                    f,
-                    "on another NUMA node than the VM's {}",
-                    what.join(" and ")
-                )
+                write!(f, "farther from the VM's {}", what.join(" and "))
             }
             Self::Doubled { guest_cores: false } => write!(f, "too few cores for one per vCPU"),
             Self::Doubled { guest_cores: true } => {
                 write!(f, "too few cores for one per guest core")
             }
-            Self::BesideHost => write!(f, "shares its cache with the host"),
+            Self::BesideHost { cache: true } => write!(f, "shares its cache with the host"),
+            Self::BesideHost { cache: false } => write!(f, "has CPU 0, which stays with the host"),
+            Self::Split => write!(f, "more guest cores would be split over several cores"),
             Self::Larger => write!(f, "larger"),
             Self::Better => write!(f, "would be better"),
             Self::AsGood => write!(f, "equally good"),
@@ -509,7 +549,11 @@ pub(crate) fn listed(passed_over: &[PassedOver]) -> Vec<String> {
         }
         _ => {
             let numbers: CpuSet = same.iter().map(|one| one.llc).collect();
-            format!("llc:{numbers}: {verdict}")
+            let each = match same[0].verdict {
+                Verdict::TooFew => " each",
+                _ => "",
+            };
+            format!("llc:{numbers}: {verdict}{each}")
         }
     };
     by_verdict.into_iter().map(line).collect()

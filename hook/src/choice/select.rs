@@ -1,5 +1,8 @@
 //! The choice: of all places with room for a guest, the one that an expert would take.
 
+use std::cmp::Ordering;
+use std::collections::BTreeMap;
+
 use pinfold_core::CpuSet;
 use pinfold_core::sys::cpu;
 use pinfold_core::sys::topology::{Kind, Topology};
@@ -8,7 +11,7 @@ use super::areas::{Area, Areas, Group, PartOf, SCOPES, neighbours, whole_parts};
 use super::claims::{Claim, Claimed};
 use super::filling::{fill, in_vcpu_order};
 use super::guest::{Cell, Guest, cpus_of_nodes};
-use super::outcome::{Facts, PassedOver, Reason, Verdict};
+use super::outcome::{Facts, PassedOver, Reason, VcacheRoom, Verdict};
 
 /// A request for CPUs: the machine, the guest, and the CPUs that others use.
 #[derive(Debug, Clone, Copy)]
@@ -47,12 +50,15 @@ pub(super) struct Rank {
     /// vCPUs on small cores, and of these on the slowest ones.
     small: usize,
     slowest: usize,
-    /// NUMA nodes other than those of the guest's memory, and of its devices.
+    /// vCPUs on NUMA nodes other than that of their memory.
     far_memory: usize,
+    /// NUMA nodes other than those of the guest's devices.
     far_devices: usize,
     nodes: usize,
     /// vCPUs, or guest cores, beyond the first on a core.
     doubled: usize,
+    /// Guest cores with threads on several of the host's.
+    split: usize,
     llcs: usize,
     beside_host: bool,
     unaligned: (bool, usize),
@@ -70,9 +76,10 @@ impl Rank {
             far_memory,
             far_devices,
             doubled,
+            split,
             ..
         } = *self;
-        shared == (0, 0) && small + far_memory + far_devices + doubled == 0
+        shared == (0, 0) && small + far_memory + far_devices + doubled + split == 0
     }
 }
 
@@ -89,7 +96,7 @@ struct Place {
 /// If the machine, or the part of it that is asked for, has too few CPUs.
 pub(crate) fn choose(question: &Question<'_>, claims: &[Claim]) -> Result<Choice, NoRoom> {
     match cpus(question) {
-        Some(isolated) => Ok(explain(question, claims, isolated)),
+        Some(isolated) => Ok(explain(question, claims, isolated, false)),
         None => Err(no_room(question)),
     }
 }
@@ -106,7 +113,7 @@ pub(crate) fn best(question: &Question<'_>) -> Option<Facts> {
 
 /// The answer for CPUs that were chosen elsewhere, as by `--cpus`.
 pub(crate) fn given(question: &Question<'_>, claims: &[Claim], isolated: CpuSet) -> Choice {
-    explain(question, claims, isolated)
+    explain(question, claims, isolated, true)
 }
 
 fn cpus(question: &Question<'_>) -> Option<CpuSet> {
@@ -125,6 +132,7 @@ fn evenly(question: &Question<'_>, place: &Place) -> Option<CpuSet> {
     let nodes = Facts::of(topology, guest, &place.isolated, &[]).nodes;
     let per_node = guest.vcpus.checked_div(nodes.len())?;
     if nodes.len() < 2
+        || !guest.cells.is_empty()
         || !guest
             .vcpus
             .is_multiple_of(nodes.len() * guest.threads.max(1))
@@ -146,7 +154,12 @@ fn evenly(question: &Question<'_>, place: &Place) -> Option<CpuSet> {
     let claimed = question.claimed.count(&isolated);
     let (small, doubled) = (facts.on_small.len(), facts.doubled);
     let rank = place.rank;
-    (claimed <= rank.shared && small <= rank.small && doubled <= rank.doubled).then_some(isolated)
+    let is_as_good = claimed <= rank.shared
+        && small <= rank.small
+        && doubled <= rank.doubled
+        && facts.llcs.len() <= rank.llcs
+        && facts.beside_host <= rank.beside_host;
+    is_as_good.then_some(isolated)
 }
 
 /// The host has no room for a guest: the CPUs that it could have, and its vCPUs.
@@ -243,11 +256,21 @@ fn find_in_llc(question: &Question<'_>, llc: usize, cpus: &CpuSet) -> Option<Pla
     best_of(question, &question.areas.of_llc(llc, cpus))
 }
 
-/// The best place in the narrowest scope that has one. Of places that are alike it is the first.
+/// The best place in the narrowest scope that has one; in a wider one if that has more CPUs near the
+/// guest's memory. Of places that are alike it is the first.
 fn best_of(question: &Question<'_>, areas: &[Area]) -> Option<Place> {
-    SCOPES
-        .into_iter()
-        .find_map(|part| with_all(question, areas, part).or_else(|| best_in(question, areas, part)))
+    let mut best: Option<Place> = None;
+    for part in SCOPES {
+        let found = with_all(question, areas, part).or_else(|| best_in(question, areas, part));
+        best = match (best, found) {
+            (Some(best), Some(found)) if best.rank <= found.rank => Some(best),
+            (best, found) => found.or(best),
+        };
+        if best.as_ref().is_some_and(|best| best.rank.far_memory == 0) {
+            break;
+        }
+    }
+    best
 }
 
 /// What [`best_in`] finds, if that is a place [that has all](Rank::has_all). On a large machine a large
@@ -316,10 +339,19 @@ fn at_best(question: &Question<'_>, group: &Group<'_>) -> Rank {
     } = question;
     let areas = || group.areas.iter();
     let nodes = topology.domains(Kind::Node);
-    let far = |near: &CpuSet| {
-        let is_near = |area: &&Area| near.contains(nodes[area.node].number);
-        usize::from(guest.vcpus > 0 && !near.is_empty() && !areas().any(is_near))
+    let room_near = |near: &CpuSet| -> usize {
+        let near = areas().filter(|area| near.contains(nodes[area.node].number));
+        near.map(|area| area.room).sum()
     };
+    let devices = &guest.device_nodes;
+    let is_far = guest.vcpus > 0 && !devices.is_empty() && room_near(devices) == 0;
+    let far_memory = guest.cells.iter().map(|cell| {
+        let vcpus = cell.vcpus.iter().filter(|vcpu| *vcpu < guest.vcpus);
+        vcpus.count().saturating_sub(room_near(&cell.nodes))
+    });
+    // The same vCPU may be in several.
+    let far_memory = far_memory.max().unwrap_or(0);
+    let is_split = question.areas.threads < guest.threads;
     let parts = |largest: Option<usize>| guest.vcpus.div_ceil(largest.unwrap_or(1).max(1));
     let cores: usize = areas().map(|area| area.cores.len()).sum();
     let on = |slow: &CpuSet| {
@@ -344,10 +376,11 @@ fn at_best(question: &Question<'_>, group: &Group<'_>) -> Rank {
         shared: (0, 0),
         small: on(&topology.ecores),
         slowest: on(&topology.slowest),
-        far_memory: far(&guest.memory_nodes()),
-        far_devices: far(&guest.device_nodes),
+        far_memory,
+        far_devices: usize::from(is_far),
         nodes: parts(nodes.iter().map(|node| node.cpus.len()).max()),
         doubled: guest_cores.saturating_sub(cores),
+        split: usize::from(is_split) * (guest.vcpus / guest.threads.max(1)),
         llcs: parts(areas().map(|area| area.size).max()).max(apart.div_ceil(most_cores.max(1))),
         ..by_group(group)
     }
@@ -368,45 +401,92 @@ fn fit(question: &Question<'_>, group: &Group<'_>) -> Place {
     let Question {
         topology, guest, ..
     } = question;
-    let cores = group.areas.iter().flat_map(|area| area.cores.iter());
-    let cores: Vec<CpuSet> = cores.cloned().collect();
-    let order = fill(topology, &cores, guest.threads);
-    let used: CpuSet = order.into_iter().take(guest.vcpus).collect();
-    let isolated: CpuSet = topology.cores_of(&used).flat_map(CpuSet::iter).collect();
+    let isolated = filled(question, group);
     let facts = Facts::of(topology, guest, &isolated, &[]);
-    let outside = |near: &CpuSet| match near.is_empty() {
-        true => 0,
-        false => (&facts.nodes - near).len(),
-    };
+    let Rank {
+        beside_host,
+        unaligned,
+        size,
+        ..
+    } = by_group(group);
     let rank = Rank {
-        shared: question.claimed.count(&isolated),
-        small: facts.on_small.len(),
-        slowest: (&facts.on_small & &topology.slowest).len(),
-        far_memory: outside(&guest.memory_nodes()),
-        far_devices: outside(&guest.device_nodes),
-        nodes: facts.nodes.len(),
-        doubled: facts.doubled,
-        llcs: facts.llcs.len(),
-        ..by_group(group)
+        beside_host,
+        unaligned,
+        size,
+        ..rank_of(question, &isolated, &facts)
     };
     Place { isolated, rank }
 }
 
+/// The cores of a group that a guest fills: first those that no other has.
+fn filled(question: &Question<'_>, group: &Group<'_>) -> CpuSet {
+    let Question {
+        topology,
+        guest,
+        claimed,
+        ..
+    } = question;
+    let whole =
+        |cpus: &CpuSet| -> CpuSet { topology.cores_of(cpus).flat_map(CpuSet::iter).collect() };
+    let mut classes: BTreeMap<_, Vec<CpuSet>> = BTreeMap::new();
+    for core in group.areas.iter().flat_map(|area| area.cores.iter()) {
+        let owners = (
+            core.intersects(&claimed.exclusive),
+            core.intersects(&claimed.all),
+        );
+        classes.entry(owners).or_default().push(core.clone());
+    }
+    let are_several = classes.len() > 1;
+    let order = classes
+        .into_values()
+        .flat_map(|cores| fill(topology, &cores, guest.threads, &guest.cells));
+    let used: CpuSet = order.take(guest.vcpus).collect();
+    let isolated = whole(&used);
+    if !are_several {
+        return isolated;
+    }
+    // The pins may leave a small core idle that was filled before another's fast one.
+    let pins = in_vcpu_order(topology, &isolated, guest.threads, &guest.cells);
+    let pinned = pins.iter().take(guest.vcpus).flat_map(CpuSet::iter);
+    whole(&pinned.collect())
+}
+
+/// The part of a rank that CPUs have, whatever group they are of.
+fn rank_of(question: &Question<'_>, isolated: &CpuSet, facts: &Facts) -> Rank {
+    let Question {
+        topology, guest, ..
+    } = question;
+    let far_devices = match guest.device_nodes.is_empty() {
+        true => 0,
+        false => (&facts.nodes - &guest.device_nodes).len(),
+    };
+    Rank {
+        shared: question.claimed.count(isolated),
+        small: facts.on_small.len(),
+        slowest: (&facts.on_small & &topology.slowest).len(),
+        far_memory: facts.far_vcpus.len(),
+        far_devices,
+        nodes: facts.nodes.len(),
+        doubled: facts.doubled,
+        split: facts.split,
+        llcs: facts.llcs.len(),
+        beside_host: facts.beside_host,
+        unaligned: (false, 0),
+        size: facts.size,
+    }
+}
+
 /// The answer for CPUs: pins, facts and what else there was.
-fn explain(question: &Question<'_>, claims: &[Claim], isolated: CpuSet) -> Choice {
+fn explain(question: &Question<'_>, claims: &[Claim], isolated: CpuSet, are_given: bool) -> Choice {
     let Question {
         topology, guest, ..
     } = question;
     let mut pins = in_vcpu_order(topology, &isolated, guest.threads, &guest.cells);
     pins.truncate(guest.vcpus);
     let facts = Facts::of(topology, guest, &isolated, claims);
-    let by_vcache = find(&Question {
-        within: Some(&question.areas.vcache),
-        ..*question
-    });
-    let by_vcache = by_vcache.map(|place| &place.isolated & &question.claimed.all);
-    let mut reasons = facts.reasons(topology, guest, by_vcache);
-    if facts.doubled + facts.on_small.len() + facts.split > 0 {
+    let mut reasons = facts.reasons(topology, guest, room_by_vcache(question));
+    let is_crowded = facts.doubled + facts.on_small.len() + facts.split > 0;
+    if is_crowded || facts.llcs.len() > 1 {
         let llcs = topology.llcs_of(&isolated);
         let there: CpuSet = llcs.flat_map(|llc| llc.cpus.iter()).collect();
         let left = &(&there & &usable(question)) - &isolated;
@@ -414,11 +494,32 @@ fn explain(question: &Question<'_>, claims: &[Claim], isolated: CpuSet) -> Choic
         reasons.extend(theirs.map(|claim| Reason::Beside(claim.among(&left))));
     }
     Choice {
-        passed_over: passed_over(question, claims, &isolated, &facts),
+        passed_over: passed_over(question, claims, &isolated, &facts, are_given),
         isolated,
         pins,
         facts,
         reasons,
+    }
+}
+
+/// The room for the guest in the domains with V-Cache.
+fn room_by_vcache(question: &Question<'_>) -> VcacheRoom {
+    let vcache = &question.areas.vcache;
+    let place = find(&Question {
+        within: Some(vcache),
+        ..*question
+    });
+    if let Some(place) = place {
+        let shared = &place.isolated & &question.claimed.all;
+        return match shared.is_empty() {
+            true => VcacheRoom::Free,
+            false => VcacheRoom::Shared(shared),
+        };
+    }
+    let is_large = vcache.len() >= question.guest.vcpus && vcache != &question.topology.online;
+    match vcache.contains(cpu::BOOT_CPU) && is_large {
+        true => VcacheRoom::WithCpu0,
+        false => VcacheRoom::TooSmall,
     }
 }
 
@@ -428,27 +529,15 @@ fn passed_over(
     claims: &[Claim],
     isolated: &CpuSet,
     facts: &Facts,
+    are_given: bool,
 ) -> Vec<PassedOver> {
     let (topology, claimed) = (question.topology, question.claimed);
     let usable = usable(question);
-    let chosen = Place {
-        isolated: isolated.clone(),
-        rank: Rank {
-            shared: claimed.count(isolated),
-            small: facts.on_small.len(),
-            slowest: (&facts.on_small & &topology.slowest).len(),
-            nodes: facts.nodes.len(),
-            doubled: facts.doubled,
-            llcs: facts.llcs.len(),
-            beside_host: facts.beside_host,
-            size: facts.size,
-            ..Rank::default()
-        },
-    };
-    let far = |nodes: &CpuSet| {
-        let outside = |near: &CpuSet| !near.is_empty() && !nodes.is_subset(near);
-        let guest = question.guest;
-        (outside(&guest.memory_nodes()), outside(&guest.device_nodes))
+    let best = rank_of(question, isolated, facts);
+    // What an LLC domain would be if no other had CPUs there.
+    let alone = Question {
+        claimed: &Claimed::default(),
+        ..*question
     };
     let mut all = Vec::new();
     for (at, llc) in topology.domains(Kind::Llc).iter().enumerate() {
@@ -461,39 +550,21 @@ fn passed_over(
             continue;
         }
         let free = &of_llc - &claimed.all;
-        let verdict = match find_in_llc(question, at, &free) {
-            None if find_in_llc(question, at, &of_llc).is_some() => {
-                let theirs = claims.iter().filter(|claim| claim.cpus.intersects(&of_llc));
-                Verdict::Claimed(theirs.map(|claim| claim.among(&of_llc)).collect())
-            }
-            None => Verdict::TooFew,
-            Some(place) => {
-                let (rank, best) = (place.rank, chosen.rank);
-                let nodes = Facts::of(topology, question.guest, &place.isolated, &[]).nodes;
-                let (memory, devices) = far(&nodes);
-                if rank.small > best.small {
-                    Verdict::SmallCores
-                } else if rank.small == best.small && rank.slowest > best.slowest {
-                    Verdict::SlowestCores
-                } else if (memory, devices) > far(&facts.nodes) {
-                    Verdict::OtherNode { memory, devices }
-                } else if rank.doubled > best.doubled {
-                    Verdict::Doubled {
-                        guest_cores: question.guest.threads > 1,
-                    }
-                } else if rank.beside_host && !best.beside_host {
-                    Verdict::BesideHost
-                } else if (rank.small, rank.slowest) < (best.small, best.slowest)
-                    || rank.doubled < best.doubled
-                    || best.beside_host && !rank.beside_host
-                {
-                    Verdict::Better
-                } else if llc.cpus.len() > best.size {
-                    Verdict::Larger
-                } else {
-                    Verdict::AsGood
-                }
-            }
+        let theirs = || {
+            let theirs = claims.iter().filter(|claim| claim.cpus.intersects(&of_llc));
+            Verdict::Claimed(theirs.map(|claim| claim.among(&of_llc)).collect())
+        };
+        let place = find_in_llc(question, at, &free);
+        let would_be = match free == of_llc {
+            true => None,
+            false => find_in_llc(&alone, at, &of_llc),
+        };
+        let crowded = |rank: &Rank| (rank.small, rank.doubled, rank.split);
+        let verdict = match (place, would_be) {
+            (None, Some(_)) => theirs(),
+            (None, None) => Verdict::TooFew,
+            (Some(place), Some(alone)) if crowded(&alone.rank) < crowded(&place.rank) => theirs(),
+            (Some(place), _) => compared(question, &place.rank, &best, are_given),
         };
         all.push(PassedOver {
             llc: llc.number,
@@ -507,6 +578,52 @@ fn passed_over(
         });
     }
     all
+}
+
+/// Why a place in an LLC domain was passed over for a better one.
+fn compared(question: &Question<'_>, rank: &Rank, best: &Rank, are_given: bool) -> Verdict {
+    let devices = rank.far_devices > best.far_devices;
+    let in_order = [
+        (rank.small.cmp(&best.small), Verdict::SmallCores),
+        (rank.slowest.cmp(&best.slowest), Verdict::SlowestCores),
+        (
+            rank.far_memory.cmp(&best.far_memory),
+            Verdict::Farther {
+                memory: true,
+                devices,
+            },
+        ),
+        (
+            rank.far_devices.cmp(&best.far_devices),
+            Verdict::Farther {
+                memory: false,
+                devices,
+            },
+        ),
+        (
+            rank.doubled.cmp(&best.doubled),
+            Verdict::Doubled {
+                guest_cores: question.guest.threads > 1,
+            },
+        ),
+        (rank.split.cmp(&best.split), Verdict::Split),
+        (
+            rank.beside_host.cmp(&best.beside_host),
+            Verdict::BesideHost {
+                cache: question.areas.shares_cache,
+            },
+        ),
+        (rank.size.cmp(&best.size), Verdict::Larger),
+    ];
+    for (order, worse) in in_order {
+        match order {
+            Ordering::Greater => return worse,
+            // What hook chooses is worse only for the sake of the whole, as in cells.
+            Ordering::Less if are_given => return Verdict::Better,
+            _ => {}
+        }
+    }
+    Verdict::AsGood
 }
 
 #[cfg(test)]
@@ -643,9 +760,14 @@ mod tests {
             (
                 4,
                 &claims,
-                "--vcache chooses there, and shares CPU 4-7,20-23 with others.",
+                "--vcache chooses there, and shares CPU 6-7,22-23 with others.",
             ),
-            (15, &claims, "this VM has no room there."),
+            (
+                15,
+                &claims,
+                "this VM has room there only with the core of CPU 0, by partition: --cpus 'vcache,core:0'.",
+            ),
+            (17, &claims, "this VM has no room there."),
         ] {
             let question = Question {
                 topology: &topology,
@@ -666,7 +788,7 @@ mod tests {
         let topology = topology("5900x");
         for (isolated, verdict) in [
             ("2-5,14-17", Verdict::Better),
-            ("6-7,18-19", Verdict::BesideHost),
+            ("6-9,18-21", Verdict::BesideHost { cache: true }),
         ] {
             let question = Question {
                 topology: &topology,
