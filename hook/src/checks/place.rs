@@ -108,9 +108,19 @@ fn numa(
             "write pins = \"auto\", which puts each vCPU on the node of its cell",
         );
     }
+    if !memory.is_empty() && !memory.intersects(nodes) && guest.cells.len() == 1 {
+        return Finding::warn(
+            CHECK,
+            format!("the CPUs are on node {nodes}, but its memory is bound to node {memory}"),
+            match best.nodes.intersects(&memory) {
+                true => format!("use CPUs of node {}: `hook layout` shows them", best.nodes),
+                false => format!("bind its memory to node {nodes}: hostnodes={nodes} in its numaN"),
+            },
+        );
+    }
     let is_far = |near: &CpuSet, nodes: &CpuSet| !near.is_empty() && !nodes.is_subset(near);
     let mut far = Vec::new();
-    if is_far(&memory, nodes) && !is_far(&memory, &best.nodes) {
+    if facts.far_vcpus.len() > best.far_vcpus.len() {
         far.push(format!("its memory is bound to node {memory}"));
     }
     if is_far(devices, nodes) && !is_far(devices, &best.nodes) {
@@ -122,7 +132,11 @@ fn numa(
     if far.is_empty() {
         let memory = match memory.is_empty() {
             true => "memory is not bound to a node".to_owned(),
-            false => format!("memory is bound to node {memory}"),
+            false if facts.far_vcpus.is_empty() => format!("memory is bound to node {memory}"),
+            false => format!(
+                "memory is bound to node {memory}, which has too few free CPUs: {} on others",
+                choice::counted(facts.far_vcpus.len(), "vCPU")
+            ),
         };
         return Finding::ok(CHECK, format!("CPUs on node {nodes}; {memory}"));
     }

@@ -42,16 +42,40 @@ pub(crate) fn device_nodes(root: &Host, vmid: VmId, conf: &VmConf) -> Result<Cpu
     Ok(nodes)
 }
 
+/// A VM of which something is to be set.
+pub(crate) struct Vm<'a> {
+    pub root: &'a Host,
+    pub vmid: VmId,
+    /// The text of its VMID.conf.
+    pub text: &'a str,
+    pub conf: &'a VmConf,
+    pub topology: &'a Topology,
+    pub guest: &'a Guest,
+    pub choice: &'a Choice,
+    /// The choice for other settings of it; none if the host has no room.
+    pub choose: &'a dyn Fn(&VmConf) -> Option<(Guest, Choice)>,
+}
+
+/// A VM with other settings, and the choice for it.
+pub(crate) struct Changed {
+    pub set: QmSet,
+    pub conf: VmConf,
+    pub guest: Guest,
+    pub choice: Choice,
+}
+
 /// What to set on a VM for the best result with the CPUs chosen: the first of what excludes each
-/// other is the best.
-pub(crate) fn advice(
-    root: &Host,
-    vmid: VmId,
-    conf: &VmConf,
-    topology: &Topology,
-    guest: &Guest,
-    choice: &Choice,
-) -> Vec<Advice> {
+/// other is the best. Where that gets other CPUs, `again` is run to choose them.
+pub(crate) fn advice(vm: &Vm<'_>, again: Option<&str>) -> Vec<Advice> {
+    let Vm {
+        root,
+        vmid,
+        conf,
+        topology,
+        guest,
+        choice,
+        ..
+    } = *vm;
     let mut all = Vec::new();
     let mut add = |what: &str, command: String| {
         all.push(Advice {
@@ -59,25 +83,25 @@ pub(crate) fn advice(
             command,
         });
     };
-    let sizes = sizes(root, topology, conf, guest, choice);
-    for (number, size) in sizes.iter().enumerate() {
+    let sizes = settled_sizes(vm);
+    for (number, (size, changed)) in sizes.iter().enumerate() {
         let or = if number == 0 { "" } else { "or " };
-        let guest = Guest {
-            vcpus: size.vcpus,
-            threads: size.threads,
-            ..guest.clone()
-        };
-        let memory = memory(root, topology, conf, &guest, choice);
-        if let Some(resized) = resized(conf, size.vcpus, size.threads) {
-            add(
-                &format!("{or}{}", size.what),
-                resized.and(memory.set).command(vmid),
-            );
+        let Changed {
+            set,
+            conf,
+            guest,
+            choice: next,
+        } = changed;
+        let memory = memory(root, topology, conf, guest, next);
+        let mut command = set.clone().and(memory.set).command(vmid);
+        if let Some(again) = again.filter(|_| next.isolated != choice.isolated) {
+            command += &format!(" && {again}");
         }
+        add(&format!("{or}{}", size.what), command);
     }
     let wants_smt = match sizes[..] {
         [] => guest.threads > 1,
-        _ => sizes.iter().any(|size| size.threads > 1),
+        _ => sizes.iter().any(|(size, _)| size.threads > 1),
     };
     if wants_smt && lacks_topoext(root, topology, conf) {
         add(
@@ -97,26 +121,84 @@ pub(crate) fn advice(
     all
 }
 
-/// What `hook init --apply` sets: of all [`advice`] the part that leaves no choice, the size first.
-pub(crate) fn best_size(
-    root: &Host,
-    conf: &VmConf,
-    topology: &Topology,
-    guest: &Guest,
-    choice: &Choice,
-) -> QmSet {
-    let sizes = sizes(root, topology, conf, guest, choice);
-    // A guest on AMD needs a CPU model for SMT that `qm set` cannot make. And to lose more than half
-    // of the vCPUs is a choice.
-    let is_able = |size: &&Size| {
-        (size.threads == 1 || !lacks_topoext(root, topology, conf)) && size.vcpus * 2 >= guest.vcpus
+/// What `hook init --apply` sets of the size: the nearest of those that [`advice`] offers, if it needs
+/// nothing else and costs no more than half of the vCPUs, since to lose more is a choice.
+pub(crate) fn best_size(vm: &Vm<'_>) -> Option<Changed> {
+    let vcpus = vm.guest.vcpus;
+    // A guest on AMD needs a CPU model for SMT that `qm set` cannot make.
+    let is_able = |size: &Size| {
+        (size.threads == 1 || !lacks_topoext(vm.root, vm.topology, vm.conf))
+            && size.vcpus * 2 >= vcpus
     };
+    let sizes = settled_sizes(vm).into_iter();
     let nearest = sizes
-        .iter()
-        .filter(is_able)
-        .min_by_key(|size| (size.vcpus.abs_diff(guest.vcpus), size.vcpus));
-    let set = nearest.and_then(|size| resized(conf, size.vcpus, size.threads));
-    set.unwrap_or_default()
+        .filter(|(size, _)| is_able(size))
+        .min_by_key(|(size, _)| (size.vcpus.abs_diff(vcpus), size.vcpus));
+    nearest.map(|(_, changed)| changed)
+}
+
+/// How often a size is chosen for the CPUs of the size before.
+const MAX_SIZES: usize = 4;
+
+/// The sizes that suit the CPUs that the VM would get with them.
+fn settled_sizes(vm: &Vm<'_>) -> Vec<(Size, Changed)> {
+    let mut settled: Vec<(Size, Changed)> = Vec::new();
+    for mut size in sizes(vm.root, vm.topology, vm.conf, vm.guest, vm.choice) {
+        for _ in 0..MAX_SIZES {
+            let Some(changed) = changed(vm, &size) else {
+                break;
+            };
+            if suits(&size, vm, &changed) {
+                let is_new = |(other, _): &(Size, Changed)| {
+                    (other.vcpus, other.threads) != (size.vcpus, size.threads)
+                };
+                if settled.iter().all(is_new) {
+                    settled.push((size, changed));
+                }
+                break;
+            }
+            // A smaller VM may get other CPUs, which another size would suit better.
+            let Changed {
+                conf,
+                guest,
+                choice,
+                ..
+            } = &changed;
+            let next = sizes(vm.root, vm.topology, conf, guest, choice).into_iter();
+            let mut smaller = next.filter(|next| {
+                next.threads == size.threads
+                    && next.vcpus < size.vcpus
+                    && next.vcpus * 2 >= vm.guest.vcpus
+            });
+            match smaller.next() {
+                Some(next) => size = next,
+                None => break,
+            }
+        }
+    }
+    settled
+}
+
+fn changed(vm: &Vm<'_>, size: &Size) -> Option<Changed> {
+    let set = resized(vm.conf, size.vcpus, size.threads)?;
+    let conf = VmConf::parse(&set.applied_to(vm.text));
+    let (guest, choice) = (vm.choose)(&conf)?;
+    Some(Changed {
+        set,
+        conf,
+        guest,
+        choice,
+    })
+}
+
+/// Whether a VM of this size has what the size is for.
+fn suits(size: &Size, vm: &Vm<'_>, changed: &Changed) -> bool {
+    let (before, facts) = (&vm.choice.facts, &changed.choice.facts);
+    let has_llc = !size.in_one_llc || facts.llcs.len() == 1;
+    has_llc
+        && facts.doubled + facts.on_small.len() + facts.split == 0
+        && facts.idle_cores.is_empty()
+        && facts.shared.len() <= before.shared.len()
 }
 
 /// What gives a VM so many vCPUs, in cores of so many threads. Its memory stays bound, for as many
@@ -140,22 +222,13 @@ pub(crate) fn resized(conf: &VmConf, vcpus: usize, threads: usize) -> Option<QmS
     }
 }
 
-/// What `hook init --apply` sets for memory, on a VM whose size fits.
-pub(crate) fn best_memory(
-    root: &Host,
-    topology: &Topology,
-    conf: &VmConf,
-    guest: &Guest,
-    choice: &Choice,
-) -> QmSet {
-    memory(root, topology, conf, guest, choice).set
-}
-
 /// A number of vCPUs that would suit the CPUs better.
 struct Size {
     what: &'static str,
     vcpus: usize,
     threads: usize,
+    /// Whether that is for one LLC domain in place of several.
+    in_one_llc: bool,
 }
 
 /// The sizes that would suit a VM whose vCPUs share cores or are on small ones, without the guest's
@@ -189,16 +262,19 @@ fn sizes(
     let mut sizes = vec![Size {
         what: match facts.doubled {
             0 => "for fast cores only",
-            _ => "for a core per vCPU",
+            _ if topology.ecores.is_empty() => "for a core per vCPU",
+            _ => "for a fast core per vCPU",
         },
         vcpus: fast.len(),
         threads: 1,
+        in_one_llc: false,
     }];
     if fast.iter().all(|core| core.len() == 2) {
         sizes.push(Size {
             what: "for both threads of each core, known to the guest",
             vcpus: fast.len() * 2,
             threads: 2,
+            in_one_llc: false,
         });
         let as_many = guest.vcpus;
         let is_other = as_many.is_multiple_of(2) && facts.llcs.len() > 1;
@@ -207,6 +283,7 @@ fn sizes(
                 what: "for as many vCPUs in one LLC domain, two per core, known to the guest",
                 vcpus: as_many,
                 threads: 2,
+                in_one_llc: true,
             });
         }
     }
@@ -227,16 +304,19 @@ fn if_split(guest: &Guest, choice: &Choice, fast: &[CpuSet]) -> Option<Size> {
             what: "for as many threads per core as the host's have",
             vcpus: (guest.vcpus / theirs * theirs).min(fast.len() * theirs),
             threads: theirs,
+            in_one_llc: false,
         },
         0 => Size {
             what: "for a guest without SMT, since these cores have too few threads",
             vcpus: fast.len().min(guest.vcpus),
             threads: 1,
+            in_one_llc: false,
         },
         _ => Size {
             what: "for one of the host's cores per guest core",
             vcpus: whole * threads,
             threads,
+            in_one_llc: false,
         },
     };
     (choice.facts.split > 0).then_some(size)
@@ -256,14 +336,14 @@ fn fits_with_smt(topology: &Topology, guest: &Guest) -> bool {
 }
 
 /// Settings of the VM for its memory, and what they are good for.
-struct Memory {
+pub(crate) struct Memory {
     what: &'static str,
-    set: QmSet,
+    pub set: QmSet,
 }
 
 /// Binds the VM's memory to the node of its CPUs, with huge pages if enough are free there. Without
 /// it nothing is set but `affinity:` removed, if memory does not depend on that.
-fn memory(
+pub(crate) fn memory(
     root: &Host,
     topology: &Topology,
     conf: &VmConf,
@@ -279,7 +359,7 @@ fn memory(
     let binds = several
         && !is_plugged
         && node.is_some_and(|node| super::memory::has_room(root, node, mib))
-        && guest.cells.is_empty()
+        && guest.cells.iter().all(|cell| !cell.nodes.intersects(nodes))
         && conf.numa_nodes.len() < 2;
     let mut set = QmSet::default();
     let mut what = "since the pins take precedence";
@@ -480,8 +560,9 @@ mod tests {
             ),
             // To lose more than half of the vCPUs is a choice.
             ("13900k", "cores: 30", "", ""),
-            // A guest's core needs both threads of one.
-            ("13900k", "cores: 4", "2,4,16-17", "qm set 100 --cores 2"),
+            // A guest's core needs both threads of one; and no size leaves given CPUs idle.
+            ("13900k", "cores: 4", "2-3,4", "qm set 100 --cores 2"),
+            ("13900k", "cores: 4", "2,4,16-17", ""),
             // A guest on AMD has no SMT without topoext.
             ("5900x", "cores: 12", "6-11,18-23", "qm set 100 --cores 6"),
             ("5900x", "cores: 12", "", "qm set 100 --cores 11"),
@@ -509,26 +590,37 @@ mod tests {
             machine::expand(&machine::text(machine), dir.path());
             let root = Host::new(dir.path());
             let topology = Topology::read(&root).unwrap();
-            let conf_text = conf;
-            let conf = VmConf::parse(conf);
-            let guest = Guest::new(&conf, CpuSet::new());
-            let question = Question {
+            let areas = Areas::new(&topology);
+            let choose = |conf: &VmConf| {
+                let guest = Guest::new(conf, CpuSet::new());
+                let question = Question {
+                    topology: &topology,
+                    areas: &areas,
+                    guest: &guest,
+                    claimed: &Claimed::default(),
+                    within: None,
+                };
+                let choice = match isolated {
+                    "" => choice::choose(&question, &[]).ok()?,
+                    cpus => choice::given(&question, &[], cpus.parse().unwrap()),
+                };
+                Some((guest, choice))
+            };
+            let text = conf;
+            let conf = VmConf::parse(text);
+            let (guest, choice) = choose(&conf).unwrap();
+            let best = best_size(&Vm {
+                root: &root,
+                vmid,
+                text,
+                conf: &conf,
                 topology: &topology,
-                areas: &Areas::new(&topology),
                 guest: &guest,
-                claimed: &Claimed::default(),
-                within: None,
-            };
-            let choice = match isolated {
-                "" => choice::choose(&question, &[]).unwrap(),
-                cpus => choice::given(&question, &[], cpus.parse().unwrap()),
-            };
-            let best = best_size(&root, &conf, &topology, &guest, &choice);
-            let found = match best.is_empty() {
-                true => String::new(),
-                false => best.command(vmid),
-            };
-            assert_eq!(found, set, "{machine}: {conf_text:?} on {isolated:?}");
+                choice: &choice,
+                choose: &choose,
+            });
+            let found = best.map_or_else(String::new, |best| best.set.command(vmid));
+            assert_eq!(found, set, "{machine}: {text:?} on {isolated:?}");
         }
     }
 

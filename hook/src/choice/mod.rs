@@ -16,5 +16,5 @@ pub(crate) use areas::Areas;
 pub(crate) use claims::{AllClaims, Claim, Claimed, Owner};
 pub(crate) use filling::in_vcpu_order;
 pub(crate) use guest::{Cell, Guest, cells, cpus_of_nodes};
-pub(crate) use outcome::{Facts, Reason, counted, listed};
-pub(crate) use select::{Choice, NoRoom, Question, best, choose, given};
+pub(crate) use outcome::{Facts, Reason, VcacheRoom, WITH_CPU_0, counted, listed};
+pub(crate) use select::{Choice, NoRoom, Question, best, choose, given, room_by_vcache};

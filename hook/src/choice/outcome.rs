@@ -484,6 +484,8 @@ pub(crate) enum Verdict {
     BesideHost {
         cache: bool,
     },
+    /// Without V-Cache, which the CPUs that were asked for have.
+    NoVcache,
     /// More guest cores with threads on several of the host's.
     Split,
     Larger,
@@ -516,6 +518,7 @@ impl fmt::Display for Verdict {
             }
             Self::BesideHost { cache: true } => write!(f, "shares its cache with the host"),
             Self::BesideHost { cache: false } => write!(f, "has CPU 0, which stays with the host"),
+            Self::NoVcache => write!(f, "without 3D V-Cache"),
             Self::Split => write!(f, "more guest cores would be split over several cores"),
             Self::Larger => write!(f, "larger"),
             Self::Better => write!(f, "would be better"),

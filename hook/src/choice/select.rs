@@ -150,15 +150,17 @@ fn evenly(question: &Question<'_>, place: &Place) -> Option<CpuSet> {
         },
         ..*question
     })?;
-    let facts = Facts::of(topology, guest, &isolated, &[]);
-    let claimed = question.claimed.count(&isolated);
-    let (small, doubled) = (facts.on_small.len(), facts.doubled);
+    let even = rank_of(
+        question,
+        &isolated,
+        &Facts::of(topology, guest, &isolated, &[]),
+    );
     let rank = place.rank;
-    let is_as_good = claimed <= rank.shared
-        && small <= rank.small
-        && doubled <= rank.doubled
-        && facts.llcs.len() <= rank.llcs
-        && facts.beside_host <= rank.beside_host;
+    let is_as_good = even.shared <= rank.shared
+        && even.small <= rank.small
+        && even.doubled <= rank.doubled
+        && even.llcs <= rank.llcs
+        && even.beside_host <= rank.beside_host;
     is_as_good.then_some(isolated)
 }
 
@@ -503,7 +505,7 @@ fn explain(question: &Question<'_>, claims: &[Claim], isolated: CpuSet, are_give
 }
 
 /// The room for the guest in the domains with V-Cache.
-fn room_by_vcache(question: &Question<'_>) -> VcacheRoom {
+pub(crate) fn room_by_vcache(question: &Question<'_>) -> VcacheRoom {
     let vcache = &question.areas.vcache;
     let place = find(&Question {
         within: Some(vcache),
@@ -539,6 +541,8 @@ fn passed_over(
         claimed: &Claimed::default(),
         ..*question
     };
+    let vcache = &question.areas.vcache;
+    let have_vcache = isolated.is_subset(vcache);
     let mut all = Vec::new();
     for (at, llc) in topology.domains(Kind::Llc).iter().enumerate() {
         let of_llc = &usable & &llc.cpus;
@@ -564,7 +568,12 @@ fn passed_over(
             (None, Some(_)) => theirs(),
             (None, None) => Verdict::TooFew,
             (Some(place), Some(alone)) if crowded(&alone.rank) < crowded(&place.rank) => theirs(),
-            (Some(place), _) => compared(question, &place.rank, &best, are_given),
+            (Some(place), _) => match compared(question, &place.rank, &best, are_given) {
+                Verdict::Better if have_vcache && !vcache.intersects(&llc.cpus) => {
+                    Verdict::NoVcache
+                }
+                verdict => verdict,
+            },
         };
         all.push(PassedOver {
             llc: llc.number,

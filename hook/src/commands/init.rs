@@ -13,8 +13,11 @@ use serde_json::json;
 use super::machine::{self, Machine};
 use super::{check, drawing, needs_root};
 use crate::checks::qm_set::QmSet;
+use crate::checks::vm_settings::Vm;
 use crate::checks::{memory, required, vm_settings};
-use crate::choice::{self, Areas, Choice, Claim, Claimed, Guest, NoRoom, Question};
+use crate::choice::{
+    self, Areas, Choice, Claim, Claimed, Guest, NoRoom, Question, VcacheRoom, WITH_CPU_0,
+};
 use crate::claims;
 use crate::own_steps::{self, TOOL};
 use crate::settings::{self, Deadlines, Loaded, Method, Settings, default};
@@ -165,7 +168,25 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
     if kept.is_none() {
         required::pins_suffice(&settings, guest.vcpus, guest.vcpus.checked_sub(1))?;
     }
-    let advice = vm_settings::advice(root, vmid, &conf, &topology, &guest, choice);
+    let choose_anew = anew(root, vmid, &place, &topology, &claims);
+    let new_file = (kept.is_none() && writes).then(|| settings::node_file(root, vmid));
+    let again = new_file.map(|file| {
+        let option = if args.vcache { " --vcache" } else { "" };
+        format!("rm {} && hook init {vmid}{option}", file.display())
+    });
+    let advice = vm_settings::advice(
+        &Vm {
+            root,
+            vmid,
+            text: &root.read(vm::conf_file(vmid))?,
+            conf: &conf,
+            topology: &topology,
+            guest: &guest,
+            choice,
+            choose: &|conf| choose_anew(conf).ok(),
+        },
+        again.as_deref(),
+    );
     let path = match (&kept, writes) {
         (Some(settings), true) => Some(PathBuf::from(&settings.source)),
         (None, true) => Some(settings::create(root, vmid, &text)?),
@@ -309,9 +330,6 @@ impl<'a> Place<'a> {
     }
 }
 
-/// How often a size is chosen for the CPUs of the size before.
-const MAX_SIZES: usize = 4;
-
 /// What `qm set` is to change, so that the VM suits its CPUs best, and the VM's settings after it.
 ///
 /// # Errors
@@ -329,8 +347,38 @@ fn best(
         return Err(Error::unusable(format!("VM {vmid}"), why));
     }
     let text = root.read(vm::conf_file(vmid))?;
+    let choose = anew(root, vmid, place, topology, claims);
+    let (guest, choice) = choose(conf)?;
+    let size = vm_settings::best_size(&Vm {
+        root,
+        vmid,
+        text: &text,
+        conf,
+        topology,
+        guest: &guest,
+        choice: &choice,
+        choose: &|conf| choose(conf).ok(),
+    });
+    let (size, resized, guest, choice) = match size {
+        Some(changed) => (changed.set, changed.conf, changed.guest, changed.choice),
+        None => (QmSet::default(), conf.clone(), guest, choice),
+    };
+    let memory = vm_settings::memory(root, topology, &resized, &guest, &choice);
+    let set = size.and(memory.set);
+    let expected = VmConf::parse(&set.applied_to(&text));
+    Ok((set, expected))
+}
+
+/// Chooses CPUs for other settings of a VM.
+fn anew<'a>(
+    root: &'a Host,
+    vmid: VmId,
+    place: &'a Place<'a>,
+    topology: &'a Topology,
+    claims: &'a [Claim],
+) -> impl Fn(&VmConf) -> Result<(Guest, Choice)> + 'a {
     let (areas, claimed) = (Areas::new(topology), Claimed::by(claims));
-    let chosen_for = |conf: &VmConf| {
+    move |conf| {
         let device_nodes = vm_settings::device_nodes(root, vmid, conf).unwrap_or_default();
         let guest = Guest::new(conf, device_nodes);
         let question = Question {
@@ -341,24 +389,8 @@ fn best(
             within: None,
         };
         let chosen = choose(root, vmid, place, conf, &question, claims)?;
-        Ok::<_, Error>((guest, chosen.choice))
-    };
-    let (mut guest, mut choice) = chosen_for(conf)?;
-    let (mut size, mut resized) = (QmSet::default(), conf.clone());
-    // A smaller VM may get other CPUs, which another size would suit better.
-    for _ in 0..MAX_SIZES {
-        let next = vm_settings::best_size(root, &resized, topology, &guest, &choice);
-        if next.is_empty() {
-            break;
-        }
-        size = size.and(next);
-        resized = VmConf::parse(&size.applied_to(&text));
-        (guest, choice) = chosen_for(&resized)?;
+        Ok((guest, chosen.choice))
     }
-    let memory = vm_settings::best_memory(root, topology, &resized, &guest, &choice);
-    let set = size.and(memory);
-    let expected = VmConf::parse(&set.applied_to(&text));
-    Ok((set, expected))
 }
 
 /// Runs `qm set` and reads the VM's settings again.
@@ -433,19 +465,22 @@ fn choose(
         Place::Host => choice::choose(question, claims),
     };
     let choice = answer.map_err(|no_room| {
-        let (place, else_where) = match by_vcache {
-            true => (
-                "the V-Cache of this host",
-                format!("; or choose on the whole host: hook init {vmid}"),
-            ),
-            false => ("this host", String::new()),
-        };
-        refused(vmid, conf, &no_room, place, &else_where)
+        if !by_vcache {
+            return refused(vmid, conf, &no_room, "this host", "");
+        }
+        let mut others = String::new();
+        if choice::room_by_vcache(question) == VcacheRoom::WithCpu0 {
+            others += &with_cpu_0(vmid, WITH_CPU_0);
+        }
+        if choice::choose(question, claims).is_ok() {
+            others += &format!("; or choose on the whole host: hook init {vmid}");
+        }
+        refused(vmid, conf, &no_room, "the V-Cache of this host", &others)
     })?;
     let isolated = as_written(question.topology, &choice);
     let facts = &choice.facts;
     let lacks_core = by_vcache && facts.beside_host && facts.doubled > 0;
-    let remarks = lacks_core.then(|| left_out(&host_core(question.topology), "vcache"));
+    let remarks = lacks_core.then(|| left_out(question.topology, &question.areas.vcache, "vcache"));
     Ok(Chosen {
         choice,
         isolated,
@@ -532,16 +567,29 @@ fn from_option(
         } else if without.is_empty() {
             return refused("CPU 0 stays with the host unless the list names it");
         } else {
-            remarks.push(left_out(&host_core, &isolated));
+            remarks.push(left_out(topology, &asked, &isolated));
             (cpus, isolated) = (without, list);
         }
+    }
+    if topology.online.is_subset(&cpus) {
+        let why = format!(
+            "these are all CPUs: none is left to the host; choose fewer, or let hook choose: hook init {vmid}"
+        );
+        return Err(Error::unusable(format!("CPU {asked}"), why));
     }
     if cpus.len() < guest.vcpus {
         let no_room = NoRoom {
             usable: cpus.clone(),
             vcpus: guest.vcpus,
         };
-        let more = format!("; or let hook choose: hook init {vmid}");
+        let mut more = String::new();
+        if asked.len() >= guest.vcpus && !topology.online.is_subset(&asked) {
+            more += &with_cpu_0(
+                vmid,
+                &format!("'{}'", settings::joined(&expr.to_string(), "core:0")),
+            );
+        }
+        more += &format!("; or let hook choose: hook init {vmid}");
         return Err(refused(vmid, conf, &no_room, &isolated, &more));
     }
     Ok(Chosen {
@@ -560,13 +608,20 @@ fn host_core(topology: &Topology) -> CpuSet {
     core.cloned().unwrap_or_default()
 }
 
+/// How to choose CPUs with the core of CPU 0.
+fn with_cpu_0(vmid: VmId, list: &str) -> String {
+    format!("; or with the core of CPU 0, by partition: hook init {vmid} --cpus {list}")
+}
+
 /// That the core of CPU 0 is in a list, but not among the CPUs chosen.
-fn left_out(host_core: &CpuSet, list: &str) -> String {
-    format!(
-        "CPU {host_core}, the core of CPU 0, is left out: it stays with the host; by partition \
-         --cpus '{}' includes it",
-        settings::joined(list, "core:0")
-    )
+fn left_out(topology: &Topology, asked: &CpuSet, list: &str) -> String {
+    let core = host_core(topology);
+    let stays = format!("CPU {core}, the core of CPU 0, is left out: it stays with the host");
+    if topology.online.is_subset(&(asked | &core)) {
+        return stays;
+    }
+    let list = settings::joined(list, "core:0");
+    format!("{stays}; --cpus '{list}' includes it, by partition")
 }
 
 /// The reasons as lines.
@@ -1415,7 +1470,7 @@ mod tests {
                 settings.isolated.contains(0),
                 "{cpus}: {text}"
             );
-            let words = text.contains("by partition --cpus '");
+            let words = text.contains(",core:0' includes it, by partition.");
             assert_eq!(words, !by_partition, "{cpus}: {text}");
             let stays =
                 text.contains("# CPU 0 is among them: timekeeping, IRQs that cannot be moved");
