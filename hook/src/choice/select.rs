@@ -742,6 +742,15 @@ mod tests {
                 4,
                 "8-11,20-23",
             ),
+            // As few as can be, where it has to be some.
+            (
+                vec![
+                    claim(101, "6-11,18-23", true),
+                    claim(102, "1-3,13-15", true),
+                ],
+                6,
+                "2-5,14-17",
+            ),
         ] {
             let question = Question {
                 topology: &topology,
@@ -790,6 +799,63 @@ mod tests {
             let text = text.join(" ");
             assert!(text.contains(&format!("; {way}")), "{vcpus} vCPUs: {text}");
         }
+    }
+
+    #[test]
+    fn as_many_vcpus_as_can_be_are_near_their_memory() {
+        let topology = topology("two-sockets");
+        let areas = Areas::new(&topology);
+        for (vcpus, node, isolated, far) in [
+            (6, 0, "2,4,6,10,12,14", "-"),
+            // More than the node has: not all of it on the other one.
+            (8, 0, "1-7,9-15", "4-7"),
+            (10, 1, "1-7,9-15", "7-9"),
+        ] {
+            let guest = Guest {
+                cells: vec![Cell {
+                    vcpus: CpuSet::range(0, vcpus - 1),
+                    nodes: [node].into_iter().collect(),
+                }],
+                ..guest(vcpus, 1)
+            };
+            let question = Question {
+                topology: &topology,
+                areas: &areas,
+                guest: &guest,
+                claimed: &Claimed::default(),
+                within: None,
+            };
+            let choice = choose(&question, &[]).unwrap();
+            assert_eq!(
+                choice.isolated.to_string(),
+                isolated,
+                "{vcpus} vCPUs, node {node}"
+            );
+            let found = match choice.facts.far_vcpus.is_empty() {
+                true => "-".to_owned(),
+                false => choice.facts.far_vcpus.to_string(),
+            };
+            assert_eq!(found, far, "{vcpus} vCPUs, node {node}");
+        }
+    }
+
+    #[test]
+    fn guest_cores_get_whole_cores_if_there_are_any() {
+        // The second threads of llc:1 are offline.
+        let text = machine::text("5900x").replace("present 0-23", "present 0-23\noffline 18-23");
+        let dir = tempfile::tempdir().unwrap();
+        machine::expand(&text, dir.path());
+        let topology = Topology::read(&Host::new(dir.path())).unwrap();
+        let question = Question {
+            topology: &topology,
+            areas: &Areas::new(&topology),
+            guest: &guest(2, 2),
+            claimed: &Claimed::default(),
+            within: None,
+        };
+        let choice = choose(&question, &[]).unwrap();
+        assert_eq!(choice.isolated.to_string(), "5,17");
+        assert_eq!(choice.facts.split, 0);
     }
 
     #[test]
