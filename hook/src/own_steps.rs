@@ -9,7 +9,7 @@ use crate::state::reservation::Reservation;
 use pinfold_core::knob::Value;
 use pinfold_core::state::Store;
 use pinfold_core::sys::pci::PciAddress;
-use pinfold_core::vm::{HugePages, VmConf, VmId};
+use pinfold_core::vm::{HugePages, LARGE, VmConf, VmId};
 use pinfold_core::{CpuSet, Error, Host, Knob, Report, Result, Setting, vm};
 
 /// The name under which hook reports and saves values.
@@ -20,20 +20,68 @@ const HUGE_ORDER: usize = 9;
 /// A page, in KiB.
 const PAGE: u64 = 4;
 
-/// The nodes without enough free huge pages, and without enough free memory in blocks that pages can
-/// be made of.
-fn short_of(root: &Host, wanted: &[HugePages]) -> CpuSet {
-    let buddies = root.read("proc/buddyinfo").unwrap_or_default();
-    let mut missing: BTreeMap<usize, u64> = BTreeMap::new();
-    for pages in wanted {
-        let free = root.read_value(format!("{}/free_hugepages", pages.folder()));
-        let free = free.ok().flatten().and_then(|free| free.parse().ok());
-        let free = pages.kib.saturating_mul(free.unwrap_or(0));
-        let all = missing.entry(pages.node).or_default();
-        *all = all.saturating_add(pages.memory().saturating_sub(free));
+/// What a NUMA node has for the huge pages that a VM asks for.
+#[derive(Debug, PartialEq, Eq)]
+struct NodePages {
+    node: usize,
+    /// The pages asked for, and how many of that size are free.
+    wanted: Vec<(HugePages, u64)>,
+    /// Free memory in blocks that pages of 2 MiB can be made of, in KiB.
+    blocks: u64,
+}
+
+impl NodePages {
+    /// What the nodes have now.
+    fn look(root: &Host, wanted: &[HugePages]) -> Vec<Self> {
+        let buddies = root.read("proc/buddyinfo").unwrap_or_default();
+        let mut nodes: BTreeMap<usize, Vec<(HugePages, u64)>> = BTreeMap::new();
+        for pages in wanted {
+            let free = root.read_value(format!("{}/free_hugepages", pages.folder()));
+            let free = free.ok().flatten().and_then(|free| free.parse().ok());
+            let of_node = nodes.entry(pages.node).or_default();
+            of_node.push((*pages, free.unwrap_or(0)));
+        }
+        let of_node = |(node, wanted)| Self {
+            node,
+            wanted,
+            blocks: free_blocks(&buddies, node),
+        };
+        nodes.into_iter().map(of_node).collect()
     }
-    missing.retain(|node, kib| *kib > free_blocks(&buddies, *node));
-    missing.into_keys().collect()
+
+    /// The memory of the pages that are not free, in KiB. Proxmox VE makes them.
+    fn missing(&self) -> u64 {
+        let missing =
+            |(pages, free): &(HugePages, u64)| pages.kib * pages.pages.saturating_sub(*free);
+        (self.wanted.iter().map(missing)).fold(0, u64::saturating_add)
+    }
+
+    /// Whether the missing pages cannot be made of what is free.
+    fn is_short(&self) -> bool {
+        self.missing() > self.blocks
+    }
+
+    /// What is wanted and what is free, and what compaction has made of that.
+    fn describe(&self, blocks_before: u64) -> String {
+        let wanted: Vec<String> = (self.wanted.iter())
+            .map(|(pages, free)| {
+                let size = if pages.kib == LARGE { "1G" } else { "2M" };
+                format!("{} huge pages of {size} wanted, {free} free", pages.pages)
+            })
+            .collect();
+        let mut text = format!("node {}: {}", self.node, wanted.join(", "));
+        if self.missing() > 0 {
+            text += &format!(
+                "; Proxmox VE has to make the rest ({} MiB); in free blocks of 2 MiB: {} MiB",
+                self.missing() >> 10,
+                blocks_before >> 10,
+            );
+        }
+        if self.blocks != blocks_before {
+            text += &format!(", {} MiB after compaction", self.blocks >> 10);
+        }
+        text
+    }
 }
 
 /// Free memory of a node in blocks of at least 2 MiB, in KiB; from /proc/buddyinfo, see
@@ -57,14 +105,41 @@ fn free_blocks(buddies: &str, node: usize) -> u64 {
 }
 
 /// Before the start of a VM: makes huge pages possible on its nodes, if they are not yet, by
-/// compaction; only if that is not enough, caches are dropped too. With `always` all memory is
-/// compacted and caches are dropped. A child does it, since the kernel may take long; a failure is
-/// reported and does not stop the start.
+/// compaction; only if that is not enough, caches are dropped too. With `Some(true)` all memory is
+/// compacted and caches are dropped, with `Some(false)` nothing is done. Reports a line per node of
+/// what is wanted, free and won; a shortage is a note, since Proxmox VE makes the pages.
 pub(crate) fn tidy_caches(
     root: &Host,
     report: &mut Report,
     huge: &[HugePages],
-    always: bool,
+    tidy: Option<bool>,
+    deadline: Duration,
+) {
+    let before = NodePages::look(root, huge);
+    compact(root, report, huge, tidy, deadline);
+    for (earlier, node) in before.iter().zip(NodePages::look(root, huge)) {
+        let text = node.describe(earlier.blocks);
+        if node.is_short() {
+            report.note(&format!(
+                "{text}: the start may fail for lack of huge pages; {RESERVE}"
+            ));
+        } else {
+            report.line(&text);
+        }
+    }
+}
+
+/// What to do about too few huge pages.
+pub(crate) const RESERVE: &str =
+    "reserve them at boot, as with hugepagesz=1G hugepages=N, while memory is not fragmented";
+
+/// Compacts memory, as far as the VM needs it or `tidy` asks for. A child does it, since the kernel
+/// may take long; a failure is reported and does not stop the start.
+fn compact(
+    root: &Host,
+    report: &mut Report,
+    huge: &[HugePages],
+    tidy: Option<bool>,
     deadline: Duration,
 ) {
     let until = Instant::now() + deadline;
@@ -76,15 +151,23 @@ pub(crate) fn tidy_caches(
         let left = until.saturating_duration_since(Instant::now());
         Ok(exec::run_apart(&program, &words, left)?)
     };
-    let nodes = short_of(root, huge);
-    if !always && nodes.is_empty() {
+    let short_nodes = || -> CpuSet {
+        let nodes = NodePages::look(root, huge).into_iter();
+        nodes
+            .filter(NodePages::is_short)
+            .map(|it| it.node)
+            .collect()
+    };
+    let always = tidy == Some(true);
+    let nodes = short_nodes();
+    if tidy == Some(false) || (!always && nodes.is_empty()) {
         return;
     }
     report.step("caches");
     let mut done = Ok(());
     if !always {
         done = run(&["--nodes", &nodes.to_string()]);
-        if done.is_ok() && short_of(root, huge).is_empty() {
+        if done.is_ok() && short_nodes().is_empty() {
             report.summary(&format!("caches: memory of node {nodes} compacted"));
             return;
         }
@@ -355,22 +438,59 @@ mod tests {
         let root = Host::new(dir.path());
         let conf = VmConf::parse("hugepages: 2\nnuma: 1\nmemory: 16");
         let huge = vm::huge_pages(&root, &conf);
-        let short = || short_of(&root, &huge).to_string();
-        assert_eq!(short(), "0");
+        let is_short = || NodePages::look(&root, &huge)[0].is_short();
+        assert!(is_short());
         let pages = dir
             .path()
             .join("sys/devices/system/node/node0/hugepages/hugepages-2048kB");
         std::fs::create_dir_all(&pages).unwrap();
         std::fs::write(pages.join("free_hugepages"), "7\n").unwrap();
-        assert_eq!(short(), "0");
+        assert!(is_short());
         std::fs::create_dir_all(dir.path().join("proc")).unwrap();
         let line = "Node 0, zone Normal 0 0 0 0 0 0 0 0 0 1 0\n";
         std::fs::write(dir.path().join("proc/buddyinfo"), line).unwrap();
-        assert_eq!(short(), "");
+        assert!(!is_short());
         let mut report = Report::new("hook", pinfold_core::Verbosity::Quiet, false);
         // This program would run itself.
-        tidy_caches(&root, &mut report, &huge, false, Duration::ZERO);
-        tidy_caches(&root, &mut report, &[], false, Duration::ZERO);
+        tidy_caches(&root, &mut report, &huge, None, Duration::ZERO);
+        tidy_caches(&root, &mut report, &[], None, Duration::ZERO);
         assert!(report.steps().is_empty() && report.notes().is_empty());
+        std::fs::write(dir.path().join("proc/buddyinfo"), "").unwrap();
+        tidy_caches(&root, &mut report, &huge, Some(false), Duration::ZERO);
+        assert!(report.steps().is_empty());
+        assert_eq!(
+            report.notes(),
+            [
+                "node 0: 8 huge pages of 2M wanted, 7 free; Proxmox VE has to make the rest (2 MiB); in free blocks \
+                 of 2 MiB: 0 MiB: the start may fail for lack of huge pages; reserve them at boot, as with \
+                 hugepagesz=1G hugepages=N, while memory is not fragmented"
+            ]
+        );
+    }
+
+    #[test]
+    fn what_a_node_has_and_what_compaction_won() {
+        let page = |kib, pages| HugePages {
+            node: 1,
+            kib,
+            pages,
+        };
+        let mut node = NodePages {
+            node: 1,
+            wanted: vec![(page(2048, 500), 500), (page(LARGE, 4), 4)],
+            blocks: 0,
+        };
+        assert_eq!(
+            node.describe(0),
+            "node 1: 500 huge pages of 2M wanted, 500 free, 4 huge pages of 1G wanted, 4 free"
+        );
+        node.wanted = vec![(page(LARGE, 4), 1)];
+        node.blocks = 7 << 20;
+        assert!(!node.is_short());
+        assert_eq!(
+            node.describe(2 << 20),
+            "node 1: 4 huge pages of 1G wanted, 1 free; Proxmox VE has to make the rest (3072 MiB); in free blocks \
+             of 2 MiB: 2048 MiB, 7168 MiB after compaction"
+        );
     }
 }

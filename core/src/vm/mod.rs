@@ -19,7 +19,7 @@ pub use proxmox::conf::{
 };
 pub use proxmox::container::{Container, pinned_containers, running_containers};
 pub use proxmox::cpu_models::cpu_model_flags;
-pub use proxmox::huge_pages::{HugePages, LARGE, SMALL, huge_pages};
+pub use proxmox::huge_pages::{HugePages, LARGE, SMALL, huge_pages, refused_huge_pages};
 pub use proxmox::mapping::{parse_pci_mapping, pci_mapping};
 pub use proxmox::outline::outline;
 pub use proxmox::paths::{NODE_FOLDER, SHARED_FOLDER, SLICE, conf_file, node_folder, scope_unit};

@@ -7,6 +7,7 @@ use pinfold_core::vm::{self, HugePages, VmConf, VmId};
 use pinfold_core::{CpuSet, Host, Result};
 
 use super::finding::Finding;
+use crate::own_steps::RESERVE;
 
 const CHECK: &str = "hugepages";
 
@@ -95,11 +96,7 @@ pub(super) fn hugepages(
     if short.is_empty() {
         return Ok(Finding::ok(CHECK, enough.join(", ")));
     }
-    Ok(Finding::warn(
-        CHECK,
-        short.join("; "),
-        "reserve them at boot, as with hugepagesz=1G hugepages=N, while memory is not fragmented",
-    ))
+    Ok(Finding::warn(CHECK, short.join("; "), RESERVE))
 }
 
 /// That no huge pages are on the nodes of the isolated CPUs, and some on others

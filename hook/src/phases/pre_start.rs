@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::ensure;
+use anyhow::{bail, ensure};
 use nix::unistd::Pid;
 use pinfold_core::Exit;
 use pinfold_core::knob::PRESENT;
@@ -44,6 +44,10 @@ impl Run<'_> {
                 "VM {vmid} runs and has CPU {isolated} already; nothing to do"
             ));
             return Ok(self.report.finish());
+        }
+        // Proxmox VE would refuse only after this phase, when the idle VM has been stopped for nothing.
+        if let Some(why) = vm::refused_huge_pages(&self.root, &conf) {
+            bail!("VM {vmid}: {why}");
         }
         let deadlines = settings::deadlines(&self.root, vmid);
         self.use_deadlines(&deadlines);
@@ -188,12 +192,15 @@ impl Run<'_> {
             self.report.note(&format!("{error:#}"));
         }
         self.reset_devices(vmid, conf, settings, true)?;
-        if settings.tidy_caches != Some(false) {
-            let always = settings.tidy_caches == Some(true);
-            let deadline = Duration::from_secs(settings.deadlines.caches);
-            let huge = vm::huge_pages(&self.root, conf);
-            own_steps::tidy_caches(&self.root, self.report, &huge, always, deadline);
-        }
+        let deadline = Duration::from_secs(settings.deadlines.caches);
+        let huge = vm::huge_pages(&self.root, conf);
+        own_steps::tidy_caches(
+            &self.root,
+            self.report,
+            &huge,
+            settings.tidy_caches,
+            deadline,
+        );
         Ok(())
     }
 

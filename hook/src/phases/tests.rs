@@ -606,3 +606,26 @@ fn the_last_phase_reports_how_long_the_vcpus_waited() {
     assert_eq!(end(&host, &journal, &whole[1..]), [""; 0]);
     assert!(crate::state::counters::all(&host.root).unwrap()[&100].reported);
 }
+
+#[test]
+fn huge_pages_that_proxmox_ve_has_to_make_stop_no_start() {
+    let (host, _journal) = host(HALF);
+    let reported = |conf: &str| {
+        host.conf(100, &format!("cores: 6\nmemory: 2048\n{conf}"));
+        let (ended, notes) = phase(&host, 100, "pre-start");
+        let is_reserved = reservation(&host, 100).is_some();
+        let _ = fs::remove_file(host.root.path("run/pinfold/state.json"));
+        (ended, notes.join("\n"), is_reserved)
+    };
+    let (ended, _, is_reserved) = reported("hugepages: 2\n");
+    let why = "VM 100: Proxmox VE refuses to start: hugepages needs `numa: 1`";
+    assert_eq!((ended, is_reserved), (Err(why.into()), false));
+    host.file("sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", "0");
+    let (ended, notes, is_reserved) = reported("hugepages: 2\nnuma: 1\n");
+    assert_eq!((ended, is_reserved), (Ok(Exit::Success), true));
+    assert!(
+        notes.contains("node 0: 1024 huge pages of 2M wanted, 0 free")
+            && notes.contains("the start may fail for lack of huge pages"),
+        "{notes}"
+    );
+}

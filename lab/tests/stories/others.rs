@@ -11,6 +11,7 @@ use crate::support::{
 
 stories![only trixie:
     a_start_that_fails,
+    huge_pages,
     the_scope_is_stopped,
     a_guest_reboots_and_a_vcpu_is_plugged_in,
     recover_comes_by_itself,
@@ -98,6 +99,42 @@ fn a_start_that_fails(host: &mut Host) {
         "hook: VM 100 was not started; releasing its CPUs\n"
     );
     expect(host, "test ! -e /run/pinfold/state.json", 0);
+    host.ok(&format!("rm {}", spec.conf_path())).unwrap();
+    assert_restored(host, &before);
+}
+
+/// pre-start reports the nodes' huge pages and compacts memory; only Proxmox VE's own rules refuse.
+fn huge_pages(host: &mut Host) {
+    let before = ready(host);
+    let spec = VmSpec::new(100);
+    let conf = |more: &str| {
+        let kept: Vec<String> = (spec.conf().lines())
+            .filter(|line| !line.starts_with("memory:"))
+            .map(|line| format!("{line}\n"))
+            .collect();
+        let text = format!("{}{more}", kept.concat());
+        host.put(&spec.conf_path(), text.as_bytes(), 0o640).unwrap();
+    };
+    // Without post-start the reservation goes with the shell that is its starter.
+    let start = "sh -c 'hook 100 pre-start; exit $?' 2>&1";
+    conf("memory: 64\nnuma: 1\nhugepages: 2\n");
+    let (log, _) = expect(host, start, 0);
+    let wanted =
+        "node 0: 32 huge pages of 2M wanted, 0 free; Proxmox VE has to make the rest (64 MiB)";
+    assert!(log.contains(wanted), "{log}");
+    // More than the host has: memory is compacted, caches are dropped, and the start goes on.
+    conf("memory: 1048576\nnuma: 1\nhugepages: 2\n");
+    let (log, _) = expect(host, start, 0);
+    assert!(
+        log.contains("caches: dropped, memory compacted")
+            && log.contains("hook: node 0: 524288 huge pages of 2M wanted, 0 free")
+            && log.contains("the start may fail for lack of huge pages"),
+        "{log}"
+    );
+    conf("memory: 64\nhugepages: 2\n");
+    let (log, _) = expect(host, start, 1);
+    assert!(log.contains("hugepages needs `numa: 1`"), "{log}");
+    expect(host, "hook recover", 0);
     host.ok(&format!("rm {}", spec.conf_path())).unwrap();
     assert_restored(host, &before);
 }
