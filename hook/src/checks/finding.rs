@@ -18,7 +18,7 @@ pub(crate) enum Level {
 }
 
 /// The keys of all findings, by which settings mute warnings (`ignore`). They are permanent.
-pub(crate) const KEYS: [&str; 37] = [
+pub(crate) const KEYS: [&str; 39] = [
     "affinity",
     "chain",
     "command-line",
@@ -30,6 +30,8 @@ pub(crate) const KEYS: [&str; 37] = [
     "helpers",
     "hookscript",
     "host",
+    "housekeeping_energy_preference",
+    "housekeeping_governor",
     "hugepages",
     "idle_vm",
     "iothreads",

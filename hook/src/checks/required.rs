@@ -89,11 +89,37 @@ pub(crate) fn findings(
     }
     let vcpus = conf.vcpus() as usize;
     findings.push(pins(settings, vcpus, vcpus.checked_sub(1)));
-    if let Some(governor) = &settings.governor {
-        findings.push(check_governor(around, isolated, governor)?);
-    }
-    if let Some(preference) = &settings.energy_preference {
-        findings.push(check_preference(around, settings, preference)?);
+    let rest = left_to_the_host(root, isolated)?;
+    let tuned = [
+        (
+            "governor",
+            "energy_preference",
+            isolated,
+            &settings.governor,
+            &settings.energy_preference,
+        ),
+        (
+            "housekeeping_governor",
+            "housekeeping_energy_preference",
+            &rest,
+            &settings.housekeeping_governor,
+            &settings.housekeeping_energy_preference,
+        ),
+    ];
+    for (governor_key, preference_key, cpus, governor, preference) in tuned {
+        if let Some(governor) = governor {
+            findings.push(check_governor(around, governor_key, cpus, governor)?);
+        }
+        if let Some(preference) = preference {
+            let governor = (governor_key, governor.as_deref());
+            findings.push(check_preference(
+                around,
+                preference_key,
+                cpus,
+                governor,
+                preference,
+            )?);
+        }
     }
     if settings.max_latency_us.is_some() {
         findings.push(check_latency(root, isolated));
@@ -390,21 +416,21 @@ fn check_hotplug(root: &Host, isolated: &CpuSet) -> Result<()> {
 
 fn check_governor(
     around: &SharedReadings<'_>,
-    isolated: &CpuSet,
+    key: &'static str,
+    cpus: &CpuSet,
     governor: &str,
 ) -> Result<Finding> {
-    const CHECK: &str = "governor";
-    let failed = |error: Error| Ok(Finding::error(CHECK, error.to_string(), ""));
+    let failed = |error: Error| Ok(Finding::error(key, error.to_string(), ""));
     let policies = match around.policies() {
         Ok(policies) => policies,
         Err(error) => return failed(error),
     };
     // A host without cpufreq (a VM, or a BIOS that sets the clock) is not a reason to stop a start.
-    match governor::not_offered(around.root, policies, governor, isolated) {
+    match governor::not_offered(around.root, policies, governor, cpus) {
         Ok(None) => {}
         Ok(Some(lacking)) => {
             return Ok(Finding::error(
-                CHECK,
+                key,
                 format!("no {governor:?} for CPU {}", lacking.policy.cpus),
                 format!("available: {}", lacking.available.join(", ")),
             ));
@@ -412,7 +438,7 @@ fn check_governor(
         Err(error) => return failed(error),
     }
     Ok(Finding::ok(
-        CHECK,
+        key,
         if policies.is_empty() {
             "this host has no cpufreq governors"
         } else {
@@ -421,45 +447,46 @@ fn check_governor(
     ))
 }
 
-/// Whether the isolated CPUs can have this energy preference. Where they have none at all, or the
+/// Whether these CPUs can have this energy preference, with that governor of that key. Where they have none at all, or the
 /// governor decides, the VM can start all the same.
 fn check_preference(
     around: &SharedReadings<'_>,
-    settings: &Settings,
+    key: &'static str,
+    cpus: &CpuSet,
+    (governor_key, governor): (&str, Option<&str>),
     preference: &str,
 ) -> Result<Finding> {
-    const CHECK: &str = "energy_preference";
     let policies = match around.policies() {
         Ok(policies) => policies.iter(),
-        Err(error) => return Ok(Finding::error(CHECK, error.to_string(), "")),
+        Err(error) => return Ok(Finding::error(key, error.to_string(), "")),
     };
-    let mut policies = policies.filter(|policy| policy.cpus.intersects(&settings.isolated));
+    let mut policies = policies.filter(|policy| policy.cpus.intersects(cpus));
     let Some(policy) = policies.next() else {
         let what = "this host has no cpufreq driver that has one";
-        return Ok(Finding::warn(CHECK, what, "leave energy_preference out"));
+        return Ok(Finding::warn(key, what, format!("leave {key} out")));
     };
     let available = policy.available_preferences(around.root)?;
     if available.is_empty() {
         let what = "the cpufreq driver of these CPUs has none";
-        return Ok(Finding::warn(CHECK, what, "leave energy_preference out"));
+        return Ok(Finding::warn(key, what, format!("leave {key} out")));
     }
     // Drivers take numbers as well (admin-guide/pm/intel_pstate.rst).
     let is_number = preference.parse::<u8>().is_ok();
     if !is_number && !available.iter().any(|name| name == preference) {
         return Ok(Finding::error(
-            CHECK,
-            format!("no {preference:?} for CPU {}", settings.isolated),
+            key,
+            format!("no {preference:?} for CPU {cpus}"),
             format!("available: {}", available.join(", ")),
         ));
     }
-    if settings.governor.as_deref() == Some("performance") && preference != "performance" {
+    if governor == Some("performance") && preference != "performance" {
         return Ok(Finding::warn(
-            CHECK,
+            key,
             "with the governor performance the kernel allows no other than performance",
-            "governor = \"powersave\", or leave energy_preference out",
+            format!("{governor_key} = \"powersave\", or leave {key} out"),
         ));
     }
-    Ok(Finding::ok(CHECK, preference))
+    Ok(Finding::ok(key, preference))
 }
 
 /// Whether the isolated CPUs have a wake-up latency. Without one the VM can start all the same.

@@ -717,6 +717,16 @@ fn other_keys() -> String {
             "the longest that the VM's CPUs may take to wake up, in microseconds; default: any",
         ),
         key(
+            "housekeeping_governor",
+            json!("powersave"),
+            "the governor of the other CPUs while the VM runs; default: unchanged",
+        ),
+        key(
+            "housekeeping_energy_preference",
+            json!("power"),
+            "their energy_performance_preference; default: unchanged",
+        ),
+        key(
             "stat_interval",
             json!(default::STAT_INTERVAL),
             "vm.stat_interval in seconds",
@@ -1157,6 +1167,13 @@ mod tests {
         assert_eq!(
             (all_set.max_latency_us.take(), as_written.max_latency_us),
             (Some(20), None)
+        );
+        assert_eq!(
+            (
+                all_set.housekeeping_governor.take().as_deref(),
+                all_set.housekeeping_energy_preference.take().as_deref()
+            ),
+            (Some("powersave"), Some("power"))
         );
         assert_eq!(all_set, as_written);
         for key in settings::known_keys() {

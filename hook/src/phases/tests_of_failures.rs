@@ -337,3 +337,68 @@ fn the_energy_preference_comes_back() {
         );
     }
 }
+
+/// Each CPU's governor and energy preference.
+fn tuned(host: &MadeUpHost) -> [String; 3] {
+    [5, 6, 18].map(|cpu| {
+        let read = |file: String| host.root.read_value(file).unwrap().unwrap();
+        format!(
+            "{} {}",
+            read(policy(cpu, "scaling_governor")),
+            read(preference(cpu))
+        )
+    })
+}
+
+#[test]
+fn housekeeping_cpus_are_tuned_while_a_vm_asks_for_it() {
+    let host = host(&[6, 18]);
+    with_preferences(&host);
+    for cpu in [5, 6, 18] {
+        host.file(&policy(cpu, "scaling_governor"), "schedutil");
+        let all = "performance powersave schedutil";
+        host.file(&policy(cpu, "scaling_available_governors"), all);
+    }
+    let before = ["schedutil balance_power"; 3];
+    let settings = |keys: &str| host.settings(100, &format!("{keys}\n{SETTINGS}"));
+    settings("housekeeping_governor = \"powersave\"\nhousekeeping_energy_preference = \"power\"");
+    let (exit, notes) = phase(&host, "post-start");
+    assert_eq!(exit.unwrap(), Exit::Partial, "{notes:#?}");
+    assert_eq!(tuned(&host), ["powersave power", before[1], before[2]]);
+    phase(&host, "post-stop").0.unwrap();
+    assert_eq!(tuned(&host), before);
+    // Of two VMs that ask, the one with the lower number gets what it asks for.
+    host.vm(101, &[7, 19]);
+    let other = "isolated = \"7,19\"\npins = \"7,19\"\nhousekeeping_governor = \"performance\"\n";
+    host.reserve(101, Phase::Isolated, other);
+    phase(&host, "post-start").0.unwrap();
+    assert_eq!(tuned(&host), ["powersave power", before[1], before[2]]);
+    phase(&host, "post-stop").0.unwrap();
+    // CPU 6 and 18 are housekeeping CPUs again.
+    let governors = tuned(&host).map(|text| text.split(' ').next().unwrap().to_owned());
+    assert_eq!(governors, ["performance"; 3]);
+    std::fs::remove_file(host.root.path("run/qemu-server/101.pid")).unwrap();
+    std::fs::remove_dir_all(host.root.path("proc/101")).unwrap();
+    phase(&host, "post-stop").0.unwrap();
+    assert_eq!(tuned(&host), before);
+    // One of the two alone; what the governor does to the preference is undone too.
+    settings("housekeeping_governor = \"performance\"");
+    phase(&host, "post-start").0.unwrap();
+    host.file(&preference(5), "performance");
+    phase(&host, "post-stop").0.unwrap();
+    assert_eq!(tuned(&host), before);
+    for (keys, why) in [
+        (
+            "housekeeping_governor = \"fast\"",
+            "housekeeping_governor: no \"fast\"",
+        ),
+        (
+            "housekeeping_energy_preference = \"fast\"",
+            "housekeeping_energy_preference: no \"fast\"",
+        ),
+    ] {
+        settings(keys);
+        let error = phase(&host, "pre-start").0.unwrap_err().to_string();
+        assert!(error.contains(why), "{error}");
+    }
+}

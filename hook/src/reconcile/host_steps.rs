@@ -9,12 +9,20 @@ use pinfold_core::{CpuSet, Knob, Outcome, Result, Setting};
 
 use super::run::{Readings, Reconcile, TUNING};
 use crate::own_steps;
+use crate::settings::Settings;
 use crate::state::reservation::Reservation;
 
 /// The same in a task log.
 const TUNING_LABEL: &str = "tuning";
 /// What it sets.
 const TUNED: &str = "governor, stat_interval";
+
+/// What VMs ask of a cpufreq policy.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Asked {
+    governor: Option<String>,
+    preference: Option<String>,
+}
 
 impl Reconcile<'_> {
     /// Step 3, and again at the end.
@@ -96,17 +104,11 @@ impl Reconcile<'_> {
     }
 
     /// After the governors, which change them: the energy preferences of the baseline become what the
-    /// VM's settings have, else go back to what they were, except where a VM has a governor of its own,
-    /// which brings its preference with it. What the kernel has made of these is noted as ours.
+    /// VMs ask for, else go back to what they were, except where a VM asks for a governor, which
+    /// brings its preference with it. What the kernel has made of these is noted as ours.
     fn set_preferences(&mut self) -> Result<usize> {
-        let fenced: Vec<Reservation> = self.fenced().map(|(_, vm)| vm.clone()).collect();
-        let vms_of = |policy: &Policy| {
-            let cpus = policy.cpus.clone();
-            let mut vms = fenced.iter().map(|vm| &vm.settings);
-            vms.find(|settings| settings.isolated.intersects(&cpus))
-        };
-        let is_governed =
-            |policy: &Policy| vms_of(policy).is_some_and(|settings| settings.governor.is_some());
+        let asked = self.asked();
+        let is_governed = |policy: &Policy| asked(policy).governor.is_some();
         for object in self.preferences(is_governed)? {
             self.store.baseline.learn(&object);
         }
@@ -116,7 +118,7 @@ impl Reconcile<'_> {
             if !self.store.baseline.has(&knob) {
                 continue;
             }
-            let preference = vms_of(&policy).and_then(|vm| vm.energy_preference.clone());
+            let preference = asked(&policy).preference;
             if preference.is_none() && is_governed(&policy) {
                 continue;
             }
@@ -131,10 +133,7 @@ impl Reconcile<'_> {
     }
 
     /// The energy preferences of the policies that `is_chosen` selects, as far as they are known.
-    pub(super) fn preferences(
-        &mut self,
-        is_chosen: impl Fn(&Policy) -> bool,
-    ) -> Result<Vec<Setting>> {
+    fn preferences(&mut self, is_chosen: impl Fn(&Policy) -> bool) -> Result<Vec<Setting>> {
         Ok(governor::preferences(&self.policies()?, is_chosen))
     }
 
@@ -167,28 +166,40 @@ impl Reconcile<'_> {
         self.sum_up(TUNED, changed);
     }
 
-    /// The governor that a policy's VM asks for, and the longest interval of all VMs.
+    /// What VMs ask of a policy. One with CPUs of a VM is that VM's; the others get what is asked of
+    /// housekeeping CPUs by the VM with the lowest number that asks.
+    fn asked(&self) -> impl Fn(&Policy) -> Asked + use<> {
+        let fenced: Vec<Settings> = self.fenced().map(|(_, vm)| vm.settings.clone()).collect();
+        move |policy| {
+            let is_owner = |vm: &&Settings| vm.isolated.intersects(&policy.cpus);
+            let owners: Vec<&Settings> = fenced.iter().filter(is_owner).collect();
+            if owners.is_empty() {
+                let all = || fenced.iter();
+                return Asked {
+                    governor: all().find_map(|vm| vm.housekeeping_governor.clone()),
+                    preference: all().find_map(|vm| vm.housekeeping_energy_preference.clone()),
+                };
+            }
+            Asked {
+                governor: owners.iter().find_map(|vm| vm.governor.clone()),
+                preference: owners.iter().find_map(|vm| vm.energy_preference.clone()),
+            }
+        }
+    }
+
+    /// The governor that is asked of a policy, and the longest interval of all VMs.
     fn tuning_wanted(&mut self) -> Result<impl Fn(&Knob, &Value) -> Value + use<>> {
         let fenced: Vec<Reservation> = self
             .fenced()
             .map(|(_, reservation)| reservation.clone())
             .collect();
-        let cpus_of: BTreeMap<String, CpuSet> = self
-            .policies()?
-            .iter()
-            .map(|policy| (policy.name.clone(), policy.cpus.clone()))
+        let asked = self.asked();
+        let governors: BTreeMap<String, Option<String>> = (self.policies()?.iter())
+            .map(|policy| (policy.name.clone(), asked(policy).governor))
             .collect();
         Ok(move |knob: &Knob, before: &Value| {
             let wanted = match knob {
-                Knob::Governor(name) => fenced
-                    .iter()
-                    .filter(|vm| {
-                        cpus_of
-                            .get(name)
-                            .is_some_and(|cpus| cpus.intersects(&vm.settings.isolated))
-                    })
-                    .find_map(|vm| vm.settings.governor.clone())
-                    .map(Value::Text),
+                Knob::Governor(name) => governors.get(name).cloned().flatten().map(Value::Text),
                 Knob::WakeupLatency(cpu) => fenced
                     .iter()
                     .filter(|vm| vm.settings.isolated.contains(*cpu))
@@ -204,12 +215,26 @@ impl Reconcile<'_> {
         })
     }
 
-    pub(super) fn tuning_objects(&mut self, isolated: &CpuSet) -> Result<Vec<Setting>> {
+    /// What is remembered before the first change: what [`tuning`](Self::tuning) sets, and what the
+    /// kernel changes with it.
+    pub(super) fn tuning_to_remember(&mut self, isolated: &CpuSet) -> Result<Vec<Setting>> {
+        let mut all = self.tuning_objects(isolated)?;
+        let asked = self.asked();
+        all.extend(self.preferences(|policy| {
+            policy.cpus.intersects(isolated) || asked(policy) != Asked::default()
+        })?);
+        Ok(all)
+    }
+
+    fn tuning_objects(&mut self, isolated: &CpuSet) -> Result<Vec<Setting>> {
         let policies = self.policies()?;
+        let asked = self.asked();
         let baseline = &self.store.baseline;
         let governed = |name: &str| baseline.has(&Knob::Governor(name.to_owned()));
         let mut objects = governor::settings(&policies, |policy| {
-            policy.cpus.intersects(isolated) || governed(&policy.name)
+            policy.cpus.intersects(isolated)
+                || asked(policy).governor.is_some()
+                || governed(&policy.name)
         });
         objects.extend(own_steps::stat_interval(self.root)?);
         objects.extend(governor::latencies(self.root, &self.limited())?);

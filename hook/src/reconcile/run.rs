@@ -300,11 +300,7 @@ impl<'a> Reconcile<'a> {
             Ok(all)
         }));
         objects.extend(self.readable("kthreads", Self::kthread_objects));
-        objects.extend(self.readable(TUNING, |this| {
-            let mut all = this.tuning_objects(isolated)?;
-            all.extend(this.preferences(|policy| policy.cpus.intersects(isolated))?);
-            Ok(all)
-        }));
+        objects.extend(self.readable(TUNING, |this| this.tuning_to_remember(isolated)));
         if let Some(guest) = guest {
             objects.extend(self.vm_threads(guest.vmid, &guest.qemu)?);
         }

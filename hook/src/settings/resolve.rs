@@ -102,6 +102,8 @@ pub(crate) fn load_on(
             iothreads: None,
             energy_preference: None,
             max_latency_us: None,
+            housekeeping_governor: None,
+            housekeeping_energy_preference: None,
             stat_interval: None,
             ..file
         };
@@ -345,6 +347,8 @@ fn resolve_file(
             .filter(|name| name != KEEP),
         energy_preference: file.energy_preference,
         max_latency_us: file.max_latency_us,
+        housekeeping_governor: file.housekeeping_governor.filter(|name| name != KEEP),
+        housekeeping_energy_preference: file.housekeeping_energy_preference,
         stat_interval: Some(file.stat_interval.unwrap_or(default::STAT_INTERVAL)),
         idle_vm: file.idle_vm,
         reset_pci: file.reset_pci.unwrap_or(ResetPci::OfVm(default::RESET_PCI)),
@@ -983,6 +987,14 @@ mod tests {
                 default.energy_preference.is_none(),
             ),
             ("max_latency_us = 20", default.max_latency_us.is_none()),
+            (
+                "housekeeping_governor = \"powersave\"",
+                default.housekeeping_governor.is_none(),
+            ),
+            (
+                "housekeeping_energy_preference = \"power\"",
+                default.housekeeping_energy_preference.is_none(),
+            ),
         ] {
             let line = all.lines().find(|line| line.starts_with(key)).unwrap();
             assert!(is_default && line.contains("default: "), "{line}");

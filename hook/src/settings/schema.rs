@@ -107,6 +107,8 @@ pub(super) struct File {
     pub(super) governor: Option<String>,
     pub(super) energy_preference: Option<String>,
     pub(super) max_latency_us: Option<u32>,
+    pub(super) housekeeping_governor: Option<String>,
+    pub(super) housekeeping_energy_preference: Option<String>,
     pub(super) stat_interval: Option<u32>,
     pub(super) idle_vm: Option<u32>,
     pub(super) reset_pci: Option<ResetPci>,
@@ -382,6 +384,12 @@ pub(crate) struct Settings {
     /// The longest that the isolated CPUs may take to wake up, in microseconds; unchanged if none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_latency_us: Option<u32>,
+    /// The governor of the housekeeping CPUs while the VM runs; unchanged if none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub housekeeping_governor: Option<String>,
+    /// The energy_performance_preference of the housekeeping CPUs while the VM runs; unchanged if none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub housekeeping_energy_preference: Option<String>,
     /// vm.stat_interval in seconds; unchanged if none.
     pub stat_interval: Option<u32>,
     /// The VM that runs while this one does not.
