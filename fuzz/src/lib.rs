@@ -327,6 +327,7 @@ fn check_knob(knob: &Knob) {
         | Knob::Thread(_)
         | Knob::CpuOnline(_)
         | Knob::WakeupLatency(_)
+        | Knob::HaltPolling
         | Knob::NodeCompaction(_)
         | Knob::UnitOverrides
         | Knob::CgroupOf(_)

@@ -339,6 +339,15 @@ pub(crate) fn stat_interval(root: &Host) -> Result<Option<Setting>> {
         .map(|found| Setting::new(knob.clone(), knob.to_string(), found)))
 }
 
+/// How long KVM polls, if KVM is there.
+///
+/// # Errors
+/// If it cannot be read.
+pub(crate) fn halt_polling(root: &Host) -> Result<Option<Setting>> {
+    let found = Knob::HaltPolling.read(root)?;
+    Ok(found.map(|found| Setting::new(Knob::HaltPolling, Knob::HaltPolling.to_string(), found)))
+}
+
 /// Whether the idle VM runs.
 ///
 /// # Errors

@@ -374,6 +374,8 @@ fn sysctls() -> Vec<String> {
             }
         }
     }
+    let kvm = Path::new("/sys/module/kvm/parameters");
+    lines.push(format!("kvm{}", values(kvm, ["halt_poll_ns"])));
     let memory = Path::new("/sys/kernel/mm");
     lines.push(format!(
         "mm{}",

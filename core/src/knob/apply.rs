@@ -96,6 +96,7 @@ impl Knob {
             | Self::CpuOnline(_)
             | Self::EnergyPreference(_)
             | Self::WakeupLatency(_)
+            | Self::HaltPolling
             | Self::UnitCpus(_)
             | Self::UnitOverrides
             | Self::CgroupCpus(_)
@@ -199,6 +200,7 @@ fn must_exist(knob: &Knob) -> bool {
         | Knob::Governor(_)
         | Knob::EnergyPreference(_)
         | Knob::WakeupLatency(_)
+        | Knob::HaltPolling
         | Knob::UnitCpus(_)
         | Knob::UnitOverrides
         | Knob::CgroupCpus(_)
@@ -244,6 +246,7 @@ fn why(knob: &Knob, error: &io::Error) -> String {
         | Knob::Governor(_)
         | Knob::EnergyPreference(_)
         | Knob::WakeupLatency(_)
+        | Knob::HaltPolling
         | Knob::UnitCpus(_)
         | Knob::UnitOverrides
         | Knob::CgroupCpus(_)

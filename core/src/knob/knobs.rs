@@ -40,6 +40,9 @@ pub enum Knob {
     /// idle states: `0` for any time, `n/a` for no time at all, which leaves none
     /// (ABI/testing/sysfs-devices-power, pm_qos_resume_latency_us).
     WakeupLatency(usize),
+    /// For how long at most KVM polls before a vCPU that halts gives its CPU away, in nanoseconds:
+    /// /sys/module/kvm/parameters/halt_poll_ns (virt/kvm/halt-polling.rst).
+    HaltPolling,
     /// A systemd unit's AllowedCPUs=, empty if unset; see systemd.resource-control(5). Set at
     /// run time only.
     UnitCpus(String),

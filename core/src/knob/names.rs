@@ -24,6 +24,7 @@ impl Knob {
             Self::WakeupLatency(cpu) => {
                 format!("sys/devices/system/cpu/cpu{cpu}/power/pm_qos_resume_latency_us")
             }
+            Self::HaltPolling => "sys/module/kvm/parameters/halt_poll_ns".into(),
             Self::CgroupCpus(path) | Self::ContainerCpus(path) => cgroup::file(path, "cpuset.cpus"),
             Self::ExclusiveCpus(path) => cgroup::file(path, "cpuset.cpus.exclusive"),
             Self::Partition(path) => cgroup::file(path, "cpuset.cpus.partition"),
@@ -79,6 +80,7 @@ impl Knob {
             | Self::Thread(_)
             | Self::CpuOnline(_)
             | Self::WakeupLatency(_)
+            | Self::HaltPolling
             | Self::NodeCompaction(_)
             | Self::UnitOverrides
             | Self::CgroupOf(_)
@@ -121,6 +123,7 @@ impl Knob {
             | Self::Governor(_)
             | Self::EnergyPreference(_)
             | Self::WakeupLatency(_)
+            | Self::HaltPolling
             | Self::UnitCpus(_)
             | Self::CgroupCpus(_)
             | Self::ContainerCpus(_)
@@ -165,6 +168,7 @@ impl fmt::Display for Knob {
             Self::Governor(policy) => write!(f, "{policy}"),
             Self::EnergyPreference(policy) => write!(f, "energy preference of {policy}"),
             Self::WakeupLatency(cpu) => write!(f, "wake-up latency of CPU {cpu}"),
+            Self::HaltPolling => write!(f, "halt_poll_ns"),
             Self::UnitCpus(unit) => write!(f, "{unit}"),
             Self::UnitOverrides => write!(f, "run-time AllowedCPUs"),
             Self::CgroupCpus(path) | Self::Cgroup(path) | Self::ThreadedCgroup(path) => {

@@ -21,6 +21,7 @@ impl Knob {
             | Self::ContainerCpus(_)
             | Self::Governor(_)
             | Self::WakeupLatency(_)
+            | Self::HaltPolling
             | Self::Sysctl(_)
             | Self::Partition(_)
             | Self::PciResetMethod(_) => self.read_file(host),

@@ -132,6 +132,10 @@ impl Knob {
                 true => Ok(Value::text(text)),
                 false => Err(self.malformed(text, "microseconds or n/a")),
             },
+            Self::HaltPolling => match text.parse::<u32>() {
+                Ok(_) => Ok(Value::text(text)),
+                Err(_) => Err(self.malformed(text, "a number of nanoseconds")),
+            },
             Self::Cgroup(_)
             | Self::ChildCpusets(_)
             | Self::ThreadTimer(_)

@@ -27,6 +27,7 @@ pub(crate) const KEYS: [&str; 39] = [
     "energy_preference",
     "governor",
     "guest-cores",
+    "halt_poll_ns",
     "helpers",
     "hookscript",
     "host",

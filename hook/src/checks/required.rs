@@ -13,6 +13,7 @@ use super::finding::{Finding, Level};
 use super::script;
 use super::shared_readings::SharedReadings;
 use crate::choice;
+use crate::own_steps;
 use crate::settings::{Method, Settings};
 use crate::state::reservation::{Isolation, Reservation};
 
@@ -123,6 +124,9 @@ pub(crate) fn findings(
     }
     if settings.max_latency_us.is_some() {
         findings.push(check_latency(root, isolated));
+    }
+    if settings.halt_poll_ns.is_some() {
+        findings.push(check_halt_polling(root));
     }
     findings.extend(script::chain(root, &settings.chain));
     if let Some(idle) = settings.idle_vm {
@@ -487,6 +491,23 @@ fn check_preference(
         ));
     }
     Ok(Finding::ok(key, preference))
+}
+
+/// Whether there is a KVM that polls. Without one the VM can start all the same.
+fn check_halt_polling(root: &Host) -> Finding {
+    const CHECK: &str = "halt_poll_ns";
+    match own_steps::halt_polling(root) {
+        Ok(Some(_)) => Finding::ok(CHECK, "for all VMs of this host while the VM runs"),
+        Ok(None) => {
+            let what = "this host has no /sys/module/kvm/parameters/halt_poll_ns";
+            Finding::warn(
+                CHECK,
+                what,
+                "load the module kvm, or leave halt_poll_ns out",
+            )
+        }
+        Err(error) => Finding::of_error(CHECK, &error),
+    }
 }
 
 /// Whether the isolated CPUs have a wake-up latency. Without one the VM can start all the same.

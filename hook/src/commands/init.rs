@@ -717,6 +717,11 @@ fn other_keys() -> String {
             "the longest that the VM's CPUs may take to wake up, in microseconds; default: any",
         ),
         key(
+            "halt_poll_ns",
+            json!(400_000),
+            "for how long KVM polls before a halted vCPU gives its CPU away; for all VMs; default: unchanged",
+        ),
+        key(
             "housekeeping_governor",
             json!("powersave"),
             "the governor of the other CPUs while the VM runs; default: unchanged",
@@ -1168,6 +1173,7 @@ mod tests {
             (all_set.max_latency_us.take(), as_written.max_latency_us),
             (Some(20), None)
         );
+        assert_eq!(all_set.halt_poll_ns.take(), Some(400_000));
         assert_eq!(
             (
                 all_set.housekeeping_governor.take().as_deref(),

@@ -7,7 +7,7 @@ use pinfold_core::cli::{self, Output};
 use pinfold_core::knob::Value;
 use pinfold_core::sys::pci::PciSelector;
 use pinfold_core::vm::VmId;
-use pinfold_core::{CpuSet, Exit, Table};
+use pinfold_core::{CpuSet, Exit, Knob, Table};
 
 use crate::own_steps::{self, TOOL};
 use crate::phases::Run;
@@ -37,6 +37,16 @@ pub(crate) enum Step {
         /// Seconds
         #[arg(required_unless_present_any = ["list", "restore"], value_parser = interval)]
         seconds: Option<u32>,
+        #[command(flatten)]
+        common: cli::Common,
+    },
+    /// Set how long KVM polls before a vCPU that halts gives its CPU away (halt_poll_ns)
+    ///
+    /// It is for all VMs; on Linux 5.9 to 6.1 for those that are started from then on.
+    HaltPoll {
+        /// Nanoseconds at most; 0 for none
+        #[arg(required_unless_present_any = ["list", "restore"])]
+        nanoseconds: Option<u32>,
         #[command(flatten)]
         common: cli::Common,
     },
@@ -127,6 +137,25 @@ pub(crate) fn run(step: Step, output: &Output) -> anyhow::Result<Exit> {
                 TOOL,
                 vec![object.want(Value::text(seconds.to_string()))],
             )
+        }
+        Step::HaltPoll {
+            nanoseconds,
+            common,
+        } => {
+            let (root, mut report) = (common.output.root(), common.output.report(TOOL));
+            let is_own = |knob: &Knob| *knob == Knob::HaltPolling;
+            if let Some(exit) = common.restore(&root, &mut report, TOOL, is_own)? {
+                return Ok(exit);
+            }
+            let object = own_steps::halt_polling(&root)?
+                .ok_or_else(|| anyhow::anyhow!("halt_poll_ns: this host has no KVM"))?;
+            let Some(nanoseconds) = nanoseconds.filter(|_| !common.list) else {
+                let mut table = Table::new(&["parameter", "nanoseconds"]);
+                table.row([object.label.to_string(), object.found.to_string()]);
+                return Ok(cli::listed(&mut report, &table));
+            };
+            let change = object.want(Value::text(nanoseconds.to_string()));
+            common.carry_out(&root, &mut report, TOOL, vec![change])
         }
         Step::PinNew { vmid } => {
             let mut report = output.report(TOOL).for_log();

@@ -11,6 +11,7 @@ use pinfold_core::vm::{self, VmConf, VmId};
 
 use crate::choice;
 use crate::own_steps;
+use crate::reconcile::Reconcile;
 use crate::settings::{self, Loaded, Method};
 use crate::state::reservation::{Backup, Isolation, Reservation};
 
@@ -161,6 +162,14 @@ impl Run<'_> {
         store.newer.forget_vm(vmid.into());
         store.reservations.insert(vmid.into(), reservation.clone());
         store.save()?;
+        if reservation.is_claim() && reservation.settings.halt_poll_ns.is_some() {
+            let root = self.root.clone();
+            let set = Reconcile::new(&root, &mut store, self.report)
+                .and_then(|reconcile| reconcile.for_vm(Some(vmid)).set_halt_polling());
+            if let Err(error) = set {
+                self.report.note(&error.to_string());
+            }
+        }
         Ok(Some(reservation))
     }
 

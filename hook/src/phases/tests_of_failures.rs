@@ -146,8 +146,7 @@ fn with_a_dead_vm(host: &MadeUpHost) {
         .plan(vec![object], |_, _| Value::from(&narrow));
     store.save().unwrap();
     host.thread(3, 3, "kswapd0", &narrow.to_string(), 0x0020_0000);
-    std::fs::remove_file(host.root.path("run/qemu-server/101.pid")).unwrap();
-    std::fs::remove_dir_all(host.root.path("proc/101")).unwrap();
+    with_a_dead_vm_of(host, 101);
 }
 
 #[test]
@@ -377,8 +376,7 @@ fn housekeeping_cpus_are_tuned_while_a_vm_asks_for_it() {
     // CPU 6 and 18 are housekeeping CPUs again.
     let governors = tuned(&host).map(|text| text.split(' ').next().unwrap().to_owned());
     assert_eq!(governors, ["performance"; 3]);
-    std::fs::remove_file(host.root.path("run/qemu-server/101.pid")).unwrap();
-    std::fs::remove_dir_all(host.root.path("proc/101")).unwrap();
+    with_a_dead_vm_of(&host, 101);
     phase(&host, "post-stop").0.unwrap();
     assert_eq!(tuned(&host), before);
     // One of the two alone; what the governor does to the preference is undone too.
@@ -401,4 +399,56 @@ fn housekeeping_cpus_are_tuned_while_a_vm_asks_for_it() {
         let error = phase(&host, "pre-start").0.unwrap_err().to_string();
         assert!(error.contains(why), "{error}");
     }
+}
+
+#[test]
+fn halt_polling_is_set_before_the_start_and_comes_back() {
+    const FILE: &str = "sys/module/kvm/parameters/halt_poll_ns";
+    let host = host(&[6, 18]);
+    host.file(FILE, "200000");
+    let now = || host.root.read_value(FILE).unwrap().unwrap();
+    let keys = "halt_poll_ns = 400000\ntidy_caches = false\n";
+    host.settings(100, &format!("{keys}{SETTINGS}"));
+    // The VM is not there yet.
+    let pid_file = host.root.path("run/qemu-server/100.pid");
+    let pid = std::fs::read(&pid_file).unwrap();
+    std::fs::remove_file(&pid_file).unwrap();
+    let (exit, notes) = phase(&host, "pre-start");
+    assert_eq!(exit.unwrap(), Exit::Success, "{notes:#?}");
+    assert_eq!(now(), "400000");
+    // Another VM that stops meanwhile takes nothing away; of two that ask the longest applies.
+    host.vm(101, &[7, 19]);
+    let other = "isolated = \"7,19\"\npins = \"7,19\"\nhalt_poll_ns = 800000\n";
+    host.reserve(101, Phase::Isolated, other);
+    with_a_dead_vm_of(&host, 101);
+    let mut report = Report::new("hook", Verbosity::Quiet, false);
+    let mut run = Run {
+        root: host.root.clone(),
+        report: &mut report,
+        migrated_from: None,
+    };
+    run.recover().unwrap();
+    assert_eq!(now(), "400000");
+    host.vm(101, &[7, 19]);
+    host.reserve(101, Phase::Isolated, other);
+    std::fs::write(&pid_file, pid).unwrap();
+    phase(&host, "post-start").0.unwrap();
+    assert_eq!(now(), "800000");
+    with_a_dead_vm_of(&host, 101);
+    phase(&host, "post-start").0.unwrap();
+    assert_eq!(now(), "400000");
+    phase(&host, "post-stop").0.unwrap();
+    assert_eq!(now(), "200000");
+    // A start that is given up.
+    std::fs::remove_file(&pid_file).unwrap();
+    phase(&host, "pre-start").0.unwrap();
+    assert_eq!(now(), "400000");
+    phase(&host, "post-stop").0.unwrap();
+    assert_eq!(now(), "200000");
+}
+
+/// Nothing of a VM's QEMU is left.
+fn with_a_dead_vm_of(host: &MadeUpHost, id: u32) {
+    std::fs::remove_file(host.root.path(format!("run/qemu-server/{id}.pid"))).unwrap();
+    std::fs::remove_dir_all(host.root.path(format!("proc/{id}"))).unwrap();
 }

@@ -194,6 +194,7 @@ impl Reconcile<'_> {
             .map(|(_, reservation)| reservation.clone())
             .collect();
         let asked = self.asked();
+        let halt_polling = self.halt_polling_asked();
         let governors: BTreeMap<String, Option<String>> = (self.policies()?.iter())
             .map(|policy| (policy.name.clone(), asked(policy).governor))
             .collect();
@@ -205,6 +206,7 @@ impl Reconcile<'_> {
                     .filter(|vm| vm.settings.isolated.contains(*cpu))
                     .find_map(|vm| vm.settings.max_latency_us)
                     .map(governor::latency),
+                Knob::HaltPolling => halt_polling.map(|ns| Value::text(ns.to_string())),
                 _ => fenced
                     .iter()
                     .filter_map(|vm| vm.settings.stat_interval)
@@ -238,7 +240,38 @@ impl Reconcile<'_> {
         });
         objects.extend(own_steps::stat_interval(self.root)?);
         objects.extend(governor::latencies(self.root, &self.limited())?);
+        objects.extend(self.halt_polling_object()?);
         Ok(objects)
+    }
+
+    /// The longest polling that a VM which starts or runs asks for.
+    pub(super) fn halt_polling_asked(&self) -> Option<u32> {
+        let claims = self.store.reservations.values().filter(|vm| vm.is_claim());
+        claims.filter_map(|vm| vm.settings.halt_poll_ns).max()
+    }
+
+    fn halt_polling_object(&self) -> Result<Option<Setting>> {
+        let is_ours = self.store.baseline.has(&Knob::HaltPolling);
+        match is_ours || self.halt_polling_asked().is_some() {
+            true => own_steps::halt_polling(self.root),
+            false => Ok(None),
+        }
+    }
+
+    /// For pre-start: on Linux 5.9 to 6.1 a VM keeps what is set when KVM makes it
+    /// (virt/kvm/kvm_main.c, `kvm_create_vm`).
+    ///
+    /// # Errors
+    /// If it cannot be read, or the state cannot be saved.
+    pub(crate) fn set_halt_polling(&mut self) -> Result<()> {
+        let object = self.halt_polling_object()?;
+        self.report.labelled_step(TUNING, TUNING_LABEL);
+        let asked = self.halt_polling_asked();
+        let changed = self.change(TUNING, object.into_iter().collect(), |_, before| {
+            asked.map_or_else(|| before.clone(), |ns| Value::text(ns.to_string()))
+        })?;
+        self.sum_up("halt_poll_ns", changed);
+        Ok(())
     }
 
     /// The CPUs whose wake-up latency hook sets, or has set.

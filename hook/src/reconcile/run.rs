@@ -463,7 +463,12 @@ impl<'a> Reconcile<'a> {
                 .collect();
             let failed = self.report.failures() + self.left_out > self.earlier_failures;
             let unmoved = !self.refused.is_empty();
+            // A VM that starts has it before it is fenced.
+            let is_for_a_start = self.halt_polling_asked().is_some();
             for (knob, before) in knobs {
+                if is_for_a_start && knob == Knob::HaltPolling {
+                    continue;
+                }
                 let back = || {
                     knob.read(self.root)
                         .map_or(true, |found| found.is_none_or(|found| found == before))
@@ -520,6 +525,7 @@ impl Foundation {
             | Knob::Governor(_)
             | Knob::EnergyPreference(_)
             | Knob::WakeupLatency(_)
+            | Knob::HaltPolling
             | Knob::UnitOverrides
             | Knob::ContainerCpus(_)
             | Knob::Sysctl(_)

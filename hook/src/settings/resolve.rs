@@ -102,6 +102,7 @@ pub(crate) fn load_on(
             iothreads: None,
             energy_preference: None,
             max_latency_us: None,
+            halt_poll_ns: None,
             housekeeping_governor: None,
             housekeeping_energy_preference: None,
             stat_interval: None,
@@ -347,6 +348,7 @@ fn resolve_file(
             .filter(|name| name != KEEP),
         energy_preference: file.energy_preference,
         max_latency_us: file.max_latency_us,
+        halt_poll_ns: file.halt_poll_ns,
         housekeeping_governor: file.housekeeping_governor.filter(|name| name != KEEP),
         housekeeping_energy_preference: file.housekeeping_energy_preference,
         stat_interval: Some(file.stat_interval.unwrap_or(default::STAT_INTERVAL)),
@@ -987,6 +989,7 @@ mod tests {
                 default.energy_preference.is_none(),
             ),
             ("max_latency_us = 20", default.max_latency_us.is_none()),
+            ("halt_poll_ns = 400000", default.halt_poll_ns.is_none()),
             (
                 "housekeeping_governor = \"powersave\"",
                 default.housekeeping_governor.is_none(),

@@ -107,6 +107,7 @@ pub(super) struct File {
     pub(super) governor: Option<String>,
     pub(super) energy_preference: Option<String>,
     pub(super) max_latency_us: Option<u32>,
+    pub(super) halt_poll_ns: Option<u32>,
     pub(super) housekeeping_governor: Option<String>,
     pub(super) housekeeping_energy_preference: Option<String>,
     pub(super) stat_interval: Option<u32>,
@@ -384,6 +385,10 @@ pub(crate) struct Settings {
     /// The longest that the isolated CPUs may take to wake up, in microseconds; unchanged if none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_latency_us: Option<u32>,
+    /// For how long KVM polls at most before a halted vCPU gives its CPU away, in nanoseconds; unchanged
+    /// if none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub halt_poll_ns: Option<u32>,
     /// The governor of the housekeeping CPUs while the VM runs; unchanged if none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub housekeeping_governor: Option<String>,

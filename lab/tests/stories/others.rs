@@ -12,6 +12,7 @@ use crate::support::{
 stories![only trixie:
     a_start_that_fails,
     huge_pages,
+    halt_polling_and_the_housekeeping_cpus,
     the_scope_is_stopped,
     a_guest_reboots_and_a_vcpu_is_plugged_in,
     recover_comes_by_itself,
@@ -136,6 +137,49 @@ fn huge_pages(host: &mut Host) {
     assert!(log.contains("hugepages needs `numa: 1`"), "{log}");
     expect(host, "hook recover", 0);
     host.ok(&format!("rm {}", spec.conf_path())).unwrap();
+    assert_restored(host, &before);
+}
+
+/// What is set before the start goes with a start that is given up, and what the other CPUs have
+/// meanwhile with the VM.
+fn halt_polling_and_the_housekeeping_cpus(host: &mut Host) {
+    let before = ready(host);
+    let keys =
+        "halt_poll_ns = 100000\nhousekeeping_governor = \"performance\"\ngovernor = \"keep\"\n";
+    let settings = format!("{keys}layout = \"5900x\"\n");
+    host.ok("mkdir -p /etc/pinfold").unwrap();
+    host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644)
+        .unwrap();
+    let spec = VmSpec::new(100);
+    host.put(&spec.conf_path(), spec.conf().as_bytes(), 0o640)
+        .unwrap();
+    let value =
+        |host: &Host, file: &str| host.ok(&format!("cat {file}")).unwrap().trim().to_owned();
+    let polling = |host: &Host| value(host, "/sys/module/kvm/parameters/halt_poll_ns");
+    let earlier = polling(host);
+    assert_ne!(earlier, "100000");
+    expect(
+        host,
+        "sh -c 'hook 100 pre-start && grep -qx 100000 /sys/module/kvm/parameters/halt_poll_ns'",
+        0,
+    );
+    expect(host, "hook recover", 0);
+    assert_eq!(polling(host), earlier);
+    host.start_vm(&VmSpec {
+        hookscript: Some("local:snippets/hook".into()),
+        ..VmSpec::new(100)
+    })
+    .unwrap();
+    assert_eq!(polling(host), "100000");
+    let governor = |cpu: usize| {
+        let file = format!("/sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_governor");
+        value(host, &file)
+    };
+    assert_eq!(governor(0), "performance");
+    assert_ne!(governor(6), "performance");
+    host.stop_vm(100).unwrap();
+    host.ok(&format!("rm {} /etc/pinfold/100.toml", spec.conf_path()))
+        .unwrap();
     assert_restored(host, &before);
 }
 

@@ -345,6 +345,12 @@ fn hook_step(host: &mut Host) {
     there_and_back(host, "hook step stat-interval", "60", || {
         assert_eq!(value(host, "/proc/sys/vm/stat_interval"), "60");
     });
+    there_and_back(host, "hook step halt-poll", "100000", || {
+        assert_eq!(
+            value(host, "/sys/module/kvm/parameters/halt_poll_ns"),
+            "100000"
+        );
+    });
     let (done, _) = expect(host, "hook step tidy-caches", 0);
     assert_eq!(done, "vm.drop_caches: 3\nvm.compact_memory: 1\n");
 }

@@ -47,6 +47,7 @@ pub(super) fn write(knob: &Knob, host: &Host, value: &Value) -> io::Result<Answe
         Knob::CpuOnline(_)
         | Knob::Governor(_)
         | Knob::WakeupLatency(_)
+        | Knob::HaltPolling
         | Knob::Sysctl(_)
         | Knob::Partition(_) => file::write_and_read_back(host, knob.path(), &value.to_string())
             .map(|found| Answer::Taken(Some(found))),
