@@ -325,6 +325,7 @@ fn check_knob(knob: &Knob) {
         | Knob::Workqueues
         | Knob::Kthread(_)
         | Knob::Thread(_)
+        | Knob::ThreadPolicy(_)
         | Knob::CpuOnline(_)
         | Knob::WakeupLatency(_)
         | Knob::HaltPolling

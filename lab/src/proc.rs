@@ -66,6 +66,19 @@ fn thread(pid: i32, tid: i32) -> Option<Thread> {
     })
 }
 
+/// A thread's scheduling policy and real-time priority, as the kernel numbers them.
+pub fn policy(pid: i32, tid: i32) -> String {
+    let stat = read(format!("/proc/{pid}/task/{tid}/stat")).unwrap_or_default();
+    parse_policy(&stat).unwrap_or_default()
+}
+
+fn parse_policy(stat: &str) -> Option<String> {
+    let (_, rest) = stat.rsplit_once(") ")?;
+    let mut fields = rest.split(' ').skip(40 - 3);
+    let priority = fields.next()?;
+    Some(format!("{}:{priority}", fields.next()?))
+}
+
 /// Name, parent and flags; a name may contain anything, parentheses too, so the last one ends it.
 fn parse_stat(stat: &str) -> Option<(&str, i32, u32)> {
     let (head, rest) = stat.rsplit_once(") ")?;
@@ -124,6 +137,13 @@ mod tests {
         for garbage in ["", "2", "2 (x)", "2 (x) S y", "2 (x) S 7 0"] {
             assert_eq!(parse_stat(garbage), None, "{garbage}");
         }
+    }
+
+    #[test]
+    fn policies() {
+        let line = format!("2 (a) b) S{} 1 2 0", " 0".repeat(36));
+        assert_eq!(parse_policy(&line).as_deref(), Some("2:1"));
+        assert_eq!(parse_policy("2 (x) S 7 0"), None);
     }
 
     #[test]

@@ -234,10 +234,11 @@ fn tasks(threads: &[Thread]) -> Vec<String> {
     let lines: BTreeSet<_> = lasting
         .map(|thread| {
             format!(
-                "task {:?} cgroup={} cpus={}",
+                "task {:?} cgroup={} cpus={} policy={}",
                 thread.comm,
                 proc::cgroup(thread.pid, thread.tid),
-                thread.cpus
+                thread.cpus,
+                proc::policy(thread.pid, thread.tid)
             )
         })
         .collect();

@@ -10,13 +10,15 @@ use std::process::ExitCode;
 
 use clap::{ArgGroup, Parser};
 use pinfold_core::cli::{self, Common};
+use pinfold_core::knob::Value;
 use pinfold_core::sys::cpu;
+use pinfold_core::sys::sched::SchedPolicy;
 use pinfold_core::vm::{self, Qemu, VmId, qmp};
 use pinfold_core::{Exit, Host, Knob, Selector, Table};
 
 mod pins;
 
-pub use pins::{Asked, IothreadPin, Pins, VcpuPin, plan, setting};
+pub use pins::{Asked, IothreadPin, Pins, VcpuPin, plan, policy_setting, setting};
 
 const TOOL: &str = "pin-vcpu";
 
@@ -28,7 +30,7 @@ const TOOL: &str = "pin-vcpu";
 #[derive(Debug, Parser)]
 #[command(name = TOOL, version, after_help = cli::EXIT_CODES)]
 #[command(group(ArgGroup::new("what").required(true).multiple(true)
-    .args(["vcpu", "iothread", "emulator", "list", "restore"])))]
+    .args(["vcpu", "iothread", "emulator", "policy", "list", "restore"])))]
 pub struct Args {
     /// The VM's number
     #[arg(required_unless_present_any = ["pid", "restore"])]
@@ -50,13 +52,29 @@ pub struct Args {
     #[arg(long, value_name = "CPUS")]
     emulator: Option<Selector>,
 
+    /// Give all vCPU threads a scheduling policy: other, fifo:N or rr:N with a priority of 1 to 99
+    ///
+    /// With fifo or rr nothing that must run on a vCPU's CPU runs there while the vCPU computes, but
+    /// for the share of kernel.sched_rt_runtime_us.
+    #[arg(long, value_name = "POLICY", value_parser = parse_policy)]
+    policy: Option<SchedPolicy>,
+
     #[command(flatten)]
     common: Common,
 }
 
+fn parse_policy(text: &str) -> Result<SchedPolicy, String> {
+    match text.parse()? {
+        SchedPolicy::Deadline | SchedPolicy::Ext => {
+            Err("it can be set by other programs only".into())
+        }
+        policy => Ok(policy),
+    }
+}
+
 /// Whether a knob is one that this tool sets.
 fn is_own(knob: &Knob) -> bool {
-    matches!(knob, Knob::Thread(_))
+    matches!(knob, Knob::Thread(_) | Knob::ThreadPolicy(_))
 }
 
 /// Runs the command. `commit` is that of the program, for `--version`.
@@ -71,6 +89,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         vcpu,
         iothread,
         emulator,
+        policy,
         common,
     } = args;
     let root = common.output.root();
@@ -95,9 +114,16 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         report.note(note);
     }
     if common.list {
-        return Ok(cli::listed(&mut report, &list(&found.threads)));
+        return Ok(cli::listed(&mut report, &list(&root, &found.threads)?));
     }
-    let changes = plan(&found.threads, &pins)?;
+    let mut changes = plan(&found.threads, &pins)?;
+    if let Some(policy) = policy {
+        // Pinned first: a real-time thread must not run on other CPUs.
+        for thread in vcpus(&found.threads) {
+            let setting = policy_setting(&root, thread)?;
+            changes.extend(setting.map(|it| it.want(Value::text(policy.to_string()))));
+        }
+    }
     common.carry_out(&root, &mut report, TOOL, changes)
 }
 
@@ -109,20 +135,30 @@ fn find(root: &Host, vmid: Option<VmId>, pid: Option<i32>) -> anyhow::Result<Qem
     })
 }
 
-fn list(threads: &[vm::QemuThread]) -> Table {
+/// The vCPU threads in their order.
+fn vcpus(threads: &[vm::QemuThread]) -> Vec<&vm::QemuThread> {
+    let is_vcpu = |thread: &&vm::QemuThread| matches!(thread.role, vm::Role::Vcpu(_));
+    let mut vcpus: Vec<_> = threads.iter().filter(is_vcpu).collect();
+    vcpus.sort_by_key(|thread| (&thread.role, thread.id.tid));
+    vcpus
+}
+
+fn list(root: &Host, threads: &[vm::QemuThread]) -> pinfold_core::Result<Table> {
     let mut threads: Vec<_> = threads.iter().collect();
     threads.sort_by_key(|thread| (&thread.role, thread.id.tid));
-    let mut table = Table::new(&["thread", "role", "name", "cpus", "last cpu"]);
+    let mut table = Table::new(&["thread", "role", "name", "cpus", "last cpu", "policy"]);
     for thread in threads {
+        let policy = Knob::ThreadPolicy(thread.id).read(root)?;
         table.row([
             thread.id.tid.to_string(),
             thread.role.to_string(),
             thread.name.clone(),
             thread.allowed.to_string(),
             thread.last_cpu.to_string(),
+            policy.map(|policy| policy.to_string()).unwrap_or_default(),
         ]);
     }
-    table
+    Ok(table)
 }
 
 #[cfg(test)]

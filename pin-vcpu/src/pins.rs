@@ -163,6 +163,17 @@ pub fn setting(thread: &QemuThread) -> Setting {
     Setting::new(Knob::Thread(thread.id), label, &thread.allowed)
 }
 
+/// The setting of a thread's scheduling policy; none if it has ended.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn policy_setting(root: &Host, thread: &QemuThread) -> Result<Option<Setting>> {
+    let knob = Knob::ThreadPolicy(thread.id);
+    let label = format!("policy of {} (thread {})", thread.role, thread.id.tid);
+    let found = knob.read(root)?;
+    Ok(found.map(|found| Setting::new(knob, label, found)))
+}
+
 /// The changes that pin threads: vCPUs by number, iothreads, then the emulator's, its first thread
 /// foremost, so that workers born meanwhile have its pin already.
 ///

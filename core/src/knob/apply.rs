@@ -93,6 +93,7 @@ impl Knob {
             | Self::Workqueues
             | Self::Kthread(_)
             | Self::Thread(_)
+            | Self::ThreadPolicy(_)
             | Self::CpuOnline(_)
             | Self::EnergyPreference(_)
             | Self::WakeupLatency(_)
@@ -196,6 +197,7 @@ fn must_exist(knob: &Knob) -> bool {
         | Knob::PciResetMethod(_)
         | Knob::Kthread(_)
         | Knob::Thread(_)
+        | Knob::ThreadPolicy(_)
         | Knob::CpuOnline(_)
         | Knob::Governor(_)
         | Knob::EnergyPreference(_)
@@ -242,6 +244,7 @@ fn why(knob: &Knob, error: &io::Error) -> String {
         | Knob::Workqueues
         | Knob::Kthread(_)
         | Knob::Thread(_)
+        | Knob::ThreadPolicy(_)
         | Knob::CpuOnline(_)
         | Knob::Governor(_)
         | Knob::EnergyPreference(_)

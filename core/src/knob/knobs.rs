@@ -25,6 +25,9 @@ pub enum Knob {
     Kthread(TaskId),
     /// A user thread's CPUs, by sched_setaffinity(2).
     Thread(TaskId),
+    /// A user thread's scheduling policy, as [`SchedPolicy`](crate::sys::sched::SchedPolicy) has it:
+    /// `other`, `fifo:1` (sched(7)). Set by chrt(1).
+    ThreadPolicy(TaskId),
     /// `1` if the CPU is online, else `0`: /sys/devices/system/cpu/cpuN/online
     /// (core-api/cpu_hotplug.rst).
     CpuOnline(usize),

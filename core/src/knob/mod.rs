@@ -25,6 +25,6 @@ pub use apply::{apply, apply_one};
 pub use change::{Applied, Change, Outcome, Setting};
 pub use knobs::{Knob, NO_DRIVER};
 pub use value::{ABSENT, NO_TIME, PRESENT, Value};
-pub use write::UNMOVABLE_IRQ;
+pub use write::{POLICY_DEADLINE, UNMOVABLE_IRQ};
 
 pub use crate::sys::task::TaskId;

@@ -35,6 +35,7 @@ impl Knob {
             Self::PciReset(address) => pci_path(address, "reset"),
             Self::Kthread(_)
             | Self::Thread(_)
+            | Self::ThreadPolicy(_)
             | Self::UnitCpus(_)
             | Self::UnitOverrides
             | Self::Cgroup(_)
@@ -78,6 +79,7 @@ impl Knob {
             | Self::Workqueues
             | Self::Kthread(_)
             | Self::Thread(_)
+            | Self::ThreadPolicy(_)
             | Self::CpuOnline(_)
             | Self::WakeupLatency(_)
             | Self::HaltPolling
@@ -119,6 +121,7 @@ impl Knob {
             | Self::Workqueues
             | Self::Kthread(_)
             | Self::Thread(_)
+            | Self::ThreadPolicy(_)
             | Self::CpuOnline(_)
             | Self::Governor(_)
             | Self::EnergyPreference(_)
@@ -164,6 +167,7 @@ impl fmt::Display for Knob {
             Self::Kthread(task) => write!(f, "kthread {}", task.tid),
             Self::Thread(task) if task.pid == task.tid => write!(f, "process {}", task.pid),
             Self::Thread(task) => write!(f, "thread {}", task.tid),
+            Self::ThreadPolicy(task) => write!(f, "policy of thread {}", task.tid),
             Self::CpuOnline(cpu) => write!(f, "CPU {cpu}"),
             Self::Governor(policy) => write!(f, "{policy}"),
             Self::EnergyPreference(policy) => write!(f, "energy preference of {policy}"),

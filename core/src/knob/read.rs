@@ -6,7 +6,7 @@ use super::value::{ABSENT, Value};
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
 use crate::host::Host;
-use crate::sys::{cgroup, cpufreq, task};
+use crate::sys::{cgroup, cpufreq, sched, task};
 use crate::systemd;
 
 impl Knob {
@@ -40,6 +40,9 @@ impl Knob {
             Self::Kthread(task) | Self::Thread(task) => task::check_start(host, task)
                 .and_then(|()| task::affinity(host, task))
                 .map(|cpus| Some(cpus.into())),
+            Self::ThreadPolicy(task) => task::check_start(host, task)
+                .and_then(|()| sched::policy(host, task))
+                .map(|policy| Some(Value::text(policy.to_string()))),
             Self::UnitCpus(unit) => {
                 systemd::allowed_cpus(host.systemd(), host, unit).map(|cpus| cpus.map(Value::Cpus))
             }

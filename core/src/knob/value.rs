@@ -7,6 +7,7 @@ use serde::{Serialize, Serializer};
 use super::knobs::Knob;
 use crate::cpuset::{CpuSet, CpuSetPool};
 use crate::error::{Error, Result};
+use crate::sys::sched::SchedPolicy;
 use crate::sysroot::cpu_list;
 
 /// The value of a knob. `Display` prints the text that [`Knob::parse`] reads.
@@ -135,6 +136,10 @@ impl Knob {
             Self::HaltPolling => match text.parse::<u32>() {
                 Ok(_) => Ok(Value::text(text)),
                 Err(_) => Err(self.malformed(text, "a number of nanoseconds")),
+            },
+            Self::ThreadPolicy(_) => match text.parse::<SchedPolicy>() {
+                Ok(policy) => Ok(Value::text(policy.to_string())),
+                Err(_) => Err(self.malformed(text, "a scheduling policy, as in other or fifo:1")),
             },
             Self::Cgroup(_)
             | Self::ChildCpusets(_)

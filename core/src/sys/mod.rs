@@ -7,5 +7,6 @@ pub mod cpufreq;
 pub mod irq;
 pub(crate) mod locks;
 pub mod pci;
+pub mod sched;
 pub mod task;
 pub mod topology;

@@ -1,6 +1,7 @@
 //! Checks that only warn: `hook check` reports all of them, pre-start what interferes with the VM.
 
 use pinfold_core::sys::cpu;
+use pinfold_core::sys::sched::SchedPolicy;
 use pinfold_core::vm::{VmConf, VmId};
 use pinfold_core::{CpuSet, Host, Result};
 
@@ -27,6 +28,9 @@ pub(crate) fn findings(
     findings.extend(memory::numa_nodes(vmid, conf));
     findings.extend(memory::size(root, topology, conf, &settings.isolated));
     findings.push(helpers(conf, settings));
+    if let Some(policy) = settings.vcpu_policy {
+        findings.push(vcpu_policy(root, conf, settings, policy)?);
+    }
     Ok(findings)
 }
 
@@ -90,6 +94,56 @@ fn siblings_inside(root: &Host, isolated: &CpuSet) -> Result<bool> {
         }
     }
     Ok(true)
+}
+
+/// What a real-time policy of the vCPUs keeps from running (Documentation/scheduler/sched-rt-group.rst).
+fn vcpu_policy(
+    root: &Host,
+    conf: &VmConf,
+    settings: &Settings,
+    policy: SchedPolicy,
+) -> Result<Finding> {
+    const CHECK: &str = "vcpu_policy";
+    let number = |name: &str| -> Result<Option<i64>> {
+        let text = root.read_value(format!("proc/sys/kernel/{name}"))?;
+        Ok(text.and_then(|text| text.parse().ok()))
+    };
+    let shared = settings.sharing(conf.vcpus() as usize);
+    if let Some((cpu, vcpus)) = shared.first_key_value() {
+        let what = format!(
+            "{policy}: one of vCPUs {vcpus}, which share CPU {cpu}, keeps the others from running"
+        );
+        return Ok(Finding::warn(
+            CHECK,
+            what,
+            "give each vCPU a CPU of its own, or leave vcpu_policy out",
+        ));
+    }
+    let period = number("sched_rt_period_us")?.unwrap_or(1_000_000);
+    let runtime = number("sched_rt_runtime_us")?.unwrap_or(950_000);
+    let starved = format!(
+        "{policy}: while a vCPU computes, the kernel threads of its CPU (ksoftirqd, kworker, RCU callbacks) wait"
+    );
+    if runtime < 0 || runtime >= period {
+        let what = format!(
+            "{starved} without end, since kernel.sched_rt_runtime_us is {runtime}: RCU stalls, and the host may hang"
+        );
+        return Ok(Finding::warn(
+            CHECK,
+            what,
+            "sysctl kernel.sched_rt_runtime_us=950000",
+        ));
+    }
+    let what = format!(
+        "{starved}; they get {} of {} ms at once, and the vCPU waits that long",
+        (period - runtime) / 1000,
+        period / 1000
+    );
+    let fix = format!(
+        "kernel options rcu_nocbs={0} and nohz_full={0} leave them less to do; `hook jitter --fifo` measures",
+        settings.isolated
+    );
+    Ok(Finding::warn(CHECK, what, fix))
 }
 
 /// The CPUs of the processes beside QEMU.

@@ -18,7 +18,7 @@ pub(crate) enum Level {
 }
 
 /// The keys of all findings, by which settings mute warnings (`ignore`). They are permanent.
-pub(crate) const KEYS: [&str; 39] = [
+pub(crate) const KEYS: [&str; 41] = [
     "affinity",
     "chain",
     "command-line",
@@ -55,6 +55,7 @@ pub(crate) const KEYS: [&str; 39] = [
     "state",
     "storage",
     "topoext",
+    "vcpu_policy",
     "vcpus",
     "vm",
     "vmid.conf",

@@ -8,18 +8,27 @@ use pinfold_core::cli::Output;
 use pinfold_core::cli::terminal::{self, print, print_json, try_json, try_out};
 use pinfold_core::state::Store;
 use pinfold_core::sys::activity::{self, RunTime, Source};
-use pinfold_core::sys::{cpu, irq, task};
+use pinfold_core::sys::{cpu, cpufreq, irq, task};
 use pinfold_core::vm::{self, Qemu, Role, VmId};
 use pinfold_core::{CpuSet, Exit, Host, Result, Table, TaskId, printable};
 use serde::Serialize;
 use serde_json::json;
 
 use super::status::redrawn;
+use crate::own_steps;
+use crate::settings::Settings;
 use crate::state::reservation::Reservation;
 
 /// What an interrupt or a softirq costs a CPU at the least, in nanoseconds: only to sort them among
 /// threads, whose time is measured.
 const INTERRUPT: u64 = 2_000;
+
+/// How many times a second a vCPU wakes up when the cost of that matters.
+const MANY_WAKE_UPS: u64 = 1_000;
+/// The part of the vCPUs' time that bound kernel threads take when it matters.
+const MUCH_BOUND: f64 = 0.0005;
+/// The part of the time that vCPUs run when they are busy.
+const BUSY: f64 = 0.5;
 
 /// The options of `hook blame`.
 #[derive(Debug, clap::Args)]
@@ -93,7 +102,8 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
         "VM {}: QEMU has no vCPU threads",
         args.vmid
     );
-    let isolated = isolated(&root, args.vmid)?;
+    let settings = settings(&root, args.vmid)?;
+    let isolated = settings.as_ref().map(|settings| settings.isolated.clone());
     let cpus = isolated.clone().unwrap_or_else(|| {
         let places = vcpus.values().map(|(_, allowed)| allowed);
         places.fold(CpuSet::new(), |all, allowed| &all | allowed)
@@ -116,12 +126,17 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
         };
         let seconds = began.elapsed().as_secs_f64();
         let vcpus_seen = vcpus_between(&vcpus, &before, &after);
+        let disturbances = watch.disturbances(&vcpus_seen, &before, &after)?;
+        let hints = settings.as_ref().map_or(Ok(Vec::new()), |settings| {
+            watch.hints(settings, seconds, &vcpus_seen, &disturbances)
+        })?;
         let seen = Seen {
             vmid: args.vmid,
             is_isolated: isolated.is_some(),
             cpus: &cpus,
             seconds,
-            disturbances: watch.disturbances(&vcpus_seen, &before, &after)?,
+            disturbances,
+            hints,
             vcpus: vcpus_seen,
         };
         if !args.watch {
@@ -143,6 +158,8 @@ struct Seen<'a> {
     seconds: f64,
     vcpus: Vec<Vcpu>,
     disturbances: Vec<Disturbance>,
+    /// Settings that matter here and that the VM does not use.
+    hints: Vec<String>,
 }
 
 impl Seen<'_> {
@@ -169,11 +186,12 @@ impl Seen<'_> {
     fn to_json(&self) -> serde_json::Value {
         json!({
             "vm": self.vmid, "isolated": self.is_isolated, "cpus": self.cpus, "seconds": self.seconds,
-            "vcpus": self.vcpus, "disturbances": self.disturbances,
+            "vcpus": self.vcpus, "disturbances": self.disturbances, "hints": self.hints,
         })
     }
 
     fn to_text(&self) -> String {
+        let hints = self.hints.iter().map(|hint| format!("{hint}\n"));
         to_text(
             self.vmid,
             self.is_isolated,
@@ -181,19 +199,19 @@ impl Seen<'_> {
             self.seconds,
             &self.vcpus,
             &self.disturbances,
-        )
+        ) + &hints.collect::<String>()
     }
 }
 
-/// The CPUs that hook has isolated for the VM.
-fn isolated(root: &Host, vmid: VmId) -> Result<Option<CpuSet>> {
+/// The settings of a VM whose CPUs hook has isolated.
+fn settings(root: &Host, vmid: VmId) -> Result<Option<Settings>> {
     let reservations = Store::<Reservation>::peek(root)?
         .unwrap_or_default()
         .reservations;
     Ok(reservations
         .get(&vmid.into())
         .filter(|reservation| reservation.is_fenced())
-        .map(|reservation| reservation.settings.isolated.clone()))
+        .map(|reservation| reservation.settings.clone()))
 }
 
 type VcpuThreads = BTreeMap<TaskId, (usize, CpuSet)>;
@@ -322,6 +340,80 @@ impl Watch<'_> {
         found.extend(self.softirqs(&before.softirqs, &after.softirqs));
         found.sort_by_key(|it| std::cmp::Reverse((it.avoidable, it.ns)));
         Ok(found)
+    }
+
+    /// When a setting that the VM does not use matters.
+    fn hints(
+        &self,
+        settings: &Settings,
+        seconds: f64,
+        vcpus: &[Vcpu],
+        disturbances: &[Disturbance],
+    ) -> Result<Vec<String>> {
+        let mut hints = Vec::new();
+        let rate = |vcpu: &Vcpu| (vcpu.slices as f64 / seconds) as u64;
+        if let Some(busiest) = vcpus.iter().max_by_key(|vcpu| vcpu.slices)
+            && rate(busiest) >= MANY_WAKE_UPS
+        {
+            let often = format!(
+                "vCPU {} woke up {} times a second",
+                busiest.vcpu,
+                rate(busiest)
+            );
+            if settings.halt_poll_ns.is_none()
+                && let Some(polling) = own_steps::halt_polling(self.root)?
+            {
+                let now = polling.found;
+                hints.push(format!(
+                    "{often}: halt_poll_ns (now {now}) spares it those that come within that time"
+                ));
+            }
+            if settings.max_latency_us.is_none() {
+                hints.push(format!(
+                    "{often}: max_latency_us limits how long its CPU takes to leave an idle state"
+                ));
+            }
+        }
+        let whole = seconds * 1e9 * vcpus.len() as f64;
+        let is_bound = |it: &&Disturbance| it.kind == Kind::Kthread && !it.avoidable;
+        let bound: u64 = (disturbances.iter().filter(is_bound)).map(|it| it.ns).sum();
+        if settings.vcpu_policy.is_none() && bound as f64 > whole * MUCH_BOUND {
+            hints.push(format!(
+                "kernel threads that must run here took {}: vcpu_policy = \"fifo:1\" puts vCPUs before them; \
+                 with it, hook check {} lists what waits then",
+                time(bound),
+                self.vmid
+            ));
+        }
+        let ran: u64 = vcpus.iter().map(|vcpu| vcpu.run_ns).sum();
+        if ran as f64 > whole * BUSY {
+            let policies = cpufreq::policies(self.root)?;
+            let at_full_power = |policy: &&cpufreq::Policy| {
+                let fast = Some("performance");
+                !policy.cpus.intersects(self.cpus)
+                    && (policy.governor == "performance" || policy.preference.as_deref() == fast)
+            };
+            let is_set = settings.housekeeping_governor.is_some()
+                || settings.housekeeping_energy_preference.is_some();
+            if !is_set && policies.iter().any(|policy| at_full_power(&policy)) {
+                hints.push(
+                    "the vCPUs compute, and other CPUs are set to performance too: housekeeping_governor or \
+                     housekeeping_energy_preference leave the VM's CPUs more of the processor's power"
+                        .into(),
+                );
+            }
+            let is_saving = |policy: &&cpufreq::Policy| {
+                policy.cpus.intersects(self.cpus) && policy.governor != "performance"
+            };
+            let keeps = settings.governor.is_none() && settings.energy_preference.is_none();
+            if let Some(policy) = policies.iter().find(is_saving).filter(|_| keeps) {
+                hints.push(format!(
+                    "the vCPUs compute by the governor {}: governor or energy_preference raise their clock sooner",
+                    policy.governor
+                ));
+            }
+        }
+        Ok(hints)
     }
 
     /// vCPUs that have only one CPU, and the same.
@@ -624,6 +716,7 @@ fn time(ns: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fixture::MadeUpHost;
 
     fn source(name: &str, counts: &[(usize, u64)]) -> Source {
         Source {
@@ -665,5 +758,81 @@ mod tests {
         ] {
             assert_eq!(time(ns), text);
         }
+    }
+
+    #[test]
+    fn a_setting_is_named_when_it_matters_and_is_not_used() {
+        let host = MadeUpHost::new("5900x");
+        host.file("sys/module/kvm/parameters/halt_poll_ns", "200000");
+        for (cpu, governor) in [(0, "performance"), (6, "powersave")] {
+            let policy = format!("sys/devices/system/cpu/cpufreq/policy{cpu}");
+            host.file(&format!("{policy}/related_cpus"), &cpu.to_string());
+            host.file(&format!("{policy}/scaling_governor"), governor);
+        }
+        host.vm(100, &[6]);
+        let vmid = "100".parse().unwrap();
+        let qemu = vm::require_running(&host.root, vmid).unwrap();
+        let cpus: CpuSet = "6".parse().unwrap();
+        let watch = Watch {
+            root: &host.root,
+            vmid,
+            qemu: &qemu,
+            elsewhere: &CpuSet::range(0, 23) - &cpus,
+            cpus: &cpus,
+        };
+        let hints = |keys: &str, slices: u64, run_ns: u64, bound: u64| -> Vec<String> {
+            let text = format!("isolated = \"6\"\npins = \"6\"\n{keys}");
+            let settings = crate::settings::resolve(&host.root, &text, "test", 1).unwrap();
+            let vcpu = Vcpu {
+                vcpu: 0,
+                cpus: cpus.clone(),
+                run_ns,
+                steal_ns: 0,
+                slices,
+            };
+            let kthread = Disturbance {
+                kind: Kind::Kthread,
+                object: "kthread 50 (kworker/6:1)".into(),
+                cpus: cpus.clone(),
+                count: 1,
+                ns: bound,
+                measured: true,
+                avoidable: false,
+                advice: String::new(),
+            };
+            let hints = watch.hints(&settings, 2.0, &[vcpu], &[kthread]).unwrap();
+            let keys = |hint: &String| {
+                let keys = [
+                    "halt_poll_ns",
+                    "max_latency_us",
+                    "vcpu_policy",
+                    "housekeeping_governor",
+                    "governor or energy_preference",
+                ];
+                keys.iter()
+                    .find(|key| hint.contains(*key))
+                    .unwrap()
+                    .to_string()
+            };
+            hints.iter().map(keys).collect()
+        };
+        assert_eq!(hints("", 1_999, 999_999_999, 999_999), [""; 0]);
+        assert_eq!(hints("", 2_000, 0, 0), ["halt_poll_ns", "max_latency_us"]);
+        assert_eq!(
+            hints("halt_poll_ns = 0\nmax_latency_us = 1", 2_000, 0, 0),
+            [""; 0]
+        );
+        assert_eq!(hints("", 0, 0, 1_000_001), ["vcpu_policy"]);
+        assert_eq!(hints("vcpu_policy = \"fifo:1\"", 0, 0, 1_000_001), [""; 0]);
+        assert_eq!(hints("", 0, 1_000_000_001, 0), ["housekeeping_governor"]);
+        assert_eq!(
+            hints(
+                "governor = \"keep\"\nhousekeeping_governor = \"powersave\"",
+                0,
+                1_000_000_001,
+                0
+            ),
+            ["governor or energy_preference"]
+        );
     }
 }

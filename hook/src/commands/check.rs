@@ -1008,6 +1008,44 @@ mod tests {
     }
 
     #[test]
+    fn what_a_real_time_policy_starves_is_reported() {
+        let host = host();
+        let settings = |pins: &str| {
+            let text = format!("isolated = \"6,18\"\npins = {pins}\nvcpu_policy = \"fifo:1\"");
+            host.settings(100, &text);
+        };
+        let found = || -> Vec<String> {
+            let mut faults = faults(&host);
+            faults.retain(|fault| fault.contains("vcpu_policy"));
+            faults
+        };
+        host.conf(100, "cores: 2\nhookscript: local:snippets/hook");
+        settings("\"6,18\"");
+        let starves = "warn vcpu_policy: fifo:1: while a vCPU computes, the kernel threads of its CPU (ksoftirqd, \
+                       kworker, RCU callbacks) wait";
+        let kinder = "kernel options rcu_nocbs=6,18 and nohz_full=6,18 leave them less to do; `hook jitter --fifo` measures";
+        assert_eq!(
+            found(),
+            [format!(
+                "{starves}; they get 50 of 1000 ms at once, and the vCPU waits that long => {kinder}"
+            )]
+        );
+        host.file("proc/sys/kernel/sched_rt_period_us", "1000000");
+        host.file("proc/sys/kernel/sched_rt_runtime_us", "-1");
+        assert_eq!(
+            found(),
+            [format!(
+                "{starves} without end, since kernel.sched_rt_runtime_us is -1: RCU stalls, and the host may hang => \
+                 sysctl kernel.sched_rt_runtime_us=950000"
+            )]
+        );
+        settings("\"6,6\"");
+        let shared = "warn vcpu_policy: fifo:1: one of vCPUs 0-1, which share CPU 6, keeps the others from running => \
+                      give each vCPU a CPU of its own, or leave vcpu_policy out";
+        assert_eq!(found(), [shared]);
+    }
+
+    #[test]
     fn warnings_are_muted_by_their_keys_and_errors_are_not() {
         let host = host();
         host.conf(100, "cores: 1\nhookscript: local:snippets/hook");

@@ -722,6 +722,11 @@ fn other_keys() -> String {
             "for how long KVM polls before a halted vCPU gives its CPU away; for all VMs; default: unchanged",
         ),
         key(
+            "vcpu_policy",
+            json!("fifo:1"),
+            "a real-time policy for the vCPUs, which starves what must run on their CPUs; default: none",
+        ),
+        key(
             "housekeeping_governor",
             json!("powersave"),
             "the governor of the other CPUs while the VM runs; default: unchanged",
@@ -1137,6 +1142,7 @@ mod tests {
 
     #[test]
     fn the_other_keys_are_shown_with_their_defaults() {
+        use pinfold_core::sys::sched::SchedPolicy;
         let (_dir, root) = host("5900x", &[(100, "cores: 6\n")]);
         let as_written = init(&root, 100, None).unwrap();
         let path = settings::node_file(&root, as_vmid(100));
@@ -1174,6 +1180,7 @@ mod tests {
             (Some(20), None)
         );
         assert_eq!(all_set.halt_poll_ns.take(), Some(400_000));
+        assert_eq!(all_set.vcpu_policy.take(), Some(SchedPolicy::Fifo(1)));
         assert_eq!(
             (
                 all_set.housekeeping_governor.take().as_deref(),

@@ -416,6 +416,12 @@ fn halt_polling_is_set_before_the_start_and_comes_back() {
     let (exit, notes) = phase(&host, "pre-start");
     assert_eq!(exit.unwrap(), Exit::Success, "{notes:#?}");
     assert_eq!(now(), "400000");
+    // The task that starts it runs on.
+    let mut store: Store<Reservation> = Store::open(&host.root, Duration::from_secs(1)).unwrap();
+    let starter = task::task(&host.root, 1, 1).unwrap().id;
+    store.reservations.get_mut(&100).unwrap().starter = Some(starter);
+    store.save().unwrap();
+    drop(store);
     // Another VM that stops meanwhile takes nothing away; of two that ask the longest applies.
     host.vm(101, &[7, 19]);
     let other = "isolated = \"7,19\"\npins = \"7,19\"\nhalt_poll_ns = 800000\n";
@@ -451,4 +457,29 @@ fn halt_polling_is_set_before_the_start_and_comes_back() {
 fn with_a_dead_vm_of(host: &MadeUpHost, id: u32) {
     std::fs::remove_file(host.root.path(format!("run/qemu-server/{id}.pid"))).unwrap();
     std::fs::remove_dir_all(host.root.path(format!("proc/{id}"))).unwrap();
+}
+
+#[test]
+fn a_policy_that_cannot_be_set_takes_no_fence_and_is_remembered() {
+    let host = host(&[6, 18]);
+    host.settings(100, &format!("vcpu_policy = \"fifo:1\"\n{SETTINGS}"));
+    let (exit, notes) = phase(&host, "post-start");
+    assert_eq!(exit.unwrap(), Exit::Partial, "{notes:#?}");
+    let failed = |note: &&String| {
+        note.contains("policy of vCPU")
+            && note.contains("set to fifo:1: policies can be set on the running host only")
+    };
+    assert_eq!(notes.iter().filter(failed).count(), 2, "{notes:#?}");
+    let before = |host: &MadeUpHost| -> Vec<String> {
+        let store: Store<Reservation> = Store::open(&host.root, Duration::from_secs(1)).unwrap();
+        let knobs = store.baseline.knobs();
+        knobs
+            .filter(|(knob, ..)| matches!(knob, Knob::ThreadPolicy(_)))
+            .map(|(_, _, before)| before.to_string())
+            .collect()
+    };
+    // It is saved before it is set, and with the fence it goes.
+    assert_eq!(before(&host), ["other"; 2]);
+    phase(&host, "post-stop").0.unwrap();
+    assert_eq!(before(&host), [""; 0]);
 }

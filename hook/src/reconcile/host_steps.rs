@@ -77,19 +77,25 @@ impl Reconcile<'_> {
 
     /// The reset methods of PCI functions that an interrupted hook has set.
     pub(super) fn reset_methods(&mut self) -> Result<()> {
-        let mut objects = Vec::new();
-        for (knob, label, _) in self.store.baseline.knobs() {
-            if matches!(knob, Knob::PciResetMethod(_))
-                && let Some(found) = knob.read(self.root)?
-            {
-                objects.push(Setting::new(knob.clone(), label, found));
-            }
-        }
+        let objects = self.saved_objects(|knob| matches!(knob, Knob::PciResetMethod(_)))?;
         if objects.is_empty() {
             return Ok(());
         }
         self.report.step("pci");
         self.set("pci", objects, |_, before| before.clone())
+    }
+
+    /// The objects of the baseline that are still there, with what they have now.
+    pub(super) fn saved_objects(&self, is_chosen: impl Fn(&Knob) -> bool) -> Result<Vec<Setting>> {
+        let mut objects = Vec::new();
+        for (knob, label, _) in self.store.baseline.knobs() {
+            if is_chosen(knob)
+                && let Some(found) = knob.read(self.root)?
+            {
+                objects.push(Setting::new(knob.clone(), label, found));
+            }
+        }
+        Ok(objects)
     }
 
     /// Step 5: governor, wake-up latency and statistics interval.
@@ -167,13 +173,15 @@ impl Reconcile<'_> {
     }
 
     /// What VMs ask of a policy. One with CPUs of a VM is that VM's; the others get what is asked of
-    /// housekeeping CPUs by the VM with the lowest number that asks.
+    /// housekeeping CPUs by the VM with the lowest number that asks, except those of CPUs that others
+    /// keep for themselves.
     fn asked(&self) -> impl Fn(&Policy) -> Asked + use<> {
         let fenced: Vec<Settings> = self.fenced().map(|(_, vm)| vm.settings.clone()).collect();
+        let common = self.housekeeping().common;
         move |policy| {
             let is_owner = |vm: &&Settings| vm.isolated.intersects(&policy.cpus);
             let owners: Vec<&Settings> = fenced.iter().filter(is_owner).collect();
-            if owners.is_empty() {
+            if owners.is_empty() && policy.cpus.intersects(&common) {
                 let all = || fenced.iter();
                 return Asked {
                     governor: all().find_map(|vm| vm.housekeeping_governor.clone()),

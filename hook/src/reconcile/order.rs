@@ -156,6 +156,7 @@ impl Reconcile<'_> {
         self.attempt(Self::kthreads);
         self.attempt(Self::tuning);
         self.attempt(Self::reset_methods);
+        self.attempt(Self::policies_of_unfenced);
         self.all_pins(None);
     }
 

@@ -522,6 +522,7 @@ impl Foundation {
             | Knob::DefaultIrq
             | Knob::Workqueues
             | Knob::Kthread(_)
+            | Knob::ThreadPolicy(_)
             | Knob::Governor(_)
             | Knob::EnergyPreference(_)
             | Knob::WakeupLatency(_)

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use pinfold_core::knob::{ABSENT, PRESENT};
+use pinfold_core::knob::{ABSENT, PRESENT, Value};
 use pinfold_core::sys::task;
 use pinfold_core::vm::{self, Qemu, VmId};
 use pinfold_core::{CpuSet, Host, Knob, Result, Setting};
@@ -63,7 +63,9 @@ impl Reconcile<'_> {
                 vm::Role::Vcpu(_) | vm::Role::Iothread(_) | vm::Role::Emulator => None,
             })
             .collect();
+        let mut policies = Vec::new();
         for thread in threads {
+            policies.extend(self.policy_of(reservation, &thread)?);
             let object = pin_vcpu::setting(&thread);
             let cpus = cpus_for(reservation, &thread.role, &housekeeping);
             self.depend_on(&object.knob, &cpus);
@@ -85,7 +87,42 @@ impl Reconcile<'_> {
         let mut known: BTreeSet<Knob> = objects.iter().map(|object| object.knob.clone()).collect();
         self.pin(objects, wanted)?;
         self.pin_newborns(guest, &housekeeping, &mut known)?;
+        // After the pins: a real-time thread must not run on other CPUs.
+        let wanted = reservation.settings.vcpu_policy;
+        let changed = self.change("pins", policies, |_, before| match wanted {
+            Some(policy) => Value::text(policy.to_string()),
+            None => before.clone(),
+        })?;
+        self.sum_up("vcpu_policy", changed);
         Ok(without_pin)
+    }
+
+    /// A thread's policy, if the VM's settings give it one: those of vCPUs with a pin.
+    fn policy_of(&self, vm: &Reservation, thread: &vm::QemuThread) -> Result<Option<Setting>> {
+        match thread.role {
+            vm::Role::Vcpu(vcpu) if vm.settings.vcpu_policy.is_some() && vm.pin(vcpu).is_some() => {
+                pin_vcpu::policy_setting(self.root, thread)
+            }
+            vm::Role::Vcpu(_) | vm::Role::Iothread(_) | vm::Role::Emulator => Ok(None),
+        }
+    }
+
+    /// The policies of threads that run on and whose VM is not fenced any more.
+    pub(super) fn policies_of_unfenced(&mut self) -> Result<()> {
+        let qemus: BTreeSet<i32> = self
+            .fenced()
+            .filter_map(|(_, vm)| vm.qemu.map(|qemu| qemu.pid))
+            .collect();
+        let is_left =
+            |knob: &Knob| matches!(knob, Knob::ThreadPolicy(task) if !qemus.contains(&task.pid));
+        let objects = self.saved_objects(is_left)?;
+        if objects.is_empty() {
+            return Ok(());
+        }
+        self.report.step("pins");
+        let changed = self.change("pins", objects, |_, before| before.clone())?;
+        self.sum_up("vcpu_policy", changed);
+        Ok(())
     }
 
     /// Threads that were made while others were being pinned have the CPUs that their maker had:

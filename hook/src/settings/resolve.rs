@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use pinfold_core::selector::Resolver;
 use pinfold_core::sys::cpu;
+use pinfold_core::sys::sched::SchedPolicy;
 use pinfold_core::vm::VmId;
 use pinfold_core::{CpuSet, Error, Host, Result, Selector, nearest};
 
@@ -103,6 +104,7 @@ pub(crate) fn load_on(
             energy_preference: None,
             max_latency_us: None,
             halt_poll_ns: None,
+            vcpu_policy: None,
             housekeeping_governor: None,
             housekeeping_energy_preference: None,
             stat_interval: None,
@@ -327,6 +329,8 @@ fn resolve_file(
             default::STAT_INTERVAL
         )));
     }
+    let vcpu_policy = file.vcpu_policy.map(|text| vcpu_policy(&text));
+    let vcpu_policy = vcpu_policy.transpose().map_err(&wrong)?;
     let is_volume = |volume: &&String| volume.contains(":snippets/");
     if let Some(other) = file.chain.iter().find(|volume| !is_volume(volume)) {
         return Err(wrong(format!(
@@ -349,6 +353,7 @@ fn resolve_file(
         energy_preference: file.energy_preference,
         max_latency_us: file.max_latency_us,
         halt_poll_ns: file.halt_poll_ns,
+        vcpu_policy,
         housekeeping_governor: file.housekeeping_governor.filter(|name| name != KEEP),
         housekeeping_energy_preference: file.housekeeping_energy_preference,
         stat_interval: Some(file.stat_interval.unwrap_or(default::STAT_INTERVAL)),
@@ -362,6 +367,27 @@ fn resolve_file(
         chain: file.chain,
         ignore: file.ignore,
         deadlines: file.deadlines,
+    })
+}
+
+/// Threaded interrupts have this real-time priority (kernel/irq/manage.c).
+const PRIORITY_OF_IRQS: u8 = 50;
+
+/// Parses the policy of vCPUs: a real-time one.
+///
+/// # Errors
+/// What to write instead.
+fn vcpu_policy(text: &str) -> std::result::Result<SchedPolicy, String> {
+    let policy: Option<SchedPolicy> = text.parse().ok();
+    let is_below = |policy: &SchedPolicy| {
+        policy
+            .priority()
+            .is_some_and(|priority| priority < PRIORITY_OF_IRQS)
+    };
+    policy.filter(is_below).ok_or_else(|| {
+        format!(
+            "vcpu_policy: {text:?} is not one for vCPUs; write \"fifo:1\", at most fifo:49 or rr:49, or leave it out"
+        )
     })
 }
 
@@ -754,6 +780,32 @@ mod tests {
     }
 
     #[test]
+    fn vcpus_have_a_real_time_policy_below_interrupts_or_none() {
+        let (_dir, root) = machine("5900x");
+        for (text, is_one) in [
+            ("fifo:1", true),
+            ("rr:49", true),
+            ("fifo:50", false),
+            ("other", false),
+            ("deadline", false),
+            ("fifo", false),
+            ("", false),
+        ] {
+            let file = format!("isolated = \"6\"\npins = \"6\"\nvcpu_policy = {text:?}");
+            match resolve(&root, &file, "test", 1) {
+                Ok(settings) => {
+                    let policy = settings.vcpu_policy.map(|policy| policy.to_string());
+                    assert_eq!((policy.as_deref(), is_one), (Some(text), true));
+                }
+                Err(error) => {
+                    let error = error.to_string();
+                    assert!(error.contains("write \"fifo:1\"") && !is_one, "{error}");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn wrong_selectors_name_the_key_and_the_token() {
         let (_dir, root) = machine("5900x");
         for (text, why) in [
@@ -989,6 +1041,7 @@ mod tests {
                 default.energy_preference.is_none(),
             ),
             ("max_latency_us = 20", default.max_latency_us.is_none()),
+            ("vcpu_policy = \"fifo:1\"", default.vcpu_policy.is_none()),
             ("halt_poll_ns = 400000", default.halt_poll_ns.is_none()),
             (
                 "housekeeping_governor = \"powersave\"",

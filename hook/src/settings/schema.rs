@@ -3,9 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use pinfold_core::knob::POLICY_DEADLINE;
 use pinfold_core::selector::Resolver;
 use pinfold_core::sys::cpu;
 use pinfold_core::sys::pci::PciSelector;
+use pinfold_core::sys::sched::SchedPolicy;
 use pinfold_core::sys::topology::{Kind, Topology};
 use pinfold_core::{CpuSet, Host, Result};
 use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
@@ -108,6 +110,7 @@ pub(super) struct File {
     pub(super) energy_preference: Option<String>,
     pub(super) max_latency_us: Option<u32>,
     pub(super) halt_poll_ns: Option<u32>,
+    pub(super) vcpu_policy: Option<String>,
     pub(super) housekeeping_governor: Option<String>,
     pub(super) housekeeping_energy_preference: Option<String>,
     pub(super) stat_interval: Option<u32>,
@@ -389,6 +392,9 @@ pub(crate) struct Settings {
     /// if none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub halt_poll_ns: Option<u32>,
+    /// The scheduling policy of the vCPU threads; unchanged if none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vcpu_policy: Option<SchedPolicy>,
     /// The governor of the housekeeping CPUs while the VM runs; unchanged if none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub housekeeping_governor: Option<String>,
@@ -472,6 +478,11 @@ impl Settings {
         };
         bounds.pre_start += waits(true).saturating_sub(2 * self.deadlines.pci);
         bounds.post_stop += waits(false);
+        if self.vcpu_policy.is_some() {
+            let policies = self.pins.len() as u64 * POLICY_DEADLINE.as_secs();
+            bounds.post_start += policies;
+            bounds.post_stop += policies;
+        }
         bounds
     }
 

@@ -13,6 +13,7 @@ stories![only trixie:
     a_start_that_fails,
     huge_pages,
     halt_polling_and_the_housekeeping_cpus,
+    real_time_vcpus,
     the_scope_is_stopped,
     a_guest_reboots_and_a_vcpu_is_plugged_in,
     recover_comes_by_itself,
@@ -180,6 +181,36 @@ fn halt_polling_and_the_housekeeping_cpus(host: &mut Host) {
     host.stop_vm(100).unwrap();
     host.ok(&format!("rm {} /etc/pinfold/100.toml", spec.conf_path()))
         .unwrap();
+    assert_restored(host, &before);
+}
+
+/// The vCPUs' policy comes back when the VM runs on without a fence, and no other thread has it.
+fn real_time_vcpus(host: &mut Host) {
+    let before = running(host);
+    let settings = "layout = \"5900x\"\nvcpu_policy = \"fifo:1\"\n[deadlines]\nqemu_exit = 0\n";
+    host.ok("mkdir -p /etc/pinfold").unwrap();
+    host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644)
+        .unwrap();
+    let policies = || {
+        let (list, _) = expect(host, "pin-vcpu 100 --list", 0);
+        let real_time = list.lines().filter(|line| line.ends_with(" fifo:1"));
+        let (vcpus, others): (Vec<&str>, Vec<&str>) =
+            real_time.partition(|line| line.contains(" vCPU "));
+        (vcpus.len(), others.len())
+    };
+    expect(host, "hook 100 post-start", 0);
+    assert_eq!(policies(), (12, 0));
+    // What another program sets is left to it.
+    let vcpu = "$(pin-vcpu 100 --list | awk '/ vCPU 0 /{print $1}')";
+    host.ok(&format!("chrt --rr --pid 3 {vcpu}")).unwrap();
+    expect(host, "hook 100 post-stop", 0);
+    assert_eq!(policies(), (0, 0));
+    let policy = host.ok(&format!("chrt --pid {vcpu}")).unwrap();
+    assert!(policy.contains("SCHED_RR"), "{policy}");
+    host.ok(&format!(
+        "chrt --other --pid 0 {vcpu}; rm /etc/pinfold/100.toml"
+    ))
+    .unwrap();
     assert_restored(host, &before);
 }
 

@@ -276,6 +276,12 @@ fn pin_vcpu(host: &mut Host) {
             )
         );
     });
+    there_and_back(host, "pin-vcpu", "100 --policy fifo:1", || {
+        let (list, _) = expect(host, "pin-vcpu 100 --list", 0);
+        let real_time = list.lines().filter(|line| line.ends_with("fifo:1"));
+        let vcpus = real_time.filter(|line| line.contains("vCPU ")).count();
+        assert_eq!(vcpus, 12, "{list}");
+    });
     let (list, _) = expect(host, "pin-vcpu 100 --list", 0);
     assert_eq!(
         list.lines().filter(|line| line.contains("vCPU ")).count(),

@@ -123,7 +123,7 @@ fn small_vm(host: &Host, method: &str) -> VmSpec {
     host.ok("mkdir -p /etc/pinfold").unwrap();
     let settings = format!(
         "isolated = \"6,18\"\npins = \"6,18\"\nmethod = \"{method}\"\n\
-         max_latency_us = 20\nhalt_poll_ns = 100000\n[deadlines]\nqemu_exit = 0\n"
+         max_latency_us = 20\nhalt_poll_ns = 100000\nvcpu_policy = \"fifo:1\"\n[deadlines]\nqemu_exit = 0\n"
     );
     host.put("/etc/pinfold/100.toml", settings.as_bytes(), 0o644)
         .unwrap();
@@ -549,7 +549,7 @@ fn walkers(host: &Host, method: &str) {
     for (id, cpus) in WALKERS {
         let settings = format!(
             "isolated = \"{cpus}\"\npins = [\"{cpus}\", \"{cpus}\"]\nmethod = \"{method}\"\ntidy_caches = false\n\
-             max_latency_us = 20\nhalt_poll_ns = 100000\nhousekeeping_governor = \"performance\"\n[deadlines]\nlock = 600\nqemu_exit = 1\n"
+             max_latency_us = 20\nhalt_poll_ns = 100000\nvcpu_policy = \"fifo:1\"\nhousekeeping_governor = \"performance\"\n[deadlines]\nlock = 600\nqemu_exit = 1\n"
         );
         host.put(
             &format!("/etc/pinfold/{id}.toml"),

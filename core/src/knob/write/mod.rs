@@ -11,6 +11,7 @@ mod affinity;
 mod answer;
 mod cgroup;
 mod file;
+mod policy;
 mod scope;
 mod systemd;
 mod timer;
@@ -18,6 +19,7 @@ mod timer;
 use std::io;
 
 pub(super) use answer::Answer;
+pub use policy::POLICY_DEADLINE;
 
 use super::knobs::{Knob, NO_DRIVER};
 use super::names::pci_path;
@@ -80,6 +82,7 @@ pub(super) fn write(knob: &Knob, host: &Host, value: &Value) -> io::Result<Answe
         }
         Knob::Kthread(task) => affinity::pin_kthread(host, task, cpus(value)?),
         Knob::Thread(task) => affinity::pin_thread(host, task, cpus(value)?),
+        Knob::ThreadPolicy(task) => policy::set(host, task, text(value)?),
         Knob::UnitCpus(unit) => systemd::set_allowed_cpus(host, unit, cpus(value)?).map(taken),
         Knob::UnitOverrides => systemd::retain_overrides(host, text(value)?).map(taken),
         Knob::Cgroup(path) => cgroup::make_or_remove(host, path, *value == PRESENT).map(taken),
