@@ -309,6 +309,12 @@ fn check_knob(knob: &Knob) {
             assert!(!name.contains('/'), "{knob:?}");
             check_path(name);
         }
+        Knob::QueueCpus(queue) => {
+            let (interface, queue) = queue.split_once('/').expect("two names");
+            assert!(!queue.contains('/'), "{knob:?}");
+            check_path(interface);
+            check_path(queue);
+        }
         // The root cgroup.
         Knob::ChildCpusets(path) if path.is_empty() => {}
         Knob::CgroupCpus(path)

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use pinfold_core::knob::Value;
 use pinfold_core::state::Baseline;
-use pinfold_core::sys::irq;
+use pinfold_core::sys::{irq, net};
 use pinfold_core::sys::task::{self, Allowed, Processes};
 use pinfold_core::{CpuSet, CpuSetPool, Host, Knob, Result, Setting, TaskId};
 use serde::Serialize;
@@ -130,6 +130,13 @@ pub(crate) fn strays(
             see(Class::MovingIrq, label, &irq::effective(root, *number)?);
         } else {
             see(class, label, cpus);
+        }
+    }
+    for Setting { knob, label, found } in pin_irqs::queues(root)? {
+        // Those that send by a queue do so anyway.
+        let receives = matches!(&knob, Knob::QueueCpus(queue) if net::is_receiving(queue));
+        if let Some(cpus) = found.cpus().filter(|_| receives) {
+            see(Class::Stray, label, cpus);
         }
     }
     if let Some(Value::Cpus(cpus)) = Knob::Workqueues.read(root)? {

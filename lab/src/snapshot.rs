@@ -123,6 +123,7 @@ pub fn take() -> Result<HostState> {
         irqs(),
         kthreads(&threads),
         tasks(&threads),
+        queues(),
         workqueues(),
         cgroups(Path::new("/sys/fs/cgroup")),
         units,
@@ -258,6 +259,20 @@ fn own_line(threads: &[Thread]) -> BTreeSet<i32> {
         pid = process.parent;
     }
     own
+}
+
+/// The CPUs of network queues, as far as the kernel shows them.
+fn queues() -> Vec<String> {
+    let folder = Path::new("/sys/class/net");
+    let mut lines = Vec::new();
+    for interface in names(folder) {
+        let queues = folder.join(&interface).join("queues");
+        lines.extend(names(&queues).into_iter().map(|queue| {
+            let masks = values(&queues.join(&queue), ["rps_cpus", "xps_cpus"]);
+            format!("queue {interface} {queue}{masks}")
+        }));
+    }
+    lines
 }
 
 fn workqueues() -> Vec<String> {

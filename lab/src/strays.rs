@@ -31,6 +31,9 @@ pub struct Strays {
     pub default_irq_mask: Option<String>,
     /// The unbound workqueues' mask, if one of the CPUs is in it.
     pub workqueue_mask: Option<String>,
+    /// Network queues that hand received packets on to one of the CPUs.
+    #[serde(default)]
+    pub queues: Vec<String>,
     /// What the kernel binds there itself: no strays.
     pub kernel_bound: Vec<String>,
 }
@@ -75,6 +78,7 @@ impl Strays {
             moving,
             default_irq_mask,
             workqueue_mask,
+            queues,
             kernel_bound: _,
         } = self;
         threads.is_empty()
@@ -85,6 +89,7 @@ impl Strays {
             && moving.is_empty()
             && default_irq_mask.is_none()
             && workqueue_mask.is_none()
+            && queues.is_empty()
     }
 
     /// Except what the kernel itself spreads again when CPUs go offline or come online: virtio_net's IRQs over all
@@ -148,6 +153,16 @@ pub fn find(cpus: &Cpus, vms: &[(u32, Option<Cpus>)]) -> Result<Strays> {
     };
     found.default_irq_mask = outside("/proc/irq/default_smp_affinity")?;
     found.workqueue_mask = outside("/sys/devices/virtual/workqueue/cpumask")?;
+    let interfaces = Path::new("/sys/class/net");
+    for interface in names(interfaces) {
+        let queues = interfaces.join(&interface).join("queues");
+        for queue in names(&queues) {
+            let file = queues.join(&queue).join("rps_cpus");
+            if let Some(mask) = file.to_str().map_or(Ok(None), outside)? {
+                found.queues.push(format!("{interface} {queue} {mask}"));
+            }
+        }
+    }
     Ok(found)
 }
 

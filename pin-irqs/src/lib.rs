@@ -1,4 +1,5 @@
-//! pin-irqs: moves interrupts to a set of CPUs, and the mask that new ones start with.
+//! pin-irqs: moves interrupts to a set of CPUs, the mask that new ones start with, and the CPUs of
+//! network queues.
 //!
 //! The kernel never lets user space move some of them: managed queues (NVMe, virtio-blk) and timers.
 //! That is not a failure.
@@ -15,8 +16,10 @@ use pinfold_core::sys::{cpu, irq};
 use pinfold_core::{Applied, Change, Exit, Host, Knob, Outcome, Result, Selector, Setting, Table};
 
 mod irqs;
+mod queues;
 
 pub use irqs::{Irqs, default_mask, settings};
+pub use queues::queues;
 
 const TOOL: &str = "pin-irqs";
 
@@ -27,7 +30,8 @@ const DEFAULT: &str = "default";
 ///
 /// Sets the CPUs of every IRQ that can be moved, and the default for new ones, which --only and
 /// --except call `default`. IRQs that the kernel does not allow to move (managed queues, timers) are
-/// counted and not changed.
+/// counted and not changed. The masks of network queues (RPS, XPS) are narrowed to these CPUs, as
+/// with --narrow; those that are empty, which means off, are not changed.
 #[derive(Debug, Parser)]
 #[command(name = TOOL, version, after_help = cli::EXIT_CODES)]
 pub struct Args {
@@ -44,7 +48,10 @@ pub struct Args {
 
 /// Whether a knob is one that this tool sets.
 fn is_own(knob: &Knob) -> bool {
-    matches!(knob, Knob::Irq(_) | Knob::DefaultIrq)
+    matches!(
+        knob,
+        Knob::Irq(_) | Knob::DefaultIrq | Knob::QueueCpus(_)
+    )
 }
 
 /// Runs the command. `commit` is that of the program, for `--version`.
@@ -78,7 +85,13 @@ fn run(args: Args) -> anyhow::Result<Exit> {
     cpu::check_usable(&root, &cpus)?;
     let mut changes = chosen(&root, &args.filter, &mut Irqs::default())?
         .into_iter()
-        .map(|object| args.filter.change(object, &cpus))
+        .map(|object| match (&object.knob, object.found.cpus()) {
+            (Knob::QueueCpus(_), Some(found)) => {
+                let narrowed = found.narrow_to(&cpus);
+                object.want(narrowed)
+            }
+            _ => args.filter.change(object, &cpus),
+        })
         .collect::<Vec<_>>();
     if args.common.dry_run {
         // Otherwise only a write shows it.
@@ -121,8 +134,10 @@ fn chosen(root: &Host, filter: &FilterArgs, irqs: &mut Irqs) -> Result<Vec<Setti
     let mut matcher = filter.filter();
     let mut objects: Vec<Setting> = default_mask(root)?.into_iter().collect();
     objects.extend(irqs.settings(root)?);
-    objects.retain(|object| match object.knob {
-        Knob::Irq(number) => matcher.takes(number.into(), irqs.name(number)),
+    objects.extend(queues(root)?);
+    objects.retain(|object| match &object.knob {
+        Knob::Irq(number) => matcher.takes((*number).into(), irqs.name(*number)),
+        Knob::QueueCpus(queue) => matcher.takes_name(&queues::name(queue)),
         _ => matcher.takes_word(DEFAULT),
     });
     matcher.check("interrupt")?;
@@ -133,15 +148,22 @@ fn list(root: &Host, filter: &FilterArgs, unmovable: Option<&BTreeSet<u32>>) -> 
     let mut irqs = Irqs::default();
     let mut table = Table::new(&["irq", "name", "cpus", "effective", "movable"]);
     for object in chosen(root, filter, &mut irqs)? {
-        let Knob::Irq(number) = object.knob else {
-            table.row([
-                DEFAULT.into(),
-                String::new(),
-                object.found.to_string(),
-                String::new(),
-                "yes".into(),
-            ]);
-            continue;
+        let number = match &object.knob {
+            Knob::Irq(number) => *number,
+            knob => {
+                let (irq, name) = match knob {
+                    Knob::QueueCpus(queue) => (queues::kind(queue), queues::name(queue)),
+                    _ => (DEFAULT, String::new()),
+                };
+                table.row([
+                    irq.into(),
+                    name,
+                    object.found.to_string(),
+                    String::new(),
+                    "yes".into(),
+                ]);
+                continue;
+            }
         };
         let movable = match unmovable {
             None => "unknown",

@@ -70,9 +70,9 @@ impl FromStr for Pattern {
 }
 
 impl Pattern {
-    fn matches(&self, number: u64, name: &str) -> bool {
+    fn matches(&self, number: Option<u64>, name: &str) -> bool {
         match &self.kind {
-            Kind::Number(wanted) => *wanted == number,
+            Kind::Number(wanted) => number == Some(*wanted),
             Kind::Name(regex) => regex.is_match(name),
         }
     }
@@ -107,7 +107,12 @@ pub struct Filter<'a> {
 impl Filter<'_> {
     /// Whether to take the object with this number (IRQ, pid) and name.
     pub fn takes(&mut self, number: u64, name: &str) -> bool {
-        self.decide(|pattern| pattern.matches(number, name))
+        self.decide(|pattern| pattern.matches(Some(number), name))
+    }
+
+    /// Whether to take the object with this name, which has no number.
+    pub fn takes_name(&mut self, name: &str) -> bool {
+        self.decide(|pattern| pattern.matches(None, name))
     }
 
     /// Whether to select the one object with exactly this name: the default IRQ mask is `default`.

@@ -90,6 +90,7 @@ impl Knob {
             Self::Governor(_) => true,
             Self::Irq(_)
             | Self::DefaultIrq
+            | Self::QueueCpus(_)
             | Self::Workqueues
             | Self::Kthread(_)
             | Self::Thread(_)
@@ -194,6 +195,7 @@ fn must_exist(knob: &Knob) -> bool {
         | Knob::PciDriver(_)
         | Knob::PciReset(_) => true,
         Knob::Irq(_)
+        | Knob::QueueCpus(_)
         | Knob::PciResetMethod(_)
         | Knob::Kthread(_)
         | Knob::Thread(_)
@@ -241,6 +243,7 @@ fn why(knob: &Knob, error: &io::Error) -> String {
         }
         Knob::Irq(_)
         | Knob::DefaultIrq
+        | Knob::QueueCpus(_)
         | Knob::Workqueues
         | Knob::Kthread(_)
         | Knob::Thread(_)

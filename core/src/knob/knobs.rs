@@ -18,6 +18,10 @@ pub enum Knob {
     Irq(u32),
     /// The CPUs that new IRQs start with: /proc/irq/default_smp_affinity.
     DefaultIrq,
+    /// The CPUs of a network interface's queue, by both their names, `enp6s0/rx-0`: those to which the
+    /// packets that it receives are handed on (rps_cpus; none: the one with the interrupt), or
+    /// those that send by it (xps_cpus); see networking/scaling.rst.
+    QueueCpus(String),
     /// The CPUs of all unbound workqueues: /sys/devices/virtual/workqueue/cpumask
     /// (core-api/workqueue.rst).
     Workqueues,
@@ -118,6 +122,7 @@ mod tests {
         for knob in [
             Knob::Irq(24),
             Knob::DefaultIrq,
+            Knob::QueueCpus("enp6s0/rx-0".into()),
             Knob::Thread(task),
             Knob::Governor("policy6".into()),
             Knob::EnergyPreference("policy6".into()),

@@ -5,7 +5,7 @@ use std::fmt;
 use super::knobs::Knob;
 use super::value::Value;
 use crate::error::{Error, Result};
-use crate::sys::cgroup;
+use crate::sys::{cgroup, net};
 
 impl Knob {
     /// The file behind the knob, below the root; empty for a knob that is not a single file.
@@ -13,6 +13,7 @@ impl Knob {
         match self {
             Self::Irq(irq) => format!("proc/irq/{irq}/smp_affinity_list"),
             Self::DefaultIrq => "proc/irq/default_smp_affinity".into(),
+            Self::QueueCpus(queue) => net::cpus_file(queue),
             Self::Workqueues => "sys/devices/virtual/workqueue/cpumask".into(),
             Self::CpuOnline(cpu) => format!("sys/devices/system/cpu/cpu{cpu}/online"),
             Self::Governor(policy) => {
@@ -63,6 +64,10 @@ impl Knob {
             | Self::PciDriver(name)
             | Self::PciResetMethod(name)
             | Self::PciReset(name) => check_name(name),
+            Self::QueueCpus(queue) => match queue.split_once('/') {
+                Some((interface, queue)) => check_name(interface).and(check_name(queue)),
+                None => Err(Error::malformed(format!("{queue:?}"), "not a network queue")),
+            },
             // The root cgroup.
             Self::ChildCpusets(path) if path.is_empty() => Ok(()),
             Self::CgroupCpus(path)
@@ -118,6 +123,7 @@ impl Knob {
             Self::UnitOverrides => Ok(()),
             Self::Irq(_)
             | Self::DefaultIrq
+            | Self::QueueCpus(_)
             | Self::Workqueues
             | Self::Kthread(_)
             | Self::Thread(_)
@@ -163,6 +169,7 @@ impl fmt::Display for Knob {
         match self {
             Self::Irq(irq) => write!(f, "IRQ {irq}"),
             Self::DefaultIrq => write!(f, "default IRQ mask"),
+            Self::QueueCpus(queue) => write!(f, "queue {}", queue.replace('/', " ")),
             Self::Workqueues => write!(f, "unbound workqueues"),
             Self::Kthread(task) => write!(f, "kthread {}", task.tid),
             Self::Thread(task) if task.pid == task.tid => write!(f, "process {}", task.pid),
@@ -230,11 +237,16 @@ mod tests {
             Knob::ContainerCpus("lxc/../system.slice".into()),
             Knob::UnitCpus("..".into()),
             Knob::PciFunction(String::new()),
+            Knob::QueueCpus("../irq/rx-0".into()),
+            Knob::QueueCpus("eth0/..".into()),
+            Knob::QueueCpus("eth0/rx-0/..".into()),
+            Knob::QueueCpus("eth0".into()),
         ] {
             assert!(knob.check().is_err(), "{knob:?}");
         }
         assert!(Knob::ContainerCpus("lxc/101/ns".into()).check().is_ok());
         assert!(Knob::UnitCpus("system.slice".into()).check().is_ok());
+        assert!(Knob::QueueCpus("tap100i0/rx-0".into()).check().is_ok());
     }
 
     #[test]

@@ -117,6 +117,7 @@ impl Knob {
         match self {
             Self::Irq(_)
             | Self::DefaultIrq
+            | Self::QueueCpus(_)
             | Self::Workqueues
             | Self::Kthread(_)
             | Self::Thread(_)

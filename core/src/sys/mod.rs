@@ -6,6 +6,7 @@ pub mod cpu;
 pub mod cpufreq;
 pub mod irq;
 pub(crate) mod locks;
+pub mod net;
 pub mod pci;
 pub mod sched;
 pub mod task;

@@ -8,9 +8,9 @@ use pinfold_core::cli::Output;
 use pinfold_core::cli::terminal::{self, print, print_json, try_json, try_out};
 use pinfold_core::state::Store;
 use pinfold_core::sys::activity::{self, RunTime, Source};
-use pinfold_core::sys::{cpu, cpufreq, irq, task};
+use pinfold_core::sys::{cpu, cpufreq, irq, net, task};
 use pinfold_core::vm::{self, Qemu, Role, VmId};
-use pinfold_core::{CpuSet, Exit, Host, Result, Table, TaskId, printable};
+use pinfold_core::{CpuSet, Exit, Host, Knob, Result, Table, TaskId, printable};
 use serde::Serialize;
 use serde_json::json;
 
@@ -337,7 +337,7 @@ impl Watch<'_> {
         let mut found = self.shared(vcpus);
         found.extend(self.threads(before, after));
         found.extend(self.interrupts(&before.interrupts, &after.interrupts)?);
-        found.extend(self.softirqs(&before.softirqs, &after.softirqs));
+        found.extend(self.softirqs(&before.softirqs, &after.softirqs)?);
         found.sort_by_key(|it| std::cmp::Reverse((it.avoidable, it.ns)));
         Ok(found)
     }
@@ -535,29 +535,56 @@ impl Watch<'_> {
         }
     }
 
-    fn softirqs(&self, before: &[Source], after: &[Source]) -> Vec<Disturbance> {
+    fn softirqs(&self, before: &[Source], after: &[Source]) -> Result<Vec<Disturbance>> {
         between(before, after)
             .into_iter()
             .map(|counted| {
-                let name = counted.source.name.as_str();
-                let (avoidable, advice) = match name {
-                    "TIMER" | "HRTIMER" | "SCHED" => (
-                        false,
-                        format!(
-                            "comes with the timer tick; kernel option nohz_full={}",
-                            self.cpus
-                        ),
-                    ),
-                    "RCU" => (false, format!("kernel option rcu_nocbs={}", self.cpus)),
-                    _ => (
-                        true,
-                        "comes with the interrupts of its device or with a thread here".to_owned(),
-                    ),
-                };
-                counted.disturbance(Kind::Softirq, format!("softirq {name}"), avoidable, advice)
+                let name = counted.source.name.clone();
+                let (avoidable, advice) = self.on_softirq(&name, &counted.cpus)?;
+                let object = format!("softirq {name}");
+                Ok(counted.disturbance(Kind::Softirq, object, avoidable, advice))
             })
             .collect()
     }
+
+    /// Whether a softirq on these CPUs could be avoided, and how.
+    fn on_softirq(&self, name: &str, cpus: &CpuSet) -> Result<(bool, String)> {
+        let (own, elsewhere) = (self.cpus, &self.elsewhere);
+        let from = match name {
+            "NET_RX" => hands_on_to(self.root, cpus)?,
+            _ => None,
+        };
+        Ok(match (name, from) {
+            ("TIMER" | "HRTIMER" | "SCHED", _) => (
+                false,
+                format!("comes with the timer tick; kernel option nohz_full={own}"),
+            ),
+            ("RCU", _) => (false, format!("kernel option rcu_nocbs={own}")),
+            (_, Some(interface)) => (
+                true,
+                format!(
+                    "RPS of {interface} hands packets on to it; pin-irqs --only {interface} {elsewhere}"
+                ),
+            ),
+            _ => (
+                true,
+                "comes with the interrupts of its device or with a thread here".to_owned(),
+            ),
+        })
+    }
+}
+
+/// The first interface that hands received packets on to one of these CPUs.
+fn hands_on_to(root: &Host, cpus: &CpuSet) -> Result<Option<String>> {
+    let queues = pin_irqs::queues(root)?;
+    let interfaces = queues.iter().filter_map(|queue| match &queue.knob {
+        Knob::QueueCpus(name) if net::is_receiving(name) => {
+            let is_there = queue.found.cpus()?.intersects(cpus);
+            is_there.then(|| name.split('/').next())?
+        }
+        _ => None,
+    });
+    Ok(interfaces.map(str::to_owned).next())
 }
 
 /// What was counted between two readings.
@@ -746,6 +773,23 @@ mod tests {
             found,
             [("LOC", "6".to_owned(), 50), ("48", "6".to_owned(), 3)]
         );
+    }
+
+    #[test]
+    fn an_interface_that_hands_packets_on_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Host::new(dir.path());
+        for (file, mask) in [
+            ("lo/queues/rx-0/rps_cpus", "00"),
+            ("enp6s0/queues/rx-0/rps_cpus", "ff"),
+            // Which sends by a queue does not matter.
+            ("enp7s0/queues/tx-0/xps_cpus", "ffff"),
+        ] {
+            pinfold_core::testutils::write(dir.path(), &format!("sys/class/net/{file}"), mask);
+        }
+        let from = |cpus: &str| hands_on_to(&root, &cpus.parse().unwrap()).unwrap();
+        assert_eq!(from("6").as_deref(), Some("enp6s0"));
+        assert_eq!(from("8"), None);
     }
 
     #[test]

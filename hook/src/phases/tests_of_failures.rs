@@ -197,6 +197,40 @@ fn the_wakeup_latency_comes_back() {
 }
 
 #[test]
+fn the_cpus_of_network_queues_come_back() {
+    const QUEUES: [&str; 5] = [
+        "enp6s0/queues/rx-0/rps_cpus",
+        "enp6s0/queues/rx-1/rps_cpus",
+        "enp6s0/queues/rx-2/rps_cpus",
+        "enp6s0/queues/tx-0/xps_cpus",
+        "tap101i0/queues/rx-0/rps_cpus",
+    ];
+    let file = |queue| format!("sys/class/net/{queue}");
+    let host = host(&[6, 18]);
+    let all = || {
+        let mask = |queue| host.root.read_value(file(queue)).unwrap();
+        QUEUES.map(|queue| mask(queue).unwrap_or_default())
+    };
+    // The second names isolated CPUs only, the third is off.
+    let before = ["00ffffff", "00040000", "00000000", "00000041", "00000040"];
+    for (queue, mask) in QUEUES.into_iter().zip(before) {
+        host.file(&file(queue), mask);
+    }
+    phase(&host, "post-start").0.unwrap();
+    let rest = "00fbffbf";
+    assert_eq!(all(), [rest, rest, "00000000", "00000001", rest]);
+    // VM 101 stops, and starts again: its interface is a new one of the same name.
+    std::fs::remove_dir_all(host.root.path("sys/class/net/tap101i0")).unwrap();
+    let (_, notes) = phase(&host, "post-start");
+    assert!(!format!("{notes:?}").contains("tap101i0"), "{notes:?}");
+    host.file(&file(QUEUES[4]), "00000000");
+    let (_, notes) = phase(&host, "post-stop");
+    assert_eq!(all()[..4], before[..4]);
+    assert_eq!(all()[4], "00000000", "it is not switched on");
+    assert!(!format!("{notes:?}").contains("tap101i0"), "{notes:?}");
+}
+
+#[test]
 fn what_another_vm_has_left_fails_no_stop() {
     let host = host(&[6, 18]);
     host.reserve(100, Phase::Isolated, SETTINGS);

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use pinfold_core::knob::Value;
 use pinfold_core::state::Store;
-use pinfold_core::sys::cpu;
+use pinfold_core::sys::{cpu, net};
 use pinfold_core::{CpuSet, Host, Knob, Result};
 
 use crate::state::reservation::{Isolation, Phase, Reservation};
@@ -84,6 +84,8 @@ impl ChangedByKernel {
     /// with its threads, with what is online. A driver that spreads its IRQs again as CPUs come and
     /// go (virtio_net, `virtnet_cpu_online`) sets one to what is online, and so does RCU with its
     /// expedited workers (`rcutree_affinity_setting`), of what was set by hand the last time.
+    /// A network queue keeps only what was online when it was set, and virtio_net spreads its queues
+    /// to send by with the IRQs.
     pub(crate) fn explains(&self, knob: &Knob, given: &Value, found: &Value) -> bool {
         // With a governor, and as CPUs come and go.
         if matches!(knob, Knob::EnergyPreference(_)) {
@@ -115,6 +117,9 @@ impl ChangedByKernel {
             }
             Knob::Irq(_) | Knob::Kthread(_) | Knob::Thread(_) => {
                 *found == given.narrow_to(&self.online)
+            }
+            Knob::QueueCpus(queue) => {
+                *found == given & &self.online || (self.interrupted && !net::is_receiving(queue))
             }
             _ => false,
         }
@@ -153,6 +158,8 @@ mod tests {
             tid: 9,
             start: 1,
         });
+        let rps = Knob::QueueCpus("enp6s0/rx-0".into());
+        let xps = Knob::QueueCpus("enp6s0/tx-0".into());
         let set = |list: &str| list.parse::<CpuSet>().unwrap();
         // Of two partitions one, 6-9, is there; the other, 18, has gone with its VM.
         let kernel = ChangedByKernel {
@@ -200,6 +207,9 @@ mod tests {
             (&Knob::Irq(4), "0-23", "0-17,19-23", true),
             (&Knob::Irq(4), "16-19", "16-17,19", true),
             (&Knob::Irq(4), "16-19", "16", false),
+            (&rps, "16-19", "16-17,19", true),
+            (&rps, "18", "0-17,19-23", false),
+            (&xps, "16-19", "0-11", false),
         ] {
             assert_eq!(
                 kernel.explains(knob, &set(before).into(), &set(found).into()),

@@ -34,8 +34,21 @@ impl Reconcile<'_> {
         let mut changed = self.change("irqs", default, &wanted)?;
         let irqs = self.irq_objects()?;
         changed += self.change("irqs", irqs, &wanted)?;
+        let queues = self.queues(&self.isolated())?;
+        changed += self.change("irqs", queues, &wanted)?;
         self.sum_up("irqs", changed);
         Ok(())
+    }
+
+    /// The network queues with isolated CPUs, and those that hook has changed. One that is off meanwhile
+    /// stays so: its interface may be a new one of this name.
+    pub(super) fn queues(&self, isolated: &CpuSet) -> Result<Vec<Setting>> {
+        let mut queues = pin_irqs::queues(self.root)?;
+        queues.retain(|queue| {
+            let is_isolated = |found: &CpuSet| found.intersects(isolated);
+            queue.found.cpus().is_some_and(is_isolated) || self.store.baseline.has(&queue.knob)
+        });
+        Ok(queues)
     }
 
     /// Step 3, and again at the end.

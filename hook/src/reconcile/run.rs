@@ -297,6 +297,7 @@ impl<'a> Reconcile<'a> {
         objects.extend(self.readable("irqs", |this| {
             let mut all: Vec<Setting> = pin_irqs::default_mask(this.root)?.into_iter().collect();
             all.extend(this.irq_objects()?);
+            all.extend(this.queues(isolated)?);
             Ok(all)
         }));
         objects.extend(self.readable("kthreads", Self::kthread_objects));
@@ -520,6 +521,7 @@ impl Foundation {
             Knob::CgroupOfThread(task) | Knob::Thread(task) => self.inside.contains(task),
             Knob::Irq(_)
             | Knob::DefaultIrq
+            | Knob::QueueCpus(_)
             | Knob::Workqueues
             | Knob::Kthread(_)
             | Knob::ThreadPolicy(_)

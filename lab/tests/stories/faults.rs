@@ -8,7 +8,8 @@ use pinfold_lab::{Host, HostState, VmSpec};
 use crate::stories;
 use crate::support::{
     HELPER_CGROUP, ISOLATED, assert_clean, assert_fenced, assert_restored, expect, injected,
-    injected_at, install_hook, strays, threads, two_small_vms, vm,
+    injected_at, install_hook, network_queues, strays, threads, two_small_vms, vm,
+    with_network_queues,
 };
 
 stories![
@@ -33,6 +34,7 @@ stories![
 /// stat_interval, governors.
 fn what_the_admin_had_set_comes_back(host: &mut Host) {
     host.start_vm(&VmSpec::new(101)).unwrap();
+    with_network_queues(host);
     host.ok(
         "echo 4-7 > /proc/irq/1/smp_affinity_list; echo 6-7 > /proc/irq/12/smp_affinity_list; \
          taskset -pc 6-11,18-23 $(pgrep -x kswapd0); taskset -pc 3,8 $(pgrep -x kcompactd0); \
@@ -57,6 +59,8 @@ fn what_the_admin_had_set_comes_back(host: &mut Host) {
         "4-5\n",
         "narrowed, not widened"
     );
+    let narrowed = "03f03f 000000 03f03f 001001 03f03f ";
+    assert_eq!(network_queues(host), narrowed);
     host.stop_vm(100).unwrap();
     // Since the admin's units use the cpuset controller it stays, and the kernel does not clear
     // cpuset.cpus of a cgroup that has processes: all CPUs stand there instead of none, which is

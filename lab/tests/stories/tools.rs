@@ -4,7 +4,8 @@ use pinfold_lab::{Guest, Host, VmSpec};
 
 use crate::stories;
 use crate::support::{
-    HELPER_CGROUP, HOUSEKEEPING, assert_restored, expect, injected_at, refuses, threads,
+    HELPER_CGROUP, HOUSEKEEPING, assert_restored, expect, injected_at, network_queues, refuses,
+    threads, with_network_queues,
 };
 
 stories![
@@ -78,12 +79,16 @@ fn value(host: &Host, file: &str) -> String {
 }
 
 fn pin_irqs(host: &mut Host) {
+    with_network_queues(host);
     there_and_back(host, "pin-irqs", HOUSEKEEPING, || {
         assert_eq!(value(host, "/proc/irq/default_smp_affinity"), "03f03f");
         // Those that move with their next interrupt have the mask; that is what counts here.
         let strays = host.strays("6-11,18-23", &[]).unwrap();
         assert!(strays.irqs.is_empty(), "{:?}", strays.irqs);
         assert_eq!(strays.default_irq_mask, None);
+        assert!(strays.queues.is_empty(), "{:?}", strays.queues);
+        let narrowed = "03f03f 000000 03f03f 001001 03f03f ";
+        assert_eq!(network_queues(host), narrowed);
     });
     // --narrow keeps what an IRQ had.
     host.ok("echo 4-7 > /proc/irq/1/smp_affinity_list").unwrap();

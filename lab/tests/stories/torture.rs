@@ -12,6 +12,7 @@ use pinfold_lab::{Host, HostState, Strays, VmSpec};
 use crate::stories;
 use crate::support::{
     Call, assert_restored, expect, install_hook, kill_at, strays, strays_of, two_small_vms, vm,
+    with_network_queues,
 };
 
 stories!(only trixie:
@@ -120,6 +121,7 @@ fn counted<T>(all: &[T]) -> impl Iterator<Item = (usize, &T)> {
 /// VM 100 with a core of its own: the calls are the same as for a CCD's, and emulated CPUs go
 /// offline slowly.
 fn small_vm(host: &Host, method: &str) -> VmSpec {
+    with_network_queues(host);
     host.ok("mkdir -p /etc/pinfold").unwrap();
     let settings = format!(
         "isolated = \"6,18\"\npins = \"6,18\"\nmethod = \"{method}\"\n\
@@ -545,6 +547,7 @@ const WALKERS: [(u32, &str); 3] = [(100, "6-8"), (101, "18-20"), (102, "9-11,21-
 
 /// Describes them, and starts a VM that hook does not manage.
 fn walkers(host: &Host, method: &str) {
+    with_network_queues(host);
     host.ok("mkdir -p /etc/pinfold").unwrap();
     for (id, cpus) in WALKERS {
         let settings = format!(

@@ -27,7 +27,7 @@ use super::value::{ABSENT, PRESENT, Value};
 use crate::cpuset::CpuSet;
 use crate::error::{into_io, os_text};
 use crate::host::Host;
-use crate::sys::task;
+use crate::sys::{cpu, task};
 
 /// Why an IRQ is not moved.
 pub const UNMOVABLE_IRQ: &str = "the kernel does not let user space move this IRQ";
@@ -79,6 +79,17 @@ pub(super) fn write(knob: &Knob, host: &Host, value: &Value) -> io::Result<Answe
         }
         Knob::DefaultIrq | Knob::Workqueues => {
             file::write(host, knob.path(), &cpus(value)?.to_mask()).map(taken)
+        }
+        Knob::QueueCpus(_) => {
+            let wanted = cpus(value)?;
+            let kept = file::write_and_read_back(host, knob.path(), &wanted.to_mask())?;
+            // It keeps those that are online (net/core/net-sysfs.c, `netdev_rx_queue_set_rps_mask`,
+            // and net/core/dev.c, `__netif_set_xps_queue`).
+            Ok(match CpuSet::from_mask(&kept) {
+                Ok(kept) if kept == *wanted || kept == wanted & &online(host)? => taken(()),
+                Ok(kept) => Answer::Taken(Some(kept.to_string())),
+                Err(_) => Answer::Taken(Some(kept)),
+            })
         }
         Knob::Kthread(task) => affinity::pin_kthread(host, task, cpus(value)?),
         Knob::Thread(task) => affinity::pin_thread(host, task, cpus(value)?),
@@ -164,6 +175,10 @@ fn cpus(value: &Value) -> io::Result<&CpuSet> {
     value
         .cpus()
         .ok_or_else(|| io::Error::other(format!("\"{value}\" is not a CPU list")))
+}
+
+fn online(host: &Host) -> io::Result<CpuSet> {
+    cpu::online(host).map_err(into_io)
 }
 
 /// The text of a value, for a knob with text.
