@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use pinfold_core::knob::Value;
 use pinfold_core::state::Baseline;
-use pinfold_core::sys::{irq, net};
 use pinfold_core::sys::task::{self, Allowed, Processes};
+use pinfold_core::sys::{irq, net};
 use pinfold_core::{CpuSet, CpuSetPool, Host, Knob, Result, Setting, TaskId};
 use serde::Serialize;
 

@@ -22,6 +22,9 @@ pub enum Knob {
     /// packets that it receives are handed on (rps_cpus; none: the one with the interrupt), or
     /// those that send by it (xps_cpus); see networking/scaling.rst.
     QueueCpus(String),
+    /// The CPUs that an irqbalance moves IRQs to, by its process: those that are present and not
+    /// banned (irqbalance(1)). It takes a change over with its next round, and shows it then.
+    Irqbalance(TaskId),
     /// The CPUs of all unbound workqueues: /sys/devices/virtual/workqueue/cpumask
     /// (core-api/workqueue.rst).
     Workqueues,
@@ -124,6 +127,7 @@ mod tests {
             Knob::DefaultIrq,
             Knob::QueueCpus("enp6s0/rx-0".into()),
             Knob::Thread(task),
+            Knob::Irqbalance(task),
             Knob::Governor("policy6".into()),
             Knob::EnergyPreference("policy6".into()),
             Knob::WakeupLatency(6),

@@ -37,6 +37,7 @@ impl Knob {
             Self::Kthread(_)
             | Self::Thread(_)
             | Self::ThreadPolicy(_)
+            | Self::Irqbalance(_)
             | Self::UnitCpus(_)
             | Self::UnitOverrides
             | Self::Cgroup(_)
@@ -66,7 +67,10 @@ impl Knob {
             | Self::PciReset(name) => check_name(name),
             Self::QueueCpus(queue) => match queue.split_once('/') {
                 Some((interface, queue)) => check_name(interface).and(check_name(queue)),
-                None => Err(Error::malformed(format!("{queue:?}"), "not a network queue")),
+                None => Err(Error::malformed(
+                    format!("{queue:?}"),
+                    "not a network queue",
+                )),
             },
             // The root cgroup.
             Self::ChildCpusets(path) if path.is_empty() => Ok(()),
@@ -85,6 +89,7 @@ impl Knob {
             | Self::Kthread(_)
             | Self::Thread(_)
             | Self::ThreadPolicy(_)
+            | Self::Irqbalance(_)
             | Self::CpuOnline(_)
             | Self::WakeupLatency(_)
             | Self::HaltPolling
@@ -128,6 +133,7 @@ impl Knob {
             | Self::Kthread(_)
             | Self::Thread(_)
             | Self::ThreadPolicy(_)
+            | Self::Irqbalance(_)
             | Self::CpuOnline(_)
             | Self::Governor(_)
             | Self::EnergyPreference(_)
@@ -175,6 +181,7 @@ impl fmt::Display for Knob {
             Self::Thread(task) if task.pid == task.tid => write!(f, "process {}", task.pid),
             Self::Thread(task) => write!(f, "thread {}", task.tid),
             Self::ThreadPolicy(task) => write!(f, "policy of thread {}", task.tid),
+            Self::Irqbalance(task) => write!(f, "irqbalance (process {})", task.pid),
             Self::CpuOnline(cpu) => write!(f, "CPU {cpu}"),
             Self::Governor(policy) => write!(f, "{policy}"),
             Self::EnergyPreference(policy) => write!(f, "energy preference of {policy}"),

@@ -6,7 +6,7 @@ use super::value::{ABSENT, Value};
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
 use crate::host::Host;
-use crate::sys::{cgroup, cpufreq, net, sched, task};
+use crate::sys::{cgroup, cpufreq, irqbalance, net, sched, task};
 use crate::systemd;
 
 impl Knob {
@@ -36,7 +36,9 @@ impl Knob {
             Self::EnergyPreference(policy) => {
                 cpufreq::preference(host, policy).map(|found| found.map(Value::text))
             }
-            Self::QueueCpus(queue) => net::queue_cpus(host, queue).map(|cpus| cpus.map(Value::Cpus)),
+            Self::QueueCpus(queue) => {
+                net::queue_cpus(host, queue).map(|cpus| cpus.map(Value::Cpus))
+            }
             Self::DefaultIrq | Self::Workqueues => self.read_mask(host),
             Self::Kthread(task) | Self::Thread(task) => task::check_start(host, task)
                 .and_then(|()| task::affinity(host, task))
@@ -44,6 +46,9 @@ impl Knob {
             Self::ThreadPolicy(task) => task::check_start(host, task)
                 .and_then(|()| sched::policy(host, task))
                 .map(|policy| Some(Value::text(policy.to_string()))),
+            Self::Irqbalance(task) => {
+                irqbalance::cpus(host, task).map(|cpus| cpus.map(Value::Cpus))
+            }
             Self::UnitCpus(unit) => {
                 systemd::allowed_cpus(host.systemd(), host, unit).map(|cpus| cpus.map(Value::Cpus))
             }

@@ -121,6 +121,7 @@ impl Knob {
             | Self::Workqueues
             | Self::Kthread(_)
             | Self::Thread(_)
+            | Self::Irqbalance(_)
             | Self::UnitCpus(_)
             | Self::CgroupCpus(_)
             | Self::ContainerCpus(_)

@@ -209,7 +209,10 @@ impl Baseline {
                     true
                 }
                 // A thread never comes back; a unit or an IRQ may.
-                Ok(None) => !matches!(knob, Knob::Thread(_) | Knob::Kthread(_)),
+                Ok(None) => !matches!(
+                    knob,
+                    Knob::Thread(_) | Knob::Kthread(_) | Knob::Irqbalance(_)
+                ),
                 Err(_) => true,
             }
         });

@@ -90,7 +90,13 @@ mod tests {
         };
         assert_eq!(
             queues(&root).unwrap(),
-            ["enp6s0/rx-0", "enp6s0/tx-0", "enp6s0/tx-1", "lo/rx-0", "odd/rx-0"]
+            [
+                "enp6s0/rx-0",
+                "enp6s0/tx-0",
+                "enp6s0/tx-1",
+                "lo/rx-0",
+                "odd/rx-0"
+            ]
         );
         assert_eq!(cpus("enp6s0/rx-0").unwrap().unwrap(), "0-11,16-23");
         assert_eq!(cpus("enp6s0/tx-0").unwrap().unwrap(), "0");

@@ -10,7 +10,7 @@ use pinfold_core::state::Store;
 use pinfold_core::sys::activity::{self, RunTime, Source};
 use pinfold_core::sys::{cpu, cpufreq, irq, net, task};
 use pinfold_core::vm::{self, Qemu, Role, VmId};
-use pinfold_core::{CpuSet, Exit, Host, Knob, Result, Table, TaskId, printable};
+use pinfold_core::{CpuSet, Exit, Host, Knob, Result, Setting, Table, TaskId, printable};
 use serde::Serialize;
 use serde_json::json;
 
@@ -115,6 +115,7 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
         qemu: &qemu,
         cpus: &cpus,
         elsewhere: &cpu::present(&root)? - &cpus,
+        balancers: pin_irqs::balancers(&root).unwrap_or_default(),
     };
     let mut before = Sample::take(&root, &cpus, &vcpus)?;
     loop {
@@ -324,6 +325,8 @@ struct Watch<'a> {
     cpus: &'a CpuSet,
     /// The host's other CPUs.
     elsewhere: CpuSet,
+    /// The running irqbalances that answer.
+    balancers: Vec<Setting>,
 }
 
 impl Watch<'_> {
@@ -519,7 +522,11 @@ impl Watch<'_> {
             .unwrap_or_default();
         let is_movable = !irq::is_unmovable(self.root, number)?;
         let advice = if is_movable {
-            format!("pin-irqs --only {number} {}", self.elsewhere)
+            let own = format!("pin-irqs --only {number} {}", self.elsewhere);
+            match self.balancers.iter().find(|it| uses(it, &counted.cpus)) {
+                Some(balancer) => format!("{own}; {} uses this CPU", balancer.label),
+                None => own,
+            }
         } else {
             "kernel-managed; isolcpus=managed_irq, or fewer queues of the device".to_owned()
         };
@@ -572,6 +579,12 @@ impl Watch<'_> {
             ),
         })
     }
+}
+
+/// Whether an irqbalance moves IRQs to one of these CPUs.
+fn uses(balancer: &Setting, cpus: &CpuSet) -> bool {
+    let used = balancer.found.cpus();
+    used.is_some_and(|used| used.intersects(cpus))
 }
 
 /// The first interface that hands received packets on to one of these CPUs.

@@ -121,6 +121,8 @@ impl ChangedByKernel {
             Knob::QueueCpus(queue) => {
                 *found == given & &self.online || (self.interrupted && !net::is_receiving(queue))
             }
+            // It leaves out CPUs that are hot, too (irqbalance 1.9, thermal.c).
+            Knob::Irqbalance(_) => found.is_subset(given),
             _ => false,
         }
     }
@@ -156,6 +158,11 @@ mod tests {
         let vcpu = Knob::Thread(TaskId {
             pid: 8,
             tid: 9,
+            start: 1,
+        });
+        let balancer = Knob::Irqbalance(TaskId {
+            pid: 7,
+            tid: 7,
             start: 1,
         });
         let rps = Knob::QueueCpus("enp6s0/rx-0".into());
@@ -210,6 +217,8 @@ mod tests {
             (&rps, "16-19", "16-17,19", true),
             (&rps, "18", "0-17,19-23", false),
             (&xps, "16-19", "0-11", false),
+            (&balancer, "0-5", "0-3", true),
+            (&balancer, "0-5", "0-7", false),
         ] {
             assert_eq!(
                 kernel.explains(knob, &set(before).into(), &set(found).into()),

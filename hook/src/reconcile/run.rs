@@ -12,6 +12,7 @@ use pinfold_core::{Applied, Change, CpuSet, Host, Knob, Outcome, Report, Result,
 use super::apart::{Apart, Housekeeping};
 use super::changed_by_kernel::ChangedByKernel;
 use super::guest::Guest;
+use super::host_steps::IRQBALANCE;
 use crate::state::reservation::{Isolation, Phase, Reservation};
 
 /// The step of governor and statistics interval, as programs know it.
@@ -300,6 +301,7 @@ impl<'a> Reconcile<'a> {
             all.extend(this.queues(isolated)?);
             Ok(all)
         }));
+        objects.extend(self.readable(IRQBALANCE, |this| this.balancers(isolated)));
         objects.extend(self.readable("kthreads", Self::kthread_objects));
         objects.extend(self.readable(TUNING, |this| this.tuning_to_remember(isolated)));
         if let Some(guest) = guest {
@@ -522,6 +524,7 @@ impl Foundation {
             Knob::Irq(_)
             | Knob::DefaultIrq
             | Knob::QueueCpus(_)
+            | Knob::Irqbalance(_)
             | Knob::Workqueues
             | Knob::Kthread(_)
             | Knob::ThreadPolicy(_)

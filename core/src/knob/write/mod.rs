@@ -11,6 +11,7 @@ mod affinity;
 mod answer;
 mod cgroup;
 mod file;
+mod irqbalance;
 mod policy;
 mod scope;
 mod systemd;
@@ -94,6 +95,7 @@ pub(super) fn write(knob: &Knob, host: &Host, value: &Value) -> io::Result<Answe
         Knob::Kthread(task) => affinity::pin_kthread(host, task, cpus(value)?),
         Knob::Thread(task) => affinity::pin_thread(host, task, cpus(value)?),
         Knob::ThreadPolicy(task) => policy::set(host, task, text(value)?),
+        Knob::Irqbalance(task) => irqbalance::use_cpus(host, task, cpus(value)?).map(taken),
         Knob::UnitCpus(unit) => systemd::set_allowed_cpus(host, unit, cpus(value)?).map(taken),
         Knob::UnitOverrides => systemd::retain_overrides(host, text(value)?).map(taken),
         Knob::Cgroup(path) => cgroup::make_or_remove(host, path, *value == PRESENT).map(taken),
