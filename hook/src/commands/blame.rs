@@ -461,7 +461,8 @@ impl Watch<'_> {
             if time.run == 0 || !was_here {
                 continue;
             }
-            let movable = !now.bound && !self.elsewhere.is_empty();
+            let is_movable = !now.bound || is_unbound_worker(now);
+            let movable = is_movable && !self.elsewhere.is_empty();
             let (kind, object, advice) = self.named(id, now);
             found.push(Disturbance {
                 kind,
@@ -485,7 +486,9 @@ impl Watch<'_> {
         let (elsewhere, vmid) = (&self.elsewhere, self.vmid);
         let (tid, name) = (id.tid, &thread.name);
         if thread.kernel {
-            let advice = if thread.bound {
+            let advice = if is_unbound_worker(thread) {
+                format!("pin-kthreads --only workqueues {elsewhere}")
+            } else if thread.bound {
                 "bound by the kernel; harmless if rare".to_owned()
             } else {
                 format!("pin-kthreads {elsewhere}")
@@ -579,6 +582,12 @@ impl Watch<'_> {
             ),
         })
     }
+}
+
+/// Whether a thread works for unbound workqueues. It cannot be moved, and follows their mask, also if its
+/// workqueue has one of its own.
+fn is_unbound_worker(thread: &Other) -> bool {
+    thread.kernel && thread.name.starts_with("kworker/u")
 }
 
 /// Whether an irqbalance moves IRQs to one of these CPUs.
@@ -836,6 +845,7 @@ mod tests {
             qemu: &qemu,
             elsewhere: &CpuSet::range(0, 23) - &cpus,
             cpus: &cpus,
+            balancers: Vec::new(),
         };
         let hints = |keys: &str, slices: u64, run_ns: u64, bound: u64| -> Vec<String> {
             let text = format!("isolated = \"6\"\npins = \"6\"\n{keys}");

@@ -28,6 +28,7 @@ stories![
     irqbalance_as_advised,
     irqbalance_by_its_socket,
     another_vm_with_affinity_is_named,
+    workqueues_with_cpus_of_their_own,
     other_lives,
 ];
 
@@ -405,6 +406,30 @@ fn a_thread_that_refuses(host: &mut Host) {
                 .any(|(name, cpus)| name == "kvm" && cpus == "0-23"),
         "{emulator:?}"
     );
+}
+
+/// Makes writeback work, and returns the CPUs of the unbound workers that can run on isolated CPUs.
+fn workers_on_isolated(host: &Host) -> Vec<String> {
+    host.ok("for n in 1 2 3; do dd if=/dev/zero of=/var/tmp/w bs=64k count=16 2>/dev/null; sync /var/tmp/w; done")
+        .unwrap();
+    let strays = host.strays(ISOLATED, &[]).unwrap().kworkers;
+    strays.into_iter().map(|stray| stray.cpus).collect()
+}
+
+/// The mask of all unbound workqueues limits those that have one of their own, so that hook need not
+/// set these: one with isolated CPUs only has all others meanwhile.
+fn workqueues_with_cpus_of_their_own(host: &mut Host) {
+    let file = "/sys/devices/virtual/workqueue/writeback/cpumask";
+    host.ok(&format!("echo 040040 > {file}")).unwrap();
+    let before = host.snapshot().unwrap();
+    assert!(workers_on_isolated(host).contains(&"6,18".to_owned()));
+    install_hook(host);
+    host.start_vm(&vm()).unwrap();
+    assert_eq!(workers_on_isolated(host), [""; 0]);
+    host.stop_vm(100).unwrap();
+    assert_restored(host, &before);
+    assert_eq!(host.ok(&format!("cat {file}")).unwrap(), "040040\n");
+    assert!(workers_on_isolated(host).contains(&"6,18".to_owned()));
 }
 
 /// irqbalance undid the rest within 10 s, and nothing reported it.
