@@ -10,7 +10,7 @@ use cap::Cap;
 use pinfold_core::state::State;
 use pinfold_core::state::save::{self, Entry, Restorable};
 use pinfold_core::sys::pci::PciSelector;
-use pinfold_core::sys::{irqbalance, task};
+use pinfold_core::sys::{irqbalance, task, trace};
 use pinfold_core::vm::qmp;
 use pinfold_core::vm::{HostDevices, PciHolder, VmConf, parse_pci_claims, parse_pci_mapping};
 use pinfold_core::{CpuSet, Host, Knob, MAX_CPU, knob};
@@ -90,6 +90,50 @@ pub fn proc_stat(data: &[u8]) -> bool {
         Ok(task.id.start),
         fields.split(' ').nth(19).unwrap().parse()
     );
+    true
+}
+
+/// A record of the kernel's trace; and the input as the name of a thread, which may be anything that
+/// is not longer than the kernel's names.
+pub fn trace_record(data: &[u8]) -> bool {
+    const NAME: usize = 15;
+    let text = String::from_utf8_lossy(data);
+    let name = String::from_utf8_lossy(&data[..data.len().min(NAME)]);
+    let named = format!(
+        "<...>-7 [006] d..2. 1.000002: sched_switch: prev_comm={name} prev_pid=7 prev_prio=120 prev_state=S ==> \
+         next_comm=x next_pid=8 next_prio=120"
+    );
+    let record = trace::parse_record(&named).unwrap();
+    let switch = trace::Event::Switch {
+        ns: 1_000_002_000,
+        from: trace::Thread {
+            tid: 7,
+            name: &name,
+        },
+        to: trace::Thread { tid: 8, name: "x" },
+    };
+    assert_eq!((record.cpu, record.event), (6, switch));
+
+    let Some(record) = trace::parse_record(&text) else {
+        return false;
+    };
+    assert!(record.cpu <= MAX_CPU);
+    let at = |ns: u64| format!("x [{}] . {}.{:06}: ", record.cpu, ns / 1_000_000_000, ns / 1000 % 1_000_000);
+    let handled = |work, what| match work {
+        trace::Work::Irq(irq) => format!("irq_handler_{what}: irq={irq} x"),
+        trace::Work::Softirq(name) => format!("softirq_{what}: vec=0 [action={name}]"),
+    };
+    let rendered = match record.event {
+        trace::Event::Switch { ns, from, to } => format!(
+            "{}sched_switch: prev_comm={} prev_pid={} prev_prio=0 prev_state=S ==> next_comm={} next_pid={} next_prio=0",
+            at(ns), from.name, from.tid, to.name, to.tid
+        ),
+        trace::Event::Began { ns, work } => at(ns) + &handled(work, "entry"),
+        trace::Event::Ended { ns, work } => at(ns) + &handled(work, "exit"),
+        trace::Event::Lost(None) => format!("CPU:{} [LOST EVENTS]", record.cpu),
+        trace::Event::Lost(Some(count)) => format!("CPU:{} [LOST {count} EVENTS]", record.cpu),
+    };
+    assert_eq!(trace::parse_record(&rendered), Some(record), "{rendered}");
     true
 }
 
@@ -351,7 +395,8 @@ fn check_knob(knob: &Knob) {
         | Knob::UnitOverrides
         | Knob::CgroupOf(_)
         | Knob::CgroupOfThread(_)
-        | Knob::ThreadTimer(_) => {}
+        | Knob::ThreadTimer(_)
+        | Knob::Trace(_) => {}
     }
 }
 

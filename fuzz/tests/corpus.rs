@@ -48,7 +48,7 @@ macro_rules! targets {
     };
 }
 
-targets!(cpu_list cpu_mask proc_stat vm_conf pci_mapping pci_claims qmp_reply settings state saved);
+targets!(cpu_list cpu_mask proc_stat trace_record vm_conf pci_mapping pci_claims qmp_reply settings state saved);
 
 #[test]
 fn memory_is_held() {

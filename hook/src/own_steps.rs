@@ -9,11 +9,29 @@ use crate::state::reservation::Reservation;
 use pinfold_core::knob::Value;
 use pinfold_core::state::Store;
 use pinfold_core::sys::pci::PciAddress;
+use pinfold_core::sys::trace;
 use pinfold_core::vm::{HugePages, LARGE, VmConf, VmId};
-use pinfold_core::{CpuSet, Error, Host, Knob, Report, Result, Setting, vm};
+use pinfold_core::{CpuSet, Error, Host, Knob, Report, Result, Setting, apply_one, vm};
 
 /// The name under which hook reports and saves values.
 pub(crate) const TOOL: &str = "hook";
+
+/// Removes what a killed `hook blame --trace` has left: the trace instances of processes that have
+/// ended.
+///
+/// # Errors
+/// If tracefs or a process cannot be read.
+pub(crate) fn remove_dead_traces(root: &Host, report: &mut Report) -> Result<()> {
+    for process in trace::left_behind(root)? {
+        let knob = Knob::Trace(process);
+        if let Some(found) = knob.read(root)? {
+            let label = knob.to_string();
+            let change = Setting::new(knob, label, found).want(CpuSet::new());
+            report.changes(&[apply_one(root, change)]);
+        }
+    }
+    Ok(())
+}
 
 /// The order of the kernel's blocks that hold a huge page of 2 MiB.
 const HUGE_ORDER: usize = 9;

@@ -127,7 +127,8 @@ impl Knob {
             | Self::PciFunction(_)
             | Self::PciDriver(_)
             | Self::PciResetMethod(_)
-            | Self::PciReset(_) => false,
+            | Self::PciReset(_)
+            | Self::Trace(_) => false,
         }
     }
 }
@@ -228,7 +229,8 @@ fn must_exist(knob: &Knob) -> bool {
         | Knob::Partition(_)
         | Knob::Delegation(_)
         | Knob::ThreadTimer(_)
-        | Knob::PciFunction(_) => false,
+        | Knob::PciFunction(_)
+        | Knob::Trace(_) => false,
     }
 }
 
@@ -250,6 +252,9 @@ fn why(knob: &Knob, error: &io::Error) -> String {
         }
         Knob::PciResetMethod(_) if code == Some(nix::libc::EINVAL) => {
             format!("{text}; `pci-reset --list` lists the methods that the device has")
+        }
+        Knob::Trace(_) if code == Some(nix::libc::ENOENT) => {
+            format!("{text}; without tracefs: mount -t tracefs tracefs /sys/kernel/tracing")
         }
         Knob::Irq(_)
         | Knob::DefaultIrq
@@ -283,7 +288,8 @@ fn why(knob: &Knob, error: &io::Error) -> String {
         | Knob::PciFunction(_)
         | Knob::PciDriver(_)
         | Knob::PciResetMethod(_)
-        | Knob::PciReset(_) => text,
+        | Knob::PciReset(_)
+        | Knob::Trace(_) => text,
     }
 }
 

@@ -109,6 +109,9 @@ pub enum Knob {
     /// `1` written to a PCI function's reset, which has no state: the kernel resets it by the first
     /// of its methods that works.
     PciReset(String),
+    /// The CPUs of which the kernel records what runs there, for a process to read: a tracefs
+    /// instance of the process's own, which does not exist if empty (trace/ftrace.rst, "Instances").
+    Trace(TaskId),
 }
 
 #[cfg(test)]

@@ -47,7 +47,8 @@ impl Knob {
             | Self::Delegation(_)
             | Self::ThreadTimer(_)
             | Self::PciFunction(_)
-            | Self::PciDriver(_) => String::new(),
+            | Self::PciDriver(_)
+            | Self::Trace(_) => String::new(),
         }
     }
 
@@ -97,7 +98,8 @@ impl Knob {
             | Self::UnitOverrides
             | Self::CgroupOf(_)
             | Self::CgroupOfThread(_)
-            | Self::ThreadTimer(_) => Ok(()),
+            | Self::ThreadTimer(_)
+            | Self::Trace(_) => Ok(()),
         }
     }
 
@@ -154,7 +156,8 @@ impl Knob {
             | Self::NodeCompaction(_)
             | Self::PciFunction(_)
             | Self::PciResetMethod(_)
-            | Self::PciReset(_) => Ok(()),
+            | Self::PciReset(_)
+            | Self::Trace(_) => Ok(()),
         }
     }
 }
@@ -205,6 +208,7 @@ impl fmt::Display for Knob {
             Self::PciFunction(address) | Self::PciDriver(address) => write!(f, "PCI {address}"),
             Self::PciResetMethod(address) => write!(f, "reset methods of PCI {address}"),
             Self::PciReset(address) => write!(f, "reset PCI {address}"),
+            Self::Trace(task) => write!(f, "trace of process {}", task.pid),
         }
     }
 }

@@ -6,7 +6,7 @@ use super::value::{ABSENT, Value};
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
 use crate::host::Host;
-use crate::sys::{cgroup, cpufreq, irqbalance, net, sched, task};
+use crate::sys::{cgroup, cpufreq, irqbalance, net, sched, task, trace};
 use crate::systemd;
 
 impl Knob {
@@ -90,6 +90,7 @@ impl Knob {
                 let driver = host.link_name(pci_path(address, "driver"));
                 Value::text(driver.unwrap_or_else(|| NO_DRIVER.into()))
             })),
+            Self::Trace(task) => trace::cpus(host, task).map(|cpus| Some(cpus.into())),
         };
         match found {
             Err(error) if error.is_gone() => Ok(None),

@@ -125,7 +125,8 @@ impl Knob {
             | Self::UnitCpus(_)
             | Self::CgroupCpus(_)
             | Self::ContainerCpus(_)
-            | Self::ExclusiveCpus(_) => cpu_list(&self.to_string(), text).map(Value::Cpus),
+            | Self::ExclusiveCpus(_)
+            | Self::Trace(_) => cpu_list(&self.to_string(), text).map(Value::Cpus),
             Self::CpuOnline(_) => match text {
                 "1" => Ok(Value::Online(true)),
                 "0" => Ok(Value::Online(false)),

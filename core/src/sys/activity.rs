@@ -2,6 +2,8 @@
 //! Documentation/scheduler/sched-stats.rst), interrupts by source (/proc/interrupts) and softirqs by
 //! kind (/proc/softirqs), see proc(5).
 
+use std::collections::BTreeMap;
+
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
 use crate::sys::task::TaskId;
@@ -81,6 +83,31 @@ pub fn softirqs(root: &Sysroot, cpus: &CpuSet) -> Result<Vec<Source>> {
     counts(root, "proc/softirqs", cpus)
 }
 
+/// How often a VM's vCPUs have left the guest, by reason as KVM names it (`halt`, `io`), all of them
+/// under `all`; `None` where debugfs does not have it: without root, without KVM.
+///
+/// Its files are `kvm/PID-FD/NAME` (virt/kvm/kvm_main.c, `kvm_create_vm_debugfs`), one number each.
+pub fn kvm_exits(root: &Sysroot, pid: i32) -> Option<BTreeMap<String, u64>> {
+    const KVM: &str = "sys/kernel/debug/kvm";
+    let prefix = format!("{pid}-");
+    let folders = root.names(KVM).ok()?;
+    let folder = folders.iter().find(|name| name.starts_with(&prefix))?;
+    let mut exits = BTreeMap::new();
+    for name in root.names(format!("{KVM}/{folder}")).ok()? {
+        let reason = match &*name {
+            "exits" => "all",
+            "hypercalls" => "hypercall",
+            _ => match name.strip_suffix("_exits") {
+                Some(reason) => reason,
+                None => continue,
+            },
+        };
+        let count = root.read_value(format!("{KVM}/{folder}/{name}")).ok()??;
+        exits.insert(reason.to_owned(), count.parse().ok()?);
+    }
+    Some(exits)
+}
+
 fn counts(root: &Sysroot, path: &str, cpus: &CpuSet) -> Result<Vec<Source>> {
     let mut columns: Option<Vec<Option<usize>>> = None;
     let mut sources = Vec::new();
@@ -139,6 +166,33 @@ mod tests {
         for text in ["", "1 2", "1 2 3 4", "a b c", "-1 2 3"] {
             assert_eq!(parse_run_time(text), None, "{text:?}");
         }
+    }
+
+    #[test]
+    fn exits_of_a_vm() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Sysroot::new(dir.path());
+        assert_eq!(kvm_exits(&root, 100), None);
+        for (path, text) in [
+            ("1001-9/exits", "7\n"),
+            ("100-12/exits", "1200\n"),
+            ("100-12/halt_exits", "900\n"),
+            ("100-12/hypercalls", "3\n"),
+            ("100-12/pages_4k", "5\n"),
+            ("100-12/vcpu0/guest_mode", "0\n"),
+        ] {
+            crate::testutils::write(dir.path(), &format!("sys/kernel/debug/kvm/{path}"), text);
+        }
+        let found: Vec<_> = kvm_exits(&root, 100).unwrap().into_iter().collect();
+        let expected = [("all", 1200), ("halt", 900), ("hypercall", 3)];
+        assert_eq!(
+            found,
+            expected.map(|(name, count)| (name.to_owned(), count))
+        );
+        // Of another kernel.
+        let hostile = "sys/kernel/debug/kvm/100-12/io_exits";
+        crate::testutils::write(dir.path(), hostile, "x\n");
+        assert_eq!(kvm_exits(&root, 100), None);
     }
 
     #[test]

@@ -13,3 +13,4 @@ pub mod sched;
 pub(crate) mod socket;
 pub mod task;
 pub mod topology;
+pub mod trace;

@@ -7,6 +7,7 @@ use pinfold_core::state::store::{self, Store};
 use pinfold_core::systemd::journal::Priority;
 use pinfold_core::vm::{self, VmId};
 
+use crate::own_steps::remove_dead_traces;
 use crate::settings::Deadlines;
 use crate::state::reservation::{Phase, Reservation};
 
@@ -16,6 +17,9 @@ impl Run<'_> {
     /// Drops the reservations of VMs that have stopped, and settles the host for the remaining VMs.
     pub(crate) fn recover(&mut self) -> anyhow::Result<Exit> {
         let deadlines = Deadlines::default();
+        if let Err(error) = remove_dead_traces(&self.root, self.report) {
+            self.report.error(&error.to_string());
+        }
         if Store::<Reservation>::peek(&self.root)?.is_none() {
             return Ok(self.report.finish());
         }

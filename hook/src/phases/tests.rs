@@ -629,3 +629,22 @@ fn huge_pages_that_proxmox_ve_has_to_make_stop_no_start() {
         "{notes}"
     );
 }
+
+#[test]
+fn recover_removes_the_traces_of_dead_processes() {
+    let (host, _journal) = host(HALF);
+    let instances = host.root.path("sys/kernel/tracing/instances");
+    // Process 1 lives; 4711 does not, and foo is not Pinfold's.
+    for name in ["pinfold-1-42", "pinfold-4711-42", "foo"] {
+        fs::create_dir_all(instances.join(name)).unwrap();
+    }
+    let mut report = Report::new("hook", Verbosity::Quiet, true);
+    let mut run = Run {
+        root: host.root.clone(),
+        report: &mut report,
+        migrated_from: None,
+    };
+    assert_eq!(run.recover().unwrap(), Exit::Success);
+    let names = host.root.names("sys/kernel/tracing/instances").unwrap();
+    assert_eq!(names, ["foo", "pinfold-1-42"]);
+}

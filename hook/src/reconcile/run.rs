@@ -541,7 +541,8 @@ impl Foundation {
             | Knob::PciDriver(_)
             | Knob::PciResetMethod(_)
             | Knob::PciReset(_)
-            | Knob::ThreadTimer(_) => false,
+            | Knob::ThreadTimer(_)
+            | Knob::Trace(_) => false,
         }
     }
 }

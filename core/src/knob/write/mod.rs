@@ -16,6 +16,7 @@ mod policy;
 mod scope;
 mod systemd;
 mod timer;
+mod trace;
 
 use std::io;
 
@@ -131,6 +132,7 @@ pub(super) fn write(knob: &Knob, host: &Host, value: &Value) -> io::Result<Answe
             file::write_and_read_back(host, knob.path(), names)
                 .map(|found| Answer::Taken(Some(found)))
         }
+        Knob::Trace(task) => trace::record(host, task, cpus(value)?).map(taken),
         Knob::PciFunction(address) if *value == ABSENT => {
             file::write(host, pci_path(address, "remove"), "1").map(taken)
         }
