@@ -52,6 +52,8 @@ done
 doc=$root/usr/share/doc/pinfold
 install -D -m 0644 packaging/debian/copyright "$doc/copyright"
 install -D -m 0644 docs/example.toml "$doc/examples/100.toml"
+# hook blame and hook check refer to it.
+install -D -m 0644 docs/noise.md "$doc/noise.md"
 # The release's own date, so that the same commit makes the same package.
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || date +%s)}
 export SOURCE_DATE_EPOCH

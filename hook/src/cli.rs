@@ -85,10 +85,11 @@ enum Verb {
     Check(check::Args),
     /// Show what disturbs a VM's CPUs, and what to do about it
     ///
-    /// Watches for some seconds and changes nothing. Prints how long vCPUs waited for a CPU, and
-    /// which threads, interrupts and softirqs ran on their CPUs: first those that could run
-    /// elsewhere, then the rest, each sorted by time; the time of interrupts is estimated from
-    /// their number.
+    /// Watches for some seconds and, without --trace, changes nothing. Prints how long vCPUs waited
+    /// for a CPU, how often they left the guest, if KVM counts it, and which threads, interrupts
+    /// and softirqs ran on their CPUs: first those that could run elsewhere, then the rest, each
+    /// sorted by time; the time of interrupts is estimated from their number, unless --trace
+    /// measures it.
     Blame(blame::Args),
     /// Measure how long a loop on each CPU is interrupted
     ///

@@ -51,10 +51,16 @@ pub(crate) const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
     ),
     (
         "hook-blame",
-        &[(
-            "hook blame 100 --seconds 10",
-            "Show what ran on the CPUs of VM 100 within ten seconds.",
-        )],
+        &[
+            (
+                "hook blame 100 --seconds 10",
+                "Show what ran on the CPUs of VM 100 within ten seconds.",
+            ),
+            (
+                "hook blame 100 --trace",
+                "The same, by each switch that the kernel records: exact, and short-lived threads too.",
+            ),
+        ],
     ),
     (
         "hook-check",

@@ -17,6 +17,9 @@ pub(crate) enum Level {
     Error,
 }
 
+/// Where kernel options are explained, by what each of them keeps away.
+pub(crate) const EXPLAINED: &str = "see docs/noise.md";
+
 /// The keys of all findings, by which settings mute warnings (`ignore`). They are permanent.
 pub(crate) const KEYS: [&str; 41] = [
     "affinity",

@@ -5,7 +5,7 @@ use pinfold_core::sys::cpu;
 use pinfold_core::vm::{VmConf, VmId};
 use pinfold_core::{CpuSet, CpuSetError, Host, MAX_CPU, Result};
 
-use super::finding::Finding;
+use super::finding::{EXPLAINED, Finding};
 use super::shared_readings::{Balancer, Program, SharedReadings};
 
 /// The findings about the host around a VM.
@@ -50,14 +50,15 @@ fn command_line(text: &str, isolated: &CpuSet, last: usize) -> Vec<Finding> {
     let mut findings = Vec::new();
     for (name, value) in words.filter(|(name, _)| NAMES.contains(name)) {
         // isolcpus may begin with flags: `managed_irq,domain,2-3`.
-        let is_flag = |word: &&str| {
+        let is_flag = |word: &str| {
             word.starts_with(|c: char| c.is_ascii_lowercase()) && !word.starts_with("all")
         };
-        let list: Vec<&str> = match name {
-            "isolcpus" => value.split(',').skip_while(is_flag).collect(),
-            _ => value.split(',').collect(),
-        };
-        let Ok(cpus) = kernel_cpus(&list, last) else {
+        let words: Vec<&str> = value.split(',').collect();
+        let flags = words
+            .iter()
+            .take_while(|word| name == "isolcpus" && is_flag(word));
+        let (flags, list) = words.split_at(flags.count());
+        let Ok(cpus) = kernel_cpus(list, last) else {
             findings.push(Finding::warn(
                 CHECK,
                 format!("{name}={value} contains CPUs that the kernel cannot parse"),
@@ -66,8 +67,13 @@ fn command_line(text: &str, isolated: &CpuSet, last: usize) -> Vec<Finding> {
             continue;
         };
         let covers = isolated.is_subset(&cpus);
+        // With only these flags it keeps ticks or managed IRQs away, not threads.
+        let is_permanent = !["nohz", "managed_irq"]
+            .iter()
+            .any(|flag| flags.contains(flag))
+            || flags.contains(&"domain");
         findings.push(match name {
-            "isolcpus" => {
+            "isolcpus" if is_permanent => {
                 let others = &cpus - isolated;
                 let too = match others.is_empty() {
                     true => String::new(),
@@ -95,7 +101,10 @@ fn command_line(text: &str, isolated: &CpuSet, last: usize) -> Vec<Finding> {
             _ => Finding::warn(
                 CHECK,
                 format!("{name}={value} includes only some of the isolated CPUs, so vCPUs behave differently"),
-                format!("set {name}={isolated}, or remove it"),
+                format!(
+                    "set {name}={}, or remove it; {EXPLAINED}",
+                    [flags, &[&isolated.to_string()]].concat().join(",")
+                ),
             ),
         });
     }

@@ -1,9 +1,9 @@
-//! `hook blame`: what disturbs a VM's CPUs, measured over some seconds without changing anything.
+//! `hook blame`: what disturbs a VM's CPUs, measured over some seconds without changing any of it.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, anyhow, ensure};
 use pinfold_core::cli::Output;
 use pinfold_core::cli::terminal::{self, print, print_json, try_json, try_out};
 use pinfold_core::state::Store;
@@ -15,6 +15,8 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::status::redrawn;
+use super::traced::{OTHERS, Recorder, Taken, Traced};
+use crate::checks::finding::EXPLAINED;
 use crate::own_steps;
 use crate::settings::Settings;
 use crate::state::reservation::Reservation;
@@ -43,6 +45,14 @@ pub(crate) struct Args {
     /// Repeat until interrupted, and print the result each time
     #[arg(long)]
     watch: bool,
+
+    /// Have the kernel record each switch to another thread, each interrupt of a device and each
+    /// softirq on these CPUs, by a tracefs instance of this command's own. Counts and times are then
+    /// exact, and the longest run of each is shown. Needs root. Switching it on and off interrupts
+    /// each CPU of the host a few times, the VM's too, and each switch there takes slightly longer
+    /// meanwhile. If the command is killed, `hook recover` or the next --trace removes the instance
+    #[arg(long)]
+    trace: bool,
 }
 
 /// What takes time from vCPUs.
@@ -70,9 +80,12 @@ struct Disturbance {
     cpus: CpuSet,
     /// How many times.
     count: u64,
-    /// The time it took, in nanoseconds: measured for threads, estimated for interrupts.
+    /// The time it took, in nanoseconds: measured for threads, estimated for interrupts unless they
+    /// are traced.
     ns: u64,
     measured: bool,
+    /// The longest of these times, in nanoseconds, if they are traced.
+    longest_ns: Option<u64>,
     /// Whether it could be elsewhere.
     avoidable: bool,
     advice: String,
@@ -92,7 +105,7 @@ struct Vcpu {
 /// The command's whole run.
 ///
 /// # Errors
-/// If the VM does not run, or /proc cannot be read.
+/// If the VM does not run, or /proc cannot be read, or with `--trace` the kernel cannot record.
 pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
     let root = output.root();
     let qemu = vm::require_running(&root, args.vmid)?;
@@ -113,41 +126,22 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
         root: &root,
         vmid: args.vmid,
         qemu: &qemu,
+        vcpus: &vcpus,
+        settings: settings.as_ref(),
         cpus: &cpus,
         elsewhere: &cpu::present(&root)? - &cpus,
         balancers: pin_irqs::balancers(&root).unwrap_or_default(),
     };
-    let mut before = Sample::take(&root, &cpus, &vcpus)?;
-    loop {
-        let began = Instant::now();
-        std::thread::sleep(Duration::from_secs(args.seconds));
-        let after = match Sample::take(&root, &cpus, &vcpus) {
-            Err(error) if args.watch && error.is_gone() => return Ok(Exit::Success),
-            after => after?,
-        };
-        let seconds = began.elapsed().as_secs_f64();
-        let vcpus_seen = vcpus_between(&vcpus, &before, &after);
-        let disturbances = watch.disturbances(&vcpus_seen, &before, &after)?;
-        let hints = settings.as_ref().map_or(Ok(Vec::new()), |settings| {
-            watch.hints(settings, seconds, &vcpus_seen, &disturbances)
-        })?;
-        let seen = Seen {
-            vmid: args.vmid,
-            is_isolated: isolated.is_some(),
-            cpus: &cpus,
-            seconds,
-            disturbances,
-            hints,
-            vcpus: vcpus_seen,
-        };
-        if !args.watch {
-            seen.print(output.json)?;
-            return Ok(Exit::Success);
-        }
-        if !seen.repeat(output.json)? {
-            return Ok(Exit::Success);
-        }
-        before = after;
+    if !args.trace {
+        watch.repeat(args, output.json, None)?;
+        return Ok(Exit::Success);
+    }
+    let own = vcpus.keys().map(|id| id.tid).collect();
+    let mut recorder = Recorder::start(&root, &cpus, own)?;
+    let watched = watch.repeat(args, output.json, Some(&mut recorder));
+    match (watched, recorder.end()) {
+        (Err(watched), Err(ended)) => Err(anyhow!("{watched:#}; {ended:#}")),
+        (watched, ended) => watched.and(ended).map(|()| Exit::Success),
     }
 }
 
@@ -161,6 +155,9 @@ struct Seen<'a> {
     disturbances: Vec<Disturbance>,
     /// Settings that matter here and that the VM does not use.
     hints: Vec<String>,
+    /// How often the vCPUs left the guest, by reason, if KVM counts it.
+    exits: Option<BTreeMap<String, u64>>,
+    traced: Option<Traced>,
 }
 
 impl Seen<'_> {
@@ -185,23 +182,115 @@ impl Seen<'_> {
     }
 
     fn to_json(&self) -> serde_json::Value {
+        let trace = (self.traced.as_ref())
+            .map(|traced| json!({"by_cpu": traced.by_cpu(), "lost": traced.lost}));
         json!({
             "vm": self.vmid, "isolated": self.is_isolated, "cpus": self.cpus, "seconds": self.seconds,
-            "vcpus": self.vcpus, "disturbances": self.disturbances, "hints": self.hints,
+            "vcpus": self.vcpus, "exits": self.exits, "trace": trace, "disturbances": self.disturbances,
+            "hints": self.hints,
         })
     }
 
     fn to_text(&self) -> String {
+        let heads = [
+            self.head(),
+            self.waited(),
+            self.exits.as_ref().map_or_else(String::new, exits_text),
+            self.traced.as_ref().map_or_else(String::new, trace_text),
+        ];
         let hints = self.hints.iter().map(|hint| format!("{hint}\n"));
-        to_text(
-            self.vmid,
-            self.is_isolated,
-            self.cpus,
-            self.seconds,
-            &self.vcpus,
-            &self.disturbances,
-        ) + &hints.collect::<String>()
+        let text = heads.concat() + &self.table() + &hints.collect::<String>();
+        printable(&text).into_owned()
     }
+
+    fn head(&self) -> String {
+        let (vmid, cpus, seconds) = (self.vmid, self.cpus, self.seconds);
+        let isolated = if self.is_isolated {
+            ""
+        } else {
+            "; its CPUs are not isolated"
+        };
+        format!("VM {vmid}, CPU {cpus}, {seconds:.1} s{isolated}\n")
+    }
+
+    fn waited(&self) -> String {
+        let stolen: u64 = self.vcpus.iter().map(|vcpu| vcpu.steal_ns).sum();
+        let whole = self.seconds * 1e9 * self.vcpus.len() as f64;
+        let mut text = format!(
+            "vCPUs waited for a CPU (steal time in the guest): {} in all, {:.3} % of the time",
+            time(stolen),
+            stolen as f64 / whole * 100.0
+        );
+        let worst = self.vcpus.iter().max_by_key(|vcpu| vcpu.steal_ns);
+        if let Some(worst) = worst.filter(|worst| worst.steal_ns > 0) {
+            text += &format!(
+                "; most vCPU {} on CPU {}: {}",
+                worst.vcpu,
+                worst.cpus,
+                time(worst.steal_ns)
+            );
+        }
+        text + "\n"
+    }
+
+    fn table(&self) -> String {
+        if self.disturbances.is_empty() {
+            return "nothing else ran on these CPUs\n".to_owned();
+        }
+        let mut table = match self.traced {
+            Some(_) => Table::new(&["time", "longest", "times", "cpu", "what", "what to do"]),
+            None => Table::new(&["time", "times", "cpu", "what", "what to do"]),
+        };
+        for it in &self.disturbances {
+            let about = if it.measured { "" } else { "~" };
+            let took = format!("{about}{}", time(it.ns));
+            let (count, cpus) = (it.count.to_string(), it.cpus.to_string());
+            let (object, advice) = (it.object.clone(), it.advice.clone());
+            if self.traced.is_none() {
+                table.row([took, count, cpus, object, advice]);
+            } else {
+                let longest = it.longest_ns.map_or_else(|| "-".to_owned(), time);
+                table.row([took, longest, count, cpus, object, advice]);
+            }
+        }
+        table.to_text()
+    }
+}
+
+/// A line with how often vCPUs left the guest, the most frequent reasons first.
+fn exits_text(exits: &BTreeMap<String, u64>) -> String {
+    let mut reasons: Vec<(&String, &u64)> = exits
+        .iter()
+        .filter(|(name, count)| *name != "all" && **count > 0)
+        .collect();
+    reasons.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
+    let reasons: Vec<String> = reasons
+        .iter()
+        .map(|(name, count)| format!(", {name} {count}"))
+        .collect();
+    let all = exits.get("all").copied().unwrap_or(0);
+    format!("vCPUs left the guest: {all} times{}\n", reasons.concat())
+}
+
+/// A line with how often other threads got a CPU, and where most often.
+fn trace_text(traced: &Traced) -> String {
+    let by_cpu = traced.by_cpu();
+    let all: u64 = by_cpu.iter().map(|on| on.switches).sum();
+    let mut text = format!("switches to other threads: {all}");
+    if let Some(most) = by_cpu.iter().max_by_key(|on| on.switches) {
+        text += &format!(", most on CPU {}: {}", most.cpu, most.switches);
+    }
+    if let Some(longest) = by_cpu.iter().max_by_key(|on| on.longest_ns) {
+        let (cpu, ns) = (longest.cpu, longest.longest_ns);
+        text += &format!("; the longest ran for {} on CPU {cpu}", time(ns));
+    }
+    if traced.lost > 0 {
+        text += &format!(
+            "; {} events or more were lost, so the counts are too low",
+            traced.lost
+        );
+    }
+    text + "\n"
 }
 
 /// The settings of a VM whose CPUs hook has isolated.
@@ -249,13 +338,15 @@ struct Sample {
     others: BTreeMap<TaskId, Other>,
     interrupts: Vec<Source>,
     softirqs: Vec<Source>,
+    exits: Option<BTreeMap<String, u64>>,
 }
 
 impl Sample {
-    fn take(root: &Host, cpus: &CpuSet, vcpus: &VcpuThreads) -> Result<Self> {
+    fn take(root: &Host, qemu: &Qemu, cpus: &CpuSet, vcpus: &VcpuThreads) -> Result<Self> {
         let mut sample = Self {
             vcpus: BTreeMap::new(),
             others: BTreeMap::new(),
+            exits: activity::kvm_exits(root, qemu.id.pid),
             interrupts: activity::interrupts(root, cpus)?,
             softirqs: activity::softirqs(root, cpus)?,
         };
@@ -322,6 +413,9 @@ struct Watch<'a> {
     root: &'a Host,
     vmid: VmId,
     qemu: &'a Qemu,
+    vcpus: &'a VcpuThreads,
+    /// Of an isolated VM.
+    settings: Option<&'a Settings>,
     cpus: &'a CpuSet,
     /// The host's other CPUs.
     elsewhere: CpuSet,
@@ -330,17 +424,85 @@ struct Watch<'a> {
 }
 
 impl Watch<'_> {
+    /// Watches and prints, once or until the VM or the reader has gone.
+    fn repeat(
+        &self,
+        args: &Args,
+        json: bool,
+        mut recorder: Option<&mut Recorder<'_>>,
+    ) -> anyhow::Result<()> {
+        let time = Duration::from_secs(args.seconds);
+        let mut before = self.sample()?;
+        loop {
+            let began = Instant::now();
+            let traced = match &mut recorder {
+                None => {
+                    std::thread::sleep(time);
+                    None
+                }
+                Some(recorder) => match recorder.watch(time)? {
+                    None => return Ok(()),
+                    traced => traced,
+                },
+            };
+            let after = match self.sample() {
+                Err(error) if args.watch && error.is_gone() => return Ok(()),
+                after => after?,
+            };
+            let seconds = began.elapsed().as_secs_f64();
+            let seen = self.seen(seconds, &before, &after, traced)?;
+            if !args.watch {
+                return seen.print(json);
+            }
+            if !seen.repeat(json)? {
+                return Ok(());
+            }
+            before = after;
+        }
+    }
+
+    fn sample(&self) -> Result<Sample> {
+        Sample::take(self.root, self.qemu, self.cpus, self.vcpus)
+    }
+
+    /// What happened between two samples.
+    fn seen(
+        &self,
+        seconds: f64,
+        before: &Sample,
+        after: &Sample,
+        traced: Option<Traced>,
+    ) -> Result<Seen<'_>> {
+        let vcpus = vcpus_between(self.vcpus, before, after);
+        let disturbances = self.disturbances(&vcpus, before, after, traced.as_ref())?;
+        let hints = self.settings.map_or(Ok(Vec::new()), |settings| {
+            self.hints(settings, seconds, &vcpus, &disturbances)
+        })?;
+        Ok(Seen {
+            vmid: self.vmid,
+            is_isolated: self.settings.is_some(),
+            cpus: self.cpus,
+            seconds,
+            disturbances,
+            hints,
+            vcpus,
+            exits: exits_between(before, after),
+            traced,
+        })
+    }
+
     /// What happened between two samples: first what could be elsewhere, and by the time it took.
     fn disturbances(
         &self,
         vcpus: &[Vcpu],
         before: &Sample,
         after: &Sample,
+        traced: Option<&Traced>,
     ) -> Result<Vec<Disturbance>> {
         let mut found = self.shared(vcpus);
-        found.extend(self.threads(before, after));
-        found.extend(self.interrupts(&before.interrupts, &after.interrupts)?);
-        found.extend(self.softirqs(&before.softirqs, &after.softirqs)?);
+        found.extend(self.threads(before, after, traced));
+        found.extend(self.interrupts(&before.interrupts, &after.interrupts, traced)?);
+        found.extend(self.softirqs(&before.softirqs, &after.softirqs, traced)?);
         found.sort_by_key(|it| std::cmp::Reverse((it.avoidable, it.ns)));
         Ok(found)
     }
@@ -440,6 +602,7 @@ impl Watch<'_> {
                     count: sharers.iter().map(|vcpu| vcpu.slices).sum(),
                     ns: sharers.iter().map(|vcpu| vcpu.steal_ns).sum(),
                     measured: true,
+                    longest_ns: None,
                     avoidable: true,
                     advice: format!("give each vCPU a CPU: hook check {}", self.vmid),
                 }
@@ -447,7 +610,13 @@ impl Watch<'_> {
             .collect()
     }
 
-    fn threads(&self, before: &Sample, after: &Sample) -> Vec<Disturbance> {
+    fn threads(
+        &self,
+        before: &Sample,
+        after: &Sample,
+        traced: Option<&Traced>,
+    ) -> Vec<Disturbance> {
+        let mut exact = traced.map(|traced| traced.threads.clone());
         let mut found = Vec::new();
         for (id, now) in &after.others {
             let earlier = before
@@ -456,30 +625,57 @@ impl Watch<'_> {
                 .map(|other| other.time)
                 .unwrap_or_default();
             let time = now.time.since(&earlier);
+            if let Some(exact) = &mut exact {
+                if let Some(taken) = exact.remove(&id.tid) {
+                    found.push(self.thread(id, now, taken));
+                    continue;
+                }
+                // It was elsewhere, unless it ran all the time.
+                if time.slices > 0 {
+                    continue;
+                }
+            }
             // One that may run elsewhere too was probably there, unless it was last seen here.
             let was_here = !now.is_free || self.cpus.contains(now.last_cpu);
             if time.run == 0 || !was_here {
                 continue;
             }
-            let is_movable = !now.bound || is_unbound_worker(now);
-            let movable = is_movable && !self.elsewhere.is_empty();
-            let (kind, object, advice) = self.named(id, now);
-            found.push(Disturbance {
-                kind,
-                object,
-                cpus: if now.is_free {
-                    [now.last_cpu].into_iter().collect()
-                } else {
-                    now.cpus.clone()
-                },
+            let cpus = if now.is_free {
+                [now.last_cpu].into_iter().collect()
+            } else {
+                now.cpus.clone()
+            };
+            let taken = Taken {
+                cpus,
                 count: time.slices,
                 ns: time.run,
-                measured: true,
-                avoidable: movable,
-                advice,
+                ..Taken::default()
+            };
+            let longest_ns = exact.is_some().then_some(time.run);
+            found.push(Disturbance {
+                longest_ns,
+                ..self.thread(id, now, taken)
             });
         }
+        let gone = exact.into_iter().flatten();
+        found.extend(gone.map(|(tid, taken)| {
+            let known = before.others.iter().find(|(id, _)| id.tid == tid);
+            match known {
+                Some((id, other)) => self.thread(id, other, taken),
+                None => ended_thread(tid, taken),
+            }
+        }));
         found
+    }
+
+    /// A thread, and what it took.
+    fn thread(&self, id: &TaskId, thread: &Other, taken: Taken) -> Disturbance {
+        let (kind, object, advice) = self.named(id, thread);
+        Disturbance {
+            avoidable: !thread.bound && !self.elsewhere.is_empty(),
+            advice,
+            ..exact(kind, object, taken)
+        }
     }
 
     fn named(&self, id: &TaskId, thread: &Other) -> (Kind, String, String) {
@@ -504,12 +700,20 @@ impl Watch<'_> {
         }
     }
 
-    fn interrupts(&self, before: &[Source], after: &[Source]) -> Result<Vec<Disturbance>> {
+    fn interrupts(
+        &self,
+        before: &[Source],
+        after: &[Source],
+        traced: Option<&Traced>,
+    ) -> Result<Vec<Disturbance>> {
         let mut found = Vec::new();
         for counted in between(before, after) {
             let Source { name, what, .. } = counted.source;
             found.push(match name.parse() {
-                Ok(number) => self.irq(counted, number)?,
+                Ok(number) => {
+                    let taken = traced.and_then(|traced| traced.irqs.get(&number));
+                    self.irq(counted, number)?.measured(taken)
+                }
                 Err(_) => {
                     let object = format!("{name} ({what})");
                     counted.disturbance(Kind::LocalInterrupt, object, false, self.on_local(name))
@@ -531,7 +735,9 @@ impl Watch<'_> {
                 None => own,
             }
         } else {
-            "kernel-managed; isolcpus=managed_irq, or fewer queues of the device".to_owned()
+            format!(
+                "kernel-managed; isolcpus=managed_irq, or fewer queues of the device; {EXPLAINED}"
+            )
         };
         let object = format!("IRQ {number}{devices}");
         Ok(counted.disturbance(Kind::Irq, object, is_movable, advice))
@@ -539,20 +745,30 @@ impl Watch<'_> {
 
     fn on_local(&self, name: &str) -> String {
         match name {
-            "LOC" => format!("timer tick; kernel option nohz_full={}", self.cpus),
+            "LOC" => format!(
+                "timer tick; kernel option nohz_full={}; {EXPLAINED}",
+                self.cpus
+            ),
             "NMI" | "PMI" => "profiling or the watchdog; kernel option nmi_watchdog=0".to_owned(),
             _ => "sent by other CPUs; harmless if rare".to_owned(),
         }
     }
 
-    fn softirqs(&self, before: &[Source], after: &[Source]) -> Result<Vec<Disturbance>> {
+    fn softirqs(
+        &self,
+        before: &[Source],
+        after: &[Source],
+        traced: Option<&Traced>,
+    ) -> Result<Vec<Disturbance>> {
         between(before, after)
             .into_iter()
             .map(|counted| {
                 let name = counted.source.name.clone();
                 let (avoidable, advice) = self.on_softirq(&name, &counted.cpus)?;
+                let taken = traced.and_then(|traced| traced.softirqs.get(&name));
                 let object = format!("softirq {name}");
-                Ok(counted.disturbance(Kind::Softirq, object, avoidable, advice))
+                let found = counted.disturbance(Kind::Softirq, object, avoidable, advice);
+                Ok(found.measured(taken))
             })
             .collect()
     }
@@ -567,9 +783,9 @@ impl Watch<'_> {
         Ok(match (name, from) {
             ("TIMER" | "HRTIMER" | "SCHED", _) => (
                 false,
-                format!("comes with the timer tick; kernel option nohz_full={own}"),
+                format!("comes with the timer tick; kernel option nohz_full={own}; {EXPLAINED}"),
             ),
-            ("RCU", _) => (false, format!("kernel option rcu_nocbs={own}")),
+            ("RCU", _) => (false, format!("kernel option rcu_nocbs={own}; {EXPLAINED}")),
             (_, Some(interface)) => (
                 true,
                 format!(
@@ -609,6 +825,58 @@ fn hands_on_to(root: &Host, cpus: &CpuSet) -> Result<Option<String>> {
     Ok(interfaces.map(str::to_owned).next())
 }
 
+impl Disturbance {
+    /// With the times that were recorded, if any were.
+    fn measured(self, taken: Option<&Taken>) -> Self {
+        match taken {
+            None => self,
+            Some(taken) => Self {
+                ns: taken.ns,
+                measured: true,
+                longest_ns: Some(taken.longest_ns),
+                ..self
+            },
+        }
+    }
+}
+
+/// Something of which each run was recorded.
+fn exact(kind: Kind, object: String, taken: Taken) -> Disturbance {
+    Disturbance {
+        kind,
+        object,
+        cpus: taken.cpus,
+        count: taken.count,
+        ns: taken.ns,
+        measured: true,
+        longest_ns: Some(taken.longest_ns),
+        avoidable: true,
+        advice: String::new(),
+    }
+}
+
+/// A thread that ran there and that /proc does not have, or not on these CPUs.
+fn ended_thread(tid: i32, taken: Taken) -> Disturbance {
+    let object = match tid {
+        OTHERS => taken.name.clone(),
+        _ => format!("thread {tid} ({})", taken.name),
+    };
+    Disturbance {
+        advice: "it has ended or moved since".to_owned(),
+        ..exact(Kind::Thread, object, taken)
+    }
+}
+
+/// How often vCPUs left the guest between two samples.
+fn exits_between(before: &Sample, after: &Sample) -> Option<BTreeMap<String, u64>> {
+    let earlier = before.exits.as_ref()?;
+    let added = after.exits.as_ref()?.iter().map(|(reason, count)| {
+        let known = earlier.get(reason).copied().unwrap_or(0);
+        (reason.clone(), count.saturating_sub(known))
+    });
+    Some(added.collect())
+}
+
 /// What was counted between two readings.
 struct Counted<'a> {
     source: &'a Source,
@@ -634,6 +902,7 @@ impl Counted<'_> {
             count: self.count,
             ns: self.count * INTERRUPT,
             measured: false,
+            longest_ns: None,
             avoidable,
             advice,
         }
@@ -700,57 +969,6 @@ pub(super) fn added_on(cpu: usize, before: &[Source], after: &[Source]) -> Vec<(
         .collect();
     found.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
     found
-}
-
-fn to_text(
-    vmid: VmId,
-    is_isolated: bool,
-    cpus: &CpuSet,
-    seconds: f64,
-    vcpus: &[Vcpu],
-    disturbances: &[Disturbance],
-) -> String {
-    let mut text = format!("VM {vmid}, CPU {cpus}, {seconds:.1} s");
-    text += if is_isolated {
-        "\n"
-    } else {
-        "; its CPUs are not isolated\n"
-    };
-    let stolen: u64 = vcpus.iter().map(|vcpu| vcpu.steal_ns).sum();
-    let whole = seconds * 1e9 * vcpus.len() as f64;
-    text += &format!(
-        "vCPUs waited for a CPU (steal time in the guest): {} in all, {:.3} % of the time",
-        time(stolen),
-        stolen as f64 / whole * 100.0
-    );
-    if let Some(worst) = vcpus
-        .iter()
-        .max_by_key(|vcpu| vcpu.steal_ns)
-        .filter(|worst| worst.steal_ns > 0)
-    {
-        text += &format!(
-            "; most vCPU {} on CPU {}: {}",
-            worst.vcpu,
-            worst.cpus,
-            time(worst.steal_ns)
-        );
-    }
-    text.push('\n');
-    if disturbances.is_empty() {
-        return text + "nothing else ran on these CPUs\n";
-    }
-    let mut table = Table::new(&["time", "times", "cpu", "what", "what to do"]);
-    for it in disturbances {
-        let about = if it.measured { "" } else { "~" };
-        table.row([
-            format!("{about}{}", time(it.ns)),
-            it.count.to_string(),
-            it.cpus.to_string(),
-            it.object.clone(),
-            it.advice.clone(),
-        ]);
-    }
-    printable(&format!("{text}{}", table.to_text())).into_owned()
 }
 
 /// Nanoseconds for people.
@@ -843,6 +1061,8 @@ mod tests {
             root: &host.root,
             vmid,
             qemu: &qemu,
+            vcpus: &VcpuThreads::new(),
+            settings: None,
             elsewhere: &CpuSet::range(0, 23) - &cpus,
             cpus: &cpus,
             balancers: Vec::new(),
@@ -864,6 +1084,7 @@ mod tests {
                 count: 1,
                 ns: bound,
                 measured: true,
+                longest_ns: None,
                 avoidable: false,
                 advice: String::new(),
             };

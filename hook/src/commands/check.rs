@@ -613,7 +613,7 @@ mod tests {
     #[test]
     fn each_fault_is_found_with_its_fix() {
         type Arrange = fn(&MadeUpHost);
-        let cases: [(Arrange, &str); 31] = [
+        let cases: [(Arrange, &str); 32] = [
             (
                 |h| h.conf(100, &CONF.replace("hookscript", "#")),
                 "warn hookscript: not set: Proxmox VE does not call hook for this VM => hook install 100",
@@ -705,12 +705,17 @@ mod tests {
             (
                 |h| h.file("proc/cmdline", "nohz_full=6-11 quiet"),
                 "warn command line: nohz_full=6-11 includes only some of the isolated CPUs, so \
-                 vCPUs behave differently => set nohz_full=6-11,18-23, or remove it",
+                 vCPUs behave differently => set nohz_full=6-11,18-23, or remove it; see docs/noise.md",
+            ),
+            (
+                |h| h.file("proc/cmdline", "isolcpus=nohz,managed_irq,6-11"),
+                "warn command line: isolcpus=nohz,managed_irq,6-11 includes only some of the isolated CPUs, so vCPUs \
+                 behave differently => set isolcpus=nohz,managed_irq,6-11,18-23, or remove it; see docs/noise.md",
             ),
             (
                 |h| h.file("proc/cmdline", "rcu_nocbs=1"),
                 "warn command line: rcu_nocbs=1 includes only some of the isolated CPUs, so vCPUs \
-                 behave differently => set rcu_nocbs=6-11,18-23, or remove it",
+                 behave differently => set rcu_nocbs=6-11,18-23, or remove it; see docs/noise.md",
             ),
             (
                 |h| {
@@ -1069,6 +1074,7 @@ mod tests {
     fn settings_that_fit_the_host_have_no_faults() {
         for (number, arrange) in ([
             |h| h.file("proc/cmdline", "nohz_full=6-11,18-23 rcu_nocbs=6-11,18-23"),
+            |h| h.file("proc/cmdline", "isolcpus=managed_irq,6-11,18-23"),
             |h| h.conf(101, "affinity: 0-9"),
             |h| {
                 h.conf(
@@ -1088,7 +1094,7 @@ mod tests {
                     "4",
                 )
             },
-        ] as [fn(&MadeUpHost); 5])
+        ] as [fn(&MadeUpHost); 6])
             .into_iter()
             .enumerate()
         {

@@ -19,6 +19,7 @@ pub(crate) mod remove;
 pub(crate) mod report;
 pub(crate) mod status;
 pub(crate) mod step;
+mod traced;
 
 use anyhow::ensure;
 use pinfold_core::Host;

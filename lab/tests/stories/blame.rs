@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::stories;
 use crate::support::{assert_fenced, expect, install_hook, vm};
 
-stories![only trixie: names_planted_disturbances];
+stories![only trixie: names_planted_disturbances, traces_and_leaves_nothing];
 
 /// Takes a shell out of its slice, whose CPUs are restricted, onto CPU 7.
 const ON_CPU_7: &str = "echo $$ > /sys/fs/cgroup/cgroup.procs; taskset -pc 7 $$ > /dev/null";
@@ -102,4 +102,131 @@ fn names_planted_disturbances(host: &mut Host) {
     assert!(looks >= 2, "{}", watched.stdout);
     let (_, why) = expect(host, "hook blame 100", 1);
     assert!(why.contains("VM 100"), "{why}");
+}
+
+/// Sleeps a hundred times on the CPU that it is on, and prints how often it gave that CPU up.
+const SLEEPER: &str = r#"sub switches {
+    open my $status, "<", "/proc/self/status" or die $!;
+    my $sum = 0;
+    /ctxt_switches:\s*(\d+)/ and $sum += $1 while <$status>;
+    return $sum;
+}
+my $before = switches();
+select undef, undef, undef, 0.01 for 1 .. 100;
+print "$$ ", switches() - $before, "\n";
+"#;
+
+const INSTANCES: &str = "/sys/kernel/tracing/instances";
+
+/// The trace instances, once there are so many.
+fn instances(host: &Host, count: usize) -> Vec<String> {
+    let wait = format!(
+        "until [ $(ls {INSTANCES} | wc -l) = {count} ]; do sleep 0.2; done; ls {INSTANCES}"
+    );
+    let (names, _) = expect(host, &format!("timeout 60 bash -c '{wait}'"), 0);
+    names.lines().map(str::to_owned).collect()
+}
+
+/// Starts a trace that ends much later, and returns its instance.
+fn long_trace(host: &Host) -> String {
+    let command = "hook blame 100 --seconds 600 --trace";
+    host.ok(&format!("setsid {command} > /dev/null 2>&1 < /dev/null &"))
+        .unwrap();
+    instances(host, 1).remove(0)
+}
+
+fn traces_and_leaves_nothing(host: &mut Host) {
+    host.ok("mountpoint -q /sys/kernel/tracing || mount -t tracefs tracefs /sys/kernel/tracing")
+        .unwrap();
+    install_hook(host);
+    host.start_vm(&vm()).unwrap();
+    assert_fenced(host);
+
+    // A task that has ended when the trace does, so that /proc does not have it.
+    let trace = [
+        "hook",
+        "blame",
+        "100",
+        "--seconds",
+        "15",
+        "--trace",
+        "--json",
+    ];
+    let trace = host.spawn(&trace, Duration::from_secs(120)).unwrap();
+    instances(host, 1);
+    host.ok("sleep 3").unwrap();
+    host.put("/tmp/sleeper.pl", SLEEPER.as_bytes(), 0o644)
+        .unwrap();
+    let sleeper = format!("bash -c '{ON_CPU_7}; exec perl /tmp/sleeper.pl'");
+    let (switches, _) = expect(host, &sleeper, 0);
+    let (tid, switches) = switches.trim().split_once(' ').unwrap();
+    let switches: u64 = switches.parse().unwrap();
+    assert!(switches >= 100, "{switches}");
+    let traced = trace.wait().unwrap();
+    assert_eq!(traced.code, Some(0), "{}", traced.stderr);
+    let json: Value = serde_json::from_str(&traced.stdout).unwrap();
+    let found = json["disturbances"].as_array().unwrap();
+    let object = format!("thread {tid} (perl)");
+    let place = found.iter().position(|it| it["object"] == object);
+    let place = place.unwrap_or_else(|| panic!("{object}: {json:#}"));
+    let it = &found[place];
+    assert!(place < 3, "{json:#}");
+    // Each time that it gave the CPU up it got it again; and before and after it counted.
+    let count = it["count"].as_u64().unwrap();
+    assert!(
+        (switches..=switches + 50).contains(&count),
+        "{switches}: {it:#}"
+    );
+    assert_eq!(it["cpus"], "7");
+    assert_eq!(json["trace"]["lost"], 0, "{json:#}");
+    let (longest, all) = (it["longest_ns"].as_u64(), it["ns"].as_u64());
+    assert!(longest > Some(0) && longest < all, "{it:#}");
+    let on_7 = json["trace"]["by_cpu"].as_array().unwrap().iter();
+    let on_7 = on_7
+        .filter(|on| on["cpu"] == 7)
+        .map(|on| on["switches"].as_u64());
+    assert!(on_7.flatten().sum::<u64>() >= count, "{json:#}");
+    let is_off = "cat /sys/kernel/tracing/events/{sched/sched_switch,irq/irq_handler_entry}/enable";
+    let assert_off = |host: &Host| {
+        assert_eq!(instances(host, 0), [""; 0]);
+        assert_eq!(expect(host, is_off, 0).0, "0\n0\n");
+    };
+    assert_off(host);
+
+    let (text, _) = expect(host, "hook blame 100 --seconds 1 --trace", 0);
+    assert!(text.contains("\nswitches to other threads: "), "{text}");
+    assert_off(host);
+    // What a terminal sends ends it, and its instance.
+    expect(
+        host,
+        "timeout -s INT 10 hook blame 100 --seconds 600 --trace",
+        124,
+    );
+    assert_off(host);
+
+    // What a killed one has left goes with the next trace, and by recover; that of one that lives
+    // does not.
+    let killed = long_trace(host);
+    let kill = |name: &str| {
+        let pid = name.split('-').nth(1).unwrap();
+        host.ok(&format!(
+            "kill -KILL {pid}; while [ -e /proc/{pid} ]; do sleep 0.1; done"
+        ))
+        .unwrap();
+    };
+    for look in ["hook recover", "hook blame 100 --seconds 1 --trace"] {
+        expect(host, look, 0);
+        assert_eq!(instances(host, 1), [killed.clone()], "{look}");
+    }
+    kill(&killed);
+    assert_eq!(instances(host, 1), [killed.clone()]);
+    let (_, log) = expect(host, "hook recover", 0);
+    assert!(log.contains("trace of process "), "{log}");
+    assert_off(host);
+    let killed = long_trace(host);
+    kill(&killed);
+    expect(host, "hook blame 100 --seconds 1 --trace", 0);
+    assert_off(host);
+    assert_fenced(host);
+    host.stop_vm(100).unwrap();
 }
