@@ -7,15 +7,13 @@ use pinfold_core::sys::cpufreq::{self, Policy};
 use pinfold_core::sys::task;
 use pinfold_core::{CpuSet, Knob, Outcome, Result, Setting};
 
-use super::run::{Readings, Reconcile, TUNING};
+use super::run::{IRQBALANCE, Readings, Reconcile, TUNING};
 use crate::own_steps;
 use crate::settings::Settings;
 use crate::state::reservation::Reservation;
 
 /// The same in a task log.
 const TUNING_LABEL: &str = "tuning";
-/// The part of the IRQs' step that asks irqbalance.
-pub(super) const IRQBALANCE: &str = "irqbalance";
 /// What it sets.
 const TUNED: &str = "governor, stat_interval";
 

@@ -12,11 +12,13 @@ use pinfold_core::{Applied, Change, CpuSet, Host, Knob, Outcome, Report, Result,
 use super::apart::{Apart, Housekeeping};
 use super::changed_by_kernel::ChangedByKernel;
 use super::guest::Guest;
-use super::host_steps::IRQBALANCE;
 use crate::state::reservation::{Isolation, Phase, Reservation};
 
 /// The step of governor and statistics interval, as programs know it.
 pub(super) const TUNING: &str = "pace";
+
+/// The part of the IRQs' step that asks irqbalance.
+pub(super) const IRQBALANCE: &str = "irqbalance";
 
 /// What the kernel answered for IRQs that it did not move, with these IRQs.
 pub(crate) type Refused = BTreeMap<String, BTreeSet<String>>;

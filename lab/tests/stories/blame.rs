@@ -216,10 +216,10 @@ fn traces_and_leaves_nothing(host: &mut Host) {
     };
     for look in ["hook recover", "hook blame 100 --seconds 1 --trace"] {
         expect(host, look, 0);
-        assert_eq!(instances(host, 1), [killed.clone()], "{look}");
+        assert_eq!(instances(host, 1), std::slice::from_ref(&killed), "{look}");
     }
     kill(&killed);
-    assert_eq!(instances(host, 1), [killed.clone()]);
+    assert_eq!(instances(host, 1), std::slice::from_ref(&killed));
     let (_, log) = expect(host, "hook recover", 0);
     assert!(log.contains("trace of process "), "{log}");
     assert_off(host);
