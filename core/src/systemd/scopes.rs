@@ -31,6 +31,10 @@ pub struct ScopeProperties {
     /// CPUQuota=, in microseconds of CPU time for each second.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpu_quota_usec: Option<u64>,
+    /// Units that systemd starts when it has ended, as in OnSuccess=: never of a VM's scope, and not
+    /// saved.
+    #[serde(skip)]
+    pub on_success: Vec<String>,
 }
 
 impl ScopeProperties {
@@ -122,6 +126,7 @@ mod tests {
                 before: vec!["pve-ha-lrm.service".into(), "pve-guests.service".into()],
                 cpu_weight: Some(200),
                 cpu_quota_usec: Some(1_500_000),
+                on_success: Vec::new(),
             }
         );
         for text in [

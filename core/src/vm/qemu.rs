@@ -1,6 +1,7 @@
 //! Finds the QEMU of a VM.
 
 use std::cell::OnceCell;
+use std::collections::BTreeMap;
 use std::fmt;
 
 use super::id::VmId;
@@ -31,6 +32,23 @@ impl fmt::Display for Qemu {
         match self.vmid {
             Some(vmid) => write!(f, "VM {vmid}"),
             None => write!(f, "QEMU {}", self.id.pid),
+        }
+    }
+}
+
+impl Qemu {
+    /// A process that stands for a QEMU, with no monitor: its threads stand for the vCPUs of these
+    /// numbers, by thread id, and all others for emulator threads.
+    pub fn stand_in(id: TaskId, vcpus: BTreeMap<i32, usize>) -> Self {
+        Self {
+            id,
+            vmid: None,
+            monitor: None,
+            threads_per_core: 1,
+            qmp_info: OnceCell::from(qmp::ThreadRoles {
+                vcpus,
+                ..qmp::ThreadRoles::default()
+            }),
         }
     }
 }

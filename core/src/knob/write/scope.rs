@@ -72,12 +72,18 @@ fn start_scope(host: &Host, scope: &str, slice: &str, pid: i32) -> io::Result<()
         .map_err(failed)
 }
 
-/// What the scope had before: Proxmox VE's weight and limit of CPU time, and the order at shutdown.
+/// What the scope had before: Proxmox VE's weight and limit of CPU time, and the order at shutdown; and
+/// what is started when it has ended.
 fn add_properties(properties: &mut Writer, had: &ScopeProperties) {
     if let Some(description) = &had.description {
         properties.property("Description", "s", |value| value.string(description));
     }
-    for (name, units) in [("After", &had.after), ("Before", &had.before)] {
+    let dependencies = [
+        ("After", &had.after),
+        ("Before", &had.before),
+        ("OnSuccess", &had.on_success),
+    ];
+    for (name, units) in dependencies {
         if !units.is_empty() {
             properties.property(name, "as", |value| {
                 value.array(4, |list| {
@@ -142,6 +148,7 @@ mod tests {
                 before: vec!["pve-ha-lrm.service".into(), "pve-guests.service".into()],
                 cpu_weight: Some(0x1234),
                 cpu_quota_usec: Some(1_500_000),
+                on_success: vec!["pinfold-recover.service".into()],
             },
         );
         for text in [
@@ -154,6 +161,8 @@ mod tests {
             "pve-guests.service",
             "CPUWeight",
             "CPUQuotaPerSecUSec",
+            "OnSuccess",
+            "pinfold-recover.service",
         ] {
             assert!(body.has(text.as_bytes()), "{text}");
         }
