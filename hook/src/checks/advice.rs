@@ -9,6 +9,7 @@ use super::finding::Finding;
 use super::shared_readings::SharedReadings;
 use super::{devices, host, memory, place};
 use crate::settings::Settings;
+use crate::state::reservation::owner;
 
 /// All advice for a VM with settings.
 ///
@@ -62,7 +63,8 @@ pub(crate) fn interference(
                 "other VMs",
                 format!(
                     "VM {other} has `affinity: {affinity}`, and all of these CPUs are isolated: \
-                     it cannot start while VM {vmid} runs"
+                     it cannot start while {} runs",
+                    owner(vmid.into())
                 ),
                 format!("use other CPUs: qm set {other} --affinity LIST"),
             ));

@@ -15,7 +15,7 @@ use super::shared_readings::SharedReadings;
 use crate::choice;
 use crate::own_steps;
 use crate::settings::{Method, Settings};
-use crate::state::reservation::{Isolation, Reservation};
+use crate::state::reservation::{Isolation, Reservation, owner};
 
 /// Checks the settings against the host and the VM. Returns the warnings.
 ///
@@ -282,7 +282,7 @@ pub(crate) fn overlap(
     for (other, reservation) in others() {
         let shared = &reservation.settings.isolated & &settings.isolated;
         if !shared.is_empty() {
-            let what = format!("CPU {shared} is isolated for VM {other}, which runs");
+            let what = format!("CPU {shared} is isolated for {}, which runs", owner(*other));
             let fix = if settings.is_built_in() {
                 format!("stop it, or choose others with `hook init {vmid}`")
             } else {
@@ -341,7 +341,7 @@ pub(crate) fn isolation(
         });
         other.map_or(Ok(()), |(id, _)| {
             let why =
-                format!("method: VM {id} is isolated by the other method, and the two cannot be mixed; stop it first");
+                format!("method: {} is isolated by the other method, and the two cannot be mixed; stop it first", owner(*id));
             Err(Error::unusable(&settings.source, why))
         })
     };

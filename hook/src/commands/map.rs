@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::drawing::{self, Block, Mark};
 use super::places;
+use crate::state::reservation::{JITTER, owner};
 
 /// How far in domains are.
 const INSET: usize = 2;
@@ -47,7 +48,10 @@ pub(crate) struct Cpu {
 impl Cpu {
     /// Its mark: `.`, `100:v3`, `(100)`, `off`; with `!` if something strays.
     fn text(&self) -> String {
-        let vm = self.vm.map(|vm| vm.to_string()).unwrap_or_default();
+        let vm = match self.vm {
+            Some(JITTER) => "jitter".to_owned(),
+            vm => vm.map(|vm| vm.to_string()).unwrap_or_default(),
+        };
         let mark = match self.owner {
             Owner::Housekeeping => ".".into(),
             Owner::Offline => "off".into(),
@@ -65,13 +69,13 @@ impl Cpu {
 
     /// What the mark means.
     fn meaning(&self) -> String {
-        let vm = self.vm.unwrap_or_default();
+        let owner = owner(self.vm.unwrap_or_default());
         match self.owner {
             Owner::Housekeeping => "housekeeping".into(),
             Owner::Offline => "offline".into(),
-            Owner::Reserved => format!("reserved for VM {vm}"),
-            Owner::Isolated if self.vcpus.is_empty() => format!("VM {vm}, no vCPU"),
-            Owner::Isolated => format!("vCPU of VM {vm}"),
+            Owner::Reserved => format!("reserved for {owner}"),
+            Owner::Isolated if self.vcpus.is_empty() => format!("{owner}, no vCPU"),
+            Owner::Isolated => format!("vCPU of {owner}"),
         }
     }
 

@@ -21,7 +21,7 @@ use super::monitor;
 use crate::own_steps::TOOL;
 use crate::phases::failures;
 use crate::settings::Bounds;
-use crate::state::reservation::{Isolation, Phase, Reservation};
+use crate::state::reservation::{Isolation, Phase, Reservation, owner};
 use crate::strays::{Class, Stray, strays};
 
 /// The options of `hook status`.
@@ -372,6 +372,7 @@ fn text(
             Phase::Isolating => "is getting",
             Phase::Isolated => "has",
         };
+        let owner = owner(*id);
         let alive = VmId::try_from(*id).is_ok_and(|vmid| reservation.is_alive(root, vmid));
         let dead = if alive {
             ""
@@ -384,11 +385,11 @@ fn text(
             ""
         };
         if reservation.phase == Phase::Unfenced {
-            text += &format!("VM {id} {phase}\n");
+            text += &format!("{owner} {phase}\n");
             continue;
         }
         text += &format!(
-            "VM {id} {phase} CPU {}{by}{dead}\n",
+            "{owner} {phase} CPU {}{by}{dead}\n",
             reservation.settings.isolated
         );
         if reservation.failed > 0 {

@@ -12,7 +12,7 @@ use pinfold_core::{Host, TaskId};
 use crate::own_steps;
 use crate::reconcile::Reconcile;
 use crate::settings::Deadlines;
-use crate::state::reservation::{Backup, Phase, Reservation, is_in_backup};
+use crate::state::reservation::{Backup, Phase, Reservation, is_in_backup, owner};
 
 use super::run::{Run, process};
 
@@ -91,20 +91,21 @@ impl Run<'_> {
             {
                 continue;
             }
+            let owner = owner(*id);
             let note = match reservation.phase {
                 Phase::Unfenced => None,
                 Phase::Starting if reservation.qemu.is_none() => {
-                    Some(format!("VM {vmid} was not started; releasing its CPUs"))
+                    Some(format!("{owner} was not started; releasing its CPUs"))
                 }
                 // Its post-stop may still come: systemd sees QEMU end as soon as Proxmox VE does.
                 Phase::Starting | Phase::Isolating | Phase::Isolated => {
-                    Some(format!("VM {vmid} has ended; releasing its CPUs"))
+                    Some(format!("{owner} has ended; releasing its CPUs"))
                 }
                 Phase::Idle if reservation.comes_back() => {
                     Some(format!("VM {vmid} was not started again after its backup"))
                 }
                 Phase::Leaving | Phase::Idle => {
-                    Some(format!("VM {vmid}: completing an interrupted post-stop"))
+                    Some(format!("{owner}: completing an interrupted post-stop"))
                 }
             };
             notes.extend(note.map(|note| (vmid, note)));

@@ -6,6 +6,7 @@ mod fence;
 mod give_back;
 mod new_threads;
 mod offer;
+mod own_fence;
 mod post_start;
 mod post_stop;
 mod pre_start;

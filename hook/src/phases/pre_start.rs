@@ -214,7 +214,7 @@ impl Run<'_> {
     }
 
     /// Has systemd leave alone what is made within the VM's scope.
-    fn delegate(&mut self, vmid: VmId) -> anyhow::Result<()> {
+    pub(super) fn delegate(&mut self, vmid: VmId) -> anyhow::Result<()> {
         self.report.step("delegation");
         let earlier = self.report.failures();
         let change = cg_slice::partition::delegation(&self.root, vmid, PRESENT)?;

@@ -1,10 +1,26 @@
 //! A running VM, as one run of hook knows it: looked up once and handed on.
 
-use pinfold_core::sys::cgroup;
-use pinfold_core::vm::{Qemu, VmId};
+use std::collections::BTreeMap;
+
+use pinfold_core::sys::{cgroup, task};
+use pinfold_core::vm::{self, Qemu, VmId};
 use pinfold_core::{Host, Result};
 
-use crate::state::reservation::Reservation;
+use crate::state::reservation::{JITTER, Reservation};
+
+/// The process that has a reservation's CPUs, if it runs: the VM's QEMU, or `hook jitter`, which
+/// stands for one.
+///
+/// # Errors
+/// As [`vm::find`].
+pub(super) fn find(root: &Host, vmid: VmId, reservation: &Reservation) -> Result<Option<Qemu>> {
+    if vmid.get() != JITTER {
+        return vm::find(root, vmid);
+    }
+    let own = reservation.qemu;
+    let own = own.filter(|task| task::check_start(root, task).is_ok());
+    Ok(own.map(|task| Qemu::stand_in(task, BTreeMap::new())))
+}
 
 /// A running VM with what hook keeps of it.
 #[derive(Debug, Clone)]

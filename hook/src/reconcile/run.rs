@@ -11,7 +11,7 @@ use pinfold_core::{Applied, Change, CpuSet, Host, Knob, Outcome, Report, Result,
 
 use super::apart::{Apart, Housekeeping};
 use super::changed_by_kernel::ChangedByKernel;
-use super::guest::Guest;
+use super::guest::{Guest, find};
 use crate::state::reservation::{Isolation, Phase, Reservation};
 
 /// The step of governor and statistics interval, as programs know it.
@@ -233,7 +233,7 @@ impl<'a> Reconcile<'a> {
         }
         let mut guest = None;
         if let Some(reservation) = self.store.reservations.get(&vmid.into())
-            && let Some(qemu) = vm::find(self.root, vmid)?
+            && let Some(qemu) = find(self.root, vmid, reservation)?
         {
             guest = match Guest::new(self.root, vmid, qemu, reservation.clone()) {
                 Err(error) if error.is_gone() => None,

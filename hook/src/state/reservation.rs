@@ -8,6 +8,18 @@ use serde::{Deserialize, Serialize};
 
 use crate::settings::Settings;
 
+/// The number of the fence that `hook jitter` makes for itself: the last one that a VM could have. An
+/// earlier version of hook that finds it releases it as that of a VM that has ended.
+pub(crate) const JITTER: u32 = 999_999_999;
+
+/// Who has the reservation of this number.
+pub(crate) fn owner(id: u32) -> String {
+    match id {
+        JITTER => "hook jitter".to_owned(),
+        id => format!("VM {id}"),
+    }
+}
+
 /// How far the isolation of a VM has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -71,7 +83,7 @@ pub(crate) struct Reservation {
     pub isolation: Isolation,
     /// The settings as they were resolved then.
     pub settings: Settings,
-    /// The VM's QEMU, once it runs.
+    /// The VM's QEMU, once it runs; of [`JITTER`] the process that measures.
     pub qemu: Option<TaskId>,
     /// The process that starts the VM: PVE's task, hook's parent. While it runs, QEMU may still be
     /// started. In phase [`Idle`](Phase::Idle): the hook that starts the idle VM, or the VM's QEMU
