@@ -177,7 +177,10 @@ pub(crate) fn run(args: Args, commit: Option<&str>) -> anyhow::Result<Exit> {
         Verb::Plan(args) => plan::run(&args, output),
         Verb::Check(args) => check::run(&args, output),
         Verb::Blame(args) => blame::run(&args, output),
-        Verb::Jitter(args) => jitter::run(&args, output),
+        Verb::Jitter(args) => match args.contradiction() {
+            Some(what) => Err(usage(ErrorKind::ArgumentConflict, &what)),
+            None => jitter::run(&args, output),
+        },
         Verb::Report(args) => report::run(&args, output, &cli::version(commit)),
         Verb::Recover(args) => recover::run(&args, output),
         Verb::Step { step } => step::run(step, output),

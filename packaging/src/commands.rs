@@ -139,6 +139,10 @@ pub(crate) const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
                 "hook jitter --cpus llc:1 --seconds 30",
                 "Measure the CPUs of the second LLC domain.",
             ),
+            (
+                "hook jitter 100 --compare --svg /root/jitter.svg",
+                "Measure the CPUs of VM 100 as they are and isolated, and draw both.",
+            ),
         ],
     ),
     (

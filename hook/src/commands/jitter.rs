@@ -1,33 +1,32 @@
 //! `hook jitter`: how long a loop on each CPU is interrupted, measured from inside.
 
-use std::sync::Barrier;
-use std::time::{Duration, Instant};
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, anyhow, ensure};
-use nix::unistd::{getpid, gettid};
 use pinfold_core::cli::Output;
 use pinfold_core::cli::terminal::{print, print_json};
-use pinfold_core::knob::{Outcome, apply_one};
-use pinfold_core::state::Store;
-use pinfold_core::sys::{activity, cpu, task};
+use pinfold_core::state::{Baseline, Store};
+use pinfold_core::sys::topology::Topology;
+use pinfold_core::sys::{cpu, task};
 use pinfold_core::vm::{self, Role, VmId};
-use pinfold_core::{CpuSet, Exit, Host, Knob, Selector, Setting, printable};
-use serde::Serialize;
+use pinfold_core::{CpuSet, Exit, Host, Selector, printable};
 use serde_json::json;
 
-use super::blame;
-use crate::exec;
-use crate::settings::{self, Loaded};
-use crate::state::reservation::Reservation;
+use super::comparison::{Comparison, Measured, right_aligned};
+use super::loops::{HeldSignals, Loops, Row};
+use super::needs_root;
+use crate::own_steps::TOOL;
+use crate::phases::Run;
+use crate::settings::{self, Loaded, Method, ResetPci, Settings};
+use crate::state::reservation::{Reservation, owner};
+use crate::strays::{Class, strays};
 
-/// A gap of at least this length counts as noise, in nanoseconds. A pass of the loop takes some 50.
-const LEAST_GAP: u64 = 1_000;
-
-/// The buckets of the histogram: the last one is for gaps of half a second and more.
-const BUCKETS: usize = 20;
-
-/// How long chrt may take.
-const CHRT_DEADLINE: Duration = Duration::from_secs(10);
+/// The longest time to measure inside a fence, in seconds: other hooks wait for its end, by default
+/// for two minutes.
+const LONGEST_COMPARED: u64 = 60;
 
 /// The options of `hook jitter`.
 #[derive(Debug, clap::Args)]
@@ -49,72 +48,24 @@ pub(crate) struct Args {
     /// in the kernel's reserve (kernel.sched_rt_runtime_us), a gap of 50 ms in each second
     #[arg(long)]
     fifo: bool,
+
+    /// Measure twice: as the host is now, then with the CPUs isolated for the loops as for a VM, by
+    /// partition; and return them to the host. At most 60 seconds each; hooks of VMs that start or
+    /// stop meanwhile wait. CPU 0 and its core are refused. Needs root
+    #[arg(long)]
+    compare: bool,
+
+    /// Also draw the comparison into this file, as an SVG picture
+    #[arg(long, value_name = "FILE", requires = "compare")]
+    svg: Option<PathBuf>,
 }
 
-/// What a loop has measured.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Gaps {
-    /// How many gaps there were from 2^N microseconds up to the double.
-    by_length: [u64; BUCKETS],
-    longest: u64,
-    /// All of them together.
-    sum: u64,
-    whole: u64,
-}
-
-impl Gaps {
-    fn new() -> Self {
-        Self {
-            by_length: [0; BUCKETS],
-            longest: 0,
-            sum: 0,
-            whole: 0,
-        }
+impl Args {
+    /// What contradicts itself in the options.
+    pub(crate) fn contradiction(&self) -> Option<String> {
+        (self.compare && self.seconds > LONGEST_COMPARED)
+            .then(|| format!("--compare measures for {LONGEST_COMPARED} seconds at most"))
     }
-
-    /// Counts the time between two passes.
-    fn add(&mut self, ns: u64) {
-        self.whole += ns;
-        if ns < LEAST_GAP {
-            return;
-        }
-        self.sum += ns;
-        self.longest = self.longest.max(ns);
-        let bucket = (ns / 1000).ilog2() as usize;
-        self.by_length[bucket.min(BUCKETS - 1)] += 1;
-    }
-
-    /// The share of the time that the loop did not have, in millionths.
-    fn noise_ppm(&self) -> f64 {
-        match self.whole {
-            0 => 0.0,
-            whole => self.sum as f64 / whole as f64 * 1e6,
-        }
-    }
-}
-
-/// A bucket of the histogram that is not empty.
-#[derive(Debug, Serialize)]
-struct Bucket {
-    from_us: u64,
-    count: u64,
-}
-
-/// A source of interrupts on a CPU.
-#[derive(Debug, Serialize)]
-struct Interrupts {
-    source: String,
-    count: u64,
-}
-
-/// A CPU's result.
-#[derive(Debug, Serialize)]
-struct Row {
-    cpu: usize,
-    longest_ns: u64,
-    noise_ppm: f64,
-    gaps: Vec<Bucket>,
-    interrupts: Vec<Interrupts>,
 }
 
 /// The command's whole run.
@@ -127,14 +78,13 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
         root.is_live(),
         "loops run on the running host only, not under --sysroot"
     );
-    let cpus = chosen(&root, args)?;
-    let earlier = activity::interrupts(&root, &cpus)?;
-    let gaps = measure(&root, &cpus, Duration::from_secs(args.seconds), args.fifo)?;
-    let later = activity::interrupts(&root, &cpus)?;
-    let rows: Vec<Row> = gaps
-        .iter()
-        .map(|(cpu, gaps)| row(*cpu, gaps, &earlier, &later))
-        .collect();
+    let (cpus, settings) = chosen(&root, args)?;
+    if args.compare {
+        return compare(&root, args, &cpus, settings, output);
+    }
+    let loops = Loops::new(&cpus, Duration::from_secs(args.seconds), args.fifo)?;
+    loops.place(&root)?;
+    let rows = loops.run(&root, None)?;
     if output.json {
         print_json(&json!({
             "cpus": cpus, "seconds": args.seconds, "fifo": args.fifo, "by_cpu": rows,
@@ -145,9 +95,95 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
     Ok(Exit::Success)
 }
 
-/// The CPUs that are measured, none of which a running VM may have.
-fn chosen(root: &Host, args: &Args) -> anyhow::Result<CpuSet> {
-    let cpus = match (args.vmid, &args.cpus) {
+/// Measures open and inside a fence.
+fn compare(
+    root: &Host,
+    args: &Args,
+    cpus: &CpuSet,
+    settings: Option<Settings>,
+    output: &Output,
+) -> anyhow::Result<Exit> {
+    needs_root(root, false)?;
+    not_the_boot_core(&Topology::read(root)?, cpus)?;
+    let settings = for_loops(match settings {
+        Some(settings) => settings,
+        None => {
+            let text = format!("isolated = \"{cpus}\"\npins = \"auto\"\n");
+            settings::resolve(root, &text, "--cpus", 1)?
+        }
+    });
+    // Before anything is measured, in case it cannot be made.
+    let picture = args.svg.as_deref().map(create).transpose()?;
+    let mut report = output.report(TOOL).for_log();
+    // Before the first change, so that none is left half way.
+    let signals = HeldSignals::new().context("signals")?;
+    let loops = || Loops::new(cpus, Duration::from_secs(args.seconds), args.fifo);
+    let all = strays(root, cpus, &Default::default(), &Baseline::default())?;
+    let open = all.iter().filter(|it| it.class == Class::Stray).count();
+    report.line(&format!("measuring CPU {cpus} as the host is now"));
+    let first = loops()?;
+    first.place(root)?;
+    let open = Measured {
+        strays: open,
+        rows: first.run(root, Some(&signals))?,
+    };
+    let second = loops()?;
+    let mut run = Run {
+        root: root.clone(),
+        report: &mut report,
+        migrated_from: None,
+    };
+    let fenced = run.within_fence(settings, &second.tids(), |strays| {
+        let rows = second.run(root, Some(&signals))?;
+        anyhow::Ok(Measured { strays, rows })
+    })??;
+    let comparison = Comparison {
+        cpus: cpus.clone(),
+        seconds: args.seconds,
+        fifo: args.fifo,
+        open,
+        fenced,
+    };
+    if let Some(mut file) = picture {
+        file.write_all(comparison.to_svg().as_bytes())
+            .context("--svg")?;
+    }
+    if output.json {
+        print_json(&comparison.to_json())?;
+    } else {
+        print(&printable(&comparison.to_text()))?;
+    }
+    Ok(match report.failures() {
+        0 => Exit::Success,
+        _ => Exit::Partial,
+    })
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the picture, in the file that was named"
+)]
+fn create(file: &Path) -> anyhow::Result<File> {
+    File::create(file).with_context(|| file.display().to_string())
+}
+
+/// Refuses CPU 0 and its siblings, which the host needs.
+fn not_the_boot_core(topology: &Topology, cpus: &CpuSet) -> anyhow::Result<()> {
+    let core = topology
+        .cores
+        .iter()
+        .find(|core| core.contains(cpu::BOOT_CPU));
+    if let Some(core) = core.filter(|core| core.intersects(cpus)) {
+        return Err(anyhow!(
+            "CPU {core} is the core of CPU 0, which stays with the host; leave it out: !core:0"
+        ));
+    }
+    Ok(())
+}
+
+/// The CPUs that are measured, none of which a running VM may have, and the settings of their VM.
+fn chosen(root: &Host, args: &Args) -> anyhow::Result<(CpuSet, Option<Settings>)> {
+    let (cpus, settings) = match (args.vmid, &args.cpus) {
         (Some(vmid), _) => {
             ensure!(
                 vm::find(root, vmid)?.is_none(),
@@ -155,18 +191,34 @@ fn chosen(root: &Host, args: &Args) -> anyhow::Result<CpuSet> {
             );
             let threads = vm::conf(root, vmid)?.threads_per_core();
             match settings::load(root, vmid, threads, &[])? {
-                Loaded::Fenced(settings) => settings.isolated,
+                Loaded::Fenced(settings) => (settings.isolated.clone(), Some(settings)),
                 Loaded::Unfenced { why, .. } => return Err(anyhow!("VM {vmid}: {why}")),
             }
         }
-        (None, Some(cpus)) => cpus.resolve(root)?,
-        (None, None) => CpuSet::new(),
+        (None, Some(cpus)) => (cpus.resolve(root)?, None),
+        (None, None) => (CpuSet::new(), None),
     };
     ensure!(!cpus.is_empty(), "no CPUs to measure");
     cpu::check_online(root, &cpus)?;
     let taken = taken(root, &cpus)?;
     ensure!(taken.is_empty(), "{}", taken.join("; "));
-    Ok(cpus)
+    Ok((cpus, settings))
+}
+
+/// The settings of a VM for loops: one for each CPU, by partition; no other VM, device or script is
+/// touched.
+fn for_loops(settings: Settings) -> Settings {
+    let each = settings.isolated.iter();
+    Settings {
+        pins: each.map(|cpu| CpuSet::range(cpu, cpu)).collect(),
+        auto_pins: None,
+        method: Method::Partition,
+        idle_vm: None,
+        reset_pci: ResetPci::OfVm(false),
+        tidy_caches: Some(false),
+        chain: Vec::new(),
+        ..settings
+    }
 }
 
 /// Which VMs that run have CPUs of these: isolated ones, or vCPUs that are pinned there.
@@ -180,7 +232,7 @@ fn taken(root: &Host, cpus: &CpuSet) -> anyhow::Result<Vec<String>> {
         let own = &reservation.settings.isolated & cpus;
         let vmid = VmId::try_from(*id)?;
         if reservation.is_claim() && !own.is_empty() && reservation.is_alive(root, vmid) {
-            taken.push(format!("CPU {own} belongs to VM {id}, which runs"));
+            taken.push(format!("CPU {own} belongs to {}, which runs", owner(*id)));
         }
     }
     for vmid in vm::all(root)? {
@@ -208,84 +260,6 @@ fn taken(root: &Host, cpus: &CpuSet) -> anyhow::Result<Vec<String>> {
     Ok(taken)
 }
 
-/// Runs a loop on each CPU at the same time.
-fn measure(
-    root: &Host,
-    cpus: &CpuSet,
-    time: Duration,
-    fifo: bool,
-) -> anyhow::Result<Vec<(usize, Gaps)>> {
-    let ready = Barrier::new(cpus.len());
-    let one = |cpu: usize| {
-        let placed = place(root, cpu, fifo);
-        // Also after a failure, since the others wait.
-        ready.wait();
-        placed.with_context(|| format!("CPU {cpu}"))?;
-        Ok((cpu, spin(time)))
-    };
-    std::thread::scope(|scope| {
-        let one = &one;
-        let threads: Vec<_> = cpus
-            .iter()
-            .map(|cpu| scope.spawn(move || one(cpu)))
-            .collect();
-        let ended = threads.into_iter().map(|thread| match thread.join() {
-            Ok(measured) => measured,
-            Err(panic) => std::panic::resume_unwind(panic),
-        });
-        ended.collect()
-    })
-}
-
-/// Puts the thread that calls it on a CPU. Nothing has to be restored, since it ends after its loop.
-fn place(root: &Host, cpu: usize, fifo: bool) -> anyhow::Result<()> {
-    let own = task::task(root, getpid().as_raw(), gettid().as_raw())?.id;
-    let found = task::affinity(root, &own)?;
-    let change = Setting::new(Knob::Thread(own), "loop", found).want(CpuSet::range(cpu, cpu));
-    match apply_one(root, change).outcome {
-        Outcome::Changed | Outcome::Already => {}
-        other => return Err(anyhow!("the loop cannot run there: {other:?}")),
-    }
-    if fifo {
-        let tid = own.tid.to_string();
-        exec::run("chrt", &["--fifo", "--pid", "1", &tid], CHRT_DEADLINE)?;
-    }
-    Ok(())
-}
-
-/// The loop.
-fn spin(time: Duration) -> Gaps {
-    let mut gaps = Gaps::new();
-    let begin = Instant::now();
-    let (until, mut last) = (begin + time, begin);
-    while last < until {
-        let now = Instant::now();
-        gaps.add(u64::try_from((now - last).as_nanos()).unwrap_or(u64::MAX));
-        last = now;
-    }
-    gaps
-}
-
-fn row(cpu: usize, gaps: &Gaps, earlier: &[activity::Source], later: &[activity::Source]) -> Row {
-    let buckets = gaps.by_length.iter().enumerate();
-    Row {
-        cpu,
-        longest_ns: gaps.longest,
-        noise_ppm: (gaps.noise_ppm() * 10.0).round() / 10.0,
-        gaps: buckets
-            .filter(|(_, count)| **count > 0)
-            .map(|(power, count)| Bucket {
-                from_us: 1 << power,
-                count: *count,
-            })
-            .collect(),
-        interrupts: blame::added_on(cpu, earlier, later)
-            .into_iter()
-            .map(|(source, count)| Interrupts { source, count })
-            .collect(),
-    }
-}
-
 /// A row per CPU with a column per length of gaps, and the interrupts.
 fn to_text(rows: &[Row]) -> String {
     let mut lengths: Vec<u64> = rows
@@ -309,22 +283,7 @@ fn to_text(rows: &[Row]) -> String {
         }));
         lines.push(line);
     }
-    let width = |column: usize| {
-        lines
-            .iter()
-            .map(|line| line[column].len())
-            .max()
-            .unwrap_or(0)
-    };
-    let mut text = String::new();
-    for line in &lines {
-        let cells: Vec<String> = line
-            .iter()
-            .enumerate()
-            .map(|(column, cell)| format!("{cell:>width$}", width = width(column)))
-            .collect();
-        text += &format!("{}\n", cells.join("  "));
-    }
+    let mut text = right_aligned(&lines);
     text += "interrupts meanwhile:\n";
     for row in rows {
         let sources: Vec<String> = (row.interrupts.iter())
@@ -341,49 +300,11 @@ fn to_text(rows: &[Row]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::loops::{Gaps, row};
     use super::*;
     use crate::fixture::MadeUpHost;
     use crate::state::reservation::Phase;
     use pinfold_core::sys::activity::Source;
-
-    #[test]
-    fn gaps_by_powers_of_two() {
-        let mut gaps = Gaps::new();
-        for ns in [
-            50,
-            999,
-            1_000,
-            1_999,
-            2_000,
-            3_999,
-            4_000,
-            70_000,
-            5_000_000_000,
-        ] {
-            gaps.add(ns);
-        }
-        assert_eq!(gaps.by_length[..3], [2, 2, 1]);
-        assert_eq!((gaps.by_length[6], gaps.by_length[BUCKETS - 1]), (1, 1));
-        assert_eq!(
-            (gaps.by_length.iter().sum::<u64>(), gaps.longest),
-            (7, 5_000_000_000)
-        );
-        let mut half = Gaps::new();
-        half.add(2_000);
-        (0..4).for_each(|_| half.add(500));
-        assert!((half.noise_ppm() - 500_000.0).abs() < 1e-6);
-        assert!(Gaps::new().noise_ppm().abs() < 1e-6);
-    }
-
-    #[test]
-    fn a_loop_lasts_as_long_as_asked() {
-        let gaps = spin(Duration::from_millis(20));
-        assert!(gaps.whole >= 20_000_000, "{gaps:?}");
-        assert!(
-            gaps.longest <= gaps.sum && gaps.sum <= gaps.whole,
-            "{gaps:?}"
-        );
-    }
 
     #[test]
     fn a_table_for_people() {
@@ -412,6 +333,33 @@ interrupts meanwhile:
   CPU 7: none
 "
         );
+    }
+
+    #[test]
+    fn the_core_of_cpu_0_is_not_compared() {
+        let host = MadeUpHost::new("5900x");
+        let topology = Topology::read(&host.root).unwrap();
+        let refused = |cpus: &str| not_the_boot_core(&topology, &cpus.parse().unwrap());
+        for cpus in ["0", "12", "6-12"] {
+            let why = refused(cpus).unwrap_err().to_string();
+            assert!(why.starts_with("CPU 0,12 is the core of CPU 0"), "{why}");
+        }
+        refused("1-11,13-23").unwrap();
+    }
+
+    #[test]
+    fn a_fence_for_loops_has_a_cpu_for_each_and_leaves_vms_and_devices_alone() {
+        let host = MadeUpHost::new("5900x");
+        let text = "isolated = \"6-7,18\"\npins = \"6,18\"\nmethod = \"hotplug\"\nidle_vm = 107\n\
+                    reset_pci = true\nchain = [\"local:snippets/x\"]\nstat_interval = 60\n";
+        let settings = settings::resolve(&host.root, text, "test", 1).unwrap();
+        let found = for_loops(settings);
+        let pins: Vec<String> = found.pins.iter().map(ToString::to_string).collect();
+        assert_eq!(pins, ["6", "7", "18"]);
+        assert_eq!(found.method, Method::Partition);
+        assert_eq!((found.idle_vm, found.chain.len()), (None, 0));
+        assert_eq!(found.listed_resets(false).count(), 0);
+        assert_eq!(found.stat_interval, Some(60), "what the VM would have");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 pub(crate) mod blame;
 pub(crate) mod check;
+mod comparison;
 pub(crate) mod complete;
 mod drawing;
 pub(crate) mod init;
@@ -9,6 +10,7 @@ pub(crate) mod install;
 pub(crate) mod jitter;
 pub(crate) mod layout;
 pub(crate) mod list;
+mod loops;
 mod machine;
 pub(crate) mod map;
 mod monitor;
