@@ -19,6 +19,7 @@ mod events;
 mod faults;
 mod frozen;
 mod guests;
+mod jitter;
 mod main_job;
 mod operate;
 mod others;
