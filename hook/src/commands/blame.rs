@@ -15,7 +15,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::status::redrawn;
-use super::traced::{OTHERS, Recorder, Taken, Traced};
+use super::traced::{OTHERS, OnCpu, Recorder, Taken, Traced};
 use crate::checks::finding::EXPLAINED;
 use crate::own_steps;
 use crate::settings::Settings;
@@ -182,8 +182,10 @@ impl Seen<'_> {
     }
 
     fn to_json(&self) -> serde_json::Value {
-        let trace = (self.traced.as_ref())
-            .map(|traced| json!({"by_cpu": traced.by_cpu(), "lost": traced.lost}));
+        let trace = self.traced.as_ref().map(|traced| {
+            let by_cpu: Vec<&OnCpu> = traced.by_cpu.values().collect();
+            json!({"by_cpu": by_cpu, "lost": traced.lost})
+        });
         json!({
             "vm": self.vmid, "isolated": self.is_isolated, "cpus": self.cpus, "seconds": self.seconds,
             "vcpus": self.vcpus, "exits": self.exits, "trace": trace, "disturbances": self.disturbances,
@@ -274,13 +276,13 @@ fn exits_text(exits: &BTreeMap<String, u64>) -> String {
 
 /// A line with how often other threads got a CPU, and where most often.
 fn trace_text(traced: &Traced) -> String {
-    let by_cpu = traced.by_cpu();
-    let all: u64 = by_cpu.iter().map(|on| on.switches).sum();
+    let by_cpu = traced.by_cpu.values();
+    let all: u64 = by_cpu.clone().map(|on| on.switches).sum();
     let mut text = format!("switches to other threads: {all}");
-    if let Some(most) = by_cpu.iter().max_by_key(|on| on.switches) {
+    if let Some(most) = by_cpu.clone().max_by_key(|on| on.switches) {
         text += &format!(", most on CPU {}: {}", most.cpu, most.switches);
     }
-    if let Some(longest) = by_cpu.iter().max_by_key(|on| on.longest_ns) {
+    if let Some(longest) = by_cpu.clone().max_by_key(|on| on.longest_ns) {
         let (cpu, ns) = (longest.cpu, longest.longest_ns);
         text += &format!("; the longest ran for {} on CPU {cpu}", time(ns));
     }
@@ -660,10 +662,12 @@ impl Watch<'_> {
         let gone = exact.into_iter().flatten();
         found.extend(gone.map(|(tid, taken)| {
             let known = before.others.iter().find(|(id, _)| id.tid == tid);
-            match known {
+            let found = match known {
                 Some((id, other)) => self.thread(id, other, taken),
-                None => ended_thread(tid, taken),
-            }
+                None => unknown_thread(tid, taken),
+            };
+            let advice = "it has ended or moved since".to_owned();
+            Disturbance { advice, ..found }
         }));
         found
     }
@@ -855,16 +859,13 @@ fn exact(kind: Kind, object: String, taken: Taken) -> Disturbance {
     }
 }
 
-/// A thread that ran there and that /proc does not have, or not on these CPUs.
-fn ended_thread(tid: i32, taken: Taken) -> Disturbance {
+/// A thread that /proc has not had at either time.
+fn unknown_thread(tid: i32, taken: Taken) -> Disturbance {
     let object = match tid {
         OTHERS => taken.name.clone(),
         _ => format!("thread {tid} ({})", taken.name),
     };
-    Disturbance {
-        advice: "it has ended or moved since".to_owned(),
-        ..exact(Kind::Thread, object, taken)
-    }
+    exact(Kind::Thread, object, taken)
 }
 
 /// How often vCPUs left the guest between two samples.
@@ -1012,6 +1013,126 @@ mod tests {
         assert_eq!(
             found,
             [("LOC", "6".to_owned(), 50), ("48", "6".to_owned(), 3)]
+        );
+    }
+
+    fn other(tid: i32, name: &str, run: u64, slices: u64, is_free: bool) -> (TaskId, Other) {
+        let id = TaskId {
+            pid: tid,
+            tid,
+            start: 42,
+        };
+        let other = Other {
+            name: name.to_owned(),
+            kernel: name.starts_with('k'),
+            bound: name.starts_with('k'),
+            cpus: CpuSet::range(6, 7),
+            is_free,
+            last_cpu: 7,
+            time: RunTime {
+                run,
+                wait: 0,
+                slices,
+            },
+        };
+        (id, other)
+    }
+
+    fn sample(others: [(TaskId, Other); 5]) -> Sample {
+        Sample {
+            vcpus: BTreeMap::new(),
+            others: others.into(),
+            interrupts: Vec::new(),
+            softirqs: Vec::new(),
+            exits: None,
+        }
+    }
+
+    #[test]
+    fn recorded_runs_take_the_place_of_what_proc_suggests() {
+        let host = MadeUpHost::new("5900x");
+        host.vm(100, &[6, 7]);
+        let vmid = "100".parse().unwrap();
+        let qemu = vm::require_running(&host.root, vmid).unwrap();
+        let (vcpus, cpus) = (VcpuThreads::new(), CpuSet::range(6, 7));
+        let watch = Watch {
+            root: &host.root,
+            vmid,
+            qemu: &qemu,
+            vcpus: &vcpus,
+            is_isolated: true,
+            cpus: &cpus,
+            elsewhere: CpuSet::range(0, 5),
+        };
+        let before = sample([
+            other(50, "bash", 0, 0, true),
+            other(51, "elsewhere", 0, 0, true),
+            other(52, "hog", 0, 3, true),
+            other(53, "kworker/6:1", 0, 0, false),
+            other(54, "ended", 0, 0, true),
+        ]);
+        let after = sample([
+            other(50, "bash", 9_000, 9, true),
+            other(51, "elsewhere", 7_000, 7, true),
+            other(52, "hog", 5_000, 3, true),
+            other(53, "kworker/6:1", 8_000, 8, false),
+            other(55, "idle", 0, 0, true),
+        ]);
+        let shown = |traced: Option<&Traced>| {
+            let found = watch.threads(&before, &after, traced);
+            let shown = found.into_iter().map(|it| {
+                let (object, cpus, times) = (it.object, it.cpus, (it.count, it.ns, it.longest_ns));
+                (format!("{object} {cpus} {times:?}"), it.avoidable)
+            });
+            shown.collect::<Vec<_>>()
+        };
+        let expected = [
+            ("thread 50 (bash) 7 (9, 9000, None)", true),
+            ("thread 51 (elsewhere) 7 (7, 7000, None)", true),
+            ("thread 52 (hog) 7 (0, 5000, None)", true),
+            ("kthread 53 (kworker/6:1) 6-7 (8, 8000, None)", false),
+        ];
+        let expected = expected.map(|(text, avoidable)| (text.to_owned(), avoidable));
+        assert_eq!(shown(None), expected);
+
+        let taken = |name: &str, count, ns| Taken {
+            name: name.to_owned(),
+            cpus: CpuSet::range(6, 6),
+            count,
+            ns,
+            longest_ns: 300,
+        };
+        let traced = Traced {
+            threads: [
+                (OTHERS, taken("other threads", 70, 700)),
+                (50, taken("sh", 2, 400)),
+                (53, taken("kworker/6:1", 8, 800)),
+                (54, taken("ended", 1, 300)),
+                (99, taken("short", 1, 300)),
+            ]
+            .into(),
+            ..Traced::default()
+        };
+        // 51 was switched and not here; 52 ran all the time, so it was not switched.
+        let expected = [
+            ("thread 50 (bash) 6 (2, 400, Some(300))", true),
+            ("thread 52 (hog) 7 (0, 5000, Some(5000))", true),
+            ("kthread 53 (kworker/6:1) 6 (8, 800, Some(300))", false),
+            ("other threads 6 (70, 700, Some(300))", true),
+            ("thread 54 (ended) 6 (1, 300, Some(300))", true),
+            ("thread 99 (short) 6 (1, 300, Some(300))", true),
+        ];
+        let expected = expected.map(|(text, avoidable)| (text.to_owned(), avoidable));
+        assert_eq!(shown(Some(&traced)), expected);
+    }
+
+    #[test]
+    fn exits_for_people() {
+        let exits = [("all", 1200), ("halt", 200), ("io", 900), ("nmi", 0)];
+        let exits = exits.map(|(name, count)| (name.to_owned(), count)).into();
+        assert_eq!(
+            exits_text(&exits),
+            "vCPUs left the guest: 1200 times, io 900, halt 200\n"
         );
     }
 

@@ -64,17 +64,12 @@ pub(super) struct Traced {
     pub irqs: BTreeMap<u32, Taken>,
     /// By the name in /proc/softirqs.
     pub softirqs: BTreeMap<String, Taken>,
-    by_cpu: BTreeMap<usize, OnCpu>,
+    pub by_cpu: BTreeMap<usize, OnCpu>,
     /// How many records are missing, at the least.
     pub lost: u64,
 }
 
 impl Traced {
-    /// The CPUs with switches to other threads, in order.
-    pub(super) fn by_cpu(&self) -> Vec<&OnCpu> {
-        self.by_cpu.values().collect()
-    }
-
     fn thread(&mut self, tid: i32, name: &str) -> &mut Taken {
         let is_known = self.threads.contains_key(&tid);
         let (tid, name) = match is_known || self.threads.len() < MAX_THREADS {
@@ -405,7 +400,7 @@ mod tests {
             switches: 1,
             longest_ns: at(longest),
         };
-        assert_eq!(traced.by_cpu(), [&on(6, 3), &on(7, 1)]);
+        assert_eq!(traced.by_cpu, [(6, on(6, 3)), (7, on(7, 1))].into());
         assert_eq!(traced.lost, 0);
     }
 

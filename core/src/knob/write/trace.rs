@@ -35,8 +35,7 @@ pub(super) fn record(root: &Sysroot, process: &TaskId, cpus: &CpuSet) -> io::Res
         // Before the first record: the kernel frees the rest of the memory.
         set("buffer_size_kb", BUFFER)?;
         set("tracing_cpumask", &cpus.to_mask())?;
-        // Otherwise each switch of the host, on its other CPUs too, is hooked to note the name.
-        set("options/record-cmd", "0")?;
+        // Without `record-cmd`: that option is the top level's, and sets all instances.
         EVENTS
             .iter()
             .try_for_each(|event| set(&format!("events/{event}/enable"), "1"))
