@@ -44,8 +44,8 @@ pub(crate) fn cpus_file(queue: &str) -> String {
     format!("{INTERFACES}/{interface}/queues/{queue}/{file}")
 }
 
-/// The CPUs of a queue; `None` if it has no such setting. The kernel says ENOENT to who reads the
-/// only queue to send by, EINVAL for an interface that is a part of another (net/core/net-sysfs.c,
+/// The CPUs of a queue; `None` if it has no such setting. A read returns ENOENT for the only queue to
+/// send by, EINVAL for an interface that is a part of another (net/core/net-sysfs.c,
 /// `xps_cpus_show`).
 ///
 /// # Errors

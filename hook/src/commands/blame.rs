@@ -1060,7 +1060,8 @@ mod tests {
             vmid,
             qemu: &qemu,
             vcpus: &vcpus,
-            is_isolated: true,
+            settings: None,
+            balancers: Vec::new(),
             cpus: &cpus,
             elsewhere: CpuSet::range(0, 5),
         };

@@ -419,6 +419,8 @@ fn workers_on_isolated(host: &Host) -> Vec<String> {
 /// The mask of all unbound workqueues limits those that have one of their own, so that hook need not
 /// set these: one with isolated CPUs only has all others meanwhile.
 fn workqueues_with_cpus_of_their_own(host: &mut Host) {
+    // qemu.slice stays after the last VM.
+    host.start_vm(&VmSpec::new(101)).unwrap();
     let file = "/sys/devices/virtual/workqueue/writeback/cpumask";
     host.ok(&format!("echo 040040 > {file}")).unwrap();
     let before = host.snapshot().unwrap();
@@ -495,12 +497,12 @@ fn irqbalance_by_its_socket(host: &mut Host) {
     install_hook(host);
     start("3,7");
     assert_eq!(cpus(), "0-2,4-6,8-23");
+    host.start_vm(&vm()).unwrap();
     let checked = host.sh("hook check 100 -v").unwrap().stdout;
     assert!(
         checked.contains(") will not use CPU 6-11,18-23 while the VM runs"),
         "{checked}"
     );
-    host.start_vm(&vm()).unwrap();
     assert_eq!(cpus(), "0-2,4-5,12-17");
     // Some of its rounds later.
     host.ok("sleep 3").unwrap();
