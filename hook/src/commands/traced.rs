@@ -76,10 +76,12 @@ impl Traced {
             true => (tid, name),
             false => (OTHERS, "other threads"),
         };
-        self.threads.entry(tid).or_insert_with(|| Taken {
-            name: name.to_owned(),
-            ..Taken::default()
-        })
+        let thread = self.threads.entry(tid).or_default();
+        // The last one: it changes when a program is started.
+        if thread.name != name {
+            thread.name = name.to_owned();
+        }
+        thread
     }
 
     fn on(&mut self, cpu: usize) -> &mut OnCpu {
@@ -350,11 +352,11 @@ mod tests {
         ms * 1_000_000
     }
 
-    fn switch(tally: &mut Tally, cpu: usize, ms: u64, from: i32, to: (i32, &str)) {
+    fn switch(tally: &mut Tally, cpu: usize, ms: u64, from: (i32, &str), to: (i32, &str)) {
         let (from, to) = (
             Thread {
-                tid: from,
-                name: "x",
+                tid: from.0,
+                name: from.1,
             },
             Thread {
                 tid: to.0,
@@ -387,13 +389,14 @@ mod tests {
     fn runs_of_other_threads_are_counted() {
         let mut tally = tally();
         // A vCPU, another thread twice on two CPUs, idle.
-        switch(&mut tally, 6, 10, 0, (1006, "CPU 0/KVM"));
-        switch(&mut tally, 6, 20, 1006, (50, "bash"));
-        switch(&mut tally, 6, 23, 50, (1006, "CPU 0/KVM"));
-        switch(&mut tally, 7, 30, 1007, (50, "bash"));
-        switch(&mut tally, 7, 31, 50, (0, "swapper/7"));
+        switch(&mut tally, 6, 10, (0, "idle"), (1006, "CPU 0/KVM"));
+        switch(&mut tally, 6, 20, (1006, "CPU 0/KVM"), (50, "bash"));
+        switch(&mut tally, 6, 23, (50, "bash"), (1006, "CPU 0/KVM"));
+        switch(&mut tally, 7, 30, (1007, "CPU 1/KVM"), (50, "bash"));
+        // It has started a program meanwhile.
+        switch(&mut tally, 7, 31, (50, "perl"), (0, "swapper/7"));
         let traced = tally.take();
-        let expected = [(50, taken("bash", "6-7", 2, 4, 3))];
+        let expected = [(50, taken("perl", "6-7", 2, 4, 3))];
         assert_eq!(traced.threads, expected.into());
         let on = |cpu, longest| OnCpu {
             cpu,
@@ -407,11 +410,11 @@ mod tests {
     #[test]
     fn what_runs_at_the_beginning_and_at_the_end_counts() {
         let mut tally = tally();
-        switch(&mut tally, 6, 100, 0, (1006, "CPU 0/KVM"));
+        switch(&mut tally, 6, 100, (0, "idle"), (1006, "CPU 0/KVM"));
         // It ran before the first switch of its CPU, so not since then.
-        switch(&mut tally, 7, 140, 51, (0, "swapper/7"));
-        switch(&mut tally, 6, 150, 1006, (52, "hog"));
-        switch(&mut tally, 7, 190, 0, (1007, "CPU 1/KVM"));
+        switch(&mut tally, 7, 140, (51, "x"), (0, "swapper/7"));
+        switch(&mut tally, 6, 150, (1006, "CPU 0/KVM"), (52, "hog"));
+        switch(&mut tally, 7, 190, (0, "idle"), (1007, "CPU 1/KVM"));
         let traced = tally.take();
         let expected = [
             (51, taken("x", "7", 0, 40, 40)),
@@ -420,22 +423,22 @@ mod tests {
         assert_eq!(traced.threads, expected.into());
         // The next look begins where this one ended.
         tally.restart();
-        switch(&mut tally, 6, 200, 52, (0, "swapper/6"));
-        let expected = [(52, taken("x", "6", 0, 10, 10))];
+        switch(&mut tally, 6, 200, (52, "hog"), (0, "swapper/6"));
+        let expected = [(52, taken("hog", "6", 0, 10, 10))];
         assert_eq!(tally.take().threads, expected.into());
     }
 
     #[test]
     fn what_was_lost_is_not_guessed() {
         let mut tally = tally();
-        switch(&mut tally, 6, 10, 0, (50, "bash"));
+        switch(&mut tally, 6, 10, (0, "idle"), (50, "bash"));
         for lost in [Some(12), None] {
             let event = Event::Lost(lost);
             tally.add(&Record { cpu: 6, event });
         }
         // Another thread has run since: what this one had is not known.
-        switch(&mut tally, 6, 90, 51, (50, "bash"));
-        switch(&mut tally, 6, 91, 50, (0, "swapper/6"));
+        switch(&mut tally, 6, 90, (51, "x"), (50, "bash"));
+        switch(&mut tally, 6, 91, (50, "bash"), (0, "swapper/6"));
         let traced = tally.take();
         assert_eq!(traced.lost, 13);
         let expected = [(50, taken("bash", "6", 2, 1, 1))];
@@ -474,7 +477,7 @@ mod tests {
         let mut tally = tally();
         let most = i32::try_from(MAX_THREADS).unwrap();
         for tid in 0..most + 10 {
-            switch(&mut tally, 6, 10, 0, (100_000 + tid, "sh"));
+            switch(&mut tally, 6, 10, (0, "idle"), (100_000 + tid, "sh"));
         }
         let traced = tally.take();
         assert_eq!(traced.threads.len(), MAX_THREADS + 1);
