@@ -226,7 +226,10 @@ fn taken(root: &Host, cpus: &CpuSet) -> anyhow::Result<Vec<String>> {
     let reservations = Store::<Reservation>::peek(root)?
         .unwrap_or_default()
         .reservations;
-    let online = cpu::online(root)?;
+    let fenced = (reservations.values()).filter(|reservation| reservation.is_fenced());
+    let fenced = fenced.fold(CpuSet::new(), |all, it| &all | &it.settings.isolated);
+    // What every thread has that is not pinned.
+    let open = &cpu::online(root)? - &fenced;
     let mut taken = Vec::new();
     for (id, reservation) in &reservations {
         let own = &reservation.settings.isolated & cpus;
@@ -246,7 +249,7 @@ fn taken(root: &Host, cpus: &CpuSet) -> anyhow::Result<Vec<String>> {
         for task in task::tasks(root, qemu.id.pid)? {
             if let Role::Vcpu(_) = vm::role_by_name(&task.name) {
                 let allowed = task::affinity(root, &task.id)?;
-                if !online.is_subset(&allowed) {
+                if !open.is_subset(&allowed) {
                     pinned = &pinned | &(&allowed & cpus);
                 }
             }
@@ -379,6 +382,10 @@ interrupts meanwhile:
             "layout = \"5900x\"\ngovernor = \"keep\"",
         );
         assert_eq!(taken("0-1,23"), ["CPU 23 belongs to VM 100, which runs"]);
+        // A fence keeps a VM off its CPUs, which does not pin it to the others.
+        host.vm(102, &[4]);
+        host.thread(102, 10200, "CPU 0/KVM", "0-5,12-17", 0);
+        assert_eq!(taken("0-1"), [""; 0]);
         std::fs::remove_dir_all(host.root.path("proc/100")).unwrap();
         assert_eq!(taken("0-1,23"), [""; 0]);
     }

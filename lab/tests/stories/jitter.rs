@@ -30,6 +30,13 @@ const GONE: &str = "for i in $(seq 300); do
 done
 exit 1";
 
+/// Waits until systemd has disabled the controller, some tenths of a second after the scope's end.
+const NO_CPUSETS: &str = "for i in $(seq 100); do
+    grep -q cpuset /sys/fs/cgroup/cgroup.subtree_control || exit 0
+    sleep 0.1
+done
+exit 1";
+
 fn compare(seconds: u32) -> String {
     format!("hook jitter --cpus {CPUS} --compare --seconds {seconds}")
 }
@@ -108,9 +115,9 @@ fn a_comparison_leaves_nothing(host: &mut Host) {
     ] {
         assert!(why.contains("VM 100") && why.contains("runs"), "{why}");
     }
+    host.stop_vm(100).unwrap();
     let (_, why) = expect(host, "hook jitter --cpus 12 --compare", 1);
     assert!(why.contains("CPU 0,12 is the core of CPU 0"), "{why}");
-    host.stop_vm(100).unwrap();
     assert_restored(host, &before);
     state_is_gone(host);
 }
@@ -134,6 +141,7 @@ fn whatever_ends_it(host: &mut Host) {
     job.wait().unwrap();
     let (_, notes) = expect(host, "hook recover", 0);
     assert!(notes.contains("hook jitter has ended"), "{notes}");
+    expect(host, NO_CPUSETS, 0);
     assert_restored(host, &before);
     state_is_gone(host);
 
@@ -141,6 +149,7 @@ fn whatever_ends_it(host: &mut Host) {
     for nth in [4, 9, 16, 30, 60] {
         killed += usize::from(kill_at(host, &Call::nth("write", nth), &compare(1)));
         expect(host, "hook recover", 0);
+        expect(host, NO_CPUSETS, 0);
         assert_restored(host, &before);
         state_is_gone(host);
     }
@@ -157,6 +166,7 @@ fn whatever_ends_it(host: &mut Host) {
     host.ok("pkill -KILL -x hook").unwrap();
     job.wait().unwrap();
     expect(host, GONE, 0);
+    expect(host, NO_CPUSETS, 0);
     host.ok(&format!("rm {file} && systemctl daemon-reload"))
         .unwrap();
     assert_restored(host, &before);
