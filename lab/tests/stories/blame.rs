@@ -216,17 +216,10 @@ fn traces_and_leaves_nothing(host: &mut Host) {
     };
     for look in ["hook recover", "hook blame 100 --seconds 1 --trace"] {
         expect(host, look, 0);
-<<<<<<< ours
-        assert_eq!(instances(host, 1), std::slice::from_ref(&killed), "{look}");
-    }
-    kill(&killed);
-    assert_eq!(instances(host, 1), std::slice::from_ref(&killed));
-=======
         assert_eq!(instances(host, 1), [&*killed], "{look}");
     }
     kill(&killed);
     assert_eq!(instances(host, 1), [&*killed]);
->>>>>>> theirs
     let (_, log) = expect(host, "hook recover", 0);
     assert!(log.contains("trace of process "), "{log}");
     assert_off(host);
