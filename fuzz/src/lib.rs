@@ -118,7 +118,14 @@ pub fn trace_record(data: &[u8]) -> bool {
         return false;
     };
     assert!(record.cpu <= MAX_CPU);
-    let at = |ns: u64| format!("x [{}] . {}.{:06}: ", record.cpu, ns / 1_000_000_000, ns / 1000 % 1_000_000);
+    let at = |ns: u64| {
+        format!(
+            "x [{}] . {}.{:06}: ",
+            record.cpu,
+            ns / 1_000_000_000,
+            ns / 1000 % 1_000_000
+        )
+    };
     let handled = |work, what| match work {
         trace::Work::Irq(irq) => format!("irq_handler_{what}: irq={irq} x"),
         trace::Work::Softirq(name) => format!("softirq_{what}: vec=0 [action={name}]"),
@@ -126,7 +133,11 @@ pub fn trace_record(data: &[u8]) -> bool {
     let rendered = match record.event {
         trace::Event::Switch { ns, from, to } => format!(
             "{}sched_switch: prev_comm={} prev_pid={} prev_prio=0 prev_state=S ==> next_comm={} next_pid={} next_prio=0",
-            at(ns), from.name, from.tid, to.name, to.tid
+            at(ns),
+            from.name,
+            from.tid,
+            to.name,
+            to.tid
         ),
         trace::Event::Began { ns, work } => at(ns) + &handled(work, "entry"),
         trace::Event::Ended { ns, work } => at(ns) + &handled(work, "exit"),
