@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::baseline::{Baseline, Entry, Unchecked};
-use super::newer::{self, Newer, Unread};
+use super::newer::{self, Newer, Unique, Unread};
 
 /// The layout of the state file. A later version may have a higher number.
 const VERSION: u64 = 1;
@@ -68,7 +68,7 @@ impl<R: Serialize + DeserializeOwned> State<R> {
     }
 
     fn parse_newer(text: &str) -> std::result::Result<Self, String> {
-        let raw = serde_json::from_str(text).map_err(|error| error.to_string())?;
+        let Unique(raw) = serde_json::from_str(text).map_err(|error| error.to_string())?;
         let Value::Object(mut fields) = raw else {
             return Err("it is not a JSON object".into());
         };
