@@ -59,7 +59,10 @@ enum Verb {
 
 fn parse_latency(text: &str) -> std::result::Result<Value, String> {
     match text.parse() {
-        Ok(microseconds) => Ok(latency(microseconds)),
+        Ok(microseconds @ ..=LONGEST_LATENCY) => Ok(latency(microseconds)),
+        Ok(_) => Err(format!(
+            "the longest is {LONGEST_LATENCY} microseconds, or `any`"
+        )),
         Err(_) if text == "any" => Ok(Value::text("0")),
         Err(_) => Err("neither a number of microseconds nor `any`".into()),
     }
@@ -216,6 +219,10 @@ pub fn preference(policy: &Policy, found: Value) -> Setting {
     let label = format!("{knob} (CPU {})", policy.cpus);
     Setting::new(knob, label, found)
 }
+
+/// The longest wake-up latency that the kernel takes, in microseconds: one below that of a limit that is
+/// none (`PM_QOS_RESUME_LATENCY_NO_CONSTRAINT`, include/linux/pm_qos.h).
+pub const LONGEST_LATENCY: u32 = i32::MAX as u32 - 1;
 
 /// A wake-up latency as the kernel has it: no more than so many microseconds.
 pub fn latency(microseconds: u32) -> Value {

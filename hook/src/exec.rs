@@ -59,9 +59,9 @@ pub(crate) fn run(program: &str, args: &[&str], deadline: Duration) -> io::Resul
 /// How long a program that was killed may take to end.
 const KILLED_WITHIN: Duration = Duration::from_secs(1);
 
-/// Runs a program that may hang in the kernel: its output is discarded, so that nothing waits for
-/// it. It is killed in time to be gone at the deadline; one that even SIGKILL does not end keeps
-/// running.
+/// Runs a program that may hang in the kernel: nothing waits for its output, of which the last line
+/// is in the error. It is killed in time to be gone at the deadline; one that even SIGKILL does not
+/// end keeps running.
 ///
 /// # Errors
 /// In words, if it cannot be started, takes too long or ends with anything but success.
@@ -69,20 +69,25 @@ pub(crate) fn run_apart(program: &Path, args: &[&str], deadline: Duration) -> io
     let until = Instant::now() + deadline;
     let line = format!("{} {}", program.display(), args.join(" "));
     let named = |why: String| io::Error::other(format!("{line}: {why}"));
+    let in_words = |error: io::Error| named(pinfold_core::os_text(&error));
+    let (mut messages, stderr) = io::pipe().map_err(in_words)?;
     let mut child = Command::new(program)
         .args(args)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
-        .stderr(Stdio::null())
+        .stderr(stderr)
         .spawn()
-        .map_err(|error| named(pinfold_core::os_text(&error)))?;
+        .map_err(in_words)?;
     let ended = wait_until(
         &mut child,
         until.checked_sub(KILLED_WITHIN).unwrap_or(until),
     );
     match ended.map_err(|error| named(pinfold_core::os_text(&error)))? {
         Some(status) if status.success() => return Ok(()),
-        Some(status) => return Err(named(status.to_string())),
+        Some(status) => {
+            let why = last_line(&mut messages).map_or_else(String::new, |line| format!(": {line}"));
+            return Err(named(format!("{status}{why}")));
+        }
         None => {}
     }
     // It may have ended just now.
@@ -98,6 +103,25 @@ pub(crate) fn run_apart(program: &Path, args: &[&str], deadline: Duration) -> io
             deadline.as_secs_f64()
         ),
     }))
+}
+
+/// The last line of what is in a pipe, which others may hold open.
+fn last_line(pipe: &mut io::PipeReader) -> Option<String> {
+    let has_text = |pipe: &io::PipeReader| {
+        let mut polled = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
+        poll(&mut polled, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+            && polled[0].any().unwrap_or_default()
+    };
+    let (mut text, mut part) = (Vec::new(), [0; 4096]);
+    while has_text(pipe) {
+        match pipe.read(&mut part) {
+            Ok(used @ 1..) => text.extend_from_slice(&part[..used]),
+            _ => break,
+        }
+    }
+    let text = String::from_utf8_lossy(&text);
+    let last = text.lines().rev().find(|line| !line.trim().is_empty());
+    last.map(|line| line.trim_start_matches("hook: ").to_owned())
 }
 
 /// How often a script's end is polled, and how long after its end its last output is awaited.

@@ -66,13 +66,21 @@ impl fmt::Display for Change {
         if let Knob::Trigger(_) | Knob::NodeCompaction(_) | Knob::PciReset(_) = &self.knob {
             return write!(f, "{}: {}", self.label, self.wanted);
         }
-        let (found, wanted) = (shown(&self.found), shown(&self.wanted));
+        let [found, wanted] = [&self.found, &self.wanted].map(|value| shown(&self.knob, value));
         write!(f, "{}: {found} -> {wanted}", self.label)
     }
 }
 
 /// A value in words, if it has some.
-fn shown(value: &Value) -> String {
+fn shown(knob: &Knob, value: &Value) -> String {
+    if let (Knob::WakeupLatency(_), Some(text)) = (knob, value.as_text()) {
+        // The kernel's 0 is no limit (Documentation/ABI/testing/sysfs-devices-power).
+        return match text {
+            "0" => "any".to_owned(),
+            "n/a" => "0 us".to_owned(),
+            microseconds => format!("{microseconds} us"),
+        };
+    }
     match value {
         value if value.is_unset() => "unset".into(),
         Value::Online(false) => "offline".into(),
@@ -114,18 +122,18 @@ pub struct Applied {
 impl fmt::Display for Applied {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Change {
+            knob,
             label,
             found,
             wanted,
-            ..
         } = &self.change;
         match &self.outcome {
             Outcome::Planned | Outcome::Changed => self.change.fmt(f),
-            Outcome::Already => write!(f, "{label}: already {}", shown(found)),
+            Outcome::Already => write!(f, "{label}: already {}", shown(knob, found)),
             Outcome::Gone => write!(f, "{label}: gone"),
             Outcome::Refused(why) => write!(f, "{label}: refused: {why}"),
             Outcome::Foreign(why) => write!(f, "{label}: left as it is: {why}"),
-            Outcome::Failed(why) => write!(f, "{label}: set to {}: {why}", shown(wanted)),
+            Outcome::Failed(why) => write!(f, "{label}: set to {}: {why}", shown(knob, wanted)),
         }
     }
 }

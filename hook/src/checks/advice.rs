@@ -142,7 +142,7 @@ fn vcpu_policy(
         period / 1000
     );
     let fix = format!(
-        "kernel options rcu_nocbs={0} and nohz_full={0} leave them less to do; `hook jitter --fifo` measures",
+        "kernel options rcu_nocbs={0} and nohz_full={0} leave them less to do; `hook jitter VMID --fifo` measures, before the VM starts",
         settings.isolated
     );
     Ok(Finding::warn(CHECK, what, fix))

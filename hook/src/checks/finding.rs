@@ -21,7 +21,7 @@ pub(crate) enum Level {
 pub(crate) const EXPLAINED: &str = "see docs/noise.md";
 
 /// The keys of all findings, by which settings mute warnings (`ignore`). They are permanent.
-pub(crate) const KEYS: [&str; 41] = [
+pub(crate) const KEYS: [&str; 42] = [
     "affinity",
     "chain",
     "command-line",
@@ -43,6 +43,7 @@ pub(crate) const KEYS: [&str; 41] = [
     "isolated",
     "kinds",
     "l3",
+    "max_latency_us",
     "memory",
     "method",
     "numa",

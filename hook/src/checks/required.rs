@@ -58,6 +58,22 @@ fn refuse(findings: &[Finding], settings: &Settings) -> Result<()> {
     }
 }
 
+/// Whether iothreads have CPUs of vCPUs.
+fn iothreads(settings: &Settings, vcpus: usize, what: String, cpus: &CpuSet) -> Finding {
+    const CHECK: &str = "iothreads";
+    let pins = settings.pins.iter().take(vcpus);
+    let shared = &pins.flat_map(CpuSet::iter).collect() & cpus;
+    if shared.is_empty() {
+        return Finding::ok(CHECK, what);
+    }
+    let why = match settings.vcpu_policy {
+        Some(policy) => format!("with vcpu_policy {policy} they wait while the vCPU computes"),
+        None => "each delays the other".to_owned(),
+    };
+    let what = format!("{what}; CPU {shared} is a vCPU's: {why}");
+    Finding::warn(CHECK, what, "give iothreads housekeeping CPUs")
+}
+
 /// All checks of pre-start, in order, except for other VMs' reservations ([`overlap`]).
 ///
 /// # Errors
@@ -69,6 +85,7 @@ pub(crate) fn findings(
     settings: &Settings,
 ) -> Result<Vec<Finding>> {
     let (root, isolated) = (around.root, &settings.isolated);
+    let vcpus = conf.vcpus() as usize;
     let mut findings = vec![isolated_cpus(root, settings)?];
     let places = settings.emulator.iter().map(|cpus| ("emulator", cpus));
     for (key, cpus) in places.chain(settings.iothreads.iter().map(|cpus| ("iothreads", cpus))) {
@@ -78,6 +95,7 @@ pub(crate) fn findings(
                 let what = format!("CPU {} is isolated", cpus & isolated);
                 Finding::error(key, what, "give emulator threads housekeeping CPUs")
             }
+            Ok(()) if key == "iothreads" => iothreads(settings, vcpus, format!("CPU {cpus}"), cpus),
             Ok(()) => Finding::ok(key, format!("CPU {cpus}")),
         });
     }
@@ -85,10 +103,9 @@ pub(crate) fn findings(
         let what = format!("{id}: CPU {cpus}");
         findings.push(match cpu::check_online(root, cpus) {
             Err(error) => Finding::error("iothreads", format!("{id}: {error}"), ""),
-            Ok(()) => Finding::ok("iothreads", what),
+            Ok(()) => iothreads(settings, vcpus, what, cpus),
         });
     }
-    let vcpus = conf.vcpus() as usize;
     findings.push(pins(settings, vcpus, vcpus.checked_sub(1)));
     let rest = left_to_the_host(root, isolated)?;
     let tuned = [

@@ -20,6 +20,8 @@ pub(crate) struct Facts {
     pub nodes: CpuSet,
     /// The CPUs of these LLC domains.
     pub size: usize,
+    /// Whether these are all of them.
+    pub has_all: bool,
     /// The cores.
     pub cores: usize,
     /// The cores that run more than one vCPU of a guest without SMT, or more than one guest core.
@@ -104,6 +106,9 @@ impl Facts {
             facts.size += llc.cpus.len();
             facts.beside_host |= llc.cpus.contains(cpu::BOOT_CPU);
         }
+        facts.has_all = topology
+            .llcs_of(isolated)
+            .all(|llc| llc.cpus.is_subset(isolated));
         for core in topology.cores_of(isolated) {
             let busy = (core & &used).len();
             facts.cores += 1;
@@ -143,7 +148,6 @@ impl Facts {
         let of_vm = |llc: &&Domain| self.llcs.contains(llc.number);
         let llcs: Vec<&Domain> = topology.domains(Kind::Llc).iter().filter(of_vm).collect();
         let cpus: CpuSet = llcs.iter().flat_map(|llc| llc.cpus.iter()).collect();
-        let cores_there = topology.cores_of(&cpus).count();
         let vcache: CpuSet = topology.vcache().iter().map(|llc| llc.number).collect();
         if let Some(first) = llcs.first() {
             let is_alike = llcs.iter().all(|llc| llc.extent == first.extent);
@@ -155,7 +159,7 @@ impl Facts {
                     false => "no shared cache known".to_owned(),
                 }),
                 vcache: !vcache.is_empty() && self.llcs.is_subset(&vcache),
-                all: cores_there == self.cores,
+                all: self.has_all,
                 cpus,
                 cores: self.cores,
             });

@@ -1031,7 +1031,7 @@ mod tests {
         settings("\"6,18\"");
         let starves = "warn vcpu_policy: fifo:1: while a vCPU computes, the kernel threads of its CPU (ksoftirqd, \
                        kworker, RCU callbacks) wait";
-        let kinder = "kernel options rcu_nocbs=6,18 and nohz_full=6,18 leave them less to do; `hook jitter --fifo` measures";
+        let kinder = "kernel options rcu_nocbs=6,18 and nohz_full=6,18 leave them less to do; `hook jitter VMID --fifo` measures, before the VM starts";
         assert_eq!(
             found(),
             [format!(

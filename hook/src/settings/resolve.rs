@@ -337,6 +337,12 @@ fn resolve_file(
             "chain: {other:?} is not a hookscript's volume, as in \"local:snippets/old.pl\""
         )));
     }
+    let longest = governor::LONGEST_LATENCY;
+    if let Some(asked) = file.max_latency_us.filter(|asked| *asked > longest) {
+        return Err(wrong(format!(
+            "max_latency_us: {asked} is too long; the longest is {longest}, or leave it out for any"
+        )));
+    }
     Ok(Settings {
         source: source.to_owned(),
         isolated,
@@ -386,7 +392,7 @@ fn vcpu_policy(text: &str) -> std::result::Result<SchedPolicy, String> {
     };
     policy.filter(is_below).ok_or_else(|| {
         format!(
-            "vcpu_policy: {text:?} is not one for vCPUs; write \"fifo:1\", at most fifo:49 or rr:49, or leave it out"
+            "vcpu_policy: {text:?} is not a policy that vCPUs can have; write \"fifo:1\", at most fifo:49 or rr:49, or leave it out"
         )
     })
 }
