@@ -10,7 +10,7 @@ use cap::Cap;
 use pinfold_core::state::State;
 use pinfold_core::state::save::{self, Entry, Restorable};
 use pinfold_core::sys::pci::PciSelector;
-use pinfold_core::sys::{irqbalance, task, trace};
+use pinfold_core::sys::{task, trace};
 use pinfold_core::vm::qmp;
 use pinfold_core::vm::{HostDevices, PciHolder, VmConf, parse_pci_claims, parse_pci_mapping};
 use pinfold_core::{CpuSet, Host, Knob, MAX_CPU, knob};
@@ -39,22 +39,11 @@ pub fn cpu_list(data: &[u8]) -> bool {
     parsed.map(|cpus| check_cpus(&cpus)).is_ok()
 }
 
-/// A CPU mask; and the input as an answer of irqbalance, which ends with one.
+/// A CPU mask.
 pub fn cpu_mask(data: &[u8]) -> bool {
-    let text = String::from_utf8_lossy(data);
-    if let Some(banned) = irqbalance::banned(&text) {
-        check_cpus(&banned);
-    }
-    let Ok(cpus) = CpuSet::from_mask(&text) else {
-        return false;
-    };
-    check_cpus(&cpus);
-    // One that is longer may be cut off.
-    if text.len() < 511 {
-        let answer = irqbalance::banned(&format!("SLEEP 10 BANNED {text}"));
-        assert_eq!(answer.as_ref(), Some(&cpus));
-    }
-    true
+    CpuSet::from_mask(&String::from_utf8_lossy(data))
+        .map(|cpus| check_cpus(&cpus))
+        .is_ok()
 }
 
 /// A line of /proc/PID/stat; and the input as the name of a thread, which may be anything.
@@ -398,7 +387,6 @@ fn check_knob(knob: &Knob) {
         | Knob::Kthread(_)
         | Knob::Thread(_)
         | Knob::ThreadPolicy(_)
-        | Knob::Irqbalance(_)
         | Knob::CpuOnline(_)
         | Knob::WakeupLatency(_)
         | Knob::HaltPolling

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use pinfold_core::knob::Value;
 use pinfold_core::state::Baseline;
+use pinfold_core::sys::irq;
 use pinfold_core::sys::task::{self, Allowed, Processes};
-use pinfold_core::sys::{irq, net};
 use pinfold_core::{CpuSet, CpuSetPool, Host, Knob, Result, Setting, TaskId};
 use serde::Serialize;
 
@@ -132,10 +132,8 @@ pub(crate) fn strays(
             see(class, label, cpus);
         }
     }
-    for Setting { knob, label, found } in pin_irqs::queues(root)? {
-        // Those that send by a queue do so anyway.
-        let receives = matches!(&knob, Knob::QueueCpus(queue) if net::is_receiving(queue));
-        if let Some(cpus) = found.cpus().filter(|_| receives) {
+    for Setting { label, found, .. } in pin_irqs::queues(root)? {
+        if let Some(cpus) = found.cpus() {
             see(Class::Stray, label, cpus);
         }
     }

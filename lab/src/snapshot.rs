@@ -268,7 +268,7 @@ fn queues() -> Vec<String> {
     for interface in names(folder) {
         let queues = folder.join(&interface).join("queues");
         lines.extend(names(&queues).into_iter().map(|queue| {
-            let masks = values(&queues.join(&queue), ["rps_cpus", "xps_cpus"]);
+            let masks = values(&queues.join(&queue), ["rps_cpus"]);
             format!("queue {interface} {queue}{masks}")
         }));
     }

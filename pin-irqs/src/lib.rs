@@ -12,17 +12,12 @@ use std::process::ExitCode;
 use clap::Parser;
 use pinfold_core::cli::filter::FilterArgs;
 use pinfold_core::cli::{self, Common};
-use pinfold_core::sys::task::Task;
-use pinfold_core::sys::{cpu, irq, irqbalance};
-use pinfold_core::{
-    Applied, Change, Exit, Host, Knob, Outcome, Report, Result, Selector, Setting, Table,
-};
+use pinfold_core::sys::{cpu, irq};
+use pinfold_core::{Applied, Change, Exit, Host, Knob, Outcome, Result, Selector, Setting, Table};
 
-mod balancers;
 mod irqs;
 mod queues;
 
-pub use balancers::balancers;
 pub use irqs::{Irqs, default_mask, settings};
 pub use queues::queues;
 
@@ -35,9 +30,8 @@ const DEFAULT: &str = "default";
 ///
 /// Sets the CPUs of every IRQ that can be moved, and the default for new ones, which --only and
 /// --except call `default`. IRQs that the kernel does not allow to move (managed queues, timers) are
-/// counted and not changed. The masks of network queues (RPS, XPS) are narrowed to these CPUs, as
-/// with --narrow; those that are empty, which means off, are not changed. A running irqbalance
-/// leaves all other CPUs out, from its next round on.
+/// counted and not changed. The masks of network queues (RPS) are narrowed to these CPUs, as
+/// with --narrow; those that are empty, which means off, are not changed.
 #[derive(Debug, Parser)]
 #[command(name = TOOL, version, after_help = cli::EXIT_CODES)]
 pub struct Args {
@@ -54,10 +48,7 @@ pub struct Args {
 
 /// Whether a knob is one that this tool sets.
 fn is_own(knob: &Knob) -> bool {
-    matches!(
-        knob,
-        Knob::Irq(_) | Knob::DefaultIrq | Knob::QueueCpus(_) | Knob::Irqbalance(_)
-    )
+    matches!(knob, Knob::Irq(_) | Knob::DefaultIrq | Knob::QueueCpus(_))
 }
 
 /// Runs the command. `commit` is that of the program, for `--version`.
@@ -75,10 +66,9 @@ fn run(args: Args) -> anyhow::Result<Exit> {
                 "this kernel does not report which IRQs are movable; only trying to move them shows it",
             );
         }
-        let balancers = asked(&root, &mut report);
         return Ok(cli::listed(
             &mut report,
-            &list(&root, &args.filter, balancers, unmovable.as_ref())?,
+            &list(&root, &args.filter, unmovable.as_ref())?,
         ));
     }
     if let Some(exit) = args.common.restore(&root, &mut report, TOOL, is_own)? {
@@ -90,8 +80,7 @@ fn run(args: Args) -> anyhow::Result<Exit> {
         .transpose()?
         .unwrap_or_default();
     cpu::check_usable(&root, &cpus)?;
-    let balancers = asked(&root, &mut report);
-    let mut changes = chosen(&root, &args.filter, balancers, &mut Irqs::default())?
+    let mut changes = chosen(&root, &args.filter, &mut Irqs::default())?
         .into_iter()
         .map(|object| match (&object.knob, object.found.cpus()) {
             (Knob::QueueCpus(_), Some(found)) => {
@@ -137,61 +126,30 @@ fn is_among(irqs: &BTreeSet<u32>, knob: &Knob) -> bool {
     matches!(knob, Knob::Irq(number) if irqs.contains(number))
 }
 
-/// The running irqbalances that answer. One that does not is reported, and costs only itself.
-fn asked(root: &Host, report: &mut Report) -> Vec<Setting> {
-    let is_unasked = |task: &Task| matches!(Knob::Irqbalance(task.id).read(root), Err(error) if error.is_denied());
-    match balancers(root) {
-        Ok(balancers) => {
-            let running = irqbalance::running(root).unwrap_or_default();
-            if balancers.len() < running.len() && running.iter().any(is_unasked) {
-                report.note("irqbalance answers only to root; its CPUs are not shown");
-            }
-            balancers
-        }
-        Err(error) => {
-            report.error(&error.to_string());
-            Vec::new()
-        }
-    }
-}
-
 /// The settings that the options choose.
-fn chosen(
-    root: &Host,
-    filter: &FilterArgs,
-    balancers: Vec<Setting>,
-    irqs: &mut Irqs,
-) -> Result<Vec<Setting>> {
+fn chosen(root: &Host, filter: &FilterArgs, irqs: &mut Irqs) -> Result<Vec<Setting>> {
     let mut matcher = filter.filter();
     let mut objects: Vec<Setting> = default_mask(root)?.into_iter().collect();
-    objects.extend(balancers);
     objects.extend(irqs.settings(root)?);
     objects.extend(queues(root)?);
     objects.retain(|object| match &object.knob {
         Knob::Irq(number) => matcher.takes((*number).into(), irqs.name(*number)),
         Knob::QueueCpus(queue) => matcher.takes_name(&queues::name(queue)),
-        Knob::Irqbalance(_) => matcher.takes_name(balancers::NAME),
         _ => matcher.takes_word(DEFAULT),
     });
     matcher.check("interrupt")?;
     Ok(objects)
 }
 
-fn list(
-    root: &Host,
-    filter: &FilterArgs,
-    balancers: Vec<Setting>,
-    unmovable: Option<&BTreeSet<u32>>,
-) -> Result<Table> {
+fn list(root: &Host, filter: &FilterArgs, unmovable: Option<&BTreeSet<u32>>) -> Result<Table> {
     let mut irqs = Irqs::default();
     let mut table = Table::new(&["irq", "name", "cpus", "effective", "movable"]);
-    for object in chosen(root, filter, balancers, &mut irqs)? {
+    for object in chosen(root, filter, &mut irqs)? {
         let number = match &object.knob {
             Knob::Irq(number) => *number,
             knob => {
                 let (irq, name) = match knob {
-                    Knob::QueueCpus(queue) => (queues::kind(queue), queues::name(queue)),
-                    Knob::Irqbalance(task) => (balancers::NAME, format!("process {}", task.pid)),
+                    Knob::QueueCpus(queue) => ("rps", queues::name(queue)),
                     _ => (DEFAULT, String::new()),
                 };
                 table.row([
@@ -248,7 +206,6 @@ mod tests {
             let table = list(
                 &root,
                 &FilterArgs::default(),
-                Vec::new(),
                 unmovable(&root).unwrap().as_ref(),
             )
             .unwrap();

@@ -16,8 +16,7 @@ use crate::sys::irq;
 ///
 /// The caller must have saved the values to restore ([`crate::state`]).
 pub fn apply_one(host: &Host, change: Change) -> Applied {
-    let is_settled = host.dry_run() || !change.knob.shows_late();
-    let outcome = if change.is_noop() && is_settled {
+    let outcome = if change.is_noop() {
         Outcome::Already
     } else if host.dry_run() {
         change
@@ -32,7 +31,6 @@ pub fn apply_one(host: &Host, change: Change) -> Applied {
                     if kept.is_empty() { "nothing" } else { &kept }
                 ))
             }
-            Ok(Answer::Taken(_)) if change.is_noop() => Outcome::Already,
             Ok(Answer::Taken(_)) => Outcome::Changed,
             Ok(Answer::Refused(why)) => Outcome::Refused(why),
             Err(error) if is_gone(&error) && has_gone(host, &change) => Outcome::Gone,
@@ -84,12 +82,6 @@ impl Knob {
         None
     }
 
-    /// Whether what reads back may be the value before the last write, so that one that is equal to
-    /// the value wanted has to be written all the same.
-    fn shows_late(&self) -> bool {
-        matches!(self, Self::Irqbalance(_))
-    }
-
     /// Whether a write does little but wait for the kernel, so that several can wait at the same
     /// time. For a governor that is an RCU grace period, tens of milliseconds for each policy
     /// (kernel/sched/cpufreq_schedutil.c, `sugov_stop`).
@@ -103,7 +95,6 @@ impl Knob {
             | Self::Kthread(_)
             | Self::Thread(_)
             | Self::ThreadPolicy(_)
-            | Self::Irqbalance(_)
             | Self::CpuOnline(_)
             | Self::EnergyPreference(_)
             | Self::WakeupLatency(_)
@@ -210,7 +201,6 @@ fn must_exist(knob: &Knob) -> bool {
         | Knob::Kthread(_)
         | Knob::Thread(_)
         | Knob::ThreadPolicy(_)
-        | Knob::Irqbalance(_)
         | Knob::CpuOnline(_)
         | Knob::Governor(_)
         | Knob::EnergyPreference(_)
@@ -263,7 +253,6 @@ fn why(knob: &Knob, error: &io::Error) -> String {
         | Knob::Kthread(_)
         | Knob::Thread(_)
         | Knob::ThreadPolicy(_)
-        | Knob::Irqbalance(_)
         | Knob::CpuOnline(_)
         | Knob::Governor(_)
         | Knob::EnergyPreference(_)

@@ -19,12 +19,9 @@ pub enum Knob {
     /// The CPUs that new IRQs start with: /proc/irq/default_smp_affinity.
     DefaultIrq,
     /// The CPUs of a network interface's queue, by both their names, `enp6s0/rx-0`: those to which the
-    /// packets that it receives are handed on (rps_cpus; none: the one with the interrupt), or
-    /// those that send by it (xps_cpus); see networking/scaling.rst.
+    /// packets that it receives are handed on (rps_cpus; none: the one with the interrupt); see
+    /// networking/scaling.rst.
     QueueCpus(String),
-    /// The CPUs that an irqbalance moves IRQs to, by its process: those that are present and not
-    /// banned (irqbalance(1)). It takes a change over with its next round, and shows it then.
-    Irqbalance(TaskId),
     /// The CPUs of all unbound workqueues: /sys/devices/virtual/workqueue/cpumask
     /// (core-api/workqueue.rst).
     Workqueues,
@@ -130,7 +127,6 @@ mod tests {
             Knob::DefaultIrq,
             Knob::QueueCpus("enp6s0/rx-0".into()),
             Knob::Thread(task),
-            Knob::Irqbalance(task),
             Knob::Governor("policy6".into()),
             Knob::EnergyPreference("policy6".into()),
             Knob::WakeupLatency(6),

@@ -37,7 +37,6 @@ impl Knob {
             Self::Kthread(_)
             | Self::Thread(_)
             | Self::ThreadPolicy(_)
-            | Self::Irqbalance(_)
             | Self::UnitCpus(_)
             | Self::UnitOverrides
             | Self::Cgroup(_)
@@ -90,7 +89,6 @@ impl Knob {
             | Self::Kthread(_)
             | Self::Thread(_)
             | Self::ThreadPolicy(_)
-            | Self::Irqbalance(_)
             | Self::CpuOnline(_)
             | Self::WakeupLatency(_)
             | Self::HaltPolling
@@ -135,7 +133,6 @@ impl Knob {
             | Self::Kthread(_)
             | Self::Thread(_)
             | Self::ThreadPolicy(_)
-            | Self::Irqbalance(_)
             | Self::CpuOnline(_)
             | Self::Governor(_)
             | Self::EnergyPreference(_)
@@ -184,7 +181,6 @@ impl fmt::Display for Knob {
             Self::Thread(task) if task.pid == task.tid => write!(f, "process {}", task.pid),
             Self::Thread(task) => write!(f, "thread {}", task.tid),
             Self::ThreadPolicy(task) => write!(f, "policy of thread {}", task.tid),
-            Self::Irqbalance(task) => write!(f, "irqbalance (process {})", task.pid),
             Self::CpuOnline(cpu) => write!(f, "CPU {cpu}"),
             Self::Governor(policy) => write!(f, "{policy}"),
             Self::EnergyPreference(policy) => write!(f, "energy preference of {policy}"),

@@ -6,7 +6,7 @@ use super::value::{ABSENT, Value};
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
 use crate::host::Host;
-use crate::sys::{cgroup, cpufreq, irqbalance, net, sched, task, trace};
+use crate::sys::{cgroup, cpufreq, net, sched, task, trace};
 use crate::systemd;
 
 impl Knob {
@@ -46,9 +46,6 @@ impl Knob {
             Self::ThreadPolicy(task) => task::check_start(host, task)
                 .and_then(|()| sched::policy(host, task))
                 .map(|policy| Some(Value::text(policy.to_string()))),
-            Self::Irqbalance(task) => {
-                irqbalance::cpus(host, task).map(|cpus| cpus.map(Value::Cpus))
-            }
             Self::UnitCpus(unit) => {
                 systemd::allowed_cpus(host.systemd(), host, unit).map(|cpus| cpus.map(Value::Cpus))
             }

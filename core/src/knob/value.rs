@@ -121,7 +121,6 @@ impl Knob {
             | Self::Workqueues
             | Self::Kthread(_)
             | Self::Thread(_)
-            | Self::Irqbalance(_)
             | Self::UnitCpus(_)
             | Self::CgroupCpus(_)
             | Self::ContainerCpus(_)

@@ -211,7 +211,7 @@ impl Baseline {
                 // A thread never comes back; a unit or an IRQ may.
                 Ok(None) => !matches!(
                     knob,
-                    Knob::Thread(_) | Knob::Kthread(_) | Knob::Irqbalance(_)
+                    Knob::Thread(_) | Knob::Kthread(_) | Knob::ThreadPolicy(_)
                 ),
                 Err(_) => true,
             }

@@ -1,15 +1,13 @@
 //! The queues of network interfaces and the CPUs that handle their packets; see
 //! Documentation/networking/scaling.rst.
 
-use nix::libc::EINVAL;
-
 use crate::cpuset::CpuSet;
 use crate::error::{Error, Result};
 use crate::sysroot::Sysroot;
 
 const INTERFACES: &str = "sys/class/net";
 
-/// The queues of all interfaces by both names, `enp6s0/rx-0`. Interfaces come and go with guests;
+/// The queues of all interfaces that receive, by both names, `enp6s0/rx-0`. Interfaces come and go with guests;
 /// one that goes meanwhile is left out.
 ///
 /// # Errors
@@ -22,40 +20,26 @@ pub fn queues(root: &Sysroot) -> Result<Vec<String>> {
     };
     let mut all = Vec::new();
     for interface in names(INTERFACES.to_owned())? {
-        let queues = names(format!("{INTERFACES}/{interface}/queues"))?;
+        let mut queues = names(format!("{INTERFACES}/{interface}/queues"))?;
+        queues.retain(|queue| queue.starts_with("rx-"));
         all.extend(queues.iter().map(|queue| format!("{interface}/{queue}")));
     }
     Ok(all)
 }
 
-/// Whether a queue is one to receive by.
-pub fn is_receiving(queue: &str) -> bool {
-    !queue.contains("/tx-")
-}
-
 /// The file with the CPUs of a queue.
 pub(crate) fn cpus_file(queue: &str) -> String {
-    let file = if is_receiving(queue) {
-        "rps_cpus"
-    } else {
-        "xps_cpus"
-    };
     let (interface, queue) = queue.split_once('/').unwrap_or_default();
-    format!("{INTERFACES}/{interface}/queues/{queue}/{file}")
+    format!("{INTERFACES}/{interface}/queues/{queue}/rps_cpus")
 }
 
-/// The CPUs of a queue; `None` if it has no such setting. A read returns ENOENT for the only queue to
-/// send by, EINVAL for an interface that is a part of another (net/core/net-sysfs.c,
-/// `xps_cpus_show`).
+/// The CPUs of a queue; `None` if it has gone.
 ///
 /// # Errors
 /// If it cannot be read or parsed.
 pub(crate) fn queue_cpus(root: &Sysroot, queue: &str) -> Result<Option<CpuSet>> {
     let path = cpus_file(queue);
-    let mask = match root.read_value(&path) {
-        Err(Error::Io { source, .. }) if source.raw_os_error() == Some(EINVAL) => None,
-        mask => mask?,
-    };
+    let mask = root.read_value(&path)?;
     mask.map(|mask| CpuSet::from_mask(&mask))
         .transpose()
         .map_err(|source| Error::Cpus {
@@ -77,7 +61,6 @@ mod tests {
             ("bonding_masters", ""),
             ("enp6s0/queues/rx-0/rps_cpus", "00ff0fff\n"),
             ("enp6s0/queues/tx-0/xps_cpus", "00000001\n"),
-            ("enp6s0/queues/tx-1/tx_timeout", "0\n"),
             ("lo/queues/rx-0/rps_cpus", "0,00000000\n"),
             ("tap100i0/mtu", "1500\n"),
             ("odd/queues/rx-0/rps_cpus", "x\n"),
@@ -90,18 +73,10 @@ mod tests {
         };
         assert_eq!(
             queues(&root).unwrap(),
-            [
-                "enp6s0/rx-0",
-                "enp6s0/tx-0",
-                "enp6s0/tx-1",
-                "lo/rx-0",
-                "odd/rx-0"
-            ]
+            ["enp6s0/rx-0", "lo/rx-0", "odd/rx-0"]
         );
         assert_eq!(cpus("enp6s0/rx-0").unwrap().unwrap(), "0-11,16-23");
-        assert_eq!(cpus("enp6s0/tx-0").unwrap().unwrap(), "0");
         assert_eq!(cpus("lo/rx-0").unwrap().unwrap(), "");
-        assert_eq!(cpus("enp6s0/tx-1"), Ok(None));
         assert_eq!(cpus("tap100i0/rx-0"), Ok(None));
         let error = cpus("odd/rx-0").unwrap_err();
         assert!(error.contains("odd/queues/rx-0/rps_cpus"), "{error}");

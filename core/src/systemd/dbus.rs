@@ -5,16 +5,17 @@
 //! aligned to its own size.
 
 use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, socket,
+};
 
 use crate::error::os_text;
-use crate::sys::socket;
 
 /// A longer message is not an answer: a reply has some 200 bytes.
 const MAX_MESSAGE: usize = 1 << 20;
@@ -108,7 +109,7 @@ impl Connection {
     pub(crate) fn open(path: &Path, timeout: Duration) -> Result<Self> {
         let until = Instant::now() + timeout;
         let stream = loop {
-            match socket::connect(path) {
+            match connect_now(path) {
                 Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
                     return Err(DbusError::Unreachable(error));
                 }
@@ -271,6 +272,24 @@ impl Connection {
             _ => Err(DbusError::Closed(error)),
         }
     }
+}
+
+/// Connects without waiting: with the queue of new clients full, connect(2) would, for as long as
+/// it likes.
+fn connect_now(path: &Path) -> io::Result<UnixStream> {
+    let fd: OwnedFd = socket(
+        AddressFamily::Unix,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+        None,
+    )?;
+    connect(fd.as_raw_fd(), &UnixAddr::new(path)?).map_err(|errno| match errno {
+        Errno::EAGAIN => io::ErrorKind::WouldBlock.into(),
+        errno => io::Error::from(errno),
+    })?;
+    let stream = UnixStream::from(fd);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
 }
 
 /// Values on their way out.

@@ -8,10 +8,8 @@
 mod files;
 mod frozen;
 mod host;
-mod irqbalance;
 pub mod machine;
 
 pub use files::{container_conf, thread, vm_conf, write};
 pub use frozen::{assert_restored, frozen};
 pub use host::MadeUpHost;
-pub use irqbalance::FakeIrqbalance;

@@ -7,16 +7,17 @@
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use serde::Deserialize;
 use serde_json::Value;
 
 use crate::cpuset::MAX_CPU;
 use crate::error::os_text;
-use crate::sys::socket;
 
 /// How long QEMU may take in all, tries and pauses, if nothing else is asked for.
 pub const DEFAULT_BUDGET: Duration = Duration::from_secs(5);
@@ -128,12 +129,26 @@ fn query_once(path: &Path, until: Instant) -> Result<ThreadRoles, QmpError> {
     Ok(facts)
 }
 
-/// Connects without ever blocking, as other clients may be waiting already.
+/// Connects without ever blocking: with other clients waiting already, connect(2) would wait as
+/// they do.
 fn open(path: &Path) -> Result<UnixStream, QmpError> {
-    socket::connect(path).map_err(|error| match error.kind() {
-        io::ErrorKind::WouldBlock => QmpError::Busy,
-        _ => QmpError::Unreachable(error),
-    })
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let connected = || -> nix::Result<OwnedFd> {
+        let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+        connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+        Ok(fd)
+    };
+    match connected() {
+        Ok(fd) => {
+            let stream = UnixStream::from(fd);
+            stream
+                .set_nonblocking(false)
+                .map_err(QmpError::Unreachable)?;
+            Ok(stream)
+        }
+        Err(nix::errno::Errno::EAGAIN) => Err(QmpError::Busy),
+        Err(errno) => Err(QmpError::Unreachable(errno.into())),
+    }
 }
 
 /// Why no further line was read.

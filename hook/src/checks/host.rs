@@ -199,21 +199,11 @@ fn profiles(around: &SharedReadings<'_>) -> Result<Finding> {
 /// If /proc cannot be read.
 pub(super) fn irqbalance(around: &SharedReadings<'_>, isolated: &CpuSet) -> Result<Vec<Finding>> {
     let mut balancers = Vec::new();
-    for Balancer {
-        pid,
-        banned,
-        has_socket,
-    } in around.balancers()?
-    {
+    for Balancer { pid, banned } in around.balancers()? {
         balancers.push(if isolated.is_subset(banned) {
             Finding::ok(
                 "irqbalance",
                 format!("irqbalance (process {pid}) does not use CPU {isolated}"),
-            )
-        } else if *has_socket {
-            Finding::ok(
-                "irqbalance",
-                format!("irqbalance (process {pid}) will not use CPU {isolated} while the VM runs"),
             )
         } else {
             Finding::warn(

@@ -5,7 +5,7 @@ use std::cell::OnceCell;
 use cg_slice::partition::Siblings;
 use pinfold_core::selector::Resolver;
 use pinfold_core::sys::cpufreq::{self, Policy};
-use pinfold_core::sys::{irqbalance, task};
+use pinfold_core::sys::task;
 use pinfold_core::vm::{self, VmId};
 use pinfold_core::{CpuSet, Host, Result};
 
@@ -42,8 +42,6 @@ pub(crate) struct Balancer {
     pub pid: i32,
     /// The CPUs that it does not use.
     pub banned: CpuSet,
-    /// Whether hook can set these CPUs while a VM runs.
-    pub has_socket: bool,
 }
 
 impl<'a> SharedReadings<'a> {
@@ -110,13 +108,11 @@ impl<'a> SharedReadings<'a> {
     /// If /proc cannot be listed. Processes that have ended are skipped.
     pub(crate) fn balancers(&self) -> Result<&[Balancer]> {
         let balancers = once(&self.balancers, || {
-            let served = irqbalance::running(self.root)?;
             let balancers = self.programs()?.iter();
             let balancers = balancers.filter(|program| program.name == IRQBALANCE);
             let balancer = |&Program { pid, .. }: &Program| Balancer {
                 pid,
                 banned: banned(self.root, pid),
-                has_socket: served.iter().any(|task| task.id.pid == pid),
             };
             Ok(balancers.map(balancer).collect())
         })?;

@@ -8,9 +8,9 @@ use pinfold_core::cli::Output;
 use pinfold_core::cli::terminal::{self, print, print_json, try_json, try_out};
 use pinfold_core::state::Store;
 use pinfold_core::sys::activity::{self, RunTime, Source};
-use pinfold_core::sys::{cpu, cpufreq, irq, net, task};
+use pinfold_core::sys::{cpu, cpufreq, irq, task};
 use pinfold_core::vm::{self, Qemu, Role, VmId};
-use pinfold_core::{CpuSet, Exit, Host, Knob, Result, Setting, Table, TaskId, printable};
+use pinfold_core::{CpuSet, Exit, Host, Knob, Result, Table, TaskId, printable};
 use serde::Serialize;
 use serde_json::json;
 
@@ -130,7 +130,6 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
         settings: settings.as_ref(),
         cpus: &cpus,
         elsewhere: &cpu::present(&root)? - &cpus,
-        balancers: pin_irqs::balancers(&root).unwrap_or_default(),
     };
     if !args.trace {
         watch.repeat(args, output.json, None)?;
@@ -421,8 +420,6 @@ struct Watch<'a> {
     cpus: &'a CpuSet,
     /// The host's other CPUs.
     elsewhere: CpuSet,
-    /// The running irqbalances that answer.
-    balancers: Vec<Setting>,
 }
 
 impl Watch<'_> {
@@ -733,11 +730,7 @@ impl Watch<'_> {
             .unwrap_or_default();
         let is_movable = !irq::is_unmovable(self.root, number)?;
         let advice = if is_movable {
-            let own = format!("pin-irqs --only {number} {}", self.elsewhere);
-            match self.balancers.iter().find(|it| uses(it, &counted.cpus)) {
-                Some(balancer) => format!("{own}; {} uses this CPU", balancer.label),
-                None => own,
-            }
+            format!("pin-irqs --only {number} {}", self.elsewhere)
         } else {
             format!(
                 "kernel-managed; isolcpus=managed_irq, or fewer queues of the device; {EXPLAINED}"
@@ -810,17 +803,11 @@ fn is_unbound_worker(thread: &Other) -> bool {
     thread.kernel && thread.name.starts_with("kworker/u")
 }
 
-/// Whether an irqbalance moves IRQs to one of these CPUs.
-fn uses(balancer: &Setting, cpus: &CpuSet) -> bool {
-    let used = balancer.found.cpus();
-    used.is_some_and(|used| used.intersects(cpus))
-}
-
 /// The first interface that hands received packets on to one of these CPUs.
 fn hands_on_to(root: &Host, cpus: &CpuSet) -> Result<Option<String>> {
     let queues = pin_irqs::queues(root)?;
     let interfaces = queues.iter().filter_map(|queue| match &queue.knob {
-        Knob::QueueCpus(name) if net::is_receiving(name) => {
+        Knob::QueueCpus(name) => {
             let is_there = queue.found.cpus()?.intersects(cpus);
             is_there.then(|| name.split('/').next())?
         }
@@ -1061,7 +1048,6 @@ mod tests {
             qemu: &qemu,
             vcpus: &vcpus,
             settings: None,
-            balancers: Vec::new(),
             cpus: &cpus,
             elsewhere: CpuSet::range(0, 5),
         };
@@ -1144,8 +1130,6 @@ mod tests {
         for (file, mask) in [
             ("lo/queues/rx-0/rps_cpus", "00"),
             ("enp6s0/queues/rx-0/rps_cpus", "ff"),
-            // Which sends by a queue does not matter.
-            ("enp7s0/queues/tx-0/xps_cpus", "ffff"),
         ] {
             pinfold_core::testutils::write(dir.path(), &format!("sys/class/net/{file}"), mask);
         }
@@ -1187,7 +1171,6 @@ mod tests {
             settings: None,
             elsewhere: &CpuSet::range(0, 23) - &cpus,
             cpus: &cpus,
-            balancers: Vec::new(),
         };
         let hints = |keys: &str, slices: u64, run_ns: u64, bound: u64| -> Vec<String> {
             let text = format!("isolated = \"6\"\npins = \"6\"\n{keys}");

@@ -213,6 +213,8 @@ fn for_loops(settings: Settings) -> Settings {
         pins: each.map(|cpu| CpuSet::range(cpu, cpu)).collect(),
         auto_pins: None,
         method: Method::Partition,
+        vcpu_policy: None,
+        halt_poll_ns: None,
         idle_vm: None,
         reset_pci: ResetPci::OfVm(false),
         tidy_caches: Some(false),

@@ -106,7 +106,13 @@ impl HeldSignals {
     /// # Errors
     /// If the kernel has no file descriptor left.
     pub(super) fn new() -> nix::Result<Self> {
-        let ending = SigSet::from_iter([Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM]);
+        let ending = SigSet::from_iter([
+            Signal::SIGHUP,
+            Signal::SIGINT,
+            Signal::SIGTERM,
+            // Stopped, it would keep the lock.
+            Signal::SIGTSTP,
+        ]);
         let held = SignalFd::with_flags(&ending, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
         ending.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
         Ok(Self(held))

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use pinfold_core::knob::Value;
 use pinfold_core::state::Store;
-use pinfold_core::sys::{cpu, net};
+use pinfold_core::sys::cpu;
 use pinfold_core::{CpuSet, Host, Knob, Result};
 
 use crate::state::reservation::{Isolation, Phase, Reservation};
@@ -118,11 +118,7 @@ impl ChangedByKernel {
             Knob::Irq(_) | Knob::Kthread(_) | Knob::Thread(_) => {
                 *found == given.narrow_to(&self.online)
             }
-            Knob::QueueCpus(queue) => {
-                *found == given & &self.online || (self.interrupted && !net::is_receiving(queue))
-            }
-            // It leaves out CPUs that are hot, too (irqbalance 1.9, thermal.c).
-            Knob::Irqbalance(_) => found.is_subset(given),
+            Knob::QueueCpus(_) => *found == given & &self.online,
             _ => false,
         }
     }
@@ -160,13 +156,7 @@ mod tests {
             tid: 9,
             start: 1,
         });
-        let balancer = Knob::Irqbalance(TaskId {
-            pid: 7,
-            tid: 7,
-            start: 1,
-        });
         let rps = Knob::QueueCpus("enp6s0/rx-0".into());
-        let xps = Knob::QueueCpus("enp6s0/tx-0".into());
         let set = |list: &str| list.parse::<CpuSet>().unwrap();
         // Of two partitions one, 6-9, is there; the other, 18, has gone with its VM.
         let kernel = ChangedByKernel {
@@ -216,9 +206,6 @@ mod tests {
             (&Knob::Irq(4), "16-19", "16", false),
             (&rps, "16-19", "16-17,19", true),
             (&rps, "18", "0-17,19-23", false),
-            (&xps, "16-19", "0-11", false),
-            (&balancer, "0-5", "0-3", true),
-            (&balancer, "0-5", "0-7", false),
         ] {
             assert_eq!(
                 kernel.explains(knob, &set(before).into(), &set(found).into()),

@@ -7,7 +7,7 @@ use pinfold_core::sys::cpufreq::{self, Policy};
 use pinfold_core::sys::task;
 use pinfold_core::{CpuSet, Knob, Outcome, Result, Setting};
 
-use super::run::{IRQBALANCE, Readings, Reconcile, TUNING};
+use super::run::{Readings, Reconcile, TUNING};
 use crate::own_steps;
 use crate::settings::Settings;
 use crate::state::reservation::Reservation;
@@ -28,30 +28,16 @@ impl Reconcile<'_> {
     /// Step 3, and again at the end.
     pub(super) fn irqs(&mut self) -> Result<()> {
         self.report.step("irqs");
-        let mut changed = 0;
-        // Before the IRQs, so that it moves none back.
-        self.part(IRQBALANCE, |this| {
-            let balancers = this.balancers(&this.isolated())?;
-            changed += this.change("irqs", balancers, this.narrowed())?;
-            Ok(())
-        });
         // The default first: an IRQ that appears now gets the default or is among the others.
         let default: Vec<Setting> = pin_irqs::default_mask(self.root)?.into_iter().collect();
         let wanted = self.narrowed();
-        changed += self.change("irqs", default, &wanted)?;
+        let mut changed = self.change("irqs", default, &wanted)?;
         let irqs = self.irq_objects()?;
         changed += self.change("irqs", irqs, &wanted)?;
         let queues = self.queues(&self.isolated())?;
         changed += self.change("irqs", queues, &wanted)?;
         self.sum_up("irqs", changed);
         Ok(())
-    }
-
-    /// The running irqbalances, if there is a fence that they have to know of, or was one.
-    pub(super) fn balancers(&self, isolated: &CpuSet) -> Result<Vec<Setting>> {
-        let mut balancers = pin_irqs::balancers(self.root)?;
-        balancers.retain(|it| !isolated.is_empty() || self.store.baseline.has(&it.knob));
-        Ok(balancers)
     }
 
     /// The network queues with isolated CPUs, and those that hook has changed. One that is off meanwhile

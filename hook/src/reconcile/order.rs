@@ -54,6 +54,8 @@ impl Reconcile<'_> {
             return Ok(());
         }
         self.found(isolated, guest);
+        // What a killed run has set: its vCPUs leave their CPUs now.
+        self.attempt(Self::policies_of_unfenced);
         self.slices()?;
         if self.is_broken() {
             return Ok(());
@@ -141,6 +143,8 @@ impl Reconcile<'_> {
     /// offline first; after the last reservation that is the state before the first. A failure is
     /// reported and does not stop the other steps.
     pub(crate) fn settle(&mut self) {
+        // A real-time thread must not run on other CPUs than its own.
+        self.attempt(Self::policies_of_unfenced);
         if self.uses(Isolation::Partition, is_exclusive) {
             self.attempt(Self::undo_partitions);
             self.attempt(Self::exclusive);
@@ -156,7 +160,6 @@ impl Reconcile<'_> {
         self.attempt(Self::kthreads);
         self.attempt(Self::tuning);
         self.attempt(Self::reset_methods);
-        self.attempt(Self::policies_of_unfenced);
         self.all_pins(None);
     }
 

@@ -17,9 +17,6 @@ use crate::state::reservation::{Isolation, Phase, Reservation};
 /// The step of governor and statistics interval, as programs know it.
 pub(super) const TUNING: &str = "pace";
 
-/// The part of the IRQs' step that asks irqbalance.
-pub(super) const IRQBALANCE: &str = "irqbalance";
-
 /// What the kernel answered for IRQs that it did not move, with these IRQs.
 pub(crate) type Refused = BTreeMap<String, BTreeSet<String>>;
 
@@ -303,7 +300,6 @@ impl<'a> Reconcile<'a> {
             all.extend(this.queues(isolated)?);
             Ok(all)
         }));
-        objects.extend(self.readable(IRQBALANCE, |this| this.balancers(isolated)));
         objects.extend(self.readable("kthreads", Self::kthread_objects));
         objects.extend(self.readable(TUNING, |this| this.tuning_to_remember(isolated)));
         if let Some(guest) = guest {
@@ -526,7 +522,6 @@ impl Foundation {
             Knob::Irq(_)
             | Knob::DefaultIrq
             | Knob::QueueCpus(_)
-            | Knob::Irqbalance(_)
             | Knob::Workqueues
             | Knob::Kthread(_)
             | Knob::ThreadPolicy(_)

@@ -65,7 +65,10 @@ impl Reconcile<'_> {
             .collect();
         let mut policies = Vec::new();
         for thread in threads {
-            policies.extend(self.policy_of(reservation, &thread)?);
+            match self.policy_of(reservation, &thread) {
+                Ok(policy) => policies.extend(policy),
+                Err(error) => self.report.error(&format!("vcpu_policy: {error}")),
+            }
             let object = pin_vcpu::setting(&thread);
             let cpus = cpus_for(reservation, &thread.role, &housekeeping);
             self.depend_on(&object.knob, &cpus);
@@ -88,6 +91,9 @@ impl Reconcile<'_> {
         self.pin(objects, wanted)?;
         self.pin_newborns(guest, &housekeeping, &mut known)?;
         // After the pins: a real-time thread must not run on other CPUs.
+        if self.is_broken() {
+            policies.clear();
+        }
         let wanted = reservation.settings.vcpu_policy;
         let changed = self.change("pins", policies, |_, before| match wanted {
             Some(policy) => Value::text(policy.to_string()),
@@ -111,6 +117,7 @@ impl Reconcile<'_> {
     pub(super) fn policies_of_unfenced(&mut self) -> Result<()> {
         let qemus: BTreeSet<i32> = self
             .fenced()
+            .filter(|(_, vm)| vm.phase == Phase::Isolated)
             .filter_map(|(_, vm)| vm.qemu.map(|qemu| qemu.pid))
             .collect();
         let is_left =

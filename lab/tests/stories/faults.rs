@@ -26,7 +26,6 @@ stories![
     a_thread_that_refuses,
     irqbalance_is_named,
     irqbalance_as_advised,
-    irqbalance_by_its_socket,
     another_vm_with_affinity_is_named,
     workqueues_with_cpus_of_their_own,
     other_lives,
@@ -473,58 +472,6 @@ fn irqbalance_as_advised(host: &mut Host) {
     // Some of its rounds.
     host.ok("sleep 5; pgrep -x irqbalance").unwrap();
     assert_fenced(host);
-}
-
-/// It has a socket, as Debian's service makes it: hook bans it from the isolated CPUs, gives it back what
-/// it had, and has nothing to give back to one that was restarted.
-fn irqbalance_by_its_socket(host: &mut Host) {
-    let start = |banned: &str| {
-        host.ok(&format!(
-            "mkdir -p /run/irqbalance; export IRQBALANCE_BANNED_CPULIST={banned}; \
-             setsid irqbalance --foreground --interval=1 >/dev/null 2>&1 & \
-             until ls /run/irqbalance/irqbalance*.sock; do sleep 0.1; done; sleep 2"
-        ))
-        .unwrap();
-    };
-    let cpus = || {
-        // It takes a change over with its next round.
-        host.ok("sleep 3").unwrap();
-        let (list, _) = expect(host, "pin-irqs --list --json --only irqbalance", 0);
-        let list: serde_json::Value = serde_json::from_str(&list).unwrap();
-        assert_eq!(list[0]["irq"], "irqbalance", "{list}");
-        list[0]["cpus"].as_str().unwrap().to_owned()
-    };
-    install_hook(host);
-    start("3,7");
-    assert_eq!(cpus(), "0-2,4-6,8-23");
-    host.start_vm(&vm()).unwrap();
-    let checked = host.sh("hook check 100 -v").unwrap().stdout;
-    assert!(
-        checked.contains(") will not use CPU 6-11,18-23 while the VM runs"),
-        "{checked}"
-    );
-    assert_eq!(cpus(), "0-2,4-5,12-17");
-    // Some of its rounds later.
-    host.ok("sleep 3").unwrap();
-    assert_fenced(host);
-    host.stop_vm(100).unwrap();
-    assert_eq!(cpus(), "0-2,4-6,8-23");
-
-    host.start_vm(&vm()).unwrap();
-    host.ok("pkill -x irqbalance; while pgrep -x irqbalance; do sleep 0.1; done; rm -f /run/irqbalance/*.sock")
-        .unwrap();
-    start("9");
-    host.stop_vm(100).unwrap();
-    assert_eq!(cpus(), "0-8,10-23");
-    // By the tool alone.
-    expect(host, "pin-irqs --only irqbalance 0-5 --save /tmp/saved", 0);
-    assert_eq!(cpus(), "0-5");
-    expect(host, "pin-irqs --restore /tmp/saved", 0);
-    assert_eq!(cpus(), "0-8,10-23");
-    // It shows a change later than it takes it.
-    expect(host, "pin-irqs --only irqbalance 0-5 --save /tmp/saved", 0);
-    expect(host, "pin-irqs --restore /tmp/saved", 0);
-    assert_eq!(cpus(), "0-8,10-23");
 }
 
 /// While qemu.slice is narrowed another VM whose `affinity:` lies inside cannot start, and nothing

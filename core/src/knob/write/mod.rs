@@ -11,7 +11,6 @@ mod affinity;
 mod answer;
 mod cgroup;
 mod file;
-mod irqbalance;
 mod policy;
 mod scope;
 mod systemd;
@@ -85,8 +84,7 @@ pub(super) fn write(knob: &Knob, host: &Host, value: &Value) -> io::Result<Answe
         Knob::QueueCpus(_) => {
             let wanted = cpus(value)?;
             let kept = file::write_and_read_back(host, knob.path(), &wanted.to_mask())?;
-            // It keeps those that are online (net/core/net-sysfs.c, `netdev_rx_queue_set_rps_mask`,
-            // and net/core/dev.c, `__netif_set_xps_queue`).
+            // It keeps those that are online (net/core/net-sysfs.c, `netdev_rx_queue_set_rps_mask`).
             Ok(match CpuSet::from_mask(&kept) {
                 Ok(kept) if kept == *wanted || kept == wanted & &online(host)? => taken(()),
                 Ok(kept) => Answer::Taken(Some(kept.to_string())),
@@ -96,7 +94,6 @@ pub(super) fn write(knob: &Knob, host: &Host, value: &Value) -> io::Result<Answe
         Knob::Kthread(task) => affinity::pin_kthread(host, task, cpus(value)?),
         Knob::Thread(task) => affinity::pin_thread(host, task, cpus(value)?),
         Knob::ThreadPolicy(task) => policy::set(host, task, text(value)?),
-        Knob::Irqbalance(task) => irqbalance::use_cpus(host, task, cpus(value)?).map(taken),
         Knob::UnitCpus(unit) => systemd::set_allowed_cpus(host, unit, cpus(value)?).map(taken),
         Knob::UnitOverrides => systemd::retain_overrides(host, text(value)?).map(taken),
         Knob::Cgroup(path) => cgroup::make_or_remove(host, path, *value == PRESENT).map(taken),
