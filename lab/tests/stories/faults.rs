@@ -426,7 +426,8 @@ fn workqueues_with_cpus_of_their_own(host: &mut Host) {
     assert!(workers_on_isolated(host).contains(&"6,18".to_owned()));
     install_hook(host);
     host.start_vm(&vm()).unwrap();
-    assert_eq!(workers_on_isolated(host), [""; 0]);
+    // On Linux 6.1 ordered workqueues keep workers for all CPUs.
+    assert!(!workers_on_isolated(host).contains(&"6,18".to_owned()));
     host.stop_vm(100).unwrap();
     assert_restored(host, &before);
     assert_eq!(host.ok(&format!("cat {file}")).unwrap(), "040040\n");
