@@ -235,11 +235,11 @@ fn tasks(threads: &[Thread]) -> Vec<String> {
     let lines: BTreeSet<_> = lasting
         .map(|thread| {
             format!(
-                "task {:?} cgroup={} cpus={} policy={}",
+                "task {:?} cgroup={} policy={} cpus={}",
                 thread.comm,
                 proc::cgroup(thread.pid, thread.tid),
-                thread.cpus,
-                proc::policy(thread.pid, thread.tid)
+                proc::policy(thread.pid, thread.tid),
+                thread.cpus
             )
         })
         .collect();
