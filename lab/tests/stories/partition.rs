@@ -202,9 +202,9 @@ fn cpu_0_by_its_name(host: &mut Host) {
         assert_eq!(made, "isolated");
         assert_eq!(value(host, "/sys/fs/cgroup/cpuset.cpus.isolated"), WITH_0);
         assert_clean(host, WITH_0, &[100]);
-        // The last of the guest's cores has the core of CPU 0.
+        // The core of CPU 0 is the last to be filled.
         let threads = threads(host, 100);
-        let vcpu = threads.iter().find(|(name, _)| name.starts_with("CPU 10/"));
+        let vcpu = threads.iter().find(|(name, _)| name.starts_with("CPU 5/"));
         assert_eq!(vcpu.map(|(_, cpus)| cpus.as_str()), Some("0"));
         let (status, _) = expect(host, "hook status", 0);
         assert!(

@@ -492,7 +492,10 @@ fn without_root(host: &mut Host) {
 /// No forks per object, and at most 8 system calls for each.
 fn system_calls(host: &mut Host) {
     for (tool, objects) in [
-        ("pin-irqs", "ls /proc/irq | wc -l"),
+        (
+            "pin-irqs",
+            "ls -d /proc/irq/* /sys/class/net/*/queues/rx-* | wc -l",
+        ),
         ("pin-kthreads", "wc -w < /proc/2/task/2/children"),
     ] {
         let count = format!(
