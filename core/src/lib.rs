@@ -69,4 +69,4 @@ pub use host::Host;
 pub use knob::{Applied, Change, Knob, Outcome, Setting, TaskId, apply, apply_one};
 pub use selector::Selector;
 pub use sysroot::Sysroot;
-pub use text::{excerpt, nearest, printable};
+pub use text::{excerpt, last_line, nearest, printable};

@@ -39,6 +39,11 @@ pub(crate) fn quoted_in(part: &str, text: &str) -> String {
     }
 }
 
+/// The last line with text: what a program that failed has to say.
+pub fn last_line(text: &str) -> Option<&str> {
+    text.lines().rev().find(|line| !line.trim().is_empty())
+}
+
 /// The most letters by which a word may differ from what was meant.
 const MAX_SLIPS: usize = 2;
 

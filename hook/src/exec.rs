@@ -8,8 +8,8 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use pinfold_core::Host;
 use pinfold_core::sys::task;
+use pinfold_core::{Host, last_line};
 
 /// How often a program that has closed its output is asked whether it has ended.
 const ENDED_INTERVAL: Duration = Duration::from_millis(2);
@@ -34,11 +34,7 @@ pub(crate) fn run(program: &str, args: &[&str], deadline: Duration) -> io::Resul
         Ok(Some((status, stdout, _))) if status.success() => Ok(stdout),
         Ok(Some((status, _, stderr))) => {
             // `exit status: 1`, `signal: 9 (SIGKILL)`
-            let last = stderr
-                .lines()
-                .rev()
-                .find(|line| !line.trim().is_empty())
-                .unwrap_or("no error message");
+            let last = last_line(&stderr).unwrap_or("no error message");
             Err(named(format!("{status}: {last}")))
         }
         ended => {
@@ -85,7 +81,8 @@ pub(crate) fn run_apart(program: &Path, args: &[&str], deadline: Duration) -> io
     match ended.map_err(|error| named(pinfold_core::os_text(&error)))? {
         Some(status) if status.success() => return Ok(()),
         Some(status) => {
-            let why = last_line(&mut messages).map_or_else(String::new, |line| format!(": {line}"));
+            let why =
+                last_message(&mut messages).map_or_else(String::new, |line| format!(": {line}"));
             return Err(named(format!("{status}{why}")));
         }
         None => {}
@@ -106,7 +103,7 @@ pub(crate) fn run_apart(program: &Path, args: &[&str], deadline: Duration) -> io
 }
 
 /// The last line of what is in a pipe, which others may hold open.
-fn last_line(pipe: &mut io::PipeReader) -> Option<String> {
+fn last_message(pipe: &mut io::PipeReader) -> Option<String> {
     let has_text = |pipe: &io::PipeReader| {
         let mut polled = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
         poll(&mut polled, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
@@ -120,8 +117,7 @@ fn last_line(pipe: &mut io::PipeReader) -> Option<String> {
         }
     }
     let text = String::from_utf8_lossy(&text);
-    let last = text.lines().rev().find(|line| !line.trim().is_empty());
-    last.map(|line| line.trim_start_matches("hook: ").to_owned())
+    last_line(&text).map(|line| line.trim_start_matches("hook: ").to_owned())
 }
 
 /// How often a script's end is polled, and how long after its end its last output is awaited.

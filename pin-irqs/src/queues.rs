@@ -14,7 +14,7 @@ pub fn queues(root: &Host) -> Result<Vec<Setting>> {
     for queue in net::queues(root)? {
         let label = format!("RPS of {}", name(&queue));
         let knob = Knob::QueueCpus(queue);
-        // One that cannot be read is no reason to leave all others.
+        // One that cannot be read does not keep the others from being listed.
         let found = knob.read(root).ok().flatten();
         let found = found.filter(|found| !found.is_unset());
         settings.extend(found.map(|found| Setting::new(knob, label, found)));

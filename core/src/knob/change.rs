@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::knobs::Knob;
-use super::value::Value;
+use super::value::{NO_TIME, Value};
 
 /// A knob as it was found on the host: what a tool lists, and what a change is made from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,10 +74,10 @@ impl fmt::Display for Change {
 /// A value in words, if it has some.
 fn shown(knob: &Knob, value: &Value) -> String {
     if let (Knob::WakeupLatency(_), Some(text)) = (knob, value.as_text()) {
-        // The kernel's 0 is no limit (Documentation/ABI/testing/sysfs-devices-power).
+        // In the kernel's file 0 means no limit (Documentation/ABI/testing/sysfs-devices-power).
         return match text {
             "0" => "any".to_owned(),
-            "n/a" => "0 us".to_owned(),
+            NO_TIME => "0 us".to_owned(),
             microseconds => format!("{microseconds} us"),
         };
     }

@@ -215,10 +215,8 @@ pub(crate) fn file(root: &Host, volume: &str) -> anyhow::Result<String> {
         "{}: it is hook itself, or calls it",
         full.display()
     );
-    if interpreter(root, &path).is_some_and(|name| name.ends_with('\r'))
-        && let Some(why) = lacks_interpreter(root, &path)
-    {
-        bail!("{}: {why}", full.display());
+    if let Some(name) = interpreter(root, &path).filter(|name| name.ends_with('\r')) {
+        bail!("{}: {}", full.display(), missing(&name));
     }
     Ok(path)
 }
@@ -233,14 +231,18 @@ fn interpreter(root: &Host, path: &str) -> Option<String> {
 
 /// Why a script, which exists, cannot be started if its interpreter does not exist.
 pub(crate) fn lacks_interpreter(root: &Host, path: &str) -> Option<String> {
-    let name = interpreter(root, path)?;
-    Some(match name.ends_with('\r') {
+    interpreter(root, path).map(|name| missing(&name))
+}
+
+/// Why a script with this interpreter cannot be started.
+fn missing(name: &str) -> String {
+    match name.ends_with('\r') {
         true => format!(
             "its lines end as on Windows, so that the interpreter {name:?} is not found; remove the \
              carriage returns"
         ),
         false => format!("its interpreter {name} does not exist"),
-    })
+    }
 }
 
 /// The findings about the other hookscripts that hook runs for a VM.

@@ -117,9 +117,11 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
     let topology = Topology::read(root)?;
     let (claims, notes) = claims::of_others(root, vmid);
     notes.iter().for_each(|note| report.note(note));
+    let (areas, claimed) = (Areas::new(&topology), Claimed::by(&claims));
+    let choose_anew = anew(root, vmid, &place, (&topology, &areas), (&claims, &claimed));
     let mut command = None;
     if args.apply {
-        let (set, expected) = best(root, vmid, &place, &topology, &claims, &conf)?;
+        let (set, expected) = best(root, vmid, &topology, &conf, &choose_anew)?;
         conf = expected;
         if let Some(settings) = &kept {
             let vcpus = conf.vcpus().max(conf.max_vcpus()) as usize;
@@ -140,9 +142,9 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
     let guest = guest(root, report, vmid, &conf);
     let question = Question {
         topology: &topology,
-        areas: &Areas::new(&topology),
+        areas: &areas,
         guest: &guest,
-        claimed: &Claimed::by(&claims),
+        claimed: &claimed,
         within: None,
     };
     let mut chosen = choose(root, vmid, &place, &conf, &question, &claims)?;
@@ -168,7 +170,6 @@ pub(crate) fn run(args: &Args, output: &Output) -> anyhow::Result<Exit> {
     if kept.is_none() {
         required::pins_suffice(&settings, guest.vcpus, guest.vcpus.checked_sub(1))?;
     }
-    let choose_anew = anew(root, vmid, &place, &topology, &claims);
     let new_file = (kept.is_none() && writes).then(|| settings::node_file(root, vmid));
     let again = new_file.map(|file| {
         let option = if args.vcache { " --vcache" } else { "" };
@@ -337,17 +338,15 @@ impl<'a> Place<'a> {
 fn best(
     root: &Host,
     vmid: VmId,
-    place: &Place<'_>,
     topology: &Topology,
-    claims: &[Claim],
     conf: &VmConf,
+    choose: &dyn Fn(&VmConf) -> Result<(Guest, Choice)>,
 ) -> Result<(QmSet, VmConf)> {
     if vm::find(root, vmid)?.is_some() {
         let why = "it is running, and changes apply only after it has stopped; stop it first";
         return Err(Error::unusable(format!("VM {vmid}"), why));
     }
     let text = root.read(vm::conf_file(vmid))?;
-    let choose = anew(root, vmid, place, topology, claims);
     let (guest, choice) = choose(conf)?;
     let size = vm_settings::best_size(&Vm {
         root,
@@ -374,18 +373,17 @@ fn anew<'a>(
     root: &'a Host,
     vmid: VmId,
     place: &'a Place<'a>,
-    topology: &'a Topology,
-    claims: &'a [Claim],
+    (topology, areas): (&'a Topology, &'a Areas),
+    (claims, claimed): (&'a [Claim], &'a Claimed),
 ) -> impl Fn(&VmConf) -> Result<(Guest, Choice)> + 'a {
-    let (areas, claimed) = (Areas::new(topology), Claimed::by(claims));
     move |conf| {
         let device_nodes = vm_settings::device_nodes(root, vmid, conf).unwrap_or_default();
         let guest = Guest::new(conf, device_nodes);
         let question = Question {
             topology,
-            areas: &areas,
+            areas,
             guest: &guest,
-            claimed: &claimed,
+            claimed,
             within: None,
         };
         let chosen = choose(root, vmid, place, conf, &question, claims)?;
@@ -860,6 +858,19 @@ mod tests {
     }
 
     /// What an expert would choose, from the field: isolated CPUs and pins.
+    /// What is to be set on a VM without others.
+    fn best_alone(
+        root: &Host,
+        vmid: VmId,
+        place: &Place<'_>,
+        topology: &Topology,
+        conf: &VmConf,
+    ) -> Result<(QmSet, VmConf)> {
+        let (areas, claimed) = (Areas::new(topology), Claimed::default());
+        let choose = anew(root, vmid, place, (topology, &areas), (&[], &claimed));
+        best(root, vmid, topology, conf, &choose)
+    }
+
     #[test]
     fn cases_from_the_field() {
         let gpu = "file sys/bus/pci/devices/0000:0b:00.0/numa_node 1";
@@ -1363,12 +1374,11 @@ mod tests {
             };
             let topology = Topology::read(&root).unwrap();
             let before = vm::conf(&root, args.vmid).unwrap();
-            let (set, expected) = best(
+            let (set, expected) = best_alone(
                 &root,
                 args.vmid,
                 &Place::of(&args, None),
                 &topology,
-                &[],
                 &before,
             )
             .unwrap();
@@ -1379,12 +1389,11 @@ mod tests {
 
             vm_conf(dir.path(), 100, &set.applied_to(&conf));
             assert_eq!(vm::conf(&root, args.vmid).unwrap(), expected);
-            let (again, _) = best(
+            let (again, _) = best_alone(
                 &root,
                 args.vmid,
                 &Place::of(&args, None),
                 &topology,
-                &[],
                 &expected,
             )
             .unwrap();
@@ -1428,7 +1437,7 @@ mod tests {
                 run(&args, &quiet(&root)).unwrap();
                 let kept = kept_settings(&root, args.vmid, &conf).unwrap();
                 let place = Place::of(&args, kept.as_ref());
-                best(&root, args.vmid, &place, &topology, &[], &conf)
+                best_alone(&root, args.vmid, &place, &topology, &conf)
                     .unwrap()
                     .0
             };

@@ -165,11 +165,11 @@ impl Loops {
         let mut threads = Vec::with_capacity(cpus.len());
         for cpu in cpus.iter() {
             let (start, wait) = mpsc::channel();
-            let (tell, tid) = mpsc::channel();
+            let (send_tid, tid) = mpsc::channel();
             let stop = Arc::clone(&stop);
             let thread = Builder::new().name(format!("loop {cpu}")).spawn(move || {
-                let told = tell.send(gettid().as_raw());
-                told.ok().and_then(|()| spin(&wait, time, &stop))
+                let sent = send_tid.send(gettid().as_raw());
+                sent.ok().and_then(|()| spin(&wait, time, &stop))
             })?;
             let tid = tid.recv().context("a loop has ended")?;
             threads.push(Loop {

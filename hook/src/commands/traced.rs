@@ -22,7 +22,7 @@ const READ_INTERVAL: u64 = 50;
 /// How long the records that are there at the end may take to be read.
 const LAST_READ: Duration = Duration::from_secs(2);
 
-/// How many threads are told apart.
+/// How many threads are listed by themselves.
 const MAX_THREADS: usize = 4096;
 
 /// What stands for the threads beyond those.
@@ -473,7 +473,7 @@ mod tests {
     }
 
     #[test]
-    fn threads_without_end_are_told_apart_up_to_a_bound() {
+    fn threads_are_listed_by_themselves_up_to_a_bound() {
         let mut tally = tally();
         let most = i32::try_from(MAX_THREADS).unwrap();
         for tid in 0..most + 10 {

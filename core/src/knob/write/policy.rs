@@ -1,4 +1,4 @@
-//! Scheduling policies, by chrt(1): there is no safe call of sched_setscheduler(2).
+//! Scheduling policies, by chrt(1): no crate has a safe function for sched_setscheduler(2).
 
 use std::io::{self, Read};
 use std::process::{Child, Command, Stdio};
@@ -9,6 +9,7 @@ use crate::error::into_io;
 use crate::sys::sched::{self, SchedPolicy};
 use crate::sys::task::{self, TaskId};
 use crate::sysroot::Sysroot;
+use crate::text::last_line;
 
 /// How long chrt may take for one thread.
 pub const POLICY_DEADLINE: Duration = Duration::from_secs(5);
@@ -73,9 +74,8 @@ fn end(child: &mut Child) -> io::Result<()> {
     if let Some(stderr) = &mut child.stderr {
         stderr.read_to_string(&mut text)?;
     }
-    let last = text.lines().rev().find(|line| !line.trim().is_empty());
     Err(io::Error::other(
-        last.map_or_else(|| format!("chrt: {status}"), str::to_owned),
+        last_line(&text).map_or_else(|| format!("chrt: {status}"), str::to_owned),
     ))
 }
 
